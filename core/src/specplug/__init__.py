@@ -1,0 +1,79 @@
+"""specplug: speculative decoding for Hugging Face causal LMs, in which every method is a plugin.
+
+Names are imported when they are first used, so that finding out about plugins never costs an import of torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from specplug.version import __version__
+
+if TYPE_CHECKING:
+    from specplug.contract.batch import (
+        Budget,
+        Outcome,
+        ProposalBatch,
+        ProposalRow,
+        TokenView,
+        VerificationBatch,
+        VerificationRow,
+    )
+    from specplug.contract.hookspecs import hookimpl
+    from specplug.contract.memory import KVLayer, MemoryBudget, MemoryRegion
+    from specplug.contract.proposal import DraftDistributions, Proposal
+    from specplug.contract.resources import Resources
+    from specplug.contract.settings import SpeculativeConfig
+    from specplug.contract.target import ModelHandle, TargetModel, WeightsHandle
+    from specplug.contract.traits import SpeculatorTraits
+    from specplug.contract.verdict import TargetDistributions, Verdict
+    from specplug.errors import ConfigurationError, SpecplugError
+    from specplug.llm import LLM
+    from specplug.model.blocks import BlockTable
+    from specplug.model.forward import ForwardRow, TreeMask
+    from specplug.model.kv_cache import KVCache
+    from specplug.outputs import CompletionOutput, RequestOutput
+    from specplug.sampling.distributions import process
+    from specplug.sampling.params import SamplingParams
+
+_HOMES = {
+    "specplug.contract.batch": (
+        "Budget",
+        "Outcome",
+        "ProposalBatch",
+        "ProposalRow",
+        "TokenView",
+        "VerificationBatch",
+        "VerificationRow",
+    ),
+    "specplug.contract.hookspecs": ("hookimpl",),
+    "specplug.contract.memory": ("KVLayer", "MemoryBudget", "MemoryRegion"),
+    "specplug.contract.proposal": ("DraftDistributions", "Proposal"),
+    "specplug.contract.resources": ("Resources",),
+    "specplug.contract.settings": ("SpeculativeConfig",),
+    "specplug.contract.target": ("ModelHandle", "TargetModel", "WeightsHandle"),
+    "specplug.contract.traits": ("SpeculatorTraits",),
+    "specplug.contract.verdict": ("TargetDistributions", "Verdict"),
+    "specplug.errors": ("ConfigurationError", "SpecplugError"),
+    "specplug.llm": ("LLM",),
+    "specplug.model.blocks": ("BlockTable",),
+    "specplug.model.forward": ("ForwardRow", "TreeMask"),
+    "specplug.model.kv_cache": ("KVCache",),
+    "specplug.outputs": ("CompletionOutput", "RequestOutput"),
+    "specplug.sampling.distributions": ("process",),
+    "specplug.sampling.params": ("SamplingParams",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *sorted(_HOME_OF)]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'specplug' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

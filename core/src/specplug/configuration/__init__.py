@@ -1,0 +1,1 @@
+"""What the user configures, parsed and checked before anything is loaded."""

@@ -1,0 +1,156 @@
+"""What travels into `propose` and `verify`: rows of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, overload
+
+import attrs
+
+if TYPE_CHECKING:
+    import torch
+
+    from specplug.contract.traits import Boundary
+    from specplug.model.blocks import BlockTable
+    from specplug.sampling.params import SamplingParams
+    from specplug.sampling.randomness import RowRandomness
+
+EndReason = Literal["finished", "aborted", "preempted"]
+
+
+class TokenView(Sequence[int]):
+    """A read-only, live view of a row's committed token ids. Slices are fresh lists."""
+
+    __slots__ = ("_tokens",)
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        return self._tokens[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._tokens)
+
+    def __repr__(self) -> str:
+        return f"TokenView({self._tokens!r})"
+
+
+@attrs.frozen
+class Budget:
+    """The most a row may draft in this step. Zero nodes: bring your state up to date, propose nothing."""
+
+    max_nodes: int
+    max_depth: int
+
+
+@attrs.frozen
+class Outcome:
+    """What became of a row's last proposal.
+
+    Attributes:
+        method: who proposed it.
+        num_nodes: how many nodes were verified.
+        accepted: the node indices that were kept, from the root down; indices count the nodes that were verified.
+    """
+
+    method: str
+    num_nodes: int
+    accepted: tuple[int, ...]
+
+
+@attrs.define(eq=False)
+class ProposalRow:
+    """One sequence in `propose`. Every position is shown once, in order.
+
+    Attributes:
+        slot: a small number that names the row until it ends; use it as the key of your per-row state.
+        is_new: the first time you see the row behind this slot; drop whatever you kept under it.
+        tokens: all committed ids, prompt included. The last one (the bonus token) has no target state yet.
+        computed: the positions whose target state became final since you last saw the row. It may start after 0 for a
+            new row (a fork, or a row that slept longer than states were kept): such a row begins there.
+        states: where this row's entries lie in the batch's state tensors: one per position of `computed`.
+        budget: the most you may draft.
+        sampling: the request's sampling parameters.
+        outcome: what became of the row's last proposal, whoever made it; None if there was none.
+        table: the row's blocks, for KV regions with `tables="shared"`. Slots are reserved for `computed`, and where the
+            budget is not zero for all committed tokens plus the planned `scratch_tokens_per_row`.
+        forked_from: for a new row, the slot it was forked from and shares its computed blocks with.
+    """
+
+    slot: int
+    is_new: bool
+    tokens: TokenView
+    computed: range
+    states: slice
+    budget: Budget
+    sampling: SamplingParams
+    outcome: Outcome | None
+    table: BlockTable
+    forked_from: int | None
+    _generator: Callable[[], torch.Generator]
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The row's own random stream for drafting, on the engine's device; independent of the verifier's."""
+        return self._generator()
+
+
+@attrs.define(eq=False)
+class ProposalBatch:
+    """The rows of one `propose` call. Tensors are valid only during the call.
+
+    Attributes:
+        rows: the rows to update and draft for.
+        ended: (slot, reason) of rows that finished, were aborted or preempted; handle them before `rows`, whose new
+            rows may reuse the slots.
+        hidden_states: for each declared boundary, [N, hidden] in the target's dtype, rows concatenated in order.
+        top_ids: int64 [N, top_k], the target's most likely next tokens at each computed position, or None.
+        top_probs: float32 [N, top_k], their probabilities under the unmodified softmax, or None.
+    """
+
+    rows: list[ProposalRow]
+    ended: list[tuple[int, EndReason]] = attrs.field(factory=list)
+    hidden_states: Mapping[Boundary, torch.Tensor] = attrs.field(factory=dict)
+    top_ids: torch.Tensor | None = None
+    top_probs: torch.Tensor | None = None
+
+
+@attrs.define(eq=False)
+class VerificationRow:
+    """One sequence in `verify`.
+
+    Attributes:
+        slot: the row's number.
+        method: who drafted for it; None if nobody did.
+        tokens: all committed ids; the last one is the root of the draft tree.
+        num_prompt_tokens: how many of `tokens` are the prompt.
+        sampling: the request's sampling parameters.
+        randomness: the row's random streams; never shared between drafting, acceptance and residual sampling.
+    """
+
+    slot: int
+    method: str | None
+    tokens: TokenView
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    randomness: RowRandomness
+
+    @property
+    def output_index(self) -> int:
+        """The index, in the output, of the next token."""
+        return len(self.tokens) - self.num_prompt_tokens
+
+
+@attrs.define(eq=False)
+class VerificationBatch:
+    """The rows of one `verify` call: all rows that produce a token in this step, with drafts or without."""
+
+    rows: list[VerificationRow]

@@ -1,0 +1,85 @@
+"""The speculative configuration as a plugin sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import attrs
+
+from specplug.errors import ConfigurationError, did_you_mean
+
+Settings = TypeVar("Settings")
+
+
+@attrs.define(eq=False)
+class SpeculativeConfig:
+    """One method of the user's `speculative_config`, with vLLM's key names where vLLM has them.
+
+    Attributes:
+        method: the entry-point name of the plugin.
+        num_speculative_tokens: the most draft tokens a row may hold in one step (γ).
+        options: the keys that belong to the plugin. Read them with `get` or `settings`, so that core can tell the user
+            which keys nobody knows.
+        fallback: the method that is asked for the rows this one leaves empty.
+    """
+
+    method: str
+    num_speculative_tokens: int
+    options: Mapping[str, Any] = attrs.field(factory=dict)
+    fallback: SpeculativeConfig | None = None
+    known_options: set[str] = attrs.field(factory=set, init=False, repr=False)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Returns one option, or the default when the user did not give it."""
+        self.known_options.add(key)
+        return self.options.get(key, default)
+
+    def settings(self, cls: type[Settings]) -> Settings:
+        """Structures all options as an attrs class of the plugin's own; unknown keys and wrong types are errors.
+
+        Raises:
+            ConfigurationError: an option is missing, unknown, or of the wrong type.
+        """
+        import cattrs
+        from cattrs.errors import BaseValidationError
+
+        fields = [field.name for field in attrs.fields(cls)]  # type: ignore[arg-type]
+        self.known_options.update(fields)
+        self.check_unknown_options()
+        missing = [
+            field.name
+            for field in attrs.fields(cls)  # type: ignore[arg-type]
+            if field.default is attrs.NOTHING and field.name not in self.options
+        ]
+        if missing:
+            raise ConfigurationError(f"speculative_config of method '{self.method}' needs the key '{missing[0]}'")
+        converter = cattrs.Converter(forbid_extra_keys=True)
+        for scalar in (int, float, bool, str):
+            converter.register_structure_hook(scalar, _strict_scalar)
+        try:
+            return converter.structure(dict(self.options), cls)
+        except BaseValidationError as error:
+            details = "; ".join(cattrs.transform_error(error, path=self.method))
+            raise ConfigurationError(f"speculative_config: {details}") from error
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"speculative_config of method '{self.method}': {error}") from error
+
+    def check_unknown_options(self) -> None:
+        """Raises `ConfigurationError` for the first option that nobody read."""
+        known = self.known_options | {"method", "num_speculative_tokens", "fallback"}
+        for key in self.options:
+            if key not in known:
+                raise ConfigurationError(
+                    f"speculative_config: unknown key '{key}' for method '{self.method}'{did_you_mean(key, known)} "
+                    f"(known keys: {', '.join(sorted(known))})"
+                )
+
+
+def _strict_scalar(value: Any, kind: type) -> Any:
+    """Structures a scalar without turning '5' into 5 or True into 1 behind the user's back."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"expected {kind.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,96 @@
+"""What a speculator may build on: the target, and core's own machinery for models and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from specplug.contract.memory import MemoryRegion
+    from specplug.model.forward import ForwardRow
+
+
+class TargetModel(Protocol):
+    """The target as speculators see it. Weights are not loaded yet when `load_speculator` receives it."""
+
+    config: PretrainedConfig
+    source: str
+    revision: str | None
+    dtype: torch.dtype
+    device: torch.device
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The target's tokenizer; None when the engine runs on token ids alone."""
+        ...
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids of any shape → embeddings [..., hidden], as the target's first layer sees them. From warm-up on."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """States after the final norm [N, hidden] → logits [N, vocabulary], soft-caps and scales included. From warm-up on."""
+        ...
+
+    def weights(self, source: str, revision: str | None = None) -> WeightsHandle:
+        """Opens the headers of a safetensors checkpoint; core reads the tensors after the plan was accepted."""
+        ...
+
+    def model(self, source: str, *, revision: str | None = None, dtype: str | None = None) -> ModelHandle:
+        """Opens config and headers of a causal LM that core's own runner will run for the speculator."""
+        ...
+
+
+class WeightsHandle(Protocol):
+    """Tensors of a checkpoint, known from its headers and read when core says so."""
+
+    folder: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+
+    def num_bytes(self, dtype: torch.dtype | None = None) -> int:
+        """Bytes of all tensors, floating ones as `dtype` if given."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """The tensors on the engine's device, floating ones in the target's dtype. From warm-up on."""
+        ...
+
+
+class ModelHandle(Protocol):
+    """A causal LM of the speculator's own, run by core: paged KV, ragged batches, the same attention as the target."""
+
+    config: PretrainedConfig
+    vocab_size: int
+    max_model_len: int
+    folder: Path
+
+    def regions(
+        self, *, scratch_tokens_per_row: int = 0, tables: Literal["shared", "own"] = "shared"
+    ) -> list[MemoryRegion]:
+        """The model's weights and KV cache, to return from `plan_memory`."""
+        ...
+
+    def forward(self, rows: Sequence[ForwardRow], *, logits: Literal["last", "all"] = "last") -> torch.Tensor:
+        """Runs the model over a ragged batch and stores the KV of every token. From warm-up on.
+
+        Returns:
+            Logits [rows, vocabulary] of each row's last token, or [tokens, vocabulary] of all.
+        """
+        ...
+
+
+Speculator = Any
+"""Any object with `@hookimpl` methods; see `specplug.contract.hookspecs`."""

@@ -1,0 +1,35 @@
+"""What a speculator declares about itself."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import attrs
+
+Boundary = int | Literal["final"]
+"""A point of the target's residual stream: 0…L, where b enters layer b and L leaves the last; or after the final norm."""
+
+
+@attrs.frozen
+class SpeculatorTraits:
+    """Optional attribute `traits` of a speculator. What is not declared is not computed.
+
+    Attributes:
+        hidden_states: target states to receive for every computed position.
+        top_k: how many of the target's most likely next tokens, with probabilities, to receive at every computed position.
+        token_only: the proposal is a function of `row.tokens` (slots are only cache keys). Such a speculator is not
+            called for rows with a budget of zero, and keeps its rows after a fault.
+        max_nodes: the most nodes of a row's draft tree, where that is not `num_speculative_tokens`.
+        max_depth: the deepest node of a row's draft tree, where that is not `num_speculative_tokens`.
+    """
+
+    hidden_states: tuple[Boundary, ...] = ()
+    top_k: int = 0
+    token_only: bool = False
+    max_nodes: int | None = None
+    max_depth: int | None = None
+
+    @property
+    def needs_states(self) -> bool:
+        """Whether anything of the target's forward must be kept for this speculator."""
+        return bool(self.hidden_states) or self.top_k > 0

@@ -1,0 +1,1 @@
+"""The engine: requests, scheduling, startup and the step."""

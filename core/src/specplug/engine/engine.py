@@ -1,0 +1,302 @@
+"""The engine: one step reads schedule → target forward → verify → commit → propose."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+
+from specplug.configuration.engine import EngineConfig
+from specplug.contract.batch import Outcome
+from specplug.contract.verdict import Verdict
+from specplug.engine.scheduler import ScheduledRow, Scheduler
+from specplug.engine.verification import Verification
+from specplug.errors import RequestError
+from specplug.memory.plan import MemoryPlan
+from specplug.model.forward import ForwardRow, TreeMask
+from specplug.model.kv_cache import KVCache
+from specplug.model.runner import ModelRunner
+from specplug.plugins.registry import PluginRegistry
+from specplug.request import Request, SpeculationStats
+from specplug.sampling.params import SamplingParams
+from specplug.sampling.randomness import EngineRandomness, RowRandomness
+from specplug.speculation.chain import SpeculatorChain
+from specplug.speculation.states import TOP_IDS, TOP_PROBS, Channel, StateStore
+
+
+@attrs.frozen(eq=False)
+class StepOutput:
+    """What one step did for one request: the tokens it committed, and who drafted each."""
+
+    request: Request
+    new_tokens: list[int]
+    sources: list[str | None]
+
+
+@attrs.frozen(eq=False)
+class _TargetStep:
+    """A target forward over the scheduled rows.
+
+    Attributes:
+        rows: the scheduled rows.
+        first: for each row, the packed index of its first token.
+        sampling: those of `rows` that produce a token.
+        offsets: for each sampling row, its first entry in the logits; one more at the end.
+        logits: [entries, vocabulary].
+        captured: the states that speculators asked for, over the packed batch.
+    """
+
+    rows: list[ScheduledRow]
+    first: list[int]
+    sampling: list[ScheduledRow]
+    offsets: list[int]
+    logits: torch.Tensor
+    captured: Mapping[Channel, torch.Tensor]
+
+
+class Engine:
+    """Runs requests in batches, speculatively and losslessly. Made by `specplug.engine.startup.start_engine`."""
+
+    def __init__(
+        self,
+        *,
+        config: EngineConfig,
+        plan: MemoryPlan,
+        runner: ModelRunner,
+        shared_caches: Sequence[KVCache],
+        registry: PluginRegistry,
+        chain: SpeculatorChain,
+        states: StateStore,
+        randomness: EngineRandomness,
+        scheduler: Scheduler,
+        eos_ids: frozenset[int],
+        closers: Sequence[Any],
+    ) -> None:
+        self.config = config
+        self.plan = plan
+        self.runner = runner
+        self.registry = registry
+        self.chain = chain
+        self.scheduler = scheduler
+        self.stats = SpeculationStats()
+        self.num_steps = 0
+        self.eos_ids = eos_ids
+        self._shared_caches = list(shared_caches)
+        self._states = states
+        self._randomness = randomness
+        self._verification = Verification(
+            registry, chain.speculators, runner.architecture.vocab_size, strict=config.strict
+        )
+        self._numbers = itertools.count()
+        self._closers = list(closers)
+        self.is_closed = False
+
+    # ---- requests -------------------------------------------------------------------------------------------------
+
+    def add_request(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> list[Request]:
+        """Queues a request; with `n` completions, the others are forked from the first once its prompt is computed.
+
+        Raises:
+            RequestError: the prompt is empty, too long, or holds ids outside the vocabulary.
+        """
+        self._check_open()
+        ids = list(prompt_ids)
+        self._check_prompt(request_id, ids)
+        room = self.plan.max_model_len - len(ids)
+        params = attrs.evolve(params, max_tokens=min(params.max_tokens or room, room))
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
+        family = []
+        for index in range(params.n):
+            number = next(self._numbers)
+            seed = None if params.seed is None else params.seed + index
+            family.append(
+                Request(
+                    id=request_id,
+                    number=number,
+                    tokens=list(ids),
+                    num_prompt_tokens=len(ids),
+                    params=attrs.evolve(params, seed=seed),
+                    stop_ids=stop_ids,
+                    randomness=RowRandomness(self._randomness, number, seed),
+                )
+            )
+        family[0].fork_group = family[1:]
+        self.scheduler.add(family[0])
+        return family
+
+    def _check_prompt(self, request_id: str, ids: list[int]) -> None:
+        vocabulary = self.runner.architecture.vocab_size
+        if not ids:
+            raise RequestError(f"request '{request_id}': the prompt is empty; it needs at least one token")
+        for position, token in enumerate(ids):
+            if not isinstance(token, int) or not 0 <= token < vocabulary:
+                raise RequestError(
+                    f"request '{request_id}': token id {token!r} at position {position} is outside the vocabulary of "
+                    f"{vocabulary:,}"
+                )
+        if len(ids) >= self.plan.max_model_len:
+            raise RequestError(
+                f"request '{request_id}': the prompt has {len(ids):,} tokens, the longest sequence is "
+                f"{self.plan.max_model_len:,} tokens (prompt and output); shorten it, or start with a larger max_model_len "
+                f"or memory (the KV cache holds {self.plan.num_kv_tokens:,} tokens)"
+            )
+
+    def abort(self, request_id: str) -> list[Request]:
+        """Ends all sequences of a request; returns those that were alive."""
+        ended = []
+        for request in list(self.scheduler.requests()):
+            if request.id == request_id and not request.is_finished:
+                request.finish_reason = "abort"
+                request.fork_group = []
+                self.scheduler.finish(request, "aborted")
+                ended.append(request)
+        return ended
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self.scheduler.has_work
+
+    # ---- the step -------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[StepOutput]:
+        """Advances every scheduled row; returns what was committed for each that produced tokens."""
+        self._check_open()
+        rows = self.scheduler.schedule()
+        if not rows:
+            return []
+        target = self._forward(rows)
+        verdict = self._verification.verify([row.request for row in target.sampling], target.offsets, target.logits)
+        outputs = self._commit(target, verdict)
+        self._propose(rows)
+        self.num_steps += 1
+        return outputs
+
+    def _forward(self, rows: list[ScheduledRow]) -> _TargetStep:
+        """Runs pending tokens and drafts of every row; logits are computed where they are needed and nowhere else."""
+        forward_rows: list[ForwardRow] = []
+        first: list[int] = []
+        sampling: list[ScheduledRow] = []
+        offsets = [0]
+        logits_index: list[int] = []
+        packed = 0
+        for row in rows:
+            request = row.request
+            assert request.table is not None
+            start, draft = request.num_computed, request.draft
+            tokens = request.tokens[start : start + row.num_tokens]
+            tree = None
+            if draft is not None:
+                tokens += draft.tokens
+                if draft.parents is not None:
+                    tree = TreeMask.from_parents(start, draft.parents)
+            first.append(packed)
+            forward_rows.append(ForwardRow(tokens, start, request.table, tree))
+            if row.samples:
+                sampling.append(row)
+                logits_index.extend(range(packed + row.num_tokens - 1, packed + len(tokens)))
+                offsets.append(len(logits_index))
+            packed += len(tokens)
+        wants_top_k = TOP_IDS in self._states.specs
+        logits = self.runner.forward(forward_rows, None if wants_top_k else logits_index)
+        captured: dict[Channel, torch.Tensor] = dict(self.runner.taps.captured)
+        if wants_top_k:
+            probs, ids = logits.float().softmax(dim=-1).topk(self._states.specs[TOP_IDS].width, dim=-1)
+            captured |= {TOP_IDS: ids, TOP_PROBS: probs}
+            logits = logits[torch.tensor(logits_index, dtype=torch.long, device=logits.device)]
+        return _TargetStep(rows, first, sampling, offsets, logits, captured)
+
+    def _commit(self, target: _TargetStep, verdict: Verdict) -> list[StepOutput]:
+        """Appends accepted tokens, makes their KV contiguous, and ends rows that are done."""
+        outputs: list[StepOutput] = []
+        moves: list[tuple[int, int]] = []
+        final: dict[int, tuple[range, list[int]]] = {}
+        paths = iter(zip(verdict.accepted, verdict.next_tokens, strict=True))
+        for row, first in zip(target.rows, target.first, strict=True):
+            request = row.request
+            start = request.num_computed
+            packed = list(range(first, first + row.num_tokens))
+            if row.samples:
+                path, next_token = next(paths)
+                packed += [first + row.num_tokens + node for node in path]
+                moves += self._moves(request, start + row.num_tokens, path)
+                outputs.append(self._commit_tokens(request, path, next_token))
+            request.num_computed = start + len(packed)
+            final[request.slot] = (range(start, request.num_computed), packed)
+        if moves:
+            self.runner.cache.move([source for source, _ in moves], [destination for _, destination in moves])
+        self._states.record(target.captured, final)
+        for output in outputs:
+            if output.request.is_finished:
+                self._fork_children(output.request)
+                self.scheduler.finish(output.request, "finished")
+        for output in outputs:
+            self._fork_children(output.request)
+        return outputs
+
+    def _moves(self, request: Request, first: int, path: Sequence[int]) -> list[tuple[int, int]]:
+        """KV slots (from, to) that bring an accepted path to the positions behind `first`; a chain needs none."""
+        assert request.table is not None
+        moves = []
+        for depth, node in enumerate(path):
+            if node != depth:
+                source, destination = first + node, first + depth
+                slots = request.table.slots
+                moves.append((slots(source, source + 1)[0], slots(destination, destination + 1)[0]))
+        return moves
+
+    def _commit_tokens(self, request: Request, path: Sequence[int], next_token: int) -> StepOutput:
+        draft = request.draft
+        tokens = [draft.tokens[node] for node in path] if draft else []
+        sources: list[str | None] = [draft.method if draft else None for _ in path]
+        before = len(request.tokens)
+        taken = request.append([*tokens, next_token], [*sources, None])
+        num_accepted = min(taken, len(path))
+        request.stats.record(len(draft) if draft else 0, num_accepted)
+        self.stats.record(len(draft) if draft else 0, num_accepted)
+        request.outcome = Outcome(draft.method, len(draft), tuple(path)) if draft else None
+        request.draft = None
+        return StepOutput(request, request.tokens[before:], [*sources, None][:taken])
+
+    def _fork_children(self, parent: Request) -> None:
+        """Starts the other completions of a prompt that has just been computed."""
+        children, parent.fork_group = parent.fork_group, []
+        for child in children:
+            copies = self.scheduler.fork(parent, child) if parent.slot >= 0 else None
+            if copies is None:
+                self.scheduler.add(child)
+                continue
+            for cache in self._shared_caches:
+                cache.move([source for source, _ in copies], [destination for _, destination in copies])
+
+    def _propose(self, rows: list[ScheduledRow]) -> None:
+        """Lets the speculators draft for the rows that go on."""
+        for request, slot, reason in self.scheduler.ended:
+            self.chain.end(request, slot, reason)
+        self.scheduler.ended.clear()
+        alive = [row.request for row in rows if row.request.slot >= 0]
+        contended = bool(self.scheduler.waiting) or any(request.num_pending > 1 for request in alive)
+        self.chain.propose(alive, self.scheduler.reserve, contended)
+        for request in alive:
+            request.outcome = None
+
+    # ---- the end --------------------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self.is_closed:
+            raise RequestError("the engine is closed")
+
+    def close(self) -> None:
+        """Ends all requests and lets go of all memory. Safe to call twice."""
+        if self.is_closed:
+            return
+        for request in list(self.scheduler.requests()):
+            self.abort(request.id)
+        self.is_closed = True
+        for close in reversed(self._closers):
+            close()
+        self._shared_caches.clear()
+        del self._states, self.runner, self.chain, self._verification, self.registry

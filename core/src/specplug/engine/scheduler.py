@@ -1,0 +1,205 @@
+"""Who runs in the next step, on which blocks. Knows nothing about models or speculators.
+
+First come, first served. A row's pending tokens (one while decoding, a chunk while prefilling) and its draft share one
+token budget per step. When blocks run out, unused reservations are given back first, then the youngest row is preempted:
+it gives up its blocks and is computed anew later.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterator
+
+import attrs
+
+from specplug.contract.batch import EndReason
+from specplug.request import Request
+from specplug.model.blocks import BlockAllocator, BlockTable
+
+
+@attrs.frozen(eq=False)
+class ScheduledRow:
+    """One row of a step.
+
+    Attributes:
+        request: whose.
+        num_tokens: how many of its pending tokens run.
+        samples: whether all of them run, so that the row produces a token.
+    """
+
+    request: Request
+    num_tokens: int
+    samples: bool
+
+
+class Scheduler:
+    """The waiting queue, the running rows, their slots and blocks."""
+
+    def __init__(
+        self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, lookahead: int
+    ) -> None:
+        self.allocator = BlockAllocator(num_blocks)
+        self.block_size = block_size
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.lookahead = lookahead
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.ended: list[tuple[Request, int, EndReason]] = []
+        self.num_preemptions = 0
+        self._free_slots = list(range(max_num_seqs))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is alive."""
+        return bool(self.waiting or self.running)
+
+    def requests(self) -> Iterator[Request]:
+        """All live requests, forks that are still to be made included."""
+        for request in (*self.running, *self.waiting):
+            yield request
+            yield from request.fork_group
+
+    def add(self, request: Request) -> None:
+        """Queues a request."""
+        self.waiting.append(request)
+
+    def schedule(self) -> list[ScheduledRow]:
+        """Chooses the rows of the next step and makes room for their tokens."""
+        rows: list[ScheduledRow] = []
+        budget = self.max_num_batched_tokens
+        index = 0
+        while index < len(self.running) and budget > 0:
+            request = self.running[index]
+            count = min(request.num_pending, budget)
+            whole = count == request.num_pending
+            if not whole:
+                request.draft = None
+            drafts = len(request.draft) if request.draft else 0
+            if not self._make_room(request, request.num_computed + count + drafts):
+                break  # it was the youngest row, and preempted itself
+            rows.append(ScheduledRow(request, count, whole))
+            budget -= count + drafts
+            index += 1
+        if index == len(self.running):
+            self._admit(rows, budget)
+        return rows
+
+    def _admit(self, rows: list[ScheduledRow], budget: int) -> None:
+        while self.waiting and self._free_slots and budget > 0:
+            request = self.waiting[0]
+            table = BlockTable(self.block_size)
+            needed = self._blocks_for(len(request.tokens) + 1)
+            if needed > self.allocator.num_free:
+                break
+            count = min(request.num_pending, budget)
+            blocks = self.allocator.allocate(
+                self._blocks_for(count), expected=max(needed, self._expected_blocks(request))
+            )
+            assert blocks is not None
+            table.extend(blocks)
+            self.waiting.popleft()
+            self._start(request, table)
+            rows.append(ScheduledRow(request, count, count == request.num_pending))
+            budget -= count
+
+    def _start(self, request: Request, table: BlockTable) -> None:
+        request.table = table
+        request.slot = heapq.heappop(self._free_slots)
+        self.running.append(request)
+
+    def reserve(self, request: Request, num_tokens: int) -> bool:
+        """Grows a row's table to hold so many tokens, if blocks are free; never preempts."""
+        table = request.table
+        assert table is not None
+        missing = self._blocks_for(num_tokens) - len(table.blocks)
+        if missing <= 0:
+            return True
+        last = table.blocks[-1] if table.blocks else None
+        blocks = self.allocator.allocate(missing, after=last)
+        if blocks is None:
+            return False
+        table.extend(blocks)
+        return True
+
+    def _make_room(self, request: Request, num_tokens: int) -> bool:
+        """Grows a row's table, taking unused blocks and then the youngest rows' blocks; False if it was preempted."""
+        if self.reserve(request, num_tokens):
+            return True
+        self._reclaim()
+        while not self.reserve(request, num_tokens):
+            victim = self.running[-1]
+            self.preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _reclaim(self) -> None:
+        """Takes back blocks that were reserved for drafts and scratch entries and are not in use."""
+        for request in self.running:
+            table = request.table
+            assert table is not None
+            drafts = len(request.draft) if request.draft else 0
+            in_use = self._blocks_for(len(request.tokens) + drafts)
+            self.allocator.release(table.truncate(in_use))
+
+    def preempt(self, request: Request) -> None:
+        """Takes a running row's slot and blocks; it waits at the head of the queue to be computed anew."""
+        self.num_preemptions += 1
+        self._leave(request, "preempted")
+        request.num_computed = 0
+        request.draft = None
+        request.outcome = None
+        self.waiting.appendleft(request)
+
+    def finish(self, request: Request, reason: EndReason) -> None:
+        """Removes a request wherever it is."""
+        if request.slot >= 0:
+            self._leave(request, reason)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
+    def _leave(self, request: Request, reason: EndReason) -> None:
+        assert request.table is not None
+        self.ended.append((request, request.slot, reason))
+        self.allocator.release(request.table.blocks, claimed=self._expected_blocks(request))
+        heapq.heappush(self._free_slots, request.slot)
+        self.running.remove(request)
+        request.slot = -1
+        request.table = None
+        request.forked_from = None
+        request.num_forked_tokens = 0
+
+    def fork(self, parent: Request, child: Request) -> list[tuple[int, int]] | None:
+        """Starts a sequence on the computed prompt of another one: whole blocks are shared, the last one is copied.
+
+        Returns:
+            (source, destination) slots of KV entries to copy, or None when there is no slot or block for it.
+        """
+        table = parent.table
+        assert table is not None
+        computed = min(parent.num_computed, len(child.tokens) - 1)
+        shared = computed // self.block_size
+        if not self._free_slots:
+            return None
+        own = self.allocator.allocate(
+            self._blocks_for(computed + 1) - shared, expected=self._expected_blocks(child) - shared
+        )
+        if own is None:
+            return None
+        forked = BlockTable(self.block_size)
+        self.allocator.share(table.blocks[:shared])
+        forked.extend([*table.blocks[:shared], *own])
+        child.num_computed = child.num_forked_tokens = computed
+        child.forked_from = parent.slot
+        self._start(child, forked)
+        first = shared * self.block_size
+        return list(zip(table.slots(first, computed), forked.slots(first, computed), strict=True))
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def _expected_blocks(self, request: Request) -> int:
+        """The most blocks a request can come to need."""
+        assert request.params.max_tokens is not None
+        return self._blocks_for(request.num_prompt_tokens + request.params.max_tokens + self.lookahead)

@@ -1,0 +1,123 @@
+"""Asking the right verifier about every row: core's, unless a row's own speculator brings another."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from specplug.contract.batch import VerificationBatch, VerificationRow
+from specplug.contract.proposal import Proposal
+from specplug.contract.verdict import Verdict
+from specplug.errors import PluginError
+from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
+from specplug.request import Request
+from specplug.sampling.distributions import StepDistributions
+
+logger = logging.getLogger("specplug")
+
+
+class Verification:
+    """Builds what the `verify` hook sees, calls it, and checks what it answers."""
+
+    def __init__(
+        self,
+        registry: PluginRegistry,
+        speculators: Sequence[RegisteredSpeculator],
+        vocab_size: int,
+        *,
+        strict: bool,
+    ) -> None:
+        self._registry = registry
+        self._core = registry.core_verify()
+        self._overriders = {s.method: s.verify for s in speculators if s.overrides_verify}
+        self._vocab_size = vocab_size
+        self._strict = strict
+
+    def verify(self, requests: Sequence[Request], offsets: Sequence[int], logits: torch.Tensor) -> Verdict:
+        """Decides what every row emits.
+
+        Args:
+            requests: the rows that produce a token.
+            offsets: each row's first entry in `logits`; one more at the end.
+            logits: [entries, vocabulary].
+        """
+        methods = [request.draft.method if request.draft else None for request in requests]
+        if not any(method in self._overriders for method in methods):
+            return self._ask(self._core, requests, offsets, logits)
+        accepted: list[Sequence[int]] = [()] * len(requests)
+        next_tokens = [-1] * len(requests)
+        groups: dict[str | None, list[int]] = {}
+        for index, method in enumerate(methods):
+            groups.setdefault(method if method in self._overriders else None, []).append(index)
+        for method, rows in groups.items():
+            entries = [list(range(offsets[row], offsets[row + 1])) for row in rows]
+            selection = torch.tensor(list(itertools.chain(*entries)), dtype=torch.long, device=logits.device)
+            verdict = self._ask(
+                self._core if method is None else self._overriders[method],
+                [requests[row] for row in rows],
+                [0, *itertools.accumulate(len(span) for span in entries)],
+                logits[selection],
+            )
+            for row, path, token in zip(rows, verdict.accepted, verdict.next_tokens, strict=True):
+                accepted[row], next_tokens[row] = path, token
+        return Verdict(accepted, next_tokens)
+
+    def _ask(
+        self, verify: Callable[..., Any], requests: Sequence[Request], offsets: Sequence[int], logits: torch.Tensor
+    ) -> Verdict:
+        drafts = [request.draft for request in requests]
+        batch = VerificationBatch(
+            [
+                VerificationRow(
+                    slot=request.slot,
+                    method=draft.method if draft else None,
+                    tokens=request.view,
+                    num_prompt_tokens=request.num_prompt_tokens,
+                    sampling=request.params,
+                    randomness=request.randomness,
+                )
+                for request, draft in zip(requests, drafts, strict=True)
+            ]
+        )
+        proposal = Proposal(
+            tokens=[draft.tokens if draft else [] for draft in drafts],
+            parents=[draft.parents if draft else None for draft in drafts],
+            probs=[draft.probs if draft else None for draft in drafts],
+        )
+        distributions = StepDistributions(logits, offsets, [request.params for request in requests])
+        try:
+            verdict = verify(batch=batch, proposal=proposal, target=distributions)
+            check_verdict(verdict, proposal, self._vocab_size)
+            return verdict
+        except Exception as error:
+            if verify is self._core and not self._registry.observes("verify"):
+                raise
+            if self._strict:
+                raise PluginError(f"verify: {type(error).__name__}: {error}") from error
+            logger.warning("a plugin's verify failed, core verifies instead: %s: %s", type(error).__name__, error)
+            return self._registry.verifier.verify(batch, proposal, distributions)
+
+
+def check_verdict(verdict: Any, proposal: Proposal, vocab_size: int) -> None:
+    """Refuses a verdict that is no path of the draft tree.
+
+    Raises:
+        PluginError: with the row and what is wrong in it.
+    """
+    if not isinstance(verdict, Verdict):
+        raise PluginError(f"verify returned {type(verdict).__name__}, expected a Verdict")
+    if not len(verdict.accepted) == len(verdict.next_tokens) == len(proposal.tokens):
+        raise PluginError(f"verify returned {len(verdict.next_tokens)} rows for a batch of {len(proposal.tokens)}")
+    for row, (path, token) in enumerate(zip(verdict.accepted, verdict.next_tokens, strict=True)):
+        parents = proposal.parents[row] if proposal.parents is not None else None
+        at = -1
+        for node in path:
+            if not 0 <= node < len(proposal.tokens[row]) or (node - 1 if parents is None else parents[node]) != at:
+                raise PluginError(f"verify accepted {list(path)} in row {row}, which is no path from the root")
+            at = node
+        if not 0 <= token < vocab_size:
+            raise PluginError(f"verify chose token {token} in row {row}, outside the vocabulary of {vocab_size}")

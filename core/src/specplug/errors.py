@@ -1,0 +1,44 @@
+"""Every error a user can cause. Each message says what is wrong, where, and how to mend it, in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SpecplugError(Exception):
+    """Base of all errors that specplug raises on purpose."""
+
+
+class ConfigurationError(SpecplugError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class CheckpointError(SpecplugError):
+    """A checkpoint that is missing, damaged, or not in a format that is loaded."""
+
+
+class UnsupportedModelError(SpecplugError):
+    """A model that cannot be run with a paged KV cache through the attention interface."""
+
+
+class InsufficientMemoryError(SpecplugError):
+    """The memory plan does not fit the budget."""
+
+
+class PluginError(SpecplugError):
+    """A plugin that is missing, broken, or breaks the contract."""
+
+
+class RequestError(SpecplugError):
+    """A request that can never be served."""
+
+
+class StartupError(SpecplugError):
+    """The engine could not start; the message names the step that failed."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns `; did you mean 'x'?` for the nearest known name, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,1 @@
+"""The memory plan: five parts, solved before any weight is read."""

@@ -1,0 +1,141 @@
+"""Solving for the number of KV blocks, so that everything fits a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+
+from specplug.contract.memory import MemoryBudget, MemoryRegion
+from specplug.errors import InsufficientMemoryError
+
+PART_NAMES = (
+    "target weights",
+    "target KV cache",
+    "draft weights",
+    "draft KV cache",
+    "verification buffers",
+)
+
+
+def format_bytes(count: int) -> str:
+    """`1536` → `1.5 KiB`."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+@attrs.frozen
+class MemoryPlan:
+    """What will be allocated, in bytes.
+
+    Attributes:
+        budget_bytes: what everything had to fit.
+        num_blocks: KV blocks.
+        block_size: tokens of a block.
+        max_model_len: the longest sequence.
+        target_weights: bytes.
+        target_kv: bytes.
+        draft_weights: bytes.
+        draft_kv: bytes.
+        buffers: bytes of step buffers, kept states and plugins' buffers.
+    """
+
+    budget_bytes: int
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    target_weights: int
+    target_kv: int
+    draft_weights: int
+    draft_kv: int
+    buffers: int
+
+    @property
+    def parts(self) -> tuple[tuple[str, int], ...]:
+        """(name, bytes) of the five parts."""
+        sizes = (self.target_weights, self.target_kv, self.draft_weights, self.draft_kv, self.buffers)
+        return tuple(zip(PART_NAMES, sizes, strict=True))
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(size for _, size in self.parts)
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Tokens that fit the KV cache."""
+        return self.num_blocks * self.block_size
+
+    @property
+    def max_full_sequences(self) -> float:
+        """How many sequences of `max_model_len` fit at once."""
+        return self.num_kv_tokens / self.max_model_len
+
+
+def solve(
+    budget: MemoryBudget,
+    *,
+    target_weights: int,
+    target_kv_bytes_per_token: int,
+    regions: Sequence[MemoryRegion],
+    buffers: int,
+    context_length: int,
+    wanted_model_len: int | None,
+) -> MemoryPlan:
+    """Finds the number of KV blocks.
+
+    Blocks are bounded by what the engine can use: every row at its longest, with its draft and scratch entries.
+
+    Args:
+        budget: the limits; `max_model_len` there is the longest the plan may aim for.
+        target_weights: bytes of the target's weights.
+        target_kv_bytes_per_token: bytes one cached token costs in the target.
+        regions: what the speculators planned.
+        buffers: bytes of core's own step buffers.
+        context_length: the longest sequence the target has positions for.
+        wanted_model_len: the user's `max_model_len`; None lets the plan shorten it to what fits.
+
+    Raises:
+        InsufficientMemoryError: weights and buffers alone do not fit, or not even one sequence of the wanted length.
+    """
+    draft_weights = sum(region.fixed_bytes for region in regions if region.kind == "weights")
+    draft_fixed_kv = sum(region.fixed_bytes for region in regions if region.kind == "kv_cache")
+    buffers += sum(region.fixed_bytes for region in regions if region.kind == "buffers")
+    draft_kv_per_token = sum(region.bytes_per_token for region in regions)
+    scratch = max([budget.num_speculative_tokens + 1, *(region.scratch_tokens_per_row for region in regions)])
+    per_block = (target_kv_bytes_per_token + draft_kv_per_token) * budget.block_size
+    fixed = target_weights + draft_weights + draft_fixed_kv + buffers
+    left = budget.total_bytes - fixed
+    longest = min(wanted_model_len or context_length, context_length)
+    affordable = max(0, left // per_block)
+    needed = budget.blocks_for(longest + scratch)
+    if affordable < needed:
+        fitting = int(affordable * budget.block_size - scratch)
+        if wanted_model_len is not None or fitting < budget.block_size:
+            least = fixed + needed * per_block
+            raise InsufficientMemoryError(
+                f"one sequence of {longest:,} tokens needs {format_bytes(least)}: target weights "
+                f"{format_bytes(target_weights)}, draft weights {format_bytes(draft_weights)}, buffers "
+                f"{format_bytes(buffers)}, KV cache {format_bytes(needed * per_block)}; the budget is "
+                f"{format_bytes(budget.total_bytes)}. Raise memory, or lower max_model_len (at most {max(0, fitting):,} fit), "
+                "max_num_seqs or max_num_batched_tokens"
+            )
+        longest = fitting
+    useful = budget.max_num_seqs * budget.blocks_for(longest + scratch)
+    num_blocks = int(min(affordable, useful))
+    tokens = num_blocks * budget.block_size
+    return MemoryPlan(
+        budget_bytes=budget.total_bytes,
+        num_blocks=num_blocks,
+        block_size=budget.block_size,
+        max_model_len=longest,
+        target_weights=target_weights,
+        target_kv=tokens * target_kv_bytes_per_token,
+        draft_weights=draft_weights,
+        draft_kv=draft_fixed_kv + tokens * draft_kv_per_token,
+        buffers=buffers,
+    )

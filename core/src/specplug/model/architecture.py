@@ -1,0 +1,181 @@
+"""What a model is made of, learnt by running it once on the meta device: no weights, no config formulas.
+
+The traced call of every attention layer says what the KV cache must store (multi-head latent attention, for example,
+shows its expanded keys and values here) and whether the model can be run packed at all.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import attrs
+import torch
+
+from specplug.contract.memory import KVLayer
+from specplug.errors import UnsupportedModelError
+from specplug.model import attention
+
+_LAYER_NAME = re.compile(r"^(.*?\.\d+)\.")
+_TRACE_TOKENS = 6
+_LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")
+
+
+@attrs.frozen
+class AttentionCall:
+    """One attention layer as the trace saw it."""
+
+    module: str
+    kv: KVLayer
+
+
+@attrs.frozen
+class Architecture:
+    """The facts about a model that the engine plans and runs by.
+
+    Attributes:
+        name: the model class.
+        calls: the attention layers, in the order they run.
+        layers: the names of the decoder layers; boundary b of the residual stream enters layer b.
+        vocab_size: the width of the logits.
+        hidden_size: the width of the residual stream.
+        weight_bytes: parameters and buffers in the dtype they are loaded in, shared ones once.
+        context_length: the longest sequence that positions exist for.
+    """
+
+    name: str
+    calls: tuple[AttentionCall, ...]
+    layers: tuple[str, ...]
+    vocab_size: int
+    hidden_size: int
+    weight_bytes: int
+    context_length: int
+
+    @property
+    def kv_layers(self) -> tuple[KVLayer, ...]:
+        """What the KV cache stores per token, layer by layer."""
+        return tuple(call.kv for call in self.calls)
+
+
+class _Recorder:
+    """Stands in for an attention site during the trace."""
+
+    def __init__(self, module: str, calls: list[AttentionCall]) -> None:
+        self._module = module
+        self._calls = calls
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+        self._calls.append(AttentionCall(self._module, KVLayer(key.shape[1], key.shape[3], value.shape[3])))
+        return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Architecture:
+    """Traces a model from its configuration alone.
+
+    Raises:
+        UnsupportedModelError: the model does not run every layer's attention through Transformers' attention interface,
+            keeps recurrent state, or needs positions that a packed batch cannot give.
+    """
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    config = copy.deepcopy(config)
+    model_type = getattr(config, "model_type", "unknown")
+    _check_layer_types(config, model_type)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention.IMPLEMENTATION, trust_remote_code=trust_remote_code
+            )
+    except (KeyError, ValueError, NotImplementedError) as error:
+        raise UnsupportedModelError(
+            f"model type '{model_type}' cannot be built with a pluggable attention: {type(error).__name__}: {error}"
+        ) from error
+    weight_bytes = _unique_bytes(model)
+    calls, width = _trace(model, model_type, dtype)
+    layers = _decoder_layers(calls)
+    expected = getattr(config, "num_hidden_layers", len(layers))
+    if len(calls) != expected or len(layers) != expected:
+        raise UnsupportedModelError(
+            f"model type '{model_type}' runs {len(calls)} of its {expected} layers through Transformers' attention "
+            "interface; all are needed (hybrid, recurrent and custom-attention models are not supported)"
+        )
+    return Architecture(
+        name=type(model).__name__,
+        calls=tuple(calls),
+        layers=layers,
+        vocab_size=width,
+        hidden_size=config.get_text_config().hidden_size,
+        weight_bytes=weight_bytes,
+        context_length=context_length(config),
+    )
+
+
+def context_length(config: Any) -> int:
+    """The longest sequence the model has positions for.
+
+    RoPE variants whose frequencies depend on the length would let packed rows change each other's: they are bounded by the
+    length up to which their frequencies are constant.
+    """
+    text = config.get_text_config()
+    length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 1 << 20
+    rope = getattr(text, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    for parameters in nested:
+        if parameters.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
+            original = parameters.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", None
+            )
+            length = min(length, original or length)
+    return int(length)
+
+
+def disable_padding_checks(model: torch.nn.Module) -> None:
+    """Some models look for padding in their inputs, a host synchronisation a packed batch has no use for."""
+    model.config.pad_token_id = None
+
+
+def _check_layer_types(config: Any, model_type: str) -> None:
+    text = config.get_text_config()
+    known = {"full_attention", "sliding_attention"}
+    foreign = sorted(set(getattr(text, "layer_types", None) or ()) - known)
+    if foreign:
+        raise UnsupportedModelError(
+            f"model type '{model_type}' has layers of type {', '.join(foreign)}; only full and sliding-window attention "
+            "can be paged and rolled back"
+        )
+
+
+def _trace(model: torch.nn.Module, model_type: str, dtype: torch.dtype) -> tuple[list[AttentionCall], int]:
+    calls: list[AttentionCall] = []
+    for name, module in model.named_modules():
+        module.__dict__[attention.SITE] = _Recorder(name, calls)
+    disable_padding_checks(model)
+    ids = torch.zeros(1, _TRACE_TOKENS, dtype=torch.long, device="meta")
+    positions = torch.arange(_TRACE_TOKENS, device="meta")[None]
+    keep = torch.tensor([1, _TRACE_TOKENS - 1], device="meta")
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
+    except Exception as error:
+        if dtype != torch.bfloat16:  # grouped expert kernels have a meta implementation for bfloat16 alone
+            return _trace(model.to(torch.bfloat16), model_type, torch.bfloat16)
+        reason = "it does not use Transformers' attention interface" if isinstance(error, KeyError) else str(error)
+        raise UnsupportedModelError(
+            f"model type '{model_type}' cannot run as a packed batch: {reason} ({type(error).__name__})"
+        ) from error
+    if logits.shape[1] != 2:
+        raise UnsupportedModelError(f"model type '{model_type}' ignores logits_to_keep, which a packed batch needs")
+    return calls, logits.shape[-1]
+
+
+def _decoder_layers(calls: list[AttentionCall]) -> tuple[str, ...]:
+    names = [match.group(1) for call in calls if (match := _LAYER_NAME.match(call.module))]
+    return tuple(dict.fromkeys(names))
+
+
+def _unique_bytes(model: torch.nn.Module) -> int:
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())

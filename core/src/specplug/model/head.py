@@ -1,0 +1,52 @@
+"""The target's own embedding and logits as functions, for speculators that build on them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+
+class _Passthrough(torch.nn.Module):
+    """Stands where the base model was and returns given states as its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: torch.Tensor | None = None
+
+    @property
+    def decoder(self) -> _Passthrough:
+        """Some models call their base model's decoder directly."""
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(last_hidden_state=self.states)  # type: ignore[arg-type]
+
+
+class Head:
+    """`embed` and `logits` of a model, run through the model's own forward, so that scales and soft-caps hold."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._embedding = model.get_input_embeddings()  # type: ignore[operator]
+        self._base = _Passthrough()
+        self._head = copy.copy(model)
+        self._head._modules = dict(model._modules)
+        self._head._modules[model.base_model_prefix] = self._base  # type: ignore[index]
+
+    @torch.inference_mode()
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids of any shape → [..., hidden]."""
+        return self._embedding(token_ids)
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """States after the final norm [N, hidden] → logits [N, vocabulary]."""
+        self._base.states = hidden[None]
+        try:
+            ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
+            return self._head(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            self._base.states = None

@@ -1,0 +1,43 @@
+"""The storage of keys and values: one pair of tensors per layer, addressed by slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from specplug.contract.memory import KVLayer
+
+
+class KVCache:
+    """Keys [heads, slots, key_dim] and values [heads, slots, value_dim] of every layer.
+
+    Heads come first, so that a row whose blocks are contiguous is, per head, one dense matrix: attention on a CPU reads it
+    as a view, at the memory's speed.
+    """
+
+    def __init__(
+        self, layers: Sequence[KVLayer], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        slots = num_blocks * block_size
+        self.layers = tuple(layers)
+        self.num_slots = slots
+        self.keys = [torch.empty(layer.num_heads, slots, layer.key_dim, dtype=dtype, device=device) for layer in layers]
+        self.values = [
+            torch.empty(layer.num_heads, slots, layer.value_dim, dtype=dtype, device=device) for layer in layers
+        ]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
+
+    def move(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
+        """Copies the entries of slots `sources` to slots `destinations`, in every layer; the sets may overlap."""
+        if not sources:
+            return
+        device = self.keys[0].device
+        read = torch.tensor(sources, device=device)
+        write = torch.tensor(destinations, device=device)
+        for tensor in (*self.keys, *self.values):
+            tensor.index_copy_(1, write, tensor.index_select(1, read))

@@ -1,0 +1,74 @@
+"""Reading a model's weights: safetensors only, every tensor accounted for."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specplug.errors import CheckpointError
+from specplug.model import attention
+from specplug.model.architecture import disable_padding_checks
+from specplug.model.checkpoint import read_headers
+
+
+def load_model(
+    folder: Path, config: Any, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
+) -> torch.nn.Module:
+    """Loads a causal LM in evaluation mode, with its attention going through the paged KV cache.
+
+    Raises:
+        CheckpointError: weights are missing, truncated, of another shape, or not safetensors.
+    """
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    read_headers(folder)
+    try:
+        with _quiet_transformers():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=copy.deepcopy(config),
+                dtype=dtype,
+                attn_implementation=attention.IMPLEMENTATION,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        summary = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"the weights of {folder} cannot be loaded: {summary}") from error
+    mismatched = report.get("mismatched_keys") or ()
+    if mismatched:
+        first = next(iter(mismatched))
+        raise CheckpointError(f"{folder}: {len(mismatched)} weights have another shape than the configuration says: {first}")
+    missing = sorted(report.get("missing_keys") or ())
+    if missing:
+        raise CheckpointError(f"{folder}: {len(missing)} weights are missing, first '{missing[0]}'")
+    disable_padding_checks(model)
+    return model.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keeps Transformers' own progress bars and notices out of ours; what matters is raised."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

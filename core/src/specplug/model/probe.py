@@ -1,0 +1,133 @@
+"""The parity probe: is the packed, paged forward the same function as the model's own?
+
+It runs the first time an architecture is met with these versions of torch and Transformers, and its verdict is kept on
+disk. "Any architecture" is thereby a checked fact and not a hope.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specplug.errors import UnsupportedModelError
+from specplug.model import attention
+from specplug.model.blocks import BlockTable
+from specplug.model.forward import ForwardRow
+from specplug.model.runner import ModelRunner
+
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}
+_SHORT, _LONG = 5, 9
+
+
+def check_parity(runner: ModelRunner, config: Any, block_size: int, *, cache_folder: Path | None = None) -> bool:
+    """Compares two ragged rows over two steps with the model's own eager attention.
+
+    Args:
+        runner: the loaded model; the first blocks of its KV cache are overwritten.
+        config: the model's configuration, part of the key under which the verdict is kept.
+        block_size: tokens of a KV block.
+        cache_folder: where verdicts are kept; by default specplug's cache folder.
+
+    Returns:
+        Whether the probe ran (False: a verdict was on record).
+
+    Raises:
+        UnsupportedModelError: the two disagree.
+    """
+    record = (cache_folder or default_cache_folder()) / "parity.json"
+    key = _key(runner, config)
+    if _load(record).get(key):
+        return False
+    difference = measure_difference(runner, block_size)
+    limit = _TOLERANCE[runner.cache.keys[0].dtype]
+    if not difference <= limit:
+        raise UnsupportedModelError(
+            f"{runner.architecture.name} gives other logits packed and paged than by its own attention (relative difference "
+            f"{difference:.2g}, at most {limit:g} is rounding): its attention does something the interface does not show"
+        )
+    _save(record, key)
+    return True
+
+
+@torch.inference_mode()
+def measure_difference(runner: ModelRunner, block_size: int) -> float:
+    """The relative root-mean-square difference of the logits, the worse of both steps."""
+    vocabulary = runner.architecture.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    limit = min(_LONG, runner.architecture.context_length, runner.cache.num_slots // 2)
+    rows = [torch.randint(vocabulary, (count,), generator=generator).tolist() for count in (min(_SHORT, limit), limit)]
+    tables = []
+    blocks_each = -(-limit // block_size)
+    for number in range(2):
+        table = BlockTable(block_size)
+        table.extend(range(number * blocks_each, (number + 1) * blocks_each))
+        tables.append(table)
+    cuts = [max(1, len(ids) - 2) for ids in rows]
+    first = [ForwardRow(ids[:cut], 0, table) for ids, cut, table in zip(rows, cuts, tables, strict=True)]
+    second = [ForwardRow(ids[cut:], cut, table) for ids, cut, table in zip(rows, cuts, tables, strict=True)]
+    packed = [runner.forward(first), runner.forward(second)]
+    expected = [_own_logits(runner.model, ids, runner.device) for ids in rows]
+    reference = [
+        torch.cat([logits[:cut] for logits, cut in zip(expected, cuts, strict=True)]),
+        torch.cat([logits[cut:] for logits, cut in zip(expected, cuts, strict=True)]),
+    ]
+    ratios = []
+    for ours, theirs in zip(packed, reference, strict=True):
+        scale = theirs.double().pow(2).mean().sqrt().clamp_min(1e-30)
+        ratios.append(((ours.double() - theirs.double()).pow(2).mean().sqrt() / scale).item())
+    return max(ratios)
+
+
+def _own_logits(model: Any, ids: list[int], device: torch.device) -> torch.Tensor:
+    """Logits [T, V] of one row by the model's own eager attention, without any cache."""
+    model.set_attn_implementation("eager")
+    try:
+        return model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
+    finally:
+        model.set_attn_implementation(attention.IMPLEMENTATION)
+
+
+def default_cache_folder() -> Path:
+    """`$SPECPLUG_CACHE`, else `specplug` below the user's cache folder."""
+    if named := os.environ.get("SPECPLUG_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specplug"
+
+
+def _key(runner: ModelRunner, config: Any) -> str:
+    import transformers
+
+    from specplug.version import __version__
+
+    facts = {
+        "config": {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")},
+        "dtype": str(runner.cache.keys[0].dtype),
+        "device": runner.device.type,
+        "versions": [__version__, torch.__version__, transformers.__version__],
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return f"{runner.architecture.name}-{digest}"
+
+
+def _load(record: Path) -> dict[str, bool]:
+    try:
+        loaded = json.loads(record.read_text(encoding="utf-8"))
+        return loaded if isinstance(loaded, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _save(record: Path, key: str) -> None:
+    """Adds a verdict; a cache folder that cannot be written only means probing again next time."""
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        temporary = record.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps({**_load(record), key: True}, indent=1), encoding="utf-8")
+        temporary.replace(record)
+    except OSError:
+        return

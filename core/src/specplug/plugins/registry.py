@@ -1,0 +1,231 @@
+"""The plugins of one engine: every module is imported and checked on its own, and a failure stops only those who ask."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import traceback
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+import attrs
+import pluggy
+
+from specplug.contract.hookspecs import PROJECT, SpeculatorHooks
+from specplug.contract.settings import SpeculativeConfig
+from specplug.contract.traits import SpeculatorTraits
+from specplug.errors import PluginError, did_you_mean
+from specplug.plugins.finder import PluginRecord, find_plugins
+
+logger = logging.getLogger("specplug")
+HOOKS = ("load_speculator", "plan_memory", "warmup", "propose", "verify")
+
+
+@attrs.define(eq=False)
+class RegisteredSpeculator:
+    """A speculator in an engine's registry, with a caller for each hook that reaches it and no other speculator.
+
+    Attributes:
+        method: the name it was configured under.
+        config: its part of the speculative configuration.
+        instance: the plugin's object.
+        traits: what it declared.
+        plan_memory: caller of the hook; so are `warmup`, `propose` and `verify`.
+        overrides_verify: whether it implements `verify`.
+        scratch_tokens_per_row: the most scratch KV entries it planned for a row.
+    """
+
+    method: str
+    config: SpeculativeConfig
+    instance: Any
+    traits: SpeculatorTraits
+    plan_memory: Callable[..., Any]
+    warmup: Callable[..., Any]
+    propose: Callable[..., Any]
+    verify: Callable[..., Any]
+    overrides_verify: bool
+    scratch_tokens_per_row: int = 0
+
+
+class PluginRegistry:
+    """One PluginManager, never shared between engines."""
+
+    def __init__(self, allowed: Iterable[str] | None = None, denied: Iterable[str] = ()) -> None:
+        self.manager = pluggy.PluginManager(PROJECT)
+        self.manager.add_hookspecs(SpeculatorHooks)
+        self.records = find_plugins(allowed, denied)
+        self.failures: dict[str, str] = {}
+        self._modules: dict[str, ModuleType] = {}
+        self._speculators: list[Any] = []
+        self.verifier: Any = None
+        for record in self.records:
+            if record.status == "ok":
+                self._load(record)
+
+    def _load(self, record: PluginRecord) -> None:
+        try:
+            module = importlib.import_module(record.module.partition(":")[0])
+            if module not in self._modules.values():
+                self.register(module, record.distribution)
+            self._modules[record.method] = module
+        except (Exception, SystemExit) as error:
+            self.failures[record.method] = traceback.format_exc()
+            logger.warning(
+                "plugin '%s' of package %s cannot be loaded: %s: %s",
+                record.method,
+                record.distribution,
+                type(error).__name__,
+                error,
+            )
+
+    def register(self, plugin: Any, name: str) -> None:
+        """Registers a module or object after checking its hooks; nothing stays behind when a check fails.
+
+        Raises:
+            PluginError: a hook has a wrong name or signature.
+        """
+        check_hooks(plugin, name)
+        unique = name
+        while self.manager.has_plugin(unique):
+            unique += "'"
+        try:
+            self.manager.register(plugin, unique)
+            self.manager.check_pending()
+        except Exception as error:
+            self.manager.unregister(name=unique)
+            raise PluginError(f"plugin '{name}': {error}") from error
+
+    def register_verifier(self, verifier: Any) -> None:
+        """Registers core's verifier, which answers when nobody else does."""
+        self.register(verifier, "core verifier")
+        self.verifier = verifier
+
+    def load_speculator(self, config: SpeculativeConfig, target: Any) -> RegisteredSpeculator:
+        """Asks the plugin of a method for its speculator and registers it.
+
+        Raises:
+            PluginError: the method is not installed or cannot be loaded, or its plugin breaks the contract.
+            ConfigurationError: the plugin does not accept its settings.
+        """
+        module = self._module(config.method)
+        others = [
+            plugin
+            for plugin in dict.fromkeys(self._modules.values())
+            if plugin is not module and not _is_wrapper(plugin, "load_speculator")
+        ]
+        caller = self.manager.subset_hook_caller("load_speculator", others)
+        instance = caller(config=config, target=target)
+        if instance is None:
+            raise PluginError(f"plugin '{config.method}' returned no speculator from load_speculator")
+        config.check_unknown_options()
+        return self.add_speculator(config, instance)
+
+    def add_speculator(self, config: SpeculativeConfig, instance: Any) -> RegisteredSpeculator:
+        """Registers a speculator object."""
+        name = f"speculator {config.method}"
+        if not _has_hook(instance, "propose"):
+            raise PluginError(f"plugin '{config.method}': its speculator has no @hookimpl method 'propose'")
+        traits = getattr(instance, "traits", None) or SpeculatorTraits()
+        if not isinstance(traits, SpeculatorTraits):
+            raise PluginError(f"plugin '{config.method}': its speculator's traits are no SpeculatorTraits: {traits!r}")
+        self.register(instance, name)
+        self._speculators.append(instance)
+
+        def caller(hook: str) -> Callable[..., Any]:
+            def call(**kwargs: Any) -> Any:
+                rest = [other for other in self._speculators if other is not instance]
+                return self.manager.subset_hook_caller(hook, rest)(**kwargs)
+
+            return call
+
+        return RegisteredSpeculator(
+            method=config.method,
+            config=config,
+            instance=instance,
+            traits=traits,
+            plan_memory=caller("plan_memory"),
+            warmup=caller("warmup"),
+            propose=caller("propose"),
+            verify=caller("verify"),
+            overrides_verify=_has_hook(instance, "verify"),
+        )
+
+    def core_verify(self) -> Callable[..., Any]:
+        """A caller of `verify` that reaches core's verifier and observers, and no speculator."""
+        return self.manager.subset_hook_caller("verify", list(self._speculators))
+
+    def observes(self, hook: str) -> bool:
+        """Whether any module wraps a hook."""
+        return any(implementation.wrapper for implementation in getattr(self.manager.hook, hook).get_hookimpls())
+
+    def _module(self, method: str) -> ModuleType:
+        if method in self._modules:
+            return self._modules[method]
+        record = next((record for record in self.records if record.method == method), None)
+        if record is None:
+            names = sorted({record.method for record in self.records})
+            installed = f"installed: {', '.join(names)}" if names else "no speculator is installed"
+            package = f"specplug-{method.replace('_', '-')}"
+            raise PluginError(
+                f"no speculator named '{method}'{did_you_mean(method, names)} ({installed}); "
+                f"a package that provides it may be had with: pip install {package}"
+            )
+        if method in self.failures:
+            last = self.failures[method].strip().splitlines()[-1]
+            raise PluginError(
+                f"speculator '{method}' of package {record.distribution} cannot be loaded: {last} (details: specplug list -v "
+                "--check)"
+            )
+        raise PluginError(f"speculator '{method}' of package {record.distribution} is {record.status}: {record.reason}")
+
+
+def check_hooks(plugin: Any, name: str) -> None:
+    """Refuses what pluggy would accept and then misuse.
+
+    Raises:
+        PluginError: a class instead of an object, an unhashable object, an old-style wrapper, or a hook argument that
+            pluggy would never pass.
+    """
+    if inspect.isclass(plugin):
+        raise PluginError(f"plugin '{name}' is the class {plugin.__name__}; register an instance of it")
+    try:
+        hash(plugin)
+    except TypeError as error:
+        raise PluginError(f"plugin '{name}' is not hashable; define its class with eq=False") from error
+    for attribute, function, options in _hook_functions(plugin):
+        where = f"plugin '{name}', hook '{attribute}'"
+        if options.get("hookwrapper"):
+            raise PluginError(f"{where}: old-style hookwrapper=True is not supported; use wrapper=True and return (yield)")
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                raise PluginError(f"{where}: keyword-only argument '{parameter.name}' is never passed; make it positional")
+            if parameter.default is not parameter.empty:
+                raise PluginError(f"{where}: argument '{parameter.name}' has a default, so it is never passed; remove it")
+
+
+def _hook_functions(plugin: Any) -> list[tuple[str, Any, dict[str, Any]]]:
+    found = []
+    names = vars(plugin) if isinstance(plugin, ModuleType) else dir(type(plugin))
+    for attribute in names:
+        if attribute.startswith("__"):
+            continue
+        static = inspect.getattr_static(plugin, attribute, None)
+        if isinstance(static, property):
+            continue
+        options = getattr(getattr(plugin, attribute, None), f"{PROJECT}_impl", None)
+        if isinstance(options, dict):
+            found.append((attribute, getattr(plugin, attribute), options))
+    return found
+
+
+def _has_hook(plugin: Any, hook: str) -> bool:
+    return any((options.get("specname") or name) == hook for name, _, options in _hook_functions(plugin))
+
+
+def _is_wrapper(plugin: Any, hook: str) -> bool:
+    """Whether the plugin only observes the hook (or has nothing to do with it)."""
+    return all(
+        options.get("wrapper") for name, _, options in _hook_functions(plugin) if (options.get("specname") or name) == hook
+    )

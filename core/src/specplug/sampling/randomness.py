@@ -1,0 +1,113 @@
+"""Random streams that never meet: drafting, target sampling, acceptance and residual sampling each have their own.
+
+Unseeded rows draw from one generator per stream of the engine. A seeded row draws noise keyed by (seed, output index,
+stream), so that its output depends on nothing but the request.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import attrs
+import torch
+
+_MASK = (1 << 64) - 1
+
+
+class Stream(IntEnum):
+    """What a random number is for."""
+
+    DRAFT = 1
+    TARGET = 2
+    ACCEPTANCE = 3
+    RESIDUAL = 4
+
+
+def mix(*keys: int) -> int:
+    """Hashes integers to 63 well-mixed bits (splitmix64's finaliser, Steele et al. 2014, over each key in turn)."""
+    state = 0x9E3779B97F4A7C15
+    for key in keys:
+        state = (state ^ (key & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+class EngineRandomness:
+    """The generators of one engine, one per stream."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.seed = seed
+        self.device = device
+        self._generators = {
+            stream: torch.Generator(device=device).manual_seed(mix(seed, int(stream))) for stream in Stream
+        }
+        self._keyed = torch.Generator(device=device)
+
+    def generator(self, stream: Stream) -> torch.Generator:
+        """The shared generator of a stream."""
+        return self._generators[stream]
+
+    def keyed(self, *keys: int) -> torch.Generator:
+        """A generator in the state that the keys name, valid until the next call."""
+        return self._keyed.manual_seed(mix(*keys))
+
+
+@attrs.define(eq=False)
+class RowRandomness:
+    """The random streams of one row.
+
+    Attributes:
+        engine: the engine's generators.
+        number: the request's running number in its engine.
+        seed: the request's own seed; None draws from the engine's generators.
+    """
+
+    engine: EngineRandomness
+    number: int
+    seed: int | None
+    _draft: torch.Generator | None = attrs.field(default=None, init=False)
+
+    def draft_generator(self) -> torch.Generator:
+        """The row's generator for drafting; it depends on nothing that verification draws."""
+        if self._draft is None:
+            key = mix(self.engine.seed, self.number, int(Stream.DRAFT))
+            self._draft = torch.Generator(device=self.engine.device).manual_seed(key)
+        return self._draft
+
+
+def exponential_noise(rows: list[tuple[RowRandomness, int]], width: int, engine: EngineRandomness) -> torch.Tensor:
+    """Draws the noise of an exponential race: the token with the smallest noise / probability is a sample.
+
+    Args:
+        rows: for each entry its row and output index. Entries of a seeded row with the same output index get the same
+            noise: at most one of them lies on the path that is emitted.
+        width: the vocabulary size.
+        engine: the engine's generators.
+
+    Returns:
+        float32 [len(rows), width], standard exponential.
+    """
+    noise = torch.empty(len(rows), width, device=engine.device)
+    if any(row.seed is None for row, _ in rows):
+        noise.exponential_(generator=engine.generator(Stream.TARGET))
+    drawn: dict[tuple[int, int], int] = {}
+    for entry, (row, output_index) in enumerate(rows):
+        if row.seed is None:
+            continue
+        key = (row.seed, output_index)
+        if key in drawn:
+            noise[entry] = noise[drawn[key]]
+        else:
+            noise[entry].exponential_(generator=engine.keyed(row.seed, output_index, int(Stream.TARGET)))
+            drawn[key] = entry
+    return noise
+
+
+def race(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Samples one token per distribution: int64 [N] from float32 [N, V] and exponential noise [N, V].
+
+    A token of probability zero never wins, since its arrival time is infinite.
+    """
+    return (noise / probs).nan_to_num_(nan=float("inf")).argmin(dim=-1)

@@ -1,0 +1,245 @@
+"""The chain of speculators of one engine: each is asked for the rows that those before it left empty.
+
+What keeps a broken plugin harmless is here too: a fault costs the drafts of that call, is counted and logged once, and
+sends the rows that may be half-updated away from the speculator for good; three faults in a row switch it off.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+
+from specplug.contract.batch import Budget, EndReason, ProposalBatch, ProposalRow
+from specplug.contract.resources import Resources
+from specplug.errors import PluginError
+from specplug.plugins.registry import RegisteredSpeculator
+from specplug.request import Request
+from specplug.speculation.draft import Draft, trim_by_score
+from specplug.speculation.policy import NO_BUDGET, BudgetPolicy, plan_budgets
+from specplug.speculation.states import TOP_IDS, TOP_PROBS, StateStore
+from specplug.speculation.validation import check_proposal
+
+logger = logging.getLogger("specplug")
+_FAULTS_TO_STOP = 3
+_SLOW_SECONDS = 5.0
+
+
+@attrs.define(eq=False)
+class _Link:
+    """One speculator of the chain and what the engine remembers about it.
+
+    Attributes:
+        speculator: the plugin's object and hooks.
+        delivered: request number → first position whose state it has not seen. A request not in here is new to it.
+        banned: numbers of requests that do not return to it after a fault.
+        ended: (slot, reason) it has not been told of.
+        faults: faults in all.
+        faults_in_a_row: since its last good call.
+        enabled: whether it is still asked.
+        seconds: spent in its `propose`.
+    """
+
+    speculator: RegisteredSpeculator
+    delivered: dict[int, int] = attrs.field(factory=dict)
+    banned: set[int] = attrs.field(factory=set)
+    ended: list[tuple[int, EndReason]] = attrs.field(factory=list)
+    faults: int = 0
+    faults_in_a_row: int = 0
+    enabled: bool = True
+    seconds: float = 0.0
+
+
+class SpeculatorChain:
+    """Drives the speculators of one engine."""
+
+    def __init__(
+        self,
+        speculators: Sequence[RegisteredSpeculator],
+        states: StateStore,
+        policy: BudgetPolicy,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        max_num_batched_tokens: int,
+        strict: bool,
+    ) -> None:
+        self._links = [_Link(speculator) for speculator in speculators]
+        self._states = states
+        self.policy = policy
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._strict = strict
+
+    @property
+    def speculators(self) -> list[RegisteredSpeculator]:
+        """The speculators, in the order they are asked."""
+        return [link.speculator for link in self._links]
+
+    @property
+    def faults(self) -> dict[str, int]:
+        """Faults by method."""
+        return {link.speculator.method: link.faults for link in self._links}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time spent in `propose` by method."""
+        return {link.speculator.method: link.seconds for link in self._links}
+
+    @property
+    def enabled(self) -> dict[str, bool]:
+        """Whether each method is still asked."""
+        return {link.speculator.method: link.enabled for link in self._links}
+
+    def warmup(self, resources: Sequence[Resources]) -> None:
+        """Runs every speculator's `warmup` with its own resources."""
+        for link, own in zip(self._links, resources, strict=True):
+            link.speculator.warmup(resources=own)
+
+    def end(self, request: Request, slot: int, reason: EndReason) -> None:
+        """Notes that a row left its slot; every speculator that knew it is told at its next call."""
+        for link in self._links:
+            if link.delivered.pop(request.number, None) is not None:
+                link.ended.append((slot, reason))
+            if reason != "preempted":
+                link.banned.discard(request.number)
+        self._states.drop(slot)
+
+    def propose(self, requests: Sequence[Request], reserve: Any, contended: bool) -> None:
+        """Fills `request.draft` of the rows that get one.
+
+        Args:
+            requests: the rows that advanced in this step; those with more than one pending token are still prefilling.
+            reserve: `(request, tokens) -> bool`, grows a row's blocks.
+            contended: whether other requests wait for a share of the next step's tokens.
+        """
+        decoding = max(1, sum(request.num_pending == 1 for request in requests))
+        tokens = self._max_num_batched_tokens // (2 if contended else 1)
+        node_limit = tokens // decoding - 1
+        for link in self._links:
+            if not link.enabled:
+                continue
+            rows, wishes = [], []
+            for request in requests:
+                wish = self.policy.wish(request, link.speculator)
+                if wish is not None and request.draft is None and request.number not in link.banned:
+                    rows.append(request)
+                    wishes.append(wish)
+            self._ask(link, rows, wishes, node_limit, reserve)
+        self._keep_unseen_states(requests)
+        drafts = trim_by_score([request.draft for request in requests], node_limit * decoding)
+        for request, draft in zip(requests, drafts, strict=True):
+            request.draft = draft if draft is not None and len(draft) else None
+
+    def _ask(
+        self, link: _Link, requests: list[Request], wishes: list[int], node_limit: int, reserve: Any
+    ) -> None:
+        traits = link.speculator.traits
+        wishes = [0 if r.num_pending > 1 else w for r, w in zip(requests, wishes, strict=True)]
+        budgets = plan_budgets(requests, wishes, traits, self._max_model_len, node_limit)
+        scratch = link.speculator.scratch_tokens_per_row
+        for index, (request, budget) in enumerate(zip(requests, budgets, strict=True)):
+            wanted = max(scratch, budget.max_nodes)
+            if budget.max_nodes and not reserve(request, len(request.tokens) + wanted):
+                budgets[index] = NO_BUDGET
+        if traits.token_only:
+            chosen = [i for i, budget in enumerate(budgets) if budget.max_nodes]
+            requests, budgets = [requests[i] for i in chosen], [budgets[i] for i in chosen]
+        if not requests and not link.ended:
+            return
+        batch = self._build_batch(link, requests, budgets)
+        started = time.perf_counter()
+        try:
+            proposal = link.speculator.propose(batch=batch)
+            drafts = check_proposal(proposal, budgets, link.speculator.method, self._vocab_size)
+        except Exception as error:
+            self._fault(link, requests, error)
+            return
+        finally:
+            elapsed = time.perf_counter() - started
+            link.seconds += elapsed
+        if elapsed > _SLOW_SECONDS:
+            logger.warning("speculator '%s' took %.1f s for one proposal", link.speculator.method, elapsed)
+        link.faults_in_a_row = 0
+        for request, draft in zip(requests, drafts, strict=True):
+            request.draft = draft
+
+    def _build_batch(self, link: _Link, requests: Sequence[Request], budgets: Sequence[Budget]) -> ProposalBatch:
+        traits = link.speculator.traits
+        spans: list[tuple[int, range]] = []
+        new: list[bool] = []
+        for request in requests:
+            start = link.delivered.get(request.number)
+            new.append(start is None)
+            if start is None:
+                start = request.num_forked_tokens
+            if traits.needs_states:
+                start = min(self._states.available_from(request.slot, start), request.num_computed)
+            spans.append((request.slot, range(start, request.num_computed)))
+            link.delivered[request.number] = request.num_computed
+        if traits.needs_states:
+            channels, places = self._states.deliver(spans)
+        else:
+            channels, places = {}, [slice(0, 0)] * len(spans)
+        ended, link.ended = link.ended, []
+        rows = [
+            ProposalRow(
+                slot=request.slot,
+                is_new=is_new,
+                tokens=request.view,
+                computed=span,
+                states=place,
+                budget=budget,
+                sampling=request.params,
+                outcome=request.outcome,
+                table=request.table,  # type: ignore[arg-type]
+                forked_from=request.forked_from if is_new else None,
+                generator=request.randomness.draft_generator,
+            )
+            for request, (_, span), place, budget, is_new in zip(requests, spans, places, budgets, new, strict=True)
+        ]
+        k = traits.top_k
+        return ProposalBatch(
+            rows=rows,
+            ended=ended,
+            hidden_states={boundary: channels[boundary] for boundary in traits.hidden_states},
+            top_ids=channels[TOP_IDS][:, :k] if k else None,
+            top_probs=channels[TOP_PROBS][:, :k] if k else None,
+        )
+
+    def _keep_unseen_states(self, requests: Sequence[Request]) -> None:
+        """Rows that some speculator has not seen up to date keep their states for a while."""
+        stateful = [link for link in self._links if link.enabled and link.speculator.traits.needs_states]
+        unseen = []
+        for request in requests:
+            if all(link.delivered.get(request.number) == request.num_computed for link in stateful):
+                self._states.drop(request.slot)
+            else:
+                unseen.append(request.slot)
+        if stateful:
+            self._states.keep(unseen)
+        self._states.end_step()
+
+    def _fault(self, link: _Link, requests: Sequence[Request], error: Exception) -> None:
+        method = link.speculator.method
+        if self._strict:
+            raise PluginError(f"speculator '{method}': {type(error).__name__}: {error}") from error
+        link.faults += 1
+        link.faults_in_a_row += 1
+        if link.faults == 1:
+            logger.warning(
+                "speculator '%s' failed and its drafts of this step are lost (output is not affected): %s: %s",
+                method,
+                type(error).__name__,
+                error,
+                exc_info=not isinstance(error, PluginError),
+            )
+        if not link.speculator.traits.token_only:
+            link.banned.update(request.number for request in requests)
+        if link.faults_in_a_row >= _FAULTS_TO_STOP:
+            link.enabled = False
+            logger.warning("speculator '%s' failed %d times in a row and is switched off", method, link.faults_in_a_row)

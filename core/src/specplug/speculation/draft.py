@@ -1,0 +1,89 @@
+"""One row's draft inside the engine: checked, and in a single form for chains and trees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+
+from specplug.contract.proposal import DraftDistributions
+
+
+@attrs.define(eq=False)
+class Draft:
+    """A checked draft of one row.
+
+    Attributes:
+        method: who proposed it.
+        tokens: target ids of the nodes, parents before children.
+        parents: each node's parent, -1 for the root; None for a chain.
+        scores: scores of a deterministic tree's nodes, or None.
+        probs: what the nodes were drawn from, or None for a deterministic draft.
+    """
+
+    method: str
+    tokens: list[int]
+    parents: list[int] | None = None
+    scores: list[float] | None = None
+    probs: DraftDistributions | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def parent_list(self) -> list[int]:
+        """Each node's parent, chains included."""
+        return list(range(-1, len(self.tokens) - 1)) if self.parents is None else self.parents
+
+    def depths(self) -> list[int]:
+        """Each node's depth; a child of the root has depth 1."""
+        return depths_of(self.parent_list())
+
+    def keep(self, nodes: Sequence[int]) -> Draft:
+        """The draft of an ancestor-closed subset of nodes, given in ascending order."""
+        if len(nodes) == len(self.tokens):
+            return self
+        new_index = {-1: -1, **{old: new for new, old in enumerate(nodes)}}
+        parents = self.parent_list()
+        probs = self.probs
+        if probs is not None:
+            index = probs.index or range(len(self.tokens))
+            probs = attrs.evolve(probs, index=[index[node] for node in nodes])
+        return Draft(
+            method=self.method,
+            tokens=[self.tokens[node] for node in nodes],
+            parents=None if self.parents is None else [new_index[parents[node]] for node in nodes],
+            scores=None if self.scores is None else [self.scores[node] for node in nodes],
+            probs=probs,
+        )
+
+
+def depths_of(parents: Sequence[int]) -> list[int]:
+    """The depth of each node, parents given before their children."""
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(1 if parent < 0 else depths[parent] + 1)
+    return depths
+
+
+def trim_by_score(drafts: Sequence[Draft | None], total: int) -> list[Draft | None]:
+    """Keeps at most `total` nodes over all rows: the best-scored ones, which are ancestor-closed.
+
+    Only deterministic trees with scores are trimmed; the nodes of other rows count, but stay.
+    """
+    fixed = sum(len(draft) for draft in drafts if draft is not None and draft.scores is None)
+    scored = [
+        (-score, row, node)
+        for row, draft in enumerate(drafts)
+        if draft is not None and draft.scores is not None
+        for node, score in enumerate(draft.scores)
+    ]
+    room = max(0, total - fixed)
+    if len(scored) <= room:
+        return list(drafts)
+    kept: dict[int, list[int]] = {}
+    for _, row, node in sorted(scored)[:room]:
+        kept.setdefault(row, []).append(node)
+    return [
+        draft if draft is None or draft.scores is None else draft.keep(sorted(kept.get(row, [])))
+        for row, draft in enumerate(drafts)
+    ]

@@ -1,0 +1,200 @@
+"""The target as speculators see it, and the lazy handles they get their own weights and models through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from specplug.contract.memory import MemoryRegion
+from specplug.errors import PluginError
+from specplug.model.architecture import inspect_architecture
+from specplug.model.checkpoint import choose_dtype, load_config, load_tensors, read_headers, resolve_checkpoint
+from specplug.model.forward import ForwardRow
+from specplug.model.head import Head
+from specplug.model.kv_cache import KVCache
+from specplug.model.loading import load_model
+from specplug.model.runner import ModelRunner
+
+Progress = Callable[[float], None]
+
+
+class LazyWeights:
+    """See `specplug.contract.target.WeightsHandle`."""
+
+    def __init__(self, source: str, revision: str | None, dtype: torch.dtype, device: torch.device) -> None:
+        self.folder = resolve_checkpoint(source, revision)
+        self._headers = read_headers(self.folder)
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: header.shape for name, header in self._headers.items()}
+        self.dtypes: Mapping[str, torch.dtype] = {name: header.dtype for name, header in self._headers.items()}
+        self._dtype = dtype
+        self._device = device
+        self._tensors: dict[str, torch.Tensor] | None = None
+
+    def num_bytes(self, dtype: torch.dtype | None = None) -> int:
+        """Bytes of all tensors as they will be held, floating ones as `dtype` (default: the target's)."""
+        floating = dtype or self._dtype
+        total = 0
+        for header in self._headers.values():
+            stored = floating if header.dtype.is_floating_point else header.dtype
+            total += torch.Size(header.shape).numel() * stored.itemsize
+        return total
+
+    def materialize(self, progress: Progress) -> None:
+        """Reads the tensors."""
+        self._tensors = load_tensors(
+            self._headers, self._device, self._dtype, lambda done, total: progress(done / max(total, 1))
+        )
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """The tensors; not before the plan was accepted."""
+        if self._tensors is None:
+            raise PluginError("weights were read before core loaded them; they are there from warmup on")
+        return self._tensors
+
+    def close(self) -> None:
+        """Lets go of the tensors."""
+        self._tensors = None
+
+
+class LazyModel:
+    """See `specplug.contract.target.ModelHandle`."""
+
+    def __init__(self, source: str, revision: str | None, dtype: str, device: torch.device, label: str) -> None:
+        self.folder: Path = resolve_checkpoint(source, revision)
+        self.config = load_config(self.folder)
+        read_headers(self.folder)
+        self.dtype = choose_dtype(dtype, self.config)
+        self._device = device
+        self._label = label
+        self._architecture = inspect_architecture(self.config, self.dtype)
+        self.vocab_size = self._architecture.vocab_size
+        self.max_model_len = self._architecture.context_length
+        self._model: torch.nn.Module | None = None
+        self._runner: ModelRunner | None = None
+
+    def regions(
+        self, *, scratch_tokens_per_row: int = 0, tables: Literal["shared", "own"] = "shared"
+    ) -> list[MemoryRegion]:
+        """The model's weights and KV cache."""
+        return [
+            MemoryRegion(f"{self._label}.weights", "weights", fixed_bytes=self._architecture.weight_bytes),
+            MemoryRegion(
+                f"{self._label}.kv",
+                "kv_cache",
+                layers=self._architecture.kv_layers,
+                dtype=self.dtype,
+                scratch_tokens_per_row=scratch_tokens_per_row,
+                tables=tables,
+            ),
+        ]
+
+    def materialize(self, progress: Progress) -> None:
+        """Loads the weights."""
+        self._model = load_model(self.folder, self.config, self.dtype, self._device)
+        progress(1.0)
+
+    def bind(self, caches: Mapping[str, KVCache]) -> None:
+        """Connects the model with its KV cache, if the speculator planned one."""
+        cache = caches.get(f"{self._label}.kv")
+        if cache is not None and self._model is not None:
+            self._runner = ModelRunner(self._model, self._architecture, cache, self._device)
+
+    def forward(self, rows: Sequence[ForwardRow], *, logits: Literal["last", "all"] = "last") -> torch.Tensor:
+        """Runs the model; see `ModelHandle.forward`."""
+        if self._runner is None:
+            raise PluginError(
+                "the model cannot run: return its regions() from plan_memory, and run it from warmup on, not before"
+            )
+        if logits == "all":
+            return self._runner.forward(rows)
+        last, position = [], -1
+        for row in rows:
+            position += len(row.tokens)
+            last.append(position)
+        return self._runner.forward(rows, last)
+
+    def close(self) -> None:
+        """Lets go of model and cache."""
+        if self._runner is not None:
+            self._runner.close()
+        self._runner = self._model = None
+
+
+class TargetFacade:
+    """See `specplug.contract.target.TargetModel`."""
+
+    def __init__(
+        self,
+        *,
+        config: Any,
+        source: str,
+        revision: str | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        vocab_size: int,
+        hidden_size: int,
+        num_layers: int,
+        max_model_len: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        tokenizer: Callable[[], Any],
+    ) -> None:
+        self.config = config
+        self.source = source
+        self.revision = revision
+        self.dtype = dtype
+        self.device = device
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.max_model_len = max_model_len
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.handles: list[LazyWeights | LazyModel] = []
+        self._tokenizer = tokenizer
+        self._head: Head | None = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The target's tokenizer, or None."""
+        return self._tokenizer()
+
+    def attach(self, model: torch.nn.Module) -> None:
+        """Makes `embed` and `logits` work, once the target is loaded."""
+        self._head = Head(model)
+
+    def _loaded_head(self) -> Head:
+        if self._head is None:
+            raise PluginError("the target's embedding and logits were used before it is loaded; they work from warmup on")
+        return self._head
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """See `TargetModel.embed`."""
+        return self._loaded_head().embed(token_ids)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See `TargetModel.logits`."""
+        return self._loaded_head().logits(hidden)
+
+    def weights(self, source: str, revision: str | None = None) -> LazyWeights:
+        """See `TargetModel.weights`."""
+        handle = LazyWeights(source, revision, self.dtype, self.device)
+        self.handles.append(handle)
+        return handle
+
+    def model(self, source: str, *, revision: str | None = None, dtype: str | None = None) -> LazyModel:
+        """See `TargetModel.model`."""
+        name = dtype or str(self.dtype).removeprefix("torch.")
+        handle = LazyModel(source, revision, name, self.device, f"model {len(self.handles)}")
+        self.handles.append(handle)
+        return handle
+
+    def close(self) -> None:
+        """Lets go of everything that was lent."""
+        for handle in self.handles:
+            handle.close()
+        self._head = None

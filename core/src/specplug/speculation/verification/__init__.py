@@ -1,0 +1,1 @@
+"""Lossless verification: every emitted token is distributed as the target's own."""

@@ -1,0 +1,36 @@
+"""What the rejection rules share: draft distributions over the target's vocabulary, and drawing from residuals."""
+
+from __future__ import annotations
+
+import torch
+
+from specplug.contract.proposal import DraftDistributions, Proposal
+from specplug.sampling.randomness import EngineRandomness, Stream, race
+
+
+def draft_distributions(proposal: Proposal, row: int, vocabulary: int) -> torch.Tensor:
+    """float32 [nodes, vocabulary]: what each node of a row was drawn from, as target ids, zero outside the draft's vocabulary."""
+    assert proposal.probs is not None
+    probs = proposal.probs[row]
+    assert isinstance(probs, DraftDistributions)
+    values = probs.values.float()
+    if probs.index is not None:
+        values = values[torch.tensor(list(probs.index), device=values.device)]
+    else:
+        values = values[: len(proposal.tokens[row])]
+    if probs.token_ids is None:
+        return values
+    full = torch.zeros(values.shape[0], vocabulary, device=values.device)
+    return full.index_add_(1, probs.token_ids.to(values.device), values)
+
+
+def sample_residual(residual: torch.Tensor, fallback: torch.Tensor, randomness: EngineRandomness) -> torch.Tensor:
+    """Samples int64 [R] from unnormalised residuals [R, V].
+
+    A residual that is empty by rounding (draft and target agree, so that a rejection could not occur) falls back to the
+    target's own distribution.
+    """
+    empty = residual.sum(dim=-1, keepdim=True) <= 0
+    weights = torch.where(empty, fallback, residual)
+    noise = torch.empty_like(weights).exponential_(generator=randomness.generator(Stream.RESIDUAL))
+    return race(weights, noise)

@@ -1,0 +1,96 @@
+"""Sample and match: draw the target's token at every node, then follow the draft for as long as it agrees.
+
+The target draws x at the root; if a child of the root is x, x is accepted and the walk goes on there; otherwise x is
+emitted and the walk ends. The emitted tokens are the target's own draws, so the rule is lossless for any draft that was
+fixed without looking at these draws. For a deterministic set of candidates it is also the rule that accepts most: the
+probability to go on is the target's total probability of the candidates. Greedy decoding is the same walk with argmax.
+
+Seeded rows use noise keyed by (seed, output index) here, whatever was proposed: what is drawn at an output index then
+depends on nothing but the request, so the output is that of plain decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from specplug.contract.batch import VerificationBatch, VerificationRow
+from specplug.contract.proposal import Proposal
+from specplug.contract.verdict import TargetDistributions
+from specplug.sampling.randomness import EngineRandomness, exponential_noise, race
+from specplug.speculation.draft import depths_of
+
+
+def sample_and_match(
+    rows: Sequence[int],
+    batch: VerificationBatch,
+    proposal: Proposal,
+    target: TargetDistributions,
+    randomness: EngineRandomness,
+) -> list[tuple[int, list[int], int]]:
+    """Verifies the given rows; returns (row, accepted path, next token) for each."""
+    drawn = _draw(rows, batch, proposal, target, randomness)
+    results = []
+    for row in rows:
+        tokens: Sequence[int] = proposal.tokens[row]
+        parents = proposal.parents[row] if proposal.parents is not None else None
+        draws = drawn[row]
+        path: list[int] = []
+        if parents is None:
+            depth = 0
+            while depth < len(tokens) and tokens[depth] == draws[depth]:
+                path.append(depth)
+                depth += 1
+            results.append((row, path, draws[depth]))
+            continue
+        node = -1
+        children: dict[tuple[int, int], int] = {}
+        for child in reversed(range(len(tokens))):
+            children[parents[child], tokens[child]] = child
+        while (child_or_none := children.get((node, draws[node + 1]))) is not None:
+            node = child_or_none
+            path.append(node)
+        results.append((row, path, draws[node + 1]))
+    return results
+
+
+def _draw(
+    rows: Sequence[int],
+    batch: VerificationBatch,
+    proposal: Proposal,
+    target: TargetDistributions,
+    randomness: EngineRandomness,
+) -> dict[int, list[int]]:
+    """The target's draw at every entry of each row."""
+    greedy = [row for row in rows if batch.rows[row].sampling.greedy]
+    sampled = [row for row in rows if not batch.rows[row].sampling.greedy]
+    drawn: dict[int, list[int]] = {}
+    offsets = target.offsets
+    if greedy:
+        _scatter(drawn, greedy, offsets, target.argmax([e for row in greedy for e in range(offsets[row], offsets[row + 1])]))
+    if sampled:
+        probs = target.probs([e for row in sampled for e in range(offsets[row], offsets[row + 1])])
+        keys = [
+            (batch.rows[row].randomness, index)
+            for row in sampled
+            for index in _output_indices(batch.rows[row], row, proposal)
+        ]
+        noise = exponential_noise(keys, probs.shape[-1], randomness)
+        _scatter(drawn, sampled, offsets, race(probs, noise).tolist())
+    return drawn
+
+
+def _output_indices(entry: VerificationRow, row: int, proposal: Proposal) -> list[int]:
+    """The output index of the token drawn at each entry of a row: root first, then the nodes."""
+    first = entry.output_index
+    parents = proposal.parents[row] if proposal.parents is not None else None
+    if parents is None:
+        return list(range(first, first + len(proposal.tokens[row]) + 1))
+    return [first, *(first + depth for depth in depths_of(parents))]
+
+
+def _scatter(drawn: dict[int, list[int]], rows: Sequence[int], offsets: Sequence[int], tokens: list[int]) -> None:
+    start = 0
+    for row in rows:
+        count = offsets[row + 1] - offsets[row]
+        drawn[row] = tokens[start : start + count]
+        start += count

@@ -1,0 +1,53 @@
+"""Core's verifier: picks, for every row, the rule that accepts most among those that are lossless for it.
+
+| row                                              | rule                                                     |
+|--------------------------------------------------|----------------------------------------------------------|
+| greedy; seeded; no draft; deterministic draft    | sample and match (`matching`)                            |
+| sampled chain                                    | block verification or standard rejection (`chains`)      |
+| sampled tree                                     | recursive rejection without replacement (`siblings`)     |
+"""
+
+from __future__ import annotations
+
+from specplug.contract.batch import VerificationBatch
+from specplug.contract.hookspecs import hookimpl
+from specplug.contract.proposal import Proposal
+from specplug.contract.verdict import TargetDistributions, Verdict
+from specplug.sampling.randomness import EngineRandomness
+from specplug.speculation.verification import chains, matching, siblings
+
+
+class LosslessVerifier:
+    """The last word on `verify`."""
+
+    def __init__(self, randomness: EngineRandomness, chain_rule: str = "block") -> None:
+        self._randomness = randomness
+        self._chain_rule = chain_rule
+
+    @hookimpl(trylast=True)
+    def verify(self, batch: VerificationBatch, proposal: Proposal, target: TargetDistributions) -> Verdict:
+        """See `SpeculatorHooks.verify`."""
+        count = len(batch.rows)
+        matched: list[int] = []
+        sampled_chains: list[int] = []
+        sampled_trees: list[int] = []
+        for row, entry in enumerate(batch.rows):
+            probs = proposal.probs[row] if proposal.probs is not None else None
+            if probs is None or entry.sampling.greedy or entry.sampling.seed is not None:
+                matched.append(row)
+            elif proposal.parents is None or proposal.parents[row] is None:
+                sampled_chains.append(row)
+            else:
+                sampled_trees.append(row)
+        accepted: list[list[int]] = [[] for _ in range(count)]
+        next_tokens = [-1] * count
+        for rows, rule in (
+            (matched, matching.sample_and_match),
+            (sampled_chains, chains.block if self._chain_rule == "block" else chains.standard),
+            (sampled_trees, siblings.recursive_rejection),
+        ):
+            if rows:
+                for row, path, token in rule(rows, batch, proposal, target, self._randomness):
+                    accepted[row] = path
+                    next_tokens[row] = token
+        return Verdict(accepted, next_tokens)
