@@ -63,6 +63,8 @@ class EngineConfig:
         strict: raise a plugin's fault instead of going on without its drafts.
         allowed_plugins: methods or distributions that may be loaded; None allows all.
         denied_plugins: methods or distributions that may not.
+        plugins: method → plugin for speculators that are not installed: an object implementing `load_speculator`, or a
+            plain function of (config, target).
         check_parity: run the parity probe at warm-up when this architecture is new here.
     """
 
@@ -84,6 +86,7 @@ class EngineConfig:
     strict: bool = False
     allowed_plugins: tuple[str, ...] | None = None
     denied_plugins: tuple[str, ...] = ()
+    plugins: Mapping[str, Any] = attrs.field(factory=dict)
     check_parity: bool = True
 
     def __attrs_post_init__(self) -> None:

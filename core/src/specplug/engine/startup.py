@@ -140,7 +140,7 @@ def _step(number: int, on_step: OnStep) -> Iterator[None]:
 
 def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: None) -> PlannedEngine:
     """Step 1: everything that can be known and refused from configuration and headers alone."""
-    registry = PluginRegistry(config.allowed_plugins, config.denied_plugins)
+    registry = PluginRegistry(config.allowed_plugins, config.denied_plugins, config.plugins)
     folder = resolve_checkpoint(resolve_model(config.model), config.revision)
     model_config = load_config(folder, trust_remote_code=config.trust_remote_code)
     read_headers(folder)

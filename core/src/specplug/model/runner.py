@@ -54,6 +54,7 @@ class ModelRunner:
             keep: int | torch.Tensor = 0
         else:
             keep = torch.tensor(list(logits_index) or [0], device=self.device)
+        self.taps.captured.clear()
         for site in self._sites:
             site.batch = batch
         try:

@@ -13,8 +13,8 @@ from specplug.contract.traits import Boundary
 class Taps:
     """Forward hooks on the decoder layers of one model; `captured[b]` is [T, hidden] of the last forward.
 
-    Boundary b < L is what enters layer b, L is what leaves the last layer before the final norm, `final` is what the base
-    model returns, after it.
+    Boundary b < L is what enters layer b, L is what leaves the last layer before the final norm, `final` is what
+    the stack of layers returns, after it.
     """
 
     def __init__(self, model: torch.nn.Module, layers: Sequence[str], boundaries: Sequence[Boundary]) -> None:
@@ -22,7 +22,8 @@ class Taps:
         self._handles = []
         for boundary in dict.fromkeys(boundaries):
             if boundary == "final":
-                handle = model.base_model.register_forward_hook(self._keep_output(boundary))  # type: ignore[operator,union-attr]
+                stack = model.get_submodule(layers[0].rsplit(".", 2)[0])  # some models call it past their base model
+                handle = stack.register_forward_hook(self._keep_output(boundary))
             elif boundary == len(layers):
                 handle = model.get_submodule(layers[-1]).register_forward_hook(self._keep_output(boundary))
             else:

@@ -6,14 +6,14 @@ import importlib
 import inspect
 import logging
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
 import attrs
 import pluggy
 
-from specplug.contract.hookspecs import PROJECT, SpeculatorHooks
+from specplug.contract.hookspecs import PROJECT, SpeculatorHooks, hookimpl
 from specplug.contract.settings import SpeculativeConfig
 from specplug.contract.traits import SpeculatorTraits
 from specplug.errors import PluginError, did_you_mean
@@ -49,20 +49,49 @@ class RegisteredSpeculator:
     scratch_tokens_per_row: int = 0
 
 
+class _Loader:
+    """Makes a plugin of a plain function of (config, target)."""
+
+    def __init__(self, load: Callable[..., Any]) -> None:
+        if not callable(load):
+            raise PluginError(f"a provided plugin is neither a plugin nor a function of (config, target): {load!r}")
+        self._load = load
+
+    @hookimpl
+    def load_speculator(self, config: SpeculativeConfig, target: Any) -> Any:
+        return self._load(config, target)
+
+
 class PluginRegistry:
     """One PluginManager, never shared between engines."""
 
-    def __init__(self, allowed: Iterable[str] | None = None, denied: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        allowed: Iterable[str] | None = None,
+        denied: Iterable[str] = (),
+        provided: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Finds and loads plugins.
+
+        Args:
+            allowed: see `find_plugins`.
+            denied: see `find_plugins`.
+            provided: method → plugin that is not installed: an object that implements `load_speculator`, or a plain
+                function of (config, target). It takes precedence over an installed one of the same name.
+        """
         self.manager = pluggy.PluginManager(PROJECT)
         self.manager.add_hookspecs(SpeculatorHooks)
         self.records = find_plugins(allowed, denied)
         self.failures: dict[str, str] = {}
-        self._modules: dict[str, ModuleType] = {}
+        self._modules: dict[str, Any] = {}
         self._speculators: list[Any] = []
         self.verifier: Any = None
         for record in self.records:
             if record.status == "ok":
                 self._load(record)
+        for method, plugin in (provided or {}).items():
+            self._modules[method] = plugin if _has_hook(plugin, "load_speculator") else _Loader(plugin)
+            self.register(self._modules[method], f"provided {method}")
 
     def _load(self, record: PluginRecord) -> None:
         try:
@@ -160,7 +189,7 @@ class PluginRegistry:
         """Whether any module wraps a hook."""
         return any(implementation.wrapper for implementation in getattr(self.manager.hook, hook).get_hookimpls())
 
-    def _module(self, method: str) -> ModuleType:
+    def _module(self, method: str) -> Any:
         if method in self._modules:
             return self._modules[method]
         record = next((record for record in self.records if record.method == method), None)
