@@ -48,7 +48,11 @@ def _options(speculator: str, folder: Path, draft: Path, known: list[list[int]])
         return provide(lambda config, target: TokenSpeculator(oracle))
     if speculator == "tree":
         return provide(lambda config, target: TreeSpeculator(oracle, (0, 2, 3, "final"), 9, top_k=2))
-    return provide(lambda config, target: ModelSpeculator(target, draft if known[0][0] % 2 else folder, config.num_speculative_tokens))
+    return provide(
+        lambda config, target: ModelSpeculator(
+            target, draft if known[0][0] % 2 else folder, config.num_speculative_tokens
+        )
+    )
 
 
 @pytest.mark.parametrize("speculator", SPECULATORS)

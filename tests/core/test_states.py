@@ -24,14 +24,18 @@ class RandomPolicy:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.asleep: dict[int, int] = {}
+        self.asked: dict[int, int] = {}
 
     def wish(self, request: Any, speculator: Any) -> int | None:
+        self.asked[request.number] = self.asked.get(request.number, 0) + 1
+        if request.number % 3 == 1 and self.asked[request.number] == 4:
+            self.asleep[request.number] = WINDOW + 5  # longer than states are kept
         left = self.asleep.get(request.number, 0)
         if left:
             self.asleep[request.number] = left - 1
             return None
-        if self.random.random() < 0.08:
-            self.asleep[request.number] = self.random.choice([1, 3, 10, WINDOW + 30])
+        if self.random.random() < 0.06:
+            self.asleep[request.number] = self.random.choice([1, 3, 10])
         return self.random.randint(0, 5)
 
 
@@ -134,7 +138,13 @@ def test_kv_after_many_roll_backs_equals_a_fresh_prefill(folder: Path) -> None:
     model = load_reference(folder)
     checked = 0
     with LLM(
-        folder, skip_tokenizer_init=True, strict=True, max_num_seqs=4, max_num_batched_tokens=32, memory="64MiB", **options
+        folder,
+        skip_tokenizer_init=True,
+        strict=True,
+        max_num_seqs=4,
+        max_num_batched_tokens=32,
+        memory="64MiB",
+        **options,
     ) as llm:
         engine = llm.engine
         for number, prompt in enumerate(prompts):
@@ -151,7 +161,10 @@ def test_kv_after_many_roll_backs_equals_a_fresh_prefill(folder: Path) -> None:
                     past = model(torch.tensor([request.tokens]), use_cache=True).past_key_values
                 assert request.table is not None
                 seen = speculators[0].seen.get(request.slot, 0)
-                for cache, count in ((engine.runner.cache, request.num_computed), (draft_cache, min(seen, request.num_computed))):
+                for cache, count in (
+                    (engine.runner.cache, request.num_computed),
+                    (draft_cache, min(seen, request.num_computed)),
+                ):
                     slots = torch.tensor(list(request.table.slots(0, count)), dtype=torch.long)
                     for layer, stored in enumerate(past.layers):
                         torch.testing.assert_close(

@@ -32,7 +32,9 @@ def generate(folder: Path, prompt: list[int], max_new_tokens: int) -> tuple[list
     return out.sequences[0, len(prompt) :].tolist(), margin
 
 
-def decisive_prompts(folder: Path, count: int, max_new_tokens: int, vocabulary: int) -> list[tuple[list[int], list[int]]]:
+def decisive_prompts(
+    folder: Path, count: int, max_new_tokens: int, vocabulary: int
+) -> list[tuple[list[int], list[int]]]:
     """(prompt, output) pairs of ragged lengths on which the reference is never nearly undecided.
 
     Rounding differs between batch shapes; where the two best logits are closer than that, two correct programs may differ.

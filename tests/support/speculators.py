@@ -81,7 +81,9 @@ class ModelSpeculator:
         catch_up = []
         for row, drafts in zip(batch.rows, drafting, strict=True):
             if row.is_new:
-                self.seen[row.slot] = min(self.seen.get(row.forked_from, 0), row.computed.start) if row.forked_from is not None else 0
+                self.seen[row.slot] = (
+                    min(self.seen.get(row.forked_from, 0), row.computed.start) if row.forked_from is not None else 0
+                )
             stop = len(row.tokens) if drafts else row.computed.stop
             start = self.seen[row.slot]
             catch_up.append(ForwardRow(row.tokens[start:stop], start, row.table))
@@ -174,7 +176,9 @@ class TreeSpeculator:
         return tokens, parents, scores
 
 
-def provide(make: Callable[[Any, Any], Any], method: str = "throwaway", gamma: int = 4, **options: Any) -> dict[str, Any]:
+def provide(
+    make: Callable[[Any, Any], Any], method: str = "throwaway", gamma: int = 4, **options: Any
+) -> dict[str, Any]:
     """LLM options that run a speculator which is not installed."""
     return {
         "plugins": {method: make},

@@ -15,7 +15,7 @@ from specplug.engine.startup import StepReport, start_engine
 from specplug.errors import CheckpointError, RequestError
 from specplug.model.checkpoint import resolve_checkpoint
 from specplug.outputs import CompletionOutput, RequestOutput
-from specplug.request import Request
+from specplug.request import Request, SpeculationStats
 from specplug.sampling.params import SamplingParams
 from specplug.tiny import resolve_model
 
@@ -31,16 +31,23 @@ class StreamedPiece:
         index: which completion.
         token_ids: the new ids.
         sources: for each id the method that drafted it, None for the target's own.
-        text: the text they add; empty while a character is incomplete.
+        token_texts: for each id the text it completes; empty while a character is incomplete.
         finish_reason: set on the last piece.
+        metrics: what speculation did for the completion so far; the same object in all its pieces.
     """
 
     request_id: str
     index: int
     token_ids: list[int]
     sources: list[str | None]
-    text: str
+    token_texts: list[str]
     finish_reason: str | None
+    metrics: SpeculationStats
+
+    @property
+    def text(self) -> str:
+        """The text that the new tokens add."""
+        return "".join(self.token_texts)
 
 
 class LLM:
@@ -97,9 +104,7 @@ class LLM:
         params = _params_list(sampling_params, len(listed))
         families = self._submit(listed, params)
         self._run(len(listed), use_tqdm)
-        return [
-            self._output(request_id, text, family) for (request_id, text, family) in families
-        ]
+        return [self._output(request_id, text, family) for (request_id, text, family) in families]
 
     def stream(
         self,
@@ -120,8 +125,9 @@ class LLM:
                         index=index_of[id(request)],
                         token_ids=output.new_tokens,
                         sources=output.sources,
-                        text=decoders[id(request)](output.new_tokens),
+                        token_texts=[decoders[id(request)](token) for token in output.new_tokens],
                         finish_reason=request.finish_reason,
+                        metrics=request.stats,
                     )
         finally:
             for request_id, _, _ in families:
@@ -190,9 +196,7 @@ class LLM:
             source = resolve_model(self.config.tokenizer or self.config.model)
             folder = resolve_checkpoint(source, self.config.revision if self.config.tokenizer is None else None)
             try:
-                self._tokenizer = AutoTokenizer.from_pretrained(
-                    folder, trust_remote_code=self.config.trust_remote_code
-                )
+                self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=self.config.trust_remote_code)
             except Exception as error:
                 summary = " ".join(str(error).split())[:200]
                 raise CheckpointError(
@@ -206,16 +210,16 @@ class LLM:
         tokenizer = self._optional_tokenizer()
         return "" if tokenizer is None else tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
-    def _decode_stream(self) -> Callable[[Sequence[int]], str]:
+    def _decode_stream(self) -> Callable[[int], str]:
         """A function that turns successive ids into text, holding back incomplete characters."""
         tokenizer = self._optional_tokenizer()
         backend = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None)
         if backend is None:
-            return lambda ids: ""
+            return lambda token: ""
         from tokenizers.decoders import DecodeStream
 
         stream = DecodeStream(skip_special_tokens=True)
-        return lambda ids: "".join(stream.step(backend, token) or "" for token in ids)
+        return lambda token: stream.step(backend, token) or ""
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from specplug_ngram import NgramSpeculator, load_speculator
 
 from specplug import (
     Budget,
@@ -19,6 +18,7 @@ from specplug import (
     SpeculativeConfig,
     TokenView,
 )
+from specplug_ngram import NgramSpeculator, load_speculator
 
 
 def make_row(tokens: Any, slot: int = 0, is_new: bool = False, nodes: int = 4, depth: int | None = None) -> ProposalRow:
@@ -91,7 +91,9 @@ def test_nothing_is_drafted_below_the_shortest_length() -> None:
     assert propose(speculator, make_row([1, 2, 3, 4, 9, 2, 3], is_new=True)) == [[]]
 
 
-@pytest.mark.parametrize(("nodes", "depth", "count"), [(0, 0, 0), (1, 1, 1), (6, 6, 6), (6, 2, 2), (2, 6, 2), (30, 30, 30)])
+@pytest.mark.parametrize(
+    ("nodes", "depth", "count"), [(0, 0, 0), (1, 1, 1), (6, 6, 6), (6, 2, 2), (2, 6, 2), (30, 30, 30)]
+)
 def test_the_budget_is_honoured_and_used(nodes: int, depth: int, count: int) -> None:
     speculator = NgramSpeculator(shortest=1, longest=4)
     (draft,) = propose(speculator, make_row([5, 6, 7, 5, 6, 7, 5], is_new=True, nodes=nodes, depth=depth))
@@ -114,12 +116,13 @@ def test_rows_do_not_see_each_other() -> None:
 
 
 @pytest.mark.parametrize("is_new", [True, False], ids=["announced", "unannounced"])
-@pytest.mark.parametrize("reused", [[7, 7, 7, 1, 2, 9, 9, 1, 2], [1, 2], [3, 1, 2]], ids=["longer", "shorter", "equal"])
+@pytest.mark.parametrize(
+    "reused", [[8, 8, 8, 8, 8, 1, 2], [1, 2], [3, 3, 3, 1, 2]], ids=["longer", "shorter", "as long"]
+)
 def test_a_slot_that_holds_another_row_is_read_anew(reused: list[int], is_new: bool) -> None:
     speculator = NgramSpeculator(shortest=2, longest=2)
-    propose(speculator, make_row([1, 2, 5], is_new=True))
-    fresh = propose(NgramSpeculator(shortest=2, longest=2), make_row(reused, is_new=True))
-    assert propose(speculator, make_row(reused, is_new=is_new)) == fresh
+    assert propose(speculator, make_row([1, 2, 5, 1, 2], is_new=True)) == [[5, 1, 2, 5]]
+    assert propose(speculator, make_row(reused, is_new=is_new)) == [[]]
 
 
 def test_a_new_row_forgets_even_what_looks_the_same() -> None:
@@ -133,7 +136,9 @@ def test_a_new_row_forgets_even_what_looks_the_same() -> None:
 def test_ended_rows_are_forgotten_before_their_slots_are_reused(reason: str) -> None:
     speculator = NgramSpeculator(shortest=1, longest=2)
     propose(speculator, make_row([1, 2, 1], slot=0, is_new=True), make_row([1, 2, 1], slot=1, is_new=True))
-    drafts = propose(speculator, make_row([4, 5, 4], slot=0, is_new=True), ended=[(0, reason), (1, reason), (7, reason)])
+    drafts = propose(
+        speculator, make_row([4, 5, 4], slot=0, is_new=True), ended=[(0, reason), (1, reason), (7, reason)]
+    )
     assert drafts == [[5, 4, 5, 4]]
     assert set(speculator._indexes) == {0}
 

@@ -255,8 +255,8 @@ class Engine:
         before = len(request.tokens)
         taken = request.append([*tokens, next_token], [*sources, None])
         num_accepted = min(taken, len(path))
-        request.stats.record(len(draft) if draft else 0, num_accepted)
-        self.stats.record(len(draft) if draft else 0, num_accepted)
+        for stats in (request.stats, self.stats):
+            stats.record(len(draft) if draft else 0, num_accepted, draft.method if draft else "")
         request.outcome = Outcome(draft.method, len(draft), tuple(path)) if draft else None
         request.draft = None
         return StepOutput(request, request.tokens[before:], [*sources, None][:taken])

@@ -250,7 +250,9 @@ def _plan_regions(speculator: RegisteredSpeculator, budget: MemoryBudget) -> lis
     regions = speculator.plan_memory(budget=budget) or []
     for region in regions:
         if not isinstance(region, MemoryRegion):
-            raise PluginError(f"speculator '{speculator.method}': plan_memory returned {region!r}, expected MemoryRegions")
+            raise PluginError(
+                f"speculator '{speculator.method}': plan_memory returned {region!r}, expected MemoryRegions"
+            )
         if region.layers and region.dtype is None:
             raise PluginError(f"speculator '{speculator.method}': the KV region '{region.name}' names no dtype")
     if len({region.name for region in regions}) < len(regions):

@@ -135,9 +135,7 @@ class SpeculatorChain:
         for request, draft in zip(requests, drafts, strict=True):
             request.draft = draft if draft is not None and len(draft) else None
 
-    def _ask(
-        self, link: _Link, requests: list[Request], wishes: list[int], node_limit: int, reserve: Any
-    ) -> None:
+    def _ask(self, link: _Link, requests: list[Request], wishes: list[int], node_limit: int, reserve: Any) -> None:
         traits = link.speculator.traits
         wishes = [0 if r.num_pending > 1 else w for r, w in zip(requests, wishes, strict=True)]
         budgets = plan_budgets(requests, wishes, traits, self._max_model_len, node_limit)

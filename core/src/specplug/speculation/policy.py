@@ -56,7 +56,7 @@ def plan_budgets(
         still = request.params.max_tokens - request.num_output_tokens - 1
         room = max_model_len - len(request.tokens) - 1
         depth = max(0, min(traits.max_depth or wish, still, room)) if wish else 0
-        nodes = max(0, min(traits.max_nodes or wish, node_limit)) if depth else 0
+        nodes = max(0, min(traits.max_nodes or depth, node_limit)) if depth else 0
         if request.params.num_speculative_tokens is not None:
             nodes = min(nodes, request.params.num_speculative_tokens)
         budgets.append(Budget(nodes, min(depth, nodes)) if nodes else NO_BUDGET)

@@ -27,7 +27,9 @@ class ChannelSpec:
     dtype: torch.dtype
 
 
-def channels_for(traits: Sequence[SpeculatorTraits], hidden_size: int, dtype: torch.dtype) -> dict[Channel, ChannelSpec]:
+def channels_for(
+    traits: Sequence[SpeculatorTraits], hidden_size: int, dtype: torch.dtype
+) -> dict[Channel, ChannelSpec]:
     """The channels that any of the speculators asked for."""
     specs: dict[Channel, ChannelSpec] = {}
     for trait in traits:

@@ -169,7 +169,9 @@ class TargetFacade:
 
     def _loaded_head(self) -> Head:
         if self._head is None:
-            raise PluginError("the target's embedding and logits were used before it is loaded; they work from warmup on")
+            raise PluginError(
+                "the target's embedding and logits were used before it is loaded; they work from warmup on"
+            )
         return self._head
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:

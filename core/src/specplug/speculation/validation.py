@@ -59,7 +59,9 @@ def _token_lists(proposal: Proposal) -> list[list[int]]:
     tokens: Any = proposal.tokens
     if isinstance(tokens, torch.Tensor):
         if tokens.dim() != 2 or tokens.is_floating_point():
-            raise PluginError(f"proposal.tokens has shape {tuple(tokens.shape)} and dtype {tokens.dtype}, expected integers [rows, K]")
+            raise PluginError(
+                f"proposal.tokens has shape {tuple(tokens.shape)} and dtype {tokens.dtype}, expected integers [rows, K]"
+            )
         lists = tokens.tolist()
         if proposal.lengths is not None:
             lists = [row[:length] for row, length in zip(lists, proposal.lengths, strict=True)]
@@ -85,7 +87,9 @@ def _check_parents(parents: Sequence[int] | None, tokens: list[int], budget: Bud
         raise PluginError(f"{where}: {len(listed)} parents for {len(tokens)} draft tokens")
     for node, parent in enumerate(listed):
         if not -1 <= parent < node:
-            raise PluginError(f"{where}: node {node} has parent {parent}; parents come before their children, -1 is the root")
+            raise PluginError(
+                f"{where}: node {node} has parent {parent}; parents come before their children, -1 is the root"
+            )
     deepest = max(depths_of(listed))
     if deepest > budget.max_depth:
         raise PluginError(f"{where}: a tree of depth {deepest}, the deepest allowed is {budget.max_depth}")
@@ -124,7 +128,9 @@ def _check_probs(
     used = values[torch.tensor(index, device=values.device)]
     sums = used.sum(dim=-1)
     if not bool((used >= 0).all()) or not bool(((sums - 1).abs() < _SUM_TOLERANCE).all()):
-        raise PluginError(f"{where}: probs.values holds rows that are no distributions (negative, NaN, or not summing to 1)")
+        raise PluginError(
+            f"{where}: probs.values holds rows that are no distributions (negative, NaN, or not summing to 1)"
+        )
     drawn = torch.tensor(tokens, device=values.device)
     if probs.token_ids is not None:
         matches = probs.token_ids.to(values.device)[None, :] == drawn[:, None]
@@ -138,7 +144,9 @@ def _check_probs(
     for node, row in enumerate(index):
         parent = node - 1 if parents is None else parents[node]
         if (parent, tokens[node]) in siblings:
-            raise PluginError(f"{where}: node {node} repeats a sibling's token; sampled siblings are drawn without replacement")
+            raise PluginError(
+                f"{where}: node {node} repeats a sibling's token; sampled siblings are drawn without replacement"
+            )
         siblings.add((parent, tokens[node]))
         if by_parent.setdefault(parent, row) != row:
             raise PluginError(f"{where}: the children of node {parent} name different rows of probs.values")

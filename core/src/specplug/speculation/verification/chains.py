@@ -115,6 +115,4 @@ def _finish(
     complete = (kept == chains.lengths)[:, None]
     residual = torch.where(complete, p, (weight[:, None] * p - q).clamp_min(0))
     following = sample_residual(residual, p, randomness).tolist()
-    return [
-        (row, list(range(count)), token) for row, count, token in zip(rows, kept.tolist(), following, strict=True)
-    ]
+    return [(row, list(range(count)), token) for row, count, token in zip(rows, kept.tolist(), following, strict=True)]

@@ -66,7 +66,9 @@ def _draw(
     drawn: dict[int, list[int]] = {}
     offsets = target.offsets
     if greedy:
-        _scatter(drawn, greedy, offsets, target.argmax([e for row in greedy for e in range(offsets[row], offsets[row + 1])]))
+        _scatter(
+            drawn, greedy, offsets, target.argmax([e for row in greedy for e in range(offsets[row], offsets[row + 1])])
+        )
     if sampled:
         probs = target.probs([e for row in sampled for e in range(offsets[row], offsets[row + 1])])
         keys = [

@@ -61,9 +61,7 @@ def recursive_rejection(
         first_entry.append(count)
         count += offsets[row + 1] - offsets[row]
     drafts = [draft_distributions(proposal, row, vocabulary) for row in rows]
-    walks = [
-        _Walk(row, lane, proposal.parents[row] or (), proposal.tokens[row]) for lane, row in enumerate(rows)
-    ]
+    walks = [_Walk(row, lane, proposal.parents[row] or (), proposal.tokens[row]) for lane, row in enumerate(rows)]
     remaining = p_all[first_entry].clone()  # R, [rows, V]
     proposed = torch.zeros_like(remaining)  # Q, [rows, V]
     for walk in walks:

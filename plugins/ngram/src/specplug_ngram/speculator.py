@@ -1,0 +1,107 @@
+"""The `ngram` method: its settings, and the speculator that keeps one index per row."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import attrs
+
+from specplug import ConfigurationError, Proposal, SpeculatorTraits, hookimpl
+from specplug_ngram.index import NgramIndex
+
+if TYPE_CHECKING:
+    from specplug import ProposalBatch, ProposalRow, SpeculativeConfig, TargetModel
+
+DEFAULT_LOOKUP = 5
+_COMPARED_TOKENS = 16
+
+
+@attrs.frozen
+class NgramSettings:
+    """The keys of the method, with vLLM's names and defaults; one that is not given equals the other.
+
+    Attributes:
+        prompt_lookup_max: the most of the last tokens to look for.
+        prompt_lookup_min: the fewest.
+    """
+
+    prompt_lookup_max: int | None = None
+    prompt_lookup_min: int | None = None
+
+    def lengths(self) -> range:
+        """Returns the n-gram lengths to look for, shortest first.
+
+        Raises:
+            ConfigurationError: a length below 1, or a minimum above the maximum.
+        """
+        for field in attrs.fields(NgramSettings):
+            value = getattr(self, field.name)
+            if value is not None and value < 1:
+                raise ConfigurationError(f"speculative_config: {field.name}={value}: expected an integer of at least 1")
+        longest, shortest = self.prompt_lookup_max, self.prompt_lookup_min
+        if longest is None:
+            longest = DEFAULT_LOOKUP if shortest is None else shortest
+        if shortest is None:
+            shortest = longest
+        if shortest > longest:
+            raise ConfigurationError(
+                f"speculative_config: prompt_lookup_min={shortest} is more than prompt_lookup_max={longest}; "
+                "lower the one or raise the other"
+            )
+        return range(shortest, longest + 1)
+
+
+@attrs.define(eq=False)
+class NgramSpeculator:
+    """Drafts what followed the most recent earlier occurrence of a row's last tokens.
+
+    The longest n-gram that occurred before wins, and of its occurrences the last. A draft that reaches the end of the
+    known tokens goes on copying through itself, as periodic text does.
+
+    Attributes:
+        shortest: the fewest tokens that must match.
+        longest: the most tokens that are looked for.
+    """
+
+    traits: ClassVar[SpeculatorTraits] = SpeculatorTraits(token_only=True)
+
+    shortest: int
+    longest: int
+    _indexes: dict[int, NgramIndex] = attrs.field(factory=dict, init=False, repr=False)
+
+    @hookimpl
+    def propose(self, batch: ProposalBatch) -> Proposal:
+        """Forgets the rows that ended, and drafts a chain for every row whose end occurred before."""
+        for slot, _ in batch.ended:
+            self._indexes.pop(slot, None)
+        return Proposal([self._draft(row) for row in batch.rows])
+
+    def _draft(self, row: ProposalRow) -> list[int]:
+        index = self._updated_index(row)
+        count = min(row.budget.max_nodes, row.budget.max_depth)
+        start = index.find() if count > 0 else None
+        return [] if start is None else index.continuation(start, count)
+
+    def _updated_index(self, row: ProposalRow) -> NgramIndex:
+        index = self._indexes.get(row.slot)
+        if index is None or row.is_new or not _continues(index.tokens, row):
+            index = self._indexes[row.slot] = NgramIndex(self.shortest, self.longest)
+        index.extend(row.tokens[len(index.tokens) :])
+        return index
+
+
+def _continues(known: list[int], row: ProposalRow) -> bool:
+    """Whether a row's tokens continue the known ones, judged by the last of these: a slot may hold another row now."""
+    start = max(0, len(known) - _COMPARED_TOKENS)
+    return row.tokens[start : len(known)] == known[start:]
+
+
+@hookimpl
+def load_speculator(config: SpeculativeConfig, target: TargetModel) -> NgramSpeculator:
+    """Makes the speculator; see `NgramSettings` for its keys.
+
+    Raises:
+        ConfigurationError: an unknown key, or n-gram lengths that make no range.
+    """
+    lengths = config.settings(NgramSettings).lengths()
+    return NgramSpeculator(shortest=lengths[0], longest=lengths[-1])
