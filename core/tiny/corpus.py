@@ -96,6 +96,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def main() -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer.json, train.bin and held_out.bin")
     out = parser.parse_args().out
@@ -106,7 +107,9 @@ def main() -> None:
     tokenizer = train_tokenizer([text for path, text in corpus if not held_out(path)])
     tokenizer.save(str(out / "tokenizer.json"))
 
-    names = sorted(set(re.findall(r"\b[a-z][a-z_]{3,14}\b", " ".join(text for _, text in corpus))) - set(keyword.kwlist))
+    names = sorted(
+        set(re.findall(r"\b[a-z][a-z_]{3,14}\b", " ".join(text for _, text in corpus))) - set(keyword.kwlist)
+    )
     splits: dict[bool, list[str]] = {False: [], True: []}
     exercises: dict[bool, list[str]] = {False: [], True: []}
     for path, text in corpus:

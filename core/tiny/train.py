@@ -63,6 +63,7 @@ def held_out_loss(model: torch.nn.Module, tokens: torch.Tensor, length: int) -> 
 
 
 def main() -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="what corpus.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished checkpoint")

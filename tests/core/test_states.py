@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def test_delivered_states_equal_a_fresh_prefill(folder: Path, seed: int) -> None
         expected = fresh_states(folder, tokens)
         for channel, states in channels.items():
             positions = sorted(states)
-            gaps += sum(b - a > 1 for a, b in zip(positions, positions[1:], strict=False))
+            gaps += sum(b - a > 1 for a, b in pairwise(positions))
             for position in positions:
                 if channel == "top_ids":
                     assert set(states[position].tolist()) & set(expected[channel][position].tolist())

@@ -150,7 +150,7 @@ class LLM:
 
     def _run(self, total: int, use_tqdm: bool) -> None:
         try:
-            with _progress_bar(total, use_tqdm) as advance:
+            with _ProgressBar(total, use_tqdm) as advance:
                 while self.engine.has_unfinished_requests:
                     advance(sum(output.request.is_finished for output in self.engine.step()))
         except BaseException:
@@ -267,7 +267,7 @@ def _params_list(params: SamplingParams | Sequence[SamplingParams] | None, count
     return listed
 
 
-class _progress_bar:
+class _ProgressBar:
     """A progress bar over finished completions; does nothing unless asked for."""
 
     def __init__(self, total: int, shown: bool) -> None:

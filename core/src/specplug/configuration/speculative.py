@@ -34,7 +34,9 @@ def _parse(mapping: Mapping[str, Any], depth: int) -> SpeculativeConfig:
         )
     tokens = options.pop("num_speculative_tokens", DEFAULT_NUM_SPECULATIVE_TOKENS)
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-        raise ConfigurationError(f"speculative_config: num_speculative_tokens={tokens!r}: expected an integer of at least 1")
+        raise ConfigurationError(
+            f"speculative_config: num_speculative_tokens={tokens!r}: expected an integer of at least 1"
+        )
     fallback = options.pop("fallback", None)
     return SpeculativeConfig(
         method=method,

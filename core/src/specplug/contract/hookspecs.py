@@ -47,7 +47,7 @@ class SpeculatorHooks:
     """The hook specifications, registered with every engine's own PluginManager."""
 
     @hookspec(firstresult=True)
-    def load_speculator(self, config: SpeculativeConfig, target: TargetModel) -> Any | None:  # type: ignore[empty-body]
+    def load_speculator(self, config: SpeculativeConfig, target: TargetModel) -> Any | None:
         """Makes the speculator of one engine. Implemented by the plugin's module; called once, before any weight is read.
 
         Read configuration and checkpoint headers here, never weights: `target.model(...)` and `target.weights(...)`

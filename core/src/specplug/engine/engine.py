@@ -202,7 +202,7 @@ class Engine:
             packed += len(tokens)
         wants_top_k = TOP_IDS in self._states.specs
         logits = self.runner.forward(forward_rows, None if wants_top_k else logits_index)
-        captured: dict[Channel, torch.Tensor] = dict(self.runner.taps.captured)
+        captured: dict[Channel, torch.Tensor] = {**self.runner.taps.captured}
         if wants_top_k:
             probs, ids = logits.float().softmax(dim=-1).topk(self._states.specs[TOP_IDS].width, dim=-1)
             captured |= {TOP_IDS: ids, TOP_PROBS: probs}
@@ -298,5 +298,6 @@ class Engine:
         self.is_closed = True
         for close in reversed(self._closers):
             close()
+        self._closers.clear()
         self._shared_caches.clear()
         del self._states, self.runner, self.chain, self._verification, self.registry

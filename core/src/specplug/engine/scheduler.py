@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import attrs
 
 from specplug.contract.batch import EndReason
-from specplug.request import Request
 from specplug.model.blocks import BlockAllocator, BlockTable
+from specplug.request import Request
 
 
 @attrs.frozen(eq=False)

@@ -167,9 +167,7 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
         max_num_batched_tokens=config.max_num_batched_tokens,
         tokenizer=tokenizer,
     )
-    speculators = []
-    for speculative in _chain(config.speculative):
-        speculators.append(registry.load_speculator(speculative, facade))
+    speculators = [registry.load_speculator(speculative, facade) for speculative in _chain(config.speculative)]
     channels = channels_for([s.traits for s in speculators], architecture.hidden_size, dtype)
     _check_boundaries(speculators, len(architecture.layers))
     budget = MemoryBudget(

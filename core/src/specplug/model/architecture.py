@@ -131,7 +131,7 @@ def context_length(config: Any) -> int:
     return int(length)
 
 
-def disable_padding_checks(model: torch.nn.Module) -> None:
+def disable_padding_checks(model: Any) -> None:
     """Some models look for padding in their inputs, a host synchronisation a packed batch has no use for."""
     model.config.pad_token_id = None
 

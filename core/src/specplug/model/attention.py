@@ -132,7 +132,12 @@ def attend_row(
         mask = mask.expand(group, *mask.shape).reshape(group * count, -1)
     use_causal = causal and group == 1
     attended = F.scaled_dot_product_attention(
-        folded[None], keys[None], values[None], attn_mask=None if use_causal else mask, is_causal=use_causal, scale=scaling
+        folded[None],
+        keys[None],
+        values[None],
+        attn_mask=None if use_causal else mask,
+        is_causal=use_causal,
+        scale=scaling,
     )
     return attended[0].reshape(heads, count, -1)
 

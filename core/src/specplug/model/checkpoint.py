@@ -52,7 +52,9 @@ def resolve_checkpoint(source: str, revision: str | None = None) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise CheckpointError(f"'{source}' is not a folder with a checkpoint; give a folder or a hub name like org/model")
+        raise CheckpointError(
+            f"'{source}' is not a folder with a checkpoint; give a folder or a hub name like org/model"
+        )
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -94,7 +96,9 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
             if name == "__metadata__":
                 continue
             if entry.get("dtype") not in _DTYPES:
-                raise CheckpointError(f"{file}: tensor '{name}' has the dtype {entry.get('dtype')}, which is not supported")
+                raise CheckpointError(
+                    f"{file}: tensor '{name}' has the dtype {entry.get('dtype')}, which is not supported"
+                )
             headers[name] = TensorHeader(file, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
     return headers
 

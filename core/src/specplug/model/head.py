@@ -23,7 +23,7 @@ class _Passthrough(torch.nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        return BaseModelOutputWithPast(last_hidden_state=self.states)  # type: ignore[arg-type]
+        return BaseModelOutputWithPast(last_hidden_state=self.states)
 
 
 class Head:

@@ -38,6 +38,7 @@ def load_model(
                 dtype=dtype,
                 attn_implementation=attention.IMPLEMENTATION,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported below, with names and shapes
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
@@ -47,7 +48,9 @@ def load_model(
     mismatched = report.get("mismatched_keys") or ()
     if mismatched:
         first = next(iter(mismatched))
-        raise CheckpointError(f"{folder}: {len(mismatched)} weights have another shape than the configuration says: {first}")
+        raise CheckpointError(
+            f"{folder}: {len(mismatched)} weights have another shape than the configuration says: {first}"
+        )
     missing = sorted(report.get("missing_keys") or ())
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing, first '{missing[0]}'")

@@ -18,7 +18,7 @@ class Taps:
     """
 
     def __init__(self, model: torch.nn.Module, layers: Sequence[str], boundaries: Sequence[Boundary]) -> None:
-        self.captured: dict[Boundary, torch.Tensor] = {}
+        self.captured: dict[int | str, torch.Tensor] = {}
         self._handles = []
         for boundary in dict.fromkeys(boundaries):
             if boundary == "final":

@@ -154,6 +154,7 @@ class PluginRegistry:
     def add_speculator(self, config: SpeculativeConfig, instance: Any) -> RegisteredSpeculator:
         """Registers a speculator object."""
         name = f"speculator {config.method}"
+        check_hooks(instance, name)
         if not _has_hook(instance, "propose"):
             raise PluginError(f"plugin '{config.method}': its speculator has no @hookimpl method 'propose'")
         traits = getattr(instance, "traits", None) or SpeculatorTraits()
@@ -226,12 +227,18 @@ def check_hooks(plugin: Any, name: str) -> None:
     for attribute, function, options in _hook_functions(plugin):
         where = f"plugin '{name}', hook '{attribute}'"
         if options.get("hookwrapper"):
-            raise PluginError(f"{where}: old-style hookwrapper=True is not supported; use wrapper=True and return (yield)")
+            raise PluginError(
+                f"{where}: old-style hookwrapper=True is not supported; use wrapper=True and return (yield)"
+            )
         for parameter in inspect.signature(function).parameters.values():
             if parameter.kind is parameter.KEYWORD_ONLY:
-                raise PluginError(f"{where}: keyword-only argument '{parameter.name}' is never passed; make it positional")
+                raise PluginError(
+                    f"{where}: keyword-only argument '{parameter.name}' is never passed; make it positional"
+                )
             if parameter.default is not parameter.empty:
-                raise PluginError(f"{where}: argument '{parameter.name}' has a default, so it is never passed; remove it")
+                raise PluginError(
+                    f"{where}: argument '{parameter.name}' has a default, so it is never passed; remove it"
+                )
 
 
 def _hook_functions(plugin: Any) -> list[tuple[str, Any, dict[str, Any]]]:
@@ -256,5 +263,7 @@ def _has_hook(plugin: Any, hook: str) -> bool:
 def _is_wrapper(plugin: Any, hook: str) -> bool:
     """Whether the plugin only observes the hook (or has nothing to do with it)."""
     return all(
-        options.get("wrapper") for name, _, options in _hook_functions(plugin) if (options.get("specname") or name) == hook
+        options.get("wrapper")
+        for name, _, options in _hook_functions(plugin)
+        if (options.get("specname") or name) == hook
     )

@@ -62,9 +62,7 @@ class StepDistributions:
         self.logits = logits
         self.offsets = offsets
         self._params = params
-        self._row_of_entry = [
-            row for row in range(len(params)) for _ in range(offsets[row + 1] - offsets[row])
-        ]
+        self._row_of_entry = [row for row in range(len(params)) for _ in range(offsets[row + 1] - offsets[row])]
 
     def _select(self, entries: Sequence[int]) -> torch.Tensor:
         if len(entries) == len(self.logits):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import attrs
 
 from specplug.errors import RequestError
@@ -12,6 +14,10 @@ MAX_SEED = 2**63
 def _check(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
         raise RequestError(f"sampling parameter {name}={value!r}: expected {expected}")
+
+
+def _token_ids(ids: Iterable[int] | None) -> tuple[int, ...]:
+    return tuple(ids or ())
 
 
 def _is_int(value: object) -> bool:
@@ -45,7 +51,7 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int | None = None
     max_tokens: int | None = 16
-    stop_token_ids: tuple[int, ...] = attrs.field(default=(), converter=lambda ids: tuple(ids or ()))
+    stop_token_ids: tuple[int, ...] = attrs.field(default=(), converter=_token_ids)
     ignore_eos: bool = False
     num_speculative_tokens: int | None = None
 

@@ -18,7 +18,7 @@ from specplug.contract.resources import Resources
 from specplug.errors import PluginError
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
-from specplug.speculation.draft import Draft, trim_by_score
+from specplug.speculation.draft import trim_by_score
 from specplug.speculation.policy import NO_BUDGET, BudgetPolicy, plan_budgets
 from specplug.speculation.states import TOP_IDS, TOP_PROBS, StateStore
 from specplug.speculation.validation import check_proposal

@@ -10,7 +10,6 @@ from specplug.contract.traits import SpeculatorTraits
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
 
-
 NO_BUDGET = Budget(0, 0)
 
 

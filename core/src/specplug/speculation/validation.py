@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import attrs
 import torch
 
 from specplug.contract.batch import Budget
@@ -36,6 +37,7 @@ def check_proposal(
         if values is not None and len(values) != len(rows):
             raise PluginError(f"proposal.{name} has {len(values)} rows for a batch of {len(rows)}")
     drafts: list[Draft | None] = []
+    reported: list[_Reported] = []
     for row, (tokens, budget) in enumerate(zip(rows, budgets, strict=True)):
         if not tokens:
             drafts.append(None)
@@ -50,8 +52,9 @@ def check_proposal(
         if probs is not None:
             if score_list is not None:
                 raise PluginError(f"{where}: scores are for deterministic trees; this row has probs")
-            _check_probs(probs, tokens, parent_list, vocab_size, where)
+            reported.append(_check_probs(probs, tokens, parent_list, vocab_size, where))
         drafts.append(Draft(method, tokens, parent_list, score_list, probs))
+    _check_numbers(reported)
     return drafts
 
 
@@ -113,9 +116,19 @@ def _check_scores(
     return listed
 
 
+@attrs.define(eq=False)
+class _Reported:
+    """What one row says its nodes were drawn from, cut down to what the numeric checks need."""
+
+    where: str
+    used: torch.Tensor
+    columns: list[int]
+
+
 def _check_probs(
     probs: DraftDistributions, tokens: list[int], parents: list[int] | None, vocab_size: int, where: str
-) -> None:
+) -> _Reported:
+    """Checks shapes and indices; the numbers are checked for all rows together by `_check_numbers`."""
     values = probs.values
     if not isinstance(values, torch.Tensor) or values.dim() != 2 or not values.is_floating_point():
         raise PluginError(f"{where}: probs.values must be a floating tensor [M, draft vocabulary]")
@@ -125,20 +138,12 @@ def _check_probs(
     index = list(range(len(tokens))) if probs.index is None else [int(i) for i in probs.index]
     if len(index) != len(tokens) or any(not 0 <= i < len(values) for i in index):
         raise PluginError(f"{where}: probs.index must name one of {len(values)} rows for each of {len(tokens)} nodes")
-    used = values[torch.tensor(index, device=values.device)]
-    sums = used.sum(dim=-1)
-    if not bool((used >= 0).all()) or not bool(((sums - 1).abs() < _SUM_TOLERANCE).all()):
-        raise PluginError(
-            f"{where}: probs.values holds rows that are no distributions (negative, NaN, or not summing to 1)"
-        )
-    drawn = torch.tensor(tokens, device=values.device)
+    columns = tokens
     if probs.token_ids is not None:
-        matches = probs.token_ids.to(values.device)[None, :] == drawn[:, None]
-        if not bool(matches.any(dim=-1).all()):
+        place = {token: column for column, token in enumerate(probs.token_ids.tolist())}
+        if any(token not in place for token in tokens):
             raise PluginError(f"{where}: a draft token is not among probs.token_ids")
-        drawn = matches.int().argmax(dim=-1)
-    if not bool((used.gather(1, drawn[:, None]) > 0).all()):
-        raise PluginError(f"{where}: a draft token has probability 0 in the distribution it is said to be drawn from")
+        columns = [place[token] for token in tokens]
     by_parent: dict[int, int] = {}
     siblings: set[tuple[int, int]] = set()
     for node, row in enumerate(index):
@@ -150,3 +155,27 @@ def _check_probs(
         siblings.add((parent, tokens[node]))
         if by_parent.setdefault(parent, row) != row:
             raise PluginError(f"{where}: the children of node {parent} name different rows of probs.values")
+    whole = index == list(range(len(values)))
+    return _Reported(where, values if whole else values[torch.tensor(index, device=values.device)], columns)
+
+
+def _check_numbers(reported: Sequence[_Reported]) -> None:
+    """Checks, with one read from the device per width, that all reported rows are distributions that allow their token."""
+    by_width: dict[int, list[_Reported]] = {}
+    for entry in reported:
+        by_width.setdefault(entry.used.shape[1], []).append(entry)
+    for entries in by_width.values():
+        used = torch.cat([entry.used for entry in entries])
+        columns = torch.tensor([column for entry in entries for column in entry.columns], device=used.device)
+        normal = (used.amin(dim=-1) >= 0) & ((used.sum(dim=-1) - 1).abs() < _SUM_TOLERANCE)
+        possible = used.gather(1, columns[:, None])[:, 0] > 0
+        if bool((normal & possible).all()):
+            continue
+        where = [entry.where for entry in entries for _ in entry.columns]
+        if not bool(normal.all()):
+            row = where[int((~normal).int().argmax())]
+            raise PluginError(
+                f"{row}: probs.values holds rows that are no distributions (negative, NaN, or not summing to 1)"
+            )
+        row = where[int((~possible).int().argmax())]
+        raise PluginError(f"{row}: a draft token has probability 0 in the distribution it is said to be drawn from")

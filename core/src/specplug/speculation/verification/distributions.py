@@ -9,7 +9,7 @@ from specplug.sampling.randomness import EngineRandomness, Stream, race
 
 
 def draft_distributions(proposal: Proposal, row: int, vocabulary: int) -> torch.Tensor:
-    """float32 [nodes, vocabulary]: what each node of a row was drawn from, as target ids, zero outside the draft's vocabulary."""
+    """float32 [nodes, vocabulary]: what each node of a row was drawn from, in target ids (0 outside the draft's)."""
     assert proposal.probs is not None
     probs = proposal.probs[row]
     assert isinstance(probs, DraftDistributions)

@@ -12,6 +12,7 @@ depends on nothing but the request, so the output is that of plain decoding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from specplug.contract.batch import VerificationBatch, VerificationRow
 from specplug.contract.proposal import Proposal
@@ -31,7 +32,7 @@ def sample_and_match(
     drawn = _draw(rows, batch, proposal, target, randomness)
     results = []
     for row in rows:
-        tokens: Sequence[int] = proposal.tokens[row]
+        tokens = cast(Sequence[int], proposal.tokens[row])
         parents = proposal.parents[row] if proposal.parents is not None else None
         draws = drawn[row]
         path: list[int] = []

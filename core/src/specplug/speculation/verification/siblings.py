@@ -8,6 +8,7 @@ R_{j+1} = norm((R_j - Q_j)+) and Q_{j+1} = norm(Q_j without x_j). After the last
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
@@ -61,7 +62,10 @@ def recursive_rejection(
         first_entry.append(count)
         count += offsets[row + 1] - offsets[row]
     drafts = [draft_distributions(proposal, row, vocabulary) for row in rows]
-    walks = [_Walk(row, lane, proposal.parents[row] or (), proposal.tokens[row]) for lane, row in enumerate(rows)]
+    walks = [
+        _Walk(row, lane, proposal.parents[row] or (), cast(Sequence[int], proposal.tokens[row]))
+        for lane, row in enumerate(rows)
+    ]
     remaining = p_all[first_entry].clone()  # R, [rows, V]
     proposed = torch.zeros_like(remaining)  # Q, [rows, V]
     for walk in walks:

@@ -1,0 +1,151 @@
+"""The plan is what is allocated; blocks are used to the last; what does not fit is refused with the numbers."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from specplug import LLM, MemoryRegion, Proposal, SamplingParams, hookimpl
+from specplug.configuration.engine import EngineConfig, parse_bytes
+from specplug.engine.startup import plan_engine
+from specplug.errors import ConfigurationError, InsufficientMemoryError, RequestError
+from support.models import ARCHITECTURES, VOCABULARY, save_model
+from support.speculators import ModelSpeculator, Oracle, TreeSpeculator, provide
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"), "llama", hidden_size=64, vocab_size=512)
+
+
+def tensor_bytes() -> int:
+    """Bytes of all storages that are alive."""
+    gc.collect()
+    storages: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+class Buffers(ModelSpeculator):
+    """A model speculator that also keeps a buffer of its own."""
+
+    @hookimpl
+    def plan_memory(self, budget: Any) -> list[MemoryRegion]:
+        buffer = MemoryRegion("table", "buffers", fixed_bytes=1_000_000)
+        return [*self.model.regions(scratch_tokens_per_row=self.gamma), buffer]
+
+    @hookimpl
+    def warmup(self, resources: Any) -> None:
+        self.table = torch.zeros(1_000_000, dtype=torch.uint8, device=resources.device)
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_weights_are_planned_exactly(tmp_path: Path, architecture: str) -> None:
+    folder = save_model(tmp_path / architecture, architecture)
+    for dtype in ("float32", "bfloat16"):
+        before = tensor_bytes()
+        with LLM(folder, skip_tokenizer_init=True, dtype=dtype, memory="8MiB", check_parity=False) as llm:
+            plan = llm.engine.plan
+            used = tensor_bytes() - before
+            assert used == pytest.approx(plan.total_bytes, rel=0.02)
+            assert llm.engine.runner.cache.num_bytes == plan.target_kv
+            assert plan.total_bytes <= plan.budget_bytes
+
+
+@pytest.mark.parametrize("kind", ["model", "tree"])
+def test_planned_and_allocated_differ_by_less_than_two_percent(folder: Path, kind: str) -> None:
+    def make(config: Any, target: Any) -> Any:
+        if kind == "model":
+            return Buffers(target, folder, 4)
+        return TreeSpeculator(Oracle([], VOCABULARY), (0, 1, 2, 3, "final"), 9, top_k=3)
+
+    before = tensor_bytes()
+    llm = LLM(folder, skip_tokenizer_init=True, memory="40MiB", **provide(make))
+    plan = llm.engine.plan
+    used = tensor_bytes() - before
+    assert used == pytest.approx(plan.total_bytes, rel=0.02)
+    llm.generate([[3, 4, 5]] * 4, SamplingParams(temperature=0, max_tokens=20))
+    assert tensor_bytes() - before == pytest.approx(plan.total_bytes, rel=0.03), (
+        "something is left behind after requests"
+    )
+    llm.close()
+    del llm
+    assert tensor_bytes() - before < plan.total_bytes * 0.01, "something is left behind after close"
+
+
+def test_every_block_can_be_filled(folder: Path) -> None:
+    """Rows that together need every token of the cache run to their end."""
+    with LLM(folder, skip_tokenizer_init=True, max_model_len=96, max_num_seqs=3, block_size=4, memory="40MiB") as llm:
+        allocator = llm.engine.scheduler.allocator
+        prompts = [[3] * 40, [4] * 50, [5] * 60, [6] * 95]
+        params = [SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)] * 4
+        outputs = llm.generate(prompts, params)
+        assert [len(o.prompt_token_ids) + len(o.outputs[0].token_ids) for o in outputs] == [96] * 4
+        assert {o.outputs[0].finish_reason for o in outputs} == {"length"}
+        assert allocator.num_free == allocator.num_blocks
+
+
+def test_a_request_that_can_never_fit_is_refused_with_the_numbers(folder: Path) -> None:
+    with LLM(folder, skip_tokenizer_init=True, max_model_len=32, memory="40MiB") as llm:
+        with pytest.raises(RequestError, match="40 tokens, the longest sequence is 32"):
+            llm.generate([[3, 4], [3] * 40])
+        assert not llm.engine.has_unfinished_requests, "none of the prompts is run"
+        assert llm.generate([[3, 4]], SamplingParams(max_tokens=2))[0].finished
+
+
+@pytest.mark.parametrize(("prompt", "text"), [([], "empty"), ([3, 512], "outside the vocabulary"), ([-1], "outside")])
+def test_bad_prompts(folder: Path, prompt: list[int], text: str) -> None:
+    with LLM(folder, skip_tokenizer_init=True, memory="40MiB") as llm, pytest.raises(RequestError, match=text):
+        llm.generate([prompt] if prompt else {"prompt_token_ids": []})
+
+
+def test_too_little_memory_names_the_parts(folder: Path) -> None:
+    with pytest.raises(InsufficientMemoryError, match=r"target weights .* KV cache .* the budget is 450\.0 KiB"):
+        LLM(folder, skip_tokenizer_init=True, memory="450KiB", max_model_len=100)
+
+
+def test_the_length_shrinks_to_what_fits_unless_it_was_asked_for(folder: Path) -> None:
+    weights = plan_engine(EngineConfig.create(str(folder))).plan.target_weights
+    tight = weights + 32 * 1024
+    plan = plan_engine(EngineConfig.create(str(folder), memory=tight, block_size=4)).plan
+    assert 4 < plan.max_model_len < 160
+    assert plan.total_bytes <= tight
+    with pytest.raises(InsufficientMemoryError, match=f"at most {plan.max_model_len} fit"):
+        plan_engine(EngineConfig.create(str(folder), memory=tight, block_size=4, max_model_len=160))
+
+
+def test_a_draft_that_does_not_fit_is_refused_before_its_weights_are_read(folder: Path, tmp_path: Path) -> None:
+    big = save_model(tmp_path / "big", "llama", hidden_size=256, intermediate_size=2048)
+
+    class Never(ModelSpeculator):
+        def __init__(self, target: Any) -> None:
+            super().__init__(target, big, 4)
+            self.model.materialize = lambda progress: pytest.fail("weights were read")
+
+        @hookimpl
+        def propose(self, batch: Any) -> Any:
+            return Proposal([[] for _ in batch.rows])
+
+    with pytest.raises(InsufficientMemoryError, match="draft weights"):
+        LLM(folder, skip_tokenizer_init=True, memory="4MiB", max_model_len=64, **provide(lambda c, t: Never(t)))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GiB", 8 << 30), ("1.5 KB", 1500), (1000, 1000), ("64m", 64_000_000), ("12", 12), ("2MiB", 2 << 20)],
+)
+def test_sizes(text: Any, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "0", -5, "8 parsecs", True])
+def test_bad_sizes(text: Any) -> None:
+    with pytest.raises(ConfigurationError, match="memory="):
+        parse_bytes(text)
