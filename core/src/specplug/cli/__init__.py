@@ -1,0 +1,1 @@
+"""The command line: `specplug list`, `specplug generate`, `specplug demo`."""

@@ -1,0 +1,67 @@
+"""The option `--speculative-config`: JSON, or the name of a file that holds it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from specplug.errors import ConfigurationError
+
+OPTION = "--speculative-config"
+
+
+def read_speculative_config(value: str | None) -> dict[str, Any] | None:
+    """Reads the option.
+
+    Raises:
+        ConfigurationError: neither a JSON object nor a readable file with one; the message gives the position.
+    """
+    if value is None:
+        return None
+    if not value.strip() or value.lstrip().startswith(("{", "[")):
+        return _parse(value, OPTION)
+    return _parse(_read(value), f"{OPTION} {value}")
+
+
+def _read(name: str) -> str:
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigurationError(
+            f'{OPTION} {name!r} is neither a JSON object nor a file; write it like \'{{"method": "ngram"}}\''
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{OPTION} {name}: not a text file (it is not UTF-8)") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigurationError(f"{OPTION} {name!r} cannot be read: {reason}") from error
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise ConfigurationError(
+            f"{where}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from error
+    except (_RepeatedKeyError, RecursionError) as error:
+        raise ConfigurationError(f"{where}: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ConfigurationError(
+            f'{where}: expected a JSON object such as {{"method": "ngram"}}, got {text.strip()[:40]}'
+        )
+    return parsed
+
+
+class _RepeatedKeyError(Exception):
+    """A key that an object has twice: JSON readers would silently keep the last."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in members:
+            raise _RepeatedKeyError(f"the key '{key}' is given twice")
+        members[key] = value
+    return members

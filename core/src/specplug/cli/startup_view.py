@@ -1,0 +1,58 @@
+"""Showing the six startup steps as they happen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from specplug.cli.terminal import Terminal
+    from specplug.engine.startup import StepReport
+
+_STEPS = 6
+_NAME_WIDTH = 36
+
+
+class StartupView:
+    """Prints one line per step, with its time; on a terminal also while the step runs.
+
+    Use it as a context manager around the start, so that a step that fails is marked.
+
+    Args:
+        terminal: where to.
+        quiet: print nothing.
+    """
+
+    def __init__(self, terminal: Terminal, *, quiet: bool = False) -> None:
+        self._terminal = terminal
+        self._quiet = quiet
+        self._open: StepReport | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def announce(self, text: str) -> None:
+        """Says what goes on before the first step; that step's line takes its place."""
+        if self._terminal.is_live and not self._quiet:
+            self._terminal.write(f"  {text}", "dim")
+
+    def __call__(self, report: StepReport) -> None:
+        """Takes a report of `start_engine`."""
+        if self._quiet:
+            return
+        self._open = report if report.seconds is None else None
+        if report.seconds is not None:
+            self._show(report, f"{report.seconds:7.2f} s", end="\n")
+        elif self._terminal.is_live:
+            self._show(report, f"{report.fraction:7.0%}" if report.fraction else "", end="")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._open is not None and error is not None:
+            self._show(self._open, "failed" if isinstance(error, Exception) else "interrupted", end="\n")
+
+    def _show(self, report: StepReport, state: str, end: str) -> None:
+        self._terminal.rewind()
+        self._terminal.write(f"  {report.number}/{_STEPS} {report.name:<{_NAME_WIDTH}}{state}{end}", "dim")

@@ -1,0 +1,91 @@
+"""Writing to a stream that may be a terminal or a file."""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DRAFTER_STYLES = ("green", "cyan", "magenta", "yellow", "blue", "red")
+_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
+
+class Terminal:
+    """Text to one stream: coloured and wrapped on a terminal, plain and whole elsewhere.
+
+    Rich decides about colour (`NO_COLOR`, `FORCE_COLOR`, `TERM`); it is imported only where there can be any.
+
+    Attributes:
+        stream: where the text goes.
+        is_live: whether a line can be rewritten, as on a terminal.
+        width: columns of the terminal; None where lines may be of any length.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.is_live = stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._console: Console | None = None
+        if stream.isatty() or os.environ.get("FORCE_COLOR"):
+            from rich.console import Console
+
+            self._console = Console(file=stream, highlight=False, markup=False, emoji=False)
+        self.width = self._console.width if self._console is not None and stream.isatty() else None
+
+    @classmethod
+    def out(cls) -> Terminal:
+        """Standard output as it is now."""
+        return cls(sys.stdout)
+
+    @classmethod
+    def err(cls) -> Terminal:
+        """Standard error as it is now."""
+        return cls(sys.stderr)
+
+    @property
+    def has_colour(self) -> bool:
+        """Whether styles can be told apart."""
+        console = self._console
+        return console is not None and console.color_system is not None and not console.no_color
+
+    def write(self, text: str, style: str = "") -> None:
+        """Writes text as it is, at once."""
+        if self._console is None:
+            self.stream.write(text)
+            self.stream.flush()
+        else:
+            self._console.out(text, style=style or None, highlight=False, end="")
+
+    def rewind(self) -> None:
+        """Goes back to the start of an unfinished line and empties it; only where `is_live`."""
+        if self.is_live:
+            self.stream.write("\r\x1b[K")
+
+    def line(self, text: str = "", style: str = "") -> None:
+        """Writes a line as it is."""
+        self.write(f"{text}\n", style)
+
+    def paragraph(self, text: str, *, indent: str = "", style: str = "") -> None:
+        """Writes text in lines that fit the terminal; the second and later ones start with `indent`."""
+        self.line("\n".join(self.wrap(text, indent=indent)), style)
+
+    def wrap(self, text: str, *, indent: str = "") -> list[str]:
+        """The lines of a paragraph: as many as the terminal needs, one elsewhere."""
+        if self.width is None or len(text) <= self.width:
+            return [text]
+        return textwrap.wrap(text, max(self.width, 40), subsequent_indent=indent, break_on_hyphens=False)
+
+    def generated(self, text: str, style: str = "") -> None:
+        """Writes what a model wrote: a terminal is not sent control characters, a file gets every one."""
+        self.write(text.translate(_CONTROLS) if self.stream.isatty() else text, style)
+
+    def can_show(self, characters: str) -> bool:
+        """Whether the stream's encoding has these characters."""
+        try:
+            characters.encode(self.stream.encoding or "ascii")
+        except (UnicodeEncodeError, LookupError):
+            return False
+        return True

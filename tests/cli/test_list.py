@@ -1,0 +1,189 @@
+"""`specplug list`."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from fake_plugins import install, specplug
+
+from specplug.cli import plugin_report
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+BROKEN = 'print("noise")\nimport a_module_that_is_missing\n'
+NO_HOOKS = "x = 1\n"
+WRONG_SIGNATURE = "from specplug import hookimpl\n@hookimpl\ndef load_speculator(config, target=None): ...\n"
+OBSERVER = "from specplug import hookimpl\n@hookimpl(wrapper=True)\ndef propose(batch):\n    return (yield)\n"
+LONG_SUMMARY = "Drafts by guessing, and goes on to describe how it guesses at some length, in one line."
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a plugin of every kind."""
+    folder = tmp_path_factory.mktemp("site")
+    install(folder, "acme-lookup", methods={"lookup": "", "lookup2": ""}, summary=LONG_SUMMARY)
+    install(folder, "acme-broken", methods={"broken": ""}, source=BROKEN)
+    install(folder, "acme-empty", methods={"empty": ""}, source=NO_HOOKS)
+    install(folder, "acme-wrong", methods={"wrong": ""}, source=WRONG_SIGNATURE)
+    install(folder, "acme-observer", methods={"observer": ""}, source=OBSERVER, requires="")
+    install(folder, "acme-future", methods={"future": ""}, requires="specplug>=9")
+    install(folder, "twin-b", methods={"twin": ""})
+    install(folder, "twin-a", methods={"twin": ""})
+    return folder
+
+
+def listed(*arguments: str, path: Path, **environment: str) -> dict[str, dict[str, Any]]:
+    """`specplug list --json`, by package and method."""
+    result = specplug("list", "--json", *arguments, path=path, **environment)
+    return {f"{item['package']}/{item['method']}": item for item in json.loads(result.stdout)}
+
+
+def test_metadata_alone_tells_four_statuses(site: Path) -> None:
+    found = listed("--deny", "lookup2", path=site)
+    statuses = {name: item["status"] for name, item in found.items() if not name.startswith("specplug")}
+    assert statuses == {
+        "acme-broken/broken": "ok",
+        "acme-empty/empty": "ok",
+        "acme-future/future": "incompatible",
+        "acme-lookup/lookup": "ok",
+        "acme-lookup/lookup2": "blocked",
+        "acme-observer/observer": "ok",
+        "acme-wrong/wrong": "ok",
+        "twin-a/twin": "ambiguous",
+        "twin-b/twin": "ambiguous",
+    }
+    assert "needs specplug>=9" in found["acme-future/future"]["reason"]
+    assert "twin-a, twin-b" in found["twin-a/twin"]["reason"]
+    assert "deny-list" in found["acme-lookup/lookup2"]["reason"]
+    assert all(item["hooks"] is None for item in found.values())
+
+
+def test_check_finds_what_fails_and_shows_hooks(site: Path) -> None:
+    result = specplug("list", "--json", "--check", path=site)
+    assert result.returncode == 1
+    found = {item["method"]: item for item in json.loads(result.stdout)}
+    assert found["lookup"]["status"] == "ok"
+    assert found["lookup"]["hooks"] == ["load_speculator"]
+    assert found["lookup2"]["hooks"] == ["load_speculator"]
+    assert found["observer"]["hooks"] == []
+    assert found["observer"]["wraps"] == ["propose"]
+    assert found["broken"]["status"] == "failed"
+    assert found["broken"]["reason"] == "ModuleNotFoundError: No module named 'a_module_that_is_missing'"
+    assert "Traceback" in found["broken"]["traceback"]
+    assert "'target' has a default" in found["wrong"]["reason"]
+    assert found["wrong"]["reason"].startswith("plugin 'acme-wrong'")
+    assert "no hook" in found["empty"]["reason"]
+    assert found["future"]["hooks"] is None
+    assert "noise" in result.stderr
+
+
+def test_json_keys_are_stable(site: Path) -> None:
+    for arguments in ((), ("--check",)):
+        for item in listed(*arguments, path=site).values():
+            assert list(item) == [
+                "method",
+                "package",
+                "version",
+                "status",
+                "summary",
+                "reason",
+                "entry_point",
+                "location",
+                "requires",
+                "hooks",
+                "wraps",
+                "traceback",
+            ]
+
+
+def test_a_pipe_gets_plain_whole_lines(site: Path) -> None:
+    result = specplug("list", path=site, COLUMNS="40")
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert lines[0].split() == ["METHOD", "PACKAGE", "VERSION", "STATUS", "SUMMARY"]
+    assert any(line.startswith("lookup ") and line.endswith(LONG_SUMMARY) for line in lines)
+    assert "\x1b" not in result.stdout
+    assert "…" not in result.stdout
+    assert "3 of" in lines[-1]
+    assert "specplug list -v" in lines[-1]
+
+
+def test_verbose_adds_where_it_comes_from_and_why_not(site: Path) -> None:
+    text = specplug("list", "-v", path=site).stdout
+    assert "lookup = acme_lookup" in text
+    assert f"location      {site}" in text
+    assert "requires      specplug>=9" in text
+    assert "requires      any specplug" in text
+    assert "incompatible  needs specplug>=9" in text
+    assert "ambiguous     2 packages provide 'twin'" in text
+
+
+def test_verbose_check_shows_tracebacks(site: Path) -> None:
+    text = specplug("list", "--check", path=site).stdout
+    assert "failed        ModuleNotFoundError" in text
+    assert "Traceback" not in text
+    assert "specplug list -v --check" in text
+    verbose = specplug("list", "-v", "--check", path=site).stdout
+    assert "Traceback" in verbose
+    assert "hooks         propose (wrapper)" in verbose
+
+
+def test_allow_and_deny_by_method_package_and_environment(site: Path) -> None:
+    def ok(*arguments: str, **environment: str) -> set[str]:
+        found = listed(*arguments, path=site, **environment)
+        return {item["method"] for item in found.values() if item["status"] == "ok"}
+
+    assert ok("--allow", "lookup") == {"lookup"}
+    assert ok("--allow", "acme-lookup") == {"lookup", "lookup2"}
+    assert ok("--allow", "acme-lookup", "--deny", "lookup") == {"lookup2"}
+    assert ok(SPECPLUG_ALLOW_PLUGINS="lookup,broken") == {"lookup", "broken"}
+    assert ok("--deny", "twin-b", "--allow", "twin") == {"twin"}
+
+
+def test_neither_torch_nor_any_plugin_is_imported() -> None:
+    """Also with `--check`, unless a plugin does it."""
+    script = (
+        "import sys; from specplug.cli.main import cli\n"
+        "cli(sys.argv[1:], standalone_mode=False)\n"
+        "names = {name.partition('.')[0] for name in sys.modules}\n"
+        "print(sorted(names & {'torch', 'transformers', 'numpy', 'rich', 'specplug_ngram'}), file=sys.stderr)"
+    )
+    import subprocess
+
+    result = subprocess.run([sys.executable, "-c", script, "list", "-v"], capture_output=True, text=True, check=True)
+    assert result.stderr.strip() == "[]"
+
+
+def test_it_is_fast() -> None:
+    """It takes 0.13 s on two idle cores; importing torch alone would take seconds."""
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        specplug("list")
+        times.append(time.perf_counter() - started)
+    assert min(times) < 1.0
+
+
+def test_nothing_installed(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin_report, "find_plugins", lambda *_: [])
+    result = run("list")
+    assert result.exit_code == 0
+    assert "pip install specplug-ngram" in result.stdout
+    assert json.loads(run("list", "--json").stdout) == []
+
+
+def test_the_real_command_is_installed(run: Callable[..., Any]) -> None:
+    version = run("--version")
+    assert version.stdout.startswith("specplug 0.")
+    for command in ([], ["list"], ["generate"], ["demo"]):
+        shown = run(*command, "--help")
+        assert shown.exit_code == 0
+        assert re.search(r"^  Examples?:\n    specplug ", shown.stdout, re.MULTILINE)
