@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specplug import DraftDistributions, Proposal, SamplingParams, TokenView, VerificationBatch, VerificationRow
-from specplug.sampling.distributions import StepDistributions, process
+from specplug.sampling.distributions import DistributionRow, StepDistributions, process
 from specplug.sampling.randomness import EngineRandomness, RowRandomness, Stream
 from specplug.speculation.verification.verifier import LosslessVerifier
 from support.statistics import THRESHOLD, worst_p_value
@@ -115,7 +115,7 @@ def run(
             contexts.extend(states)
             offsets.append(len(contexts))
         index = torch.tensor(contexts)
-        target = StepDistributions(world.logits[index[:, 0], index[:, 1]], offsets, [SAMPLING] * ROWS)
+        target = StepDistributions(world.logits[index[:, 0], index[:, 1]], offsets, [DistributionRow(SAMPLING)] * ROWS)
         verdict = verifier.verify(VerificationBatch(rows), proposal, target)
         for row in range(ROWS):
             out = [tokens[row][node] for node in verdict.accepted[row]] + [verdict.next_tokens[row]]

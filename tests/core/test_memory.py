@@ -112,8 +112,8 @@ def test_too_little_memory_names_the_parts(folder: Path) -> None:
 
 
 def test_the_length_shrinks_to_what_fits_unless_it_was_asked_for(folder: Path) -> None:
-    weights = plan_engine(EngineConfig.create(str(folder))).plan.target_weights
-    tight = weights + 32 * 1024
+    plan = plan_engine(EngineConfig.create(str(folder))).plan
+    tight = plan.target_weights + plan.buffers + 32 * 1024
     plan = plan_engine(EngineConfig.create(str(folder), memory=tight, block_size=4)).plan
     assert 4 < plan.max_model_len < 160
     assert plan.total_bytes <= tight

@@ -34,6 +34,10 @@ class RequestError(SpecplugError):
     """A request that can never be served."""
 
 
+class ModelOutputError(SpecplugError):
+    """The model computed something no token can be chosen from."""
+
+
 class StartupError(SpecplugError):
     """The engine could not start; the message names the step that failed."""
 

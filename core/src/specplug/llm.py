@@ -1,4 +1,4 @@
-"""The offline API: `LLM(...)`, then `generate`."""
+"""The offline API: `LLM(...)`, then `generate`, `chat` or `stream`. Names and shapes are vLLM's."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from typing import Any, Self
 import attrs
 
 from specplug.configuration.engine import EngineConfig
+from specplug.configuration.vllm import translate_options
 from specplug.engine.startup import StepReport, start_engine
-from specplug.errors import CheckpointError, RequestError
-from specplug.model.checkpoint import resolve_checkpoint
-from specplug.outputs import CompletionOutput, RequestOutput
-from specplug.request import Request, SpeculationStats
+from specplug.errors import RequestError
+from specplug.metrics import Metric, engine_metrics
+from specplug.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from specplug.request import Request
+from specplug.sampling.defaults import default_sampling_params
 from specplug.sampling.params import SamplingParams
+from specplug.stats import SpeculationStats
+from specplug.text.prompts import LazyTokenizer, Message, Prompt, encode_prompt, prompt_list, render_chat
 from specplug.tiny import resolve_model
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 @attrs.frozen(eq=False)
@@ -50,6 +52,15 @@ class StreamedPiece:
         return "".join(self.token_texts)
 
 
+@attrs.frozen(eq=False)
+class _Submitted:
+    """One prompt under way: its name, its text if it was given as text, and its completions."""
+
+    id: str
+    prompt: str | None
+    family: list[Request]
+
+
 class LLM:
     """A target model with its speculators, ready to generate.
 
@@ -58,7 +69,7 @@ class LLM:
         speculative_config: the method and its keys, as in vLLM; None for plain decoding.
         memory: bytes for everything together, such as `8GiB`.
         on_step: told of the six startup steps.
-        options: see `EngineConfig`.
+        options: see `EngineConfig`. vLLM's other options are accepted where they ask for nothing that is missing here.
     """
 
     def __init__(
@@ -70,16 +81,16 @@ class LLM:
         on_step: Callable[[StepReport], None] = lambda report: None,
         **options: Any,
     ) -> None:
-        known = {field.name for field in attrs.fields(EngineConfig)}
-        for name in options:
-            if name not in known:
-                from specplug.errors import ConfigurationError, did_you_mean
-
-                raise ConfigurationError(f"LLM has no option '{name}'{did_you_mean(name, known)}")
+        options = translate_options(options)
         self.config = EngineConfig.create(str(model), speculative_config=speculative_config, memory=memory, **options)
-        self._tokenizer: Any = None
+        source = None if self.config.skip_tokenizer_init else resolve_model(self.config.tokenizer or self.config.model)
+        self._tokenizer = LazyTokenizer(
+            source,
+            self.config.revision if self.config.tokenizer is None else None,
+            trust_remote_code=self.config.trust_remote_code,
+        )
         self._numbers = itertools.count()
-        self.engine = start_engine(self.config, tokenizer=self._optional_tokenizer, on_step=on_step)
+        self.engine = start_engine(self.config, tokenizer=self._tokenizer, on_step=on_step)
 
     # ---- generation -----------------------------------------------------------------------------------------------
 
@@ -88,93 +99,187 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = False,
+        use_tqdm: bool = True,
+        lora_request: None = None,
+        priority: None = None,
     ) -> list[RequestOutput]:
         """Generates completions; the order of the outputs is that of the prompts.
 
         Args:
             prompts: text, token ids, `{"prompt": …}` or `{"prompt_token_ids": …}`, or a list of these.
-            sampling_params: one for all prompts, or one for each.
-            use_tqdm: show a progress bar on a terminal.
+            sampling_params: one for all prompts, or one for each; None takes the model's generation_config.
+            use_tqdm: show a progress bar, on a terminal.
+            lora_request: not supported.
+            priority: not supported; requests are served first come, first served.
 
         Raises:
             RequestError: a prompt that can never be served; none of the prompts is then run.
         """
-        listed = _prompt_list(prompts)
-        params = _params_list(sampling_params, len(listed))
-        families = self._submit(listed, params)
-        self._run(len(listed), use_tqdm)
-        return [self._output(request_id, text, family) for (request_id, text, family) in families]
+        _refuse(lora_request=lora_request, priority=priority)
+        encoded = [encode_prompt(prompt, self._tokenizer) for prompt in prompt_list(prompts)]
+        return self._run(self._submit(encoded, sampling_params), use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        lora_request: None = None,
+        priority: None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Generates replies to one conversation or several, rendered by the tokenizer's chat template.
+
+        Args:
+            messages: `[{"role": …, "content": …}, …]`, or a list of such conversations.
+            sampling_params: see `generate`.
+            use_tqdm: see `generate`.
+            lora_request: not supported.
+            priority: not supported.
+            chat_template: a Jinja template instead of the tokenizer's.
+            add_generation_prompt: end with the beginning of a reply.
+            continue_final_message: continue the last message instead of replying to it.
+            tools: handed to the template.
+            chat_template_kwargs: more for the template.
+
+        Raises:
+            RequestError: there is no template, or it cannot render the messages.
+        """
+        _refuse(lora_request=lora_request, priority=priority)
+        conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        options = {
+            "chat_template": chat_template,
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+            "continue_final_message": continue_final_message,
+            "tools": tools,
+            **(chat_template_kwargs or {}),
+        }
+        encoded = [(None, render_chat(each, self._tokenizer, **options)) for each in conversations]
+        return self._run(self._submit(encoded, sampling_params), use_tqdm)
 
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[StreamedPiece]:
-        """Generates completions and yields their tokens as they are committed, prompts interleaved."""
-        listed = _prompt_list(prompts)
-        families = self._submit(listed, _params_list(sampling_params, len(listed)))
-        index_of = {id(request): index for _, _, family in families for index, request in enumerate(family)}
-        decoders = {id(request): self._decode_stream() for _, _, family in families for request in family}
+        """Generates completions and yields their tokens as they are committed, prompts interleaved.
+
+        The joined `text` of a completion's pieces is the text that `generate` gives. Leaving the loop aborts the rest.
+        """
+        encoded = [encode_prompt(prompt, self._tokenizer) for prompt in prompt_list(prompts)]
+        submitted = self._submit(encoded, sampling_params)
+        index_of = {id(request): index for each in submitted for index, request in enumerate(each.family)}
         try:
-            while self.engine.has_unfinished_requests:
+            while any(not request.is_finished for each in submitted for request in each.family):
                 for output in self.engine.step():
                     request = output.request
-                    yield StreamedPiece(
-                        request_id=request.id,
-                        index=index_of[id(request)],
-                        token_ids=output.new_tokens,
-                        sources=output.sources,
-                        token_texts=[decoders[id(request)](token) for token in output.new_tokens],
-                        finish_reason=request.finish_reason,
-                        metrics=request.stats,
-                    )
+                    if id(request) in index_of:
+                        yield StreamedPiece(
+                            request_id=request.id,
+                            index=index_of[id(request)],
+                            token_ids=output.new_tokens,
+                            sources=output.sources,
+                            token_texts=output.texts,
+                            finish_reason=request.finish_reason,
+                            metrics=request.stats,
+                        )
         finally:
-            for request_id, _, _ in families:
-                self.engine.abort(request_id)
+            for each in submitted:
+                self.abort(each.id)
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request that is under way; returns whether it was. What it has generated is kept."""
+        return bool(self.engine.abort(request_id))
 
     def _submit(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
-    ) -> list[tuple[str, str | None, list[Request]]]:
-        encoded = [self._encode(prompt) for prompt in prompts]
-        families: list[tuple[str, str | None, list[Request]]] = []
+        self,
+        encoded: Sequence[tuple[str | None, list[int]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[_Submitted]:
+        params = self._params_list(sampling_params, len(encoded))
+        submitted: list[_Submitted] = []
         try:
             for (text, ids), param in zip(encoded, params, strict=True):
                 request_id = str(next(self._numbers))
-                families.append((request_id, text, self.engine.add_request(request_id, ids, param)))
+                submitted.append(_Submitted(request_id, text, self.engine.add_request(request_id, ids, param)))
         except BaseException:
-            for request_id, _, _ in families:
-                self.engine.abort(request_id)
+            for each in submitted:
+                self.abort(each.id)
             raise
-        return families
+        return submitted
 
-    def _run(self, total: int, use_tqdm: bool) -> None:
+    def _run(self, submitted: list[_Submitted], use_tqdm: bool) -> list[RequestOutput]:
         try:
-            with _ProgressBar(total, use_tqdm) as advance:
-                while self.engine.has_unfinished_requests:
+            with _ProgressBar(sum(len(each.family) for each in submitted), use_tqdm) as advance:
+                while any(not request.is_finished for each in submitted for request in each.family):
                     advance(sum(output.request.is_finished for output in self.engine.step()))
         except BaseException:
-            for request in list(self.engine.scheduler.requests()):
-                self.engine.abort(request.id)
+            for each in submitted:
+                self.abort(each.id)
             raise
+        return [self._output(each) for each in submitted]
 
-    def _output(self, request_id: str, prompt: str | None, family: list[Request]) -> RequestOutput:
-        completions = [
-            CompletionOutput(
-                index=index,
-                text=self.decode(request.output_ids),
-                token_ids=request.output_ids,
-                finish_reason=request.finish_reason,
-                stop_reason=request.stop_token if request.stop_token in request.params.stop_token_ids else None,
-                token_sources=request.sources,
-                metrics=request.stats,
-            )
-            for index, request in enumerate(family)
-        ]
-        ids = family[0].tokens[: family[0].num_prompt_tokens]
-        return RequestOutput(request_id, prompt, ids, completions, all(r.is_finished for r in family))
+    def _params_list(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> Sequence[SamplingParams]:
+        if params is None:
+            params = self.get_default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        if len(params) != count:
+            raise RequestError(f"{len(params)} sampling_params for {count} prompts; give one for all, or one for each")
+        return params
 
-    # ---- text -----------------------------------------------------------------------------------------------------
+    def _output(self, submitted: _Submitted) -> RequestOutput:
+        first = submitted.family[0]
+        scores = None if first.params.prompt_logprobs is None else [None, *first.prompt_logprobs]
+        ends = [request.finished_time for request in submitted.family]
+        return RequestOutput(
+            request_id=submitted.id,
+            prompt=submitted.prompt,
+            prompt_token_ids=first.tokens[: first.num_prompt_tokens],
+            prompt_logprobs=self._with_text(scores),
+            outputs=[self._completion(index, request) for index, request in enumerate(submitted.family)],
+            finished=all(request.is_finished for request in submitted.family),
+            metrics=RequestMetrics(
+                arrival_time=first.arrival_time,
+                first_token_time=first.first_token_time,
+                finished_time=max((end for end in ends if end is not None), default=None),
+            ),
+        )
+
+    def _completion(self, index: int, request: Request) -> CompletionOutput:
+        ids = request.output_ids
+        scored = request.params.logprobs is not None
+        return CompletionOutput(
+            index=index,
+            text="" if request.text is None else request.text.text,
+            token_ids=ids,
+            cumulative_logprob=(
+                sum(position[token].logprob for position, token in zip(request.logprobs, ids, strict=True))
+                if scored
+                else None
+            ),
+            logprobs=self._with_text(request.logprobs) if scored else None,
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            spec_decode_metrics=request.stats,
+            token_sources=request.sources,
+        )
+
+    def _with_text(self, positions: Any) -> Any:
+        """Fills in the text of the tokens in log-probabilities."""
+        tokenizer = self._tokenizer()
+        for position in positions or () if tokenizer is not None else ():
+            for token, logprob in (position or {}).items():
+                logprob.decoded_token = tokenizer.decode([token])
+        return positions
+
+    # ---- about ----------------------------------------------------------------------------------------------------
 
     def get_tokenizer(self) -> Any:
         """The tokenizer.
@@ -182,55 +287,15 @@ class LLM:
         Raises:
             RequestError: the engine runs on token ids alone.
         """
-        tokenizer = self._optional_tokenizer()
-        if tokenizer is None:
-            raise RequestError("there is no tokenizer (skip_tokenizer_init=True): give prompts as token ids")
-        return tokenizer
+        return self._tokenizer.required("get_tokenizer()")
 
-    def _optional_tokenizer(self) -> Any:
-        if self.config.skip_tokenizer_init:
-            return None
-        if self._tokenizer is None:
-            from transformers import AutoTokenizer
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` uses without sampling parameters: the model's generation_config over the defaults."""
+        return default_sampling_params(resolve_model(self.config.model), self.config.revision)
 
-            source = resolve_model(self.config.tokenizer or self.config.model)
-            folder = resolve_checkpoint(source, self.config.revision if self.config.tokenizer is None else None)
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=self.config.trust_remote_code)
-            except Exception as error:
-                summary = " ".join(str(error).split())[:200]
-                raise CheckpointError(
-                    f"{folder} has no tokenizer that can be loaded ({summary}); name one with tokenizer=, or give token "
-                    "ids and skip_tokenizer_init=True"
-                ) from error
-        return self._tokenizer
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of generated ids, without special tokens; empty without a tokenizer."""
-        tokenizer = self._optional_tokenizer()
-        return "" if tokenizer is None else tokenizer.decode(list(token_ids), skip_special_tokens=True)
-
-    def _decode_stream(self) -> Callable[[int], str]:
-        """A function that turns successive ids into text, holding back incomplete characters."""
-        tokenizer = self._optional_tokenizer()
-        backend = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None)
-        if backend is None:
-            return lambda token: ""
-        from tokenizers.decoders import DecodeStream
-
-        stream = DecodeStream(skip_special_tokens=True)
-        return lambda token: stream.step(backend, token) or ""
-
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, Mapping):
-            if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
-            if "prompt" in prompt:
-                return self._encode(prompt["prompt"])
-            raise RequestError("a prompt given as a mapping needs the key 'prompt' or 'prompt_token_ids'")
-        if isinstance(prompt, str):
-            return prompt, self.get_tokenizer()(prompt)["input_ids"]
-        return None, list(prompt)
+    def get_metrics(self) -> list[Metric]:
+        """The engine's counters, under vLLM's names."""
+        return engine_metrics(self.engine)
 
     # ---- the end --------------------------------------------------------------------------------------------------
 
@@ -247,36 +312,26 @@ class LLM:
         self.close()
 
 
-def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    listed = list(prompts)
-    if listed and all(isinstance(item, int) for item in listed):
-        return [listed]  # type: ignore[list-item]
-    return listed  # type: ignore[return-value]
-
-
-def _params_list(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None:
-        return [SamplingParams()] * count
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    listed = list(params)
-    if len(listed) != count:
-        raise RequestError(f"{len(listed)} sampling_params for {count} prompts; give one for all, or one for each")
-    return listed
+def _refuse(**arguments: Any) -> None:
+    """Refuses arguments of vLLM's that this engine has no use for."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise RequestError(f"{name} is not supported; leave it out")
 
 
 class _ProgressBar:
-    """A progress bar over finished completions; does nothing unless asked for."""
+    """A progress bar over finished completions; does nothing where nobody would see it."""
 
     def __init__(self, total: int, shown: bool) -> None:
         self._bar: Any = None
-        if shown:
+        if shown and total > 1:
+            from rich.console import Console
             from rich.progress import Progress
 
-            self._bar = Progress(transient=True)
-            self._task = self._bar.add_task("generating", total=total)
+            console = Console(stderr=True)
+            if console.is_terminal:
+                self._bar = Progress(console=console, transient=True)
+                self._task = self._bar.add_task("generating", total=total)
 
     def __enter__(self) -> Callable[[int], None]:
         if self._bar is None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import attrs
 
-from specplug.request import SpeculationStats
+from specplug.sampling.logprobs import PositionLogprobs
+from specplug.stats import SpeculationStats
 
 
 @attrs.define
@@ -15,19 +16,47 @@ class CompletionOutput:
         index: which of the `n` completions.
         text: the decoded output; empty without a tokenizer.
         token_ids: the generated ids.
+        cumulative_logprob: the sum of the chosen tokens' log-probabilities, if `logprobs` was asked for.
+        logprobs: per generated token the log-probabilities that were asked for.
         finish_reason: `stop`, `length` or `abort`; None while it is generated.
-        stop_reason: the id in `stop_token_ids` that ended it, if one did.
+        stop_reason: the stop string, or the id of `stop_token_ids`, that ended it.
+        spec_decode_metrics: what speculation did for it.
         token_sources: for each id the method that drafted it, None for the target's own.
-        metrics: what speculation did for it.
     """
 
     index: int
     text: str
     token_ids: list[int]
+    cumulative_logprob: float | None
+    logprobs: list[PositionLogprobs] | None
     finish_reason: str | None
-    stop_reason: int | None
+    stop_reason: int | str | None
+    spec_decode_metrics: SpeculationStats
     token_sources: list[str | None]
-    metrics: SpeculationStats
+
+    @property
+    def metrics(self) -> SpeculationStats:
+        """The same as `spec_decode_metrics`."""
+        return self.spec_decode_metrics
+
+    def finished(self) -> bool:
+        """Whether it has ended."""
+        return self.finish_reason is not None
+
+
+@attrs.define
+class RequestMetrics:
+    """The times of one request, in seconds of a monotonic clock.
+
+    Attributes:
+        arrival_time: when it was submitted.
+        first_token_time: when its first token was committed.
+        finished_time: when its last completion ended.
+    """
+
+    arrival_time: float
+    first_token_time: float | None
+    finished_time: float | None
 
 
 @attrs.define
@@ -38,12 +67,18 @@ class RequestOutput:
         request_id: the request's name.
         prompt: the prompt's text, if it was given as text.
         prompt_token_ids: the prompt's ids.
+        prompt_logprobs: per prompt token the log-probabilities that were asked for; None for the first token.
         outputs: the completions, by index.
         finished: whether all of them have ended.
+        metrics: its times.
+        num_cached_tokens: prompt tokens that were not computed anew; there is no prefix cache, so 0.
     """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
+    prompt_logprobs: list[PositionLogprobs | None] | None
     outputs: list[CompletionOutput]
     finished: bool
+    metrics: RequestMetrics
+    num_cached_tokens: int = 0

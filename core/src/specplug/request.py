@@ -2,92 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Literal
 
 import attrs
 
 from specplug.contract.batch import Outcome, TokenView
+from specplug.sampling.logprobs import PositionLogprobs
 from specplug.sampling.params import SamplingParams
 from specplug.sampling.randomness import RowRandomness
+from specplug.sampling.rules import LogitsRules
+from specplug.stats import SpeculationStats
+from specplug.text.stream import TextStream
 
 if TYPE_CHECKING:
     from specplug.model.blocks import BlockTable
     from specplug.speculation.draft import Draft
 
 FinishReason = Literal["stop", "length", "abort"]
-
-
-@attrs.define
-class DraftCounts:
-    """What became of one method's draft tokens.
-
-    Attributes:
-        num_draft_tokens: draft nodes verified.
-        num_accepted_draft_tokens: draft nodes accepted.
-    """
-
-    num_draft_tokens: int = 0
-    num_accepted_draft_tokens: int = 0
-
-
-@attrs.define
-class SpeculationStats:
-    """What speculation did for one request.
-
-    Attributes:
-        num_steps: target forwards that produced tokens.
-        num_spec_steps: those that verified a draft.
-        num_draft_tokens: draft nodes verified.
-        num_accepted_draft_tokens: draft nodes accepted.
-        acceptance_histogram: how many drafts were accepted to each length, 0 first.
-        by_method: the draft tokens of each method of the chain.
-    """
-
-    num_steps: int = 0
-    num_spec_steps: int = 0
-    num_draft_tokens: int = 0
-    num_accepted_draft_tokens: int = 0
-    acceptance_histogram: list[int] = attrs.field(factory=list)
-    by_method: dict[str, DraftCounts] = attrs.field(factory=dict)
-
-    @property
-    def mean_acceptance_length(self) -> float | None:
-        """Tokens per verified draft, bonus token included; None if nothing was drafted."""
-        return 1 + self.num_accepted_draft_tokens / self.num_spec_steps if self.num_spec_steps else None
-
-    @property
-    def draft_acceptance_rate(self) -> float | None:
-        """Accepted share of the draft tokens; None if nothing was drafted."""
-        return self.num_accepted_draft_tokens / self.num_draft_tokens if self.num_draft_tokens else None
-
-    def record(self, num_nodes: int, num_accepted: int, method: str = "") -> None:
-        """Counts one producing step, and what `method` drafted for it."""
-        self.num_steps += 1
-        if num_nodes:
-            self.num_spec_steps += 1
-            self.num_draft_tokens += num_nodes
-            self.num_accepted_draft_tokens += num_accepted
-            self.acceptance_histogram.extend([0] * (num_accepted + 1 - len(self.acceptance_histogram)))
-            self.acceptance_histogram[num_accepted] += 1
-            self._add_counts(method, num_nodes, num_accepted)
-
-    def add(self, other: SpeculationStats) -> None:
-        """Adds another request's counts."""
-        self.num_steps += other.num_steps
-        self.num_spec_steps += other.num_spec_steps
-        self.num_draft_tokens += other.num_draft_tokens
-        self.num_accepted_draft_tokens += other.num_accepted_draft_tokens
-        missing = len(other.acceptance_histogram) - len(self.acceptance_histogram)
-        self.acceptance_histogram.extend([0] * missing)
-        for length, count in enumerate(other.acceptance_histogram):
-            self.acceptance_histogram[length] += count
-        for method, counts in other.by_method.items():
-            self._add_counts(method, counts.num_draft_tokens, counts.num_accepted_draft_tokens)
-
-    def _add_counts(self, method: str, num_nodes: int, num_accepted: int) -> None:
-        counts = self.by_method.setdefault(method, DraftCounts())
-        counts.num_draft_tokens += num_nodes
-        counts.num_accepted_draft_tokens += num_accepted
 
 
 @attrs.define(eq=False)
@@ -102,6 +34,8 @@ class Request:
         params: sampling parameters, with `max_tokens` resolved.
         stop_ids: ids that end the output.
         randomness: its random streams.
+        rules: what acts on its logits before temperature; None if nothing does.
+        text: its output as text; None when it is not decoded.
         num_computed: positions whose KV is final.
         slot: its number while it runs; -1 while it waits.
         table: its blocks while it runs.
@@ -111,7 +45,14 @@ class Request:
         num_forked_tokens: the computed positions it started with, if it was forked.
         fork_group: sequences to fork from this one when its prompt is computed.
         finish_reason: why it ended; None while it lives.
+        stop_reason: the stop string, or the id of `stop_token_ids`, that ended it.
         sources: for each output token, which method drafted it; None for the target's own.
+        logprobs: per output token, if they were asked for.
+        prompt_logprobs: per prompt token but the first, as far as they are computed.
+        stats: what speculation did for it.
+        arrival_time: when it was submitted, in seconds of a monotonic clock; so are the other times.
+        first_token_time: when its first token was committed.
+        finished_time: when it ended.
     """
 
     id: str
@@ -121,6 +62,8 @@ class Request:
     params: SamplingParams
     stop_ids: frozenset[int]
     randomness: RowRandomness
+    rules: LogitsRules | None = None
+    text: TextStream | None = None
     num_computed: int = 0
     slot: int = -1
     table: BlockTable | None = None
@@ -130,9 +73,14 @@ class Request:
     num_forked_tokens: int = 0
     fork_group: list[Request] = attrs.field(factory=list)
     finish_reason: FinishReason | None = None
-    stop_token: int | None = None
+    stop_reason: int | str | None = None
     sources: list[str | None] = attrs.field(factory=list)
+    logprobs: list[PositionLogprobs] = attrs.field(factory=list)
+    prompt_logprobs: list[PositionLogprobs] = attrs.field(factory=list)
     stats: SpeculationStats = attrs.field(factory=SpeculationStats)
+    arrival_time: float = attrs.field(factory=time.monotonic)
+    first_token_time: float | None = None
+    finished_time: float | None = None
     view: TokenView = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -154,22 +102,46 @@ class Request:
         return len(self.tokens) - self.num_computed
 
     @property
+    def num_missing_prompt_logprobs(self) -> int:
+        """Prompt tokens whose log-probabilities were asked for and are not there yet."""
+        wanted = self.params.prompt_logprobs is not None
+        return self.num_prompt_tokens - 1 - len(self.prompt_logprobs) if wanted else 0
+
+    @property
     def is_finished(self) -> bool:
         """Whether it has ended."""
         return self.finish_reason is not None
 
     def append(self, tokens: list[int], sources: list[str | None]) -> int:
         """Commits tokens until one ends the request; returns how many were taken."""
-        limit = self.params.max_tokens
-        assert limit is not None
+        if self.first_token_time is None:
+            self.first_token_time = time.monotonic()
         for taken, (token, source) in enumerate(zip(tokens, sources, strict=True), start=1):
             self.tokens.append(token)
             self.sources.append(source)
-            if token in self.stop_ids:
-                self.finish_reason = "stop"
-                self.stop_token = token
-            elif self.num_output_tokens >= limit:
-                self.finish_reason = "length"
+            self._end_with(token)
             if self.is_finished:
                 return taken
         return len(tokens)
+
+    def _end_with(self, token: int) -> None:
+        """Ends the request if its newest token does."""
+        limit = self.params.max_tokens
+        assert limit is not None
+        enough = self.num_output_tokens >= self.params.min_tokens
+        stops = token in self.stop_ids and enough
+        decoded = self.text is not None and (not stops or self.params.include_stop_str_in_output)
+        if decoded and self.text is not None and self.text.push(token, may_stop=enough) and not stops:
+            self.end("stop", self.text.stop_string)
+        if stops:
+            self.end("stop", token if token in self.params.stop_token_ids else None)
+        elif not self.is_finished and self.num_output_tokens >= limit:
+            self.end("length")
+
+    def end(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """Marks the request as ended."""
+        self.finish_reason = reason
+        self.stop_reason = stop_reason
+        self.finished_time = time.monotonic()
+        if self.text is not None:
+            self.text.finish()

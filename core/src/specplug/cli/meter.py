@@ -9,7 +9,7 @@ import attrs
 
 if TYPE_CHECKING:
     from specplug.llm import StreamedPiece
-    from specplug.request import SpeculationStats
+    from specplug.stats import SpeculationStats
 
 
 @attrs.define

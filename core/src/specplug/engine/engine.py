@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from specplug.configuration.engine import EngineConfig
 from specplug.contract.batch import Outcome
 from specplug.contract.verdict import Verdict
+from specplug.engine.intake import Intake
 from specplug.engine.scheduler import ScheduledRow, Scheduler
 from specplug.engine.verification import Verification
 from specplug.errors import RequestError
@@ -20,20 +20,23 @@ from specplug.model.forward import ForwardRow, TreeMask
 from specplug.model.kv_cache import KVCache
 from specplug.model.runner import ModelRunner
 from specplug.plugins.registry import PluginRegistry
-from specplug.request import Request, SpeculationStats
+from specplug.request import Request
+from specplug.sampling.logprobs import gather_logprobs
 from specplug.sampling.params import SamplingParams
-from specplug.sampling.randomness import EngineRandomness, RowRandomness
+from specplug.sampling.workspace import Workspace
 from specplug.speculation.chain import SpeculatorChain
 from specplug.speculation.states import TOP_IDS, TOP_PROBS, Channel, StateStore
+from specplug.stats import SpeculationStats
 
 
 @attrs.frozen(eq=False)
 class StepOutput:
-    """What one step did for one request: the tokens it committed, and who drafted each."""
+    """What one step did for one request: the tokens it committed, who drafted each, and the text each completes."""
 
     request: Request
     new_tokens: list[int]
     sources: list[str | None]
+    texts: list[str]
 
 
 @attrs.frozen(eq=False)
@@ -46,6 +49,7 @@ class _TargetStep:
         sampling: those of `rows` that produce a token.
         offsets: for each sampling row, its first entry in the logits; one more at the end.
         logits: [entries, vocabulary].
+        scored: (request, entry of its first scored prompt position, positions) where prompt log-probabilities are wanted.
         captured: the states that speculators asked for, over the packed batch.
     """
 
@@ -54,6 +58,7 @@ class _TargetStep:
     sampling: list[ScheduledRow]
     offsets: list[int]
     logits: torch.Tensor
+    scored: list[tuple[Request, int, int]]
     captured: Mapping[Channel, torch.Tensor]
 
 
@@ -70,9 +75,9 @@ class Engine:
         registry: PluginRegistry,
         chain: SpeculatorChain,
         states: StateStore,
-        randomness: EngineRandomness,
+        intake: Intake,
+        workspace: Workspace,
         scheduler: Scheduler,
-        eos_ids: frozenset[int],
         closers: Sequence[Any],
     ) -> None:
         self.config = config
@@ -83,14 +88,14 @@ class Engine:
         self.scheduler = scheduler
         self.stats = SpeculationStats()
         self.num_steps = 0
-        self.eos_ids = eos_ids
+        self.num_prompt_tokens = 0
+        self.num_generated_tokens = 0
         self._shared_caches = list(shared_caches)
         self._states = states
-        self._randomness = randomness
+        self._intake = intake
         self._verification = Verification(
-            registry, chain.speculators, runner.architecture.vocab_size, strict=config.strict
+            registry, chain.speculators, workspace, runner.architecture.vocab_size, strict=config.strict
         )
-        self._numbers = itertools.count()
         self._closers = list(closers)
         self.is_closed = False
 
@@ -100,56 +105,20 @@ class Engine:
         """Queues a request; with `n` completions, the others are forked from the first once its prompt is computed.
 
         Raises:
-            RequestError: the prompt is empty, too long, or holds ids outside the vocabulary.
+            RequestError: the request can never be served; the message says why.
         """
         self._check_open()
-        ids = list(prompt_ids)
-        self._check_prompt(request_id, ids)
-        room = self.plan.max_model_len - len(ids)
-        params = attrs.evolve(params, max_tokens=min(params.max_tokens or room, room))
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
-        family = []
-        for index in range(params.n):
-            number = next(self._numbers)
-            seed = None if params.seed is None else params.seed + index
-            family.append(
-                Request(
-                    id=request_id,
-                    number=number,
-                    tokens=list(ids),
-                    num_prompt_tokens=len(ids),
-                    params=attrs.evolve(params, seed=seed),
-                    stop_ids=stop_ids,
-                    randomness=RowRandomness(self._randomness, number, seed),
-                )
-            )
-        family[0].fork_group = family[1:]
+        family = self._intake.make(request_id, prompt_ids, params)
         self.scheduler.add(family[0])
+        self.num_prompt_tokens += len(prompt_ids)
         return family
-
-    def _check_prompt(self, request_id: str, ids: list[int]) -> None:
-        vocabulary = self.runner.architecture.vocab_size
-        if not ids:
-            raise RequestError(f"request '{request_id}': the prompt is empty; it needs at least one token")
-        for position, token in enumerate(ids):
-            if not isinstance(token, int) or not 0 <= token < vocabulary:
-                raise RequestError(
-                    f"request '{request_id}': token id {token!r} at position {position} is outside the vocabulary of "
-                    f"{vocabulary:,}"
-                )
-        if len(ids) >= self.plan.max_model_len:
-            raise RequestError(
-                f"request '{request_id}': the prompt has {len(ids):,} tokens, the longest sequence is "
-                f"{self.plan.max_model_len:,} tokens (prompt and output); shorten it, or start with a larger max_model_len "
-                f"or memory (the KV cache holds {self.plan.num_kv_tokens:,} tokens)"
-            )
 
     def abort(self, request_id: str) -> list[Request]:
         """Ends all sequences of a request; returns those that were alive."""
         ended = []
         for request in list(self.scheduler.requests()):
             if request.id == request_id and not request.is_finished:
-                request.finish_reason = "abort"
+                request.end("abort")
                 request.fork_group = []
                 self.scheduler.finish(request, "aborted")
                 ended.append(request)
@@ -169,7 +138,9 @@ class Engine:
         if not rows:
             return []
         target = self._forward(rows)
-        verdict = self._verification.verify([row.request for row in target.sampling], target.offsets, target.logits)
+        verdict = self._verification.verify(
+            [row.request for row in target.sampling], target.offsets, target.logits[: target.offsets[-1]]
+        )
         outputs = self._commit(target, verdict)
         self._propose(rows)
         self.num_steps += 1
@@ -182,6 +153,7 @@ class Engine:
         sampling: list[ScheduledRow] = []
         offsets = [0]
         logits_index: list[int] = []
+        scored: list[tuple[Request, int, int]] = []
         packed = 0
         for row in rows:
             request = row.request
@@ -200,6 +172,14 @@ class Engine:
                 logits_index.extend(range(packed + row.num_tokens - 1, packed + len(tokens)))
                 offsets.append(len(logits_index))
             packed += len(tokens)
+        for row, begin in zip(rows, first, strict=True):
+            if missing := row.request.num_missing_prompt_logprobs:
+                skipped = len(row.request.prompt_logprobs) - row.request.num_computed
+                count = min(missing, row.num_tokens - skipped)
+                if count <= 0:  # computed anew after a preemption
+                    continue
+                scored.append((row.request, len(logits_index), count))
+                logits_index.extend(range(begin + skipped, begin + skipped + count))
         wants_top_k = TOP_IDS in self._states.specs
         logits = self.runner.forward(forward_rows, None if wants_top_k else logits_index)
         captured: dict[Channel, torch.Tensor] = {**self.runner.taps.captured}
@@ -207,23 +187,26 @@ class Engine:
             probs, ids = logits.float().softmax(dim=-1).topk(self._states.specs[TOP_IDS].width, dim=-1)
             captured |= {TOP_IDS: ids, TOP_PROBS: probs}
             logits = logits[torch.tensor(logits_index, dtype=torch.long, device=logits.device)]
-        return _TargetStep(rows, first, sampling, offsets, logits, captured)
+        return _TargetStep(rows, first, sampling, offsets, logits, scored, captured)
 
     def _commit(self, target: _TargetStep, verdict: Verdict) -> list[StepOutput]:
         """Appends accepted tokens, makes their KV contiguous, and ends rows that are done."""
         outputs: list[StepOutput] = []
         moves: list[tuple[int, int]] = []
         final: dict[int, tuple[range, list[int]]] = {}
-        paths = iter(zip(verdict.accepted, verdict.next_tokens, strict=True))
+        decisions = iter(zip(verdict.accepted, verdict.next_tokens, target.offsets, strict=False))
+        self._score_prompts(target)
         for row, first in zip(target.rows, target.first, strict=True):
             request = row.request
             start = request.num_computed
             packed = list(range(first, first + row.num_tokens))
             if row.samples:
-                path, next_token = next(paths)
+                path, next_token, entry = next(decisions)
                 packed += [first + row.num_tokens + node for node in path]
                 moves += self._moves(request, start + row.num_tokens, path)
-                outputs.append(self._commit_tokens(request, path, next_token))
+                output = self._commit_tokens(request, path, next_token)
+                self._score_output(output, target.logits, [entry, *(entry + 1 + node for node in path)])
+                outputs.append(output)
             request.num_computed = start + len(packed)
             final[request.slot] = (range(start, request.num_computed), packed)
         if moves:
@@ -259,7 +242,27 @@ class Engine:
             stats.record(len(draft) if draft else 0, num_accepted, draft.method if draft else "")
         request.outcome = Outcome(draft.method, len(draft), tuple(path)) if draft else None
         request.draft = None
-        return StepOutput(request, request.tokens[before:], [*sources, None][:taken])
+        self.num_generated_tokens += taken
+        texts = [] if request.text is None else request.text.take(taken)
+        return StepOutput(request, request.tokens[before:], [*sources, None][:taken], texts)
+
+    @staticmethod
+    def _score_output(output: StepOutput, logits: torch.Tensor, entries: list[int]) -> None:
+        """Keeps the log-probabilities of new tokens, if they were asked for."""
+        count = output.request.params.logprobs
+        if count is not None:
+            used = entries[: len(output.new_tokens)]
+            output.request.logprobs += gather_logprobs(logits[used], output.new_tokens, count)
+
+    @staticmethod
+    def _score_prompts(target: _TargetStep) -> None:
+        """Keeps the log-probabilities of prompt tokens, if they were asked for."""
+        for request, entry, positions in target.scored:
+            first = len(request.prompt_logprobs) + 1
+            tokens = request.tokens[first : first + positions]
+            count = request.params.prompt_logprobs
+            assert count is not None
+            request.prompt_logprobs += gather_logprobs(target.logits[entry : entry + positions], tokens, count)
 
     def _fork_children(self, parent: Request) -> None:
         """Starts the other completions of a prompt that has just been computed."""

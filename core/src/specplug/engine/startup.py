@@ -16,6 +16,7 @@ from specplug.contract.memory import MemoryBudget, MemoryRegion
 from specplug.contract.resources import Resources
 from specplug.contract.settings import SpeculativeConfig
 from specplug.engine.engine import Engine
+from specplug.engine.intake import Intake
 from specplug.engine.scheduler import Scheduler
 from specplug.errors import ConfigurationError, PluginError, SpecplugError, StartupError
 from specplug.memory.available import default_budget
@@ -28,6 +29,7 @@ from specplug.model.probe import check_parity
 from specplug.model.runner import ModelRunner
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
 from specplug.sampling.randomness import EngineRandomness
+from specplug.sampling.workspace import Workspace
 from specplug.speculation.chain import SpeculatorChain
 from specplug.speculation.policy import FixedBudget
 from specplug.speculation.states import ChannelSpec, StateStore, channels_for
@@ -81,6 +83,7 @@ class PlannedEngine:
     channels: dict[Any, ChannelSpec]
     facade: TargetFacade
     plan: MemoryPlan
+    num_entries: int
 
 
 def start_engine(
@@ -117,7 +120,7 @@ def start_engine(
         with _step(5, on_step):
             if config.check_parity:
                 check_parity(runner, planned.model_config, config.block_size)
-            engine = _assemble(planned, runner, states, caches)
+            engine = _assemble(planned, runner, states, caches, tokenizer)
         with _step(6, on_step):
             undo.pop_all()
         return engine
@@ -133,7 +136,7 @@ def _step(number: int, on_step: OnStep) -> Iterator[None]:
     except SpecplugError as error:
         error.add_note(f"startup step {number} of {len(STEPS)}: {name}")
         raise
-    except (RuntimeError, MemoryError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:
         raise StartupError(f"startup step {number} of 6 ({name}) failed: {type(error).__name__}: {error}") from error
     on_step(StepReport(number, name, time.perf_counter() - started, 1.0))
 
@@ -180,12 +183,14 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
         dtype=dtype,
     )
     regions = [_plan_regions(speculator, budget) for speculator in speculators]
+    num_entries = min(config.max_num_batched_tokens, config.max_num_seqs * (1 + budget.num_speculative_tokens))
     plan = solve(
         budget,
         target_weights=architecture.weight_bytes,
         target_kv_bytes_per_token=sum(layer.elements for layer in architecture.kv_layers) * dtype.itemsize,
         regions=[region for own in regions for region in own],
-        buffers=StateStore.planned_bytes(channels, config.max_num_seqs, config.max_num_batched_tokens),
+        buffers=StateStore.planned_bytes(channels, config.max_num_seqs, config.max_num_batched_tokens)
+        + Workspace.planned_bytes(num_entries, architecture.vocab_size),
         context_length=architecture.context_length,
         wanted_model_len=config.max_model_len,
     )
@@ -202,6 +207,7 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
         channels=channels,
         facade=facade,
         plan=plan,
+        num_entries=num_entries,
     )
 
 
@@ -293,11 +299,16 @@ def _allocate(
 
 
 def _assemble(
-    planned: PlannedEngine, runner: ModelRunner, states: StateStore, caches: list[dict[str, KVCache]]
+    planned: PlannedEngine,
+    runner: ModelRunner,
+    states: StateStore,
+    caches: list[dict[str, KVCache]],
+    tokenizer: Callable[[], Any],
 ) -> Engine:
     config, plan = planned.config, planned.plan
     randomness = EngineRandomness(config.seed, planned.device)
-    planned.registry.register_verifier(LosslessVerifier(randomness, config.chain_verification))
+    workspace = Workspace(planned.num_entries, planned.architecture.vocab_size, planned.device)
+    planned.registry.register_verifier(LosslessVerifier(randomness, config.chain_verification, workspace))
     chain = SpeculatorChain(
         planned.speculators,
         states,
@@ -332,11 +343,18 @@ def _assemble(
         registry=planned.registry,
         chain=chain,
         states=states,
-        randomness=randomness,
+        intake=Intake(
+            plan,
+            planned.architecture.vocab_size,
+            eos_ids(planned.folder, planned.model_config),
+            randomness,
+            tokenizer,
+            planned.device,
+        ),
+        workspace=workspace,
         scheduler=Scheduler(
             plan.num_blocks, plan.block_size, config.max_num_seqs, config.max_num_batched_tokens, lookahead
         ),
-        eos_ids=eos_ids(planned.folder, planned.model_config),
         closers=[planned.facade.close, runner.close],
     )
 

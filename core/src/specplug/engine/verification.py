@@ -15,7 +15,8 @@ from specplug.contract.verdict import Verdict
 from specplug.errors import PluginError
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
 from specplug.request import Request
-from specplug.sampling.distributions import StepDistributions
+from specplug.sampling.distributions import DistributionRow, StepDistributions
+from specplug.sampling.workspace import Workspace
 
 logger = logging.getLogger("specplug")
 
@@ -27,6 +28,7 @@ class Verification:
         self,
         registry: PluginRegistry,
         speculators: Sequence[RegisteredSpeculator],
+        workspace: Workspace,
         vocab_size: int,
         *,
         strict: bool,
@@ -34,6 +36,7 @@ class Verification:
         self._registry = registry
         self._core = registry.core_verify()
         self._overriders = {s.method: s.verify for s in speculators if s.overrides_verify}
+        self._workspace = workspace
         self._vocab_size = vocab_size
         self._strict = strict
 
@@ -45,6 +48,7 @@ class Verification:
             offsets: each row's first entry in `logits`; one more at the end.
             logits: [entries, vocabulary].
         """
+        self._workspace.begin_step()
         methods = [request.draft.method if request.draft else None for request in requests]
         if not any(method in self._overriders for method in methods):
             return self._ask(self._core, requests, offsets, logits)
@@ -88,7 +92,23 @@ class Verification:
             parents=[draft.parents if draft else None for draft in drafts],
             probs=[draft.probs if draft else None for draft in drafts],
         )
-        distributions = StepDistributions(logits, offsets, [request.params for request in requests])
+        distributions = StepDistributions(
+            logits,
+            offsets,
+            [
+                DistributionRow(
+                    params=request.params,
+                    rules=request.rules,
+                    tokens=request.tokens,
+                    num_prompt_tokens=request.num_prompt_tokens,
+                    draft_tokens=draft.tokens if draft else (),
+                    parents=draft.parents if draft else None,
+                    name=request.id,
+                )
+                for request, draft in zip(requests, drafts, strict=True)
+            ],
+            self._workspace,
+        )
         try:
             verdict = verify(batch=batch, proposal=proposal, target=distributions)
             check_verdict(verdict, proposal, self._vocab_size)

@@ -117,12 +117,12 @@ def solve(
         fitting = int(affordable * budget.block_size - scratch)
         if wanted_model_len is not None or fitting < budget.block_size:
             least = fixed + needed * per_block
+            shorter = f"lower max_model_len (at most {fitting:,} fit), " if fitting > 0 else "lower "
             raise InsufficientMemoryError(
                 f"one sequence of {longest:,} tokens needs {format_bytes(least)}: target weights "
                 f"{format_bytes(target_weights)}, draft weights {format_bytes(draft_weights)}, buffers "
                 f"{format_bytes(buffers)}, KV cache {format_bytes(needed * per_block)}; the budget is "
-                f"{format_bytes(budget.total_bytes)}. Raise memory, or lower max_model_len (at most {max(0, fitting):,} fit), "
-                "max_num_seqs or max_num_batched_tokens"
+                f"{format_bytes(budget.total_bytes)}. Raise memory, or {shorter}max_num_seqs or max_num_batched_tokens"
             )
         longest = fitting
     useful = budget.max_num_seqs * budget.blocks_for(longest + scratch)

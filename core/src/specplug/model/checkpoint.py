@@ -48,6 +48,8 @@ def resolve_checkpoint(source: str, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: there is no such folder, and the hub has no such checkpoint or cannot be reached.
     """
+    if not source:
+        raise CheckpointError("the model's name is empty; give a folder, a hub name like org/model, or tiny")
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder

@@ -66,7 +66,8 @@ def find_plugins(allowed: Iterable[str] | None = None, denied: Iterable[str] = (
         by_method.setdefault(record.method, []).append(record)
     judged: list[PluginRecord] = []
     for method in sorted(by_method):
-        rivals = [_judge(record, allow_lists, deny_list) for record in by_method[method]]
+        rivals = sorted(by_method[method], key=lambda record: record.distribution)
+        rivals = [_judge(record, allow_lists, deny_list) for record in rivals]
         loadable = [record for record in rivals if record.status == "ok"]
         if len(loadable) > 1:
             names = ", ".join(sorted(record.distribution for record in loadable))

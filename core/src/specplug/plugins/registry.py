@@ -16,7 +16,7 @@ import pluggy
 from specplug.contract.hookspecs import PROJECT, SpeculatorHooks, hookimpl
 from specplug.contract.settings import SpeculativeConfig
 from specplug.contract.traits import SpeculatorTraits
-from specplug.errors import PluginError, did_you_mean
+from specplug.errors import PluginError, SpecplugError, did_you_mean
 from specplug.plugins.finder import PluginRecord, find_plugins
 
 logger = logging.getLogger("specplug")
@@ -95,13 +95,16 @@ class PluginRegistry:
 
     def _load(self, record: PluginRecord) -> None:
         try:
-            module = importlib.import_module(record.module.partition(":")[0])
+            path, _, attribute = record.module.partition(":")
+            module: Any = importlib.import_module(path)
+            for name in filter(None, attribute.split(".")):
+                module = getattr(module, name)
             if module not in self._modules.values():
                 self.register(module, record.distribution)
             self._modules[record.method] = module
         except (Exception, SystemExit) as error:
             self.failures[record.method] = traceback.format_exc()
-            logger.warning(
+            logger.info(  # whoever asks for it gets the error
                 "plugin '%s' of package %s cannot be loaded: %s: %s",
                 record.method,
                 record.distribution,
@@ -145,7 +148,16 @@ class PluginRegistry:
             if plugin is not module and not _is_wrapper(plugin, "load_speculator")
         ]
         caller = self.manager.subset_hook_caller("load_speculator", others)
-        instance = caller(config=config, target=target)
+        if not _has_hook(module, "load_speculator"):
+            raise PluginError(f"plugin '{config.method}' has no @hookimpl function 'load_speculator'")
+        try:
+            instance = caller(config=config, target=target)
+        except SpecplugError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"plugin '{config.method}' failed in load_speculator: {type(error).__name__}: {error}"
+            ) from error
         if instance is None:
             raise PluginError(f"plugin '{config.method}' returned no speculator from load_speculator")
         config.check_unknown_options()
@@ -195,13 +207,11 @@ class PluginRegistry:
             return self._modules[method]
         record = next((record for record in self.records if record.method == method), None)
         if record is None:
-            names = sorted({record.method for record in self.records})
+            names = sorted({*self._modules, *(record.method for record in self.records if record.status == "ok")})
             installed = f"installed: {', '.join(names)}" if names else "no speculator is installed"
-            package = f"specplug-{method.replace('_', '-')}"
-            raise PluginError(
-                f"no speculator named '{method}'{did_you_mean(method, names)} ({installed}); "
-                f"a package that provides it may be had with: pip install {package}"
-            )
+            near = did_you_mean(method, names)
+            hint = near or f"; if a package provides it: pip install specplug-{method.replace('_', '-')}"
+            raise PluginError(f"no speculator named '{method}'{hint} ({installed})")
         if method in self.failures:
             last = self.failures[method].strip().splitlines()[-1]
             raise PluginError(

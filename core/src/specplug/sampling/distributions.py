@@ -4,23 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import attrs
 import torch
 
+from specplug.errors import ModelOutputError
 from specplug.sampling.params import SamplingParams
+from specplug.sampling.rules import LogitsRules
+from specplug.sampling.workspace import Workspace
 
 
-def truncate(logits: torch.Tensor, top_k: Sequence[int], top_p: Sequence[float]) -> torch.Tensor:
-    """Sets logits outside the top k, then outside the top-p nucleus, to -inf.
+def truncate(
+    logits: torch.Tensor, top_k: Sequence[int], top_p: Sequence[float], min_p: Sequence[float] | None = None
+) -> torch.Tensor:
+    """Sets logits outside min-p, then the top k, then the top-p nucleus, to -inf.
 
     Args:
         logits: float32 [N, V], already divided by the temperature.
         top_k: N limits; 0 or less keeps all.
         top_p: N limits; 1 keeps all.
+        min_p: N limits relative to the most likely token; 0 keeps all.
 
     Returns:
         float32 [N, V]. At least the most likely token of every row stays.
     """
     vocabulary = logits.shape[-1]
+    if min_p is not None and any(p > 0 for p in min_p):
+        margin = torch.tensor([max(p, 1e-300) for p in min_p], dtype=torch.float64, device=logits.device).log()
+        least = logits.amax(dim=-1, keepdim=True) + margin[:, None].float()
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if all(k <= 0 for k in top_k) and all(p >= 1 for p in top_p):
+        return logits
     ordered, order = logits.sort(dim=-1, descending=True)
     if any(0 < k < vocabulary for k in top_k):
         last = [min(k, vocabulary) - 1 if k > 0 else vocabulary - 1 for k in top_k]
@@ -36,43 +49,115 @@ def truncate(logits: torch.Tensor, top_k: Sequence[int], top_p: Sequence[float])
     return torch.full_like(logits, float("-inf")).scatter_(-1, order, ordered)
 
 
-def process(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Turns logits into the distributions that are sampled from.
+def process(logits: torch.Tensor, params: Sequence[SamplingParams], out: torch.Tensor | None = None) -> torch.Tensor:
+    """Applies temperature and truncation, and returns the distributions.
 
     Args:
         logits: [N, V], any floating dtype.
         params: the sampling parameters of each entry; none greedy.
+        out: where to write, float32 [N, V].
 
     Returns:
         float32 [N, V], rows sum to one.
     """
-    temperatures = [param.temperature for param in params]
     scaled = logits.float()
-    if any(temperature != 1.0 for temperature in temperatures):
-        scaled = scaled / torch.tensor(temperatures, device=logits.device)[:, None]
+    if any(param.temperature != 1 for param in params):
+        scaled = scaled / torch.tensor([float(param.temperature) for param in params], device=logits.device)[:, None]
     if any(param.truncates for param in params):
-        scaled = truncate(scaled, [param.top_k for param in params], [param.top_p for param in params])
-    return scaled.softmax(dim=-1)
+        scaled = truncate(
+            scaled,
+            [param.top_k for param in params],
+            [param.top_p for param in params],
+            [param.min_p for param in params],
+        )
+    return torch.softmax(scaled, dim=-1, out=out)
+
+
+@attrs.frozen(eq=False)
+class DistributionRow:
+    """What shapes the distributions of one row's entries.
+
+    Attributes:
+        params: its sampling parameters.
+        rules: what acts on its logits before temperature; None if nothing does.
+        tokens: its committed ids.
+        num_prompt_tokens: how many of them are the prompt.
+        draft_tokens: the ids of its draft's nodes.
+        parents: each node's parent, -1 for the root; None for a chain.
+        name: the request's, for messages.
+    """
+
+    params: SamplingParams
+    rules: LogitsRules | None = None
+    tokens: Sequence[int] = ()
+    num_prompt_tokens: int = 0
+    draft_tokens: Sequence[int] = ()
+    parents: Sequence[int] | None = None
+    name: str = "?"
+
+    def paths(self) -> list[list[int]]:
+        """For the root and each node, the draft tokens on the way to it, its own included."""
+        paths: list[list[int]] = [[]]
+        for node, token in enumerate(self.draft_tokens):
+            parent = node - 1 if self.parents is None else self.parents[node]
+            paths.append([*paths[parent + 1], token])
+        return paths
 
 
 class StepDistributions:
-    """The `TargetDistributions` of one step: processed on demand, so that a greedy row never pays for a softmax."""
+    """The `TargetDistributions` of one step: processed on demand, so that a greedy row never pays for a softmax.
 
-    def __init__(self, logits: torch.Tensor, offsets: Sequence[int], params: Sequence[SamplingParams]) -> None:
-        self.logits = logits
+    Raises:
+        ModelOutputError: from `argmax` and `probs`, when the model gave NaN.
+    """
+
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        offsets: Sequence[int],
+        rows: Sequence[DistributionRow],
+        workspace: Workspace | None = None,
+    ) -> None:
         self.offsets = offsets
-        self._params = params
-        self._row_of_entry = [row for row in range(len(params)) for _ in range(offsets[row + 1] - offsets[row])]
+        self.logits = logits
+        self._rows = rows
+        self._workspace = workspace
+        self._row_of_entry = [row for row in range(len(rows)) for _ in range(offsets[row + 1] - offsets[row])]
+        self._ruled = self._apply_rules()
+
+    def _apply_rules(self) -> torch.Tensor:
+        if all(row.rules is None for row in self._rows):
+            return self.logits
+        ruled = self.logits.float().clone()
+        for index, row in enumerate(self._rows):
+            if row.rules is not None:
+                span = slice(self.offsets[index], self.offsets[index + 1])
+                ruled[span] = row.rules.apply(ruled[span], row.tokens, row.num_prompt_tokens, row.paths())
+        return ruled
 
     def _select(self, entries: Sequence[int]) -> torch.Tensor:
-        if len(entries) == len(self.logits):
-            return self.logits
-        return self.logits[torch.tensor(list(entries), device=self.logits.device)]
+        if len(entries) == len(self._ruled) and list(entries) == list(range(len(entries))):
+            return self._ruled
+        return self._ruled[torch.tensor(list(entries), device=self._ruled.device)]
+
+    def _refuse_nan(self, bad: torch.Tensor, entries: Sequence[int]) -> None:
+        if bool(bad.any()):
+            row = self._rows[self._row_of_entry[entries[int(bad.int().argmax())]]]
+            raise ModelOutputError(
+                f"the model gave NaN logits for request '{row.name}' after {len(row.tokens)} tokens; its weights are damaged, "
+                "or its dtype overflows (try dtype float32 or bfloat16)"
+            )
 
     def argmax(self, entries: Sequence[int]) -> list[int]:
         """The most likely token at each entry (the first of equals)."""
-        return self._select(entries).argmax(dim=-1).tolist()
+        best = self._select(entries).max(dim=-1)
+        self._refuse_nan(best.values.isnan(), entries)
+        return best.indices.tolist()
 
     def probs(self, entries: Sequence[int]) -> torch.Tensor:
         """float32 [len(entries), V]: the distributions after each row's sampling parameters."""
-        return process(self._select(entries), [self._params[self._row_of_entry[entry]] for entry in entries])
+        params = [self._rows[self._row_of_entry[entry]].params for entry in entries]
+        out = None if self._workspace is None else self._workspace.probs(len(entries))
+        probs = process(self._select(entries), params, out)
+        self._refuse_nan(probs[:, 0].isnan(), entries)
+        return probs

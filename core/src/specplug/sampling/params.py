@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import attrs
 
 from specplug.errors import RequestError
 
 MAX_SEED = 2**63
-
-
-def _check(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise RequestError(f"sampling parameter {name}={value!r}: expected {expected}")
-
-
-def _token_ids(ids: Iterable[int] | None) -> tuple[int, ...]:
-    return tuple(ids or ())
 
 
 def _is_int(value: object) -> bool:
@@ -28,68 +20,167 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _expect(condition: Callable[[Any], bool], expected: str) -> Callable[[Any, Any, Any], None]:
+    """An attrs validator whose message names the parameter, its value and what it should have been."""
+
+    def validate(instance: Any, attribute: Any, value: Any) -> None:
+        if not condition(value):
+            raise RequestError(f"sampling parameter {attribute.name}={value!r}: expected {expected}")
+
+    return validate
+
+
+def _integer(least: int, *, or_none: bool = False) -> Any:
+    text = f"an integer of at least {least}" + (", or None" if or_none else "")
+    return _expect(lambda value: (or_none and value is None) or (_is_int(value) and value >= least), text)
+
+
+def _number(low: float, high: float) -> Any:
+    return _expect(lambda value: _is_number(value) and low <= value <= high, f"a number from {low:g} to {high:g}")
+
+
+def _strings(value: Any) -> Any:
+    """One string, several, or None → a tuple."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _ids(value: Iterable[int] | None) -> Any:
+    return () if value is None else tuple(value)
+
+
+def _bias(value: Mapping[Any, Any] | None) -> Any:
+    """Token ids may be written as strings, as JSON must."""
+    if value is None:
+        return {}
+    return {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in value.items()}
+
+
+_text_list = _expect(lambda v: all(isinstance(s, str) and s for s in v), "a non-empty string or a list of them")
+_id_list = _expect(lambda v: all(_is_int(i) and i >= 0 for i in v), "a list of token ids")
+_flag = _expect(lambda v: isinstance(v, bool), "True or False")
+_count = _expect(lambda v: v is None or (_is_int(v) and v >= -1), "an integer of at least 0, -1 for all, or None")
+
+
+def _unsupported(reason: str) -> Any:
+    """A parameter that vLLM has and this engine has not: anything but its default is refused."""
+
+    def refuse(instance: Any, attribute: Any, value: Any) -> None:
+        if value != attribute.default:
+            raise RequestError(f"sampling parameter {attribute.name} is not supported: {reason}")
+
+    return refuse
+
+
 @attrs.frozen(kw_only=True)
 class SamplingParams:
-    """How the tokens of one request are chosen. The target's distribution after all of these is what is sampled from.
+    """How the tokens of one request are chosen.
+
+    The target's distribution after all of these is what is sampled from, with any speculator, at every draft position: a
+    penalty counts the draft's earlier tokens, a ban holds inside the draft. They apply in this order: allowed tokens, bad
+    words, `min_tokens`, `logit_bias`, penalties, temperature, `min_p`, `top_k`, `top_p`. Should the bans leave no token at
+    all, only `allowed_token_ids` holds for that position.
 
     Attributes:
         n: how many completions to generate for the prompt; they share its computed KV blocks.
+        presence_penalty: subtracted from the logits of tokens that the output holds.
+        frequency_penalty: subtracted once for every time the output holds the token.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output (Keskar et al.
+            1909.05858); 1 changes nothing.
         temperature: 0 is greedy; otherwise logits are divided by it.
-        top_k: keep the k most likely tokens (ties included); 0 or -1 keeps all.
         top_p: keep the smallest set of most likely tokens whose probabilities reach this sum.
+        top_k: keep the k most likely tokens (ties included); 0 or -1 keeps all.
+        min_p: drop tokens less likely than this share of the most likely token's probability.
         seed: makes the output a function of the request alone: the same in any batch, with any speculator, after
             preemption (float32; in lower precision up to rounding). Completion i of `n` uses seed + i.
-        max_tokens: the most tokens to generate; None generates up to the context length.
-        stop_token_ids: end the output with any of these.
+        stop: end the output when its text holds any of these strings; the text ends before the string.
+        stop_token_ids: end the output with any of these; the id is kept in `token_ids`, its text is not.
         ignore_eos: go on after the end-of-sequence token.
+        max_tokens: the most tokens to generate; None generates up to the context length.
+        min_tokens: no end-of-sequence or stop token, and no stop string, before so many tokens.
+        logprobs: return the log-probabilities of so many most likely tokens (and of the chosen one) at each position, under
+            the model's own distribution; -1 for the whole vocabulary.
+        prompt_logprobs: the same for the tokens of the prompt.
+        detokenize: whether to decode the output.
+        skip_special_tokens: leave special tokens out of the text.
+        include_stop_str_in_output: keep the stop string, or the stop token's text, in the text.
+        logit_bias: token id → what is added to its logit.
+        allowed_token_ids: only these may be generated; empty allows all.
+        bad_words: words that are not generated: the last token that would complete one, also across the end of the prompt.
         num_speculative_tokens: a cap on draft tokens for this request; 0 turns speculation off; None keeps the engine's.
+        structured_outputs: not supported.
+        extra_args: not supported.
+        logprob_token_ids: not supported.
+        flat_logprobs: not supported.
+        spaces_between_special_tokens: not supported.
+        thinking_token_budget: not supported.
+        repetition_detection: not supported.
     """
 
-    n: int = 1
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    max_tokens: int | None = 16
-    stop_token_ids: tuple[int, ...] = attrs.field(default=(), converter=_token_ids)
-    ignore_eos: bool = False
-    num_speculative_tokens: int | None = None
+    n: int = attrs.field(default=1, validator=_integer(1))
+    presence_penalty: float = attrs.field(default=0.0, validator=_number(-2, 2))
+    frequency_penalty: float = attrs.field(default=0.0, validator=_number(-2, 2))
+    repetition_penalty: float = attrs.field(
+        default=1.0, validator=_expect(lambda v: _is_number(v) and 0 < v < float("inf"), "a number above 0")
+    )
+    temperature: float = attrs.field(
+        default=1.0,
+        validator=_expect(lambda v: _is_number(v) and 0 <= v < float("inf"), "a finite number of at least 0"),
+    )
+    top_p: float = attrs.field(
+        default=1.0, validator=_expect(lambda v: _is_number(v) and 0 < v <= 1, "a number above 0, at most 1")
+    )
+    top_k: int = attrs.field(
+        default=0, validator=_expect(lambda v: _is_int(v) and v >= -1, "an integer of at least 1, or 0 for all")
+    )
+    min_p: float = attrs.field(default=0.0, validator=_number(0, 1))
+    seed: int | None = attrs.field(
+        default=None,
+        validator=_expect(
+            lambda v: v is None or (_is_int(v) and -MAX_SEED <= v < MAX_SEED), "a 64-bit integer or None"
+        ),
+    )
+    stop: tuple[str, ...] = attrs.field(default=(), converter=_strings, validator=_text_list)
+    stop_token_ids: tuple[int, ...] = attrs.field(default=(), converter=_ids, validator=_id_list)
+    ignore_eos: bool = attrs.field(default=False, validator=_flag)
+    max_tokens: int | None = attrs.field(default=16, validator=_integer(1, or_none=True))
+    min_tokens: int = attrs.field(default=0, validator=_integer(0))
+    logprobs: int | None = attrs.field(default=None, validator=_count)
+    prompt_logprobs: int | None = attrs.field(default=None, validator=_count)
+    detokenize: bool = attrs.field(default=True, validator=_flag)
+    skip_special_tokens: bool = attrs.field(default=True, validator=_flag)
+    include_stop_str_in_output: bool = attrs.field(default=False, validator=_flag)
+    logit_bias: Mapping[int, float] = attrs.field(
+        default={},
+        converter=_bias,
+        validator=_expect(
+            lambda v: all(_is_int(k) and k >= 0 and _is_number(b) and abs(b) < float("inf") for k, b in v.items()),
+            "a mapping of token ids to finite numbers",
+        ),
+        hash=False,
+    )
+    allowed_token_ids: tuple[int, ...] = attrs.field(default=(), converter=_ids, validator=_id_list)
+    bad_words: tuple[str, ...] = attrs.field(default=(), converter=_strings, validator=_text_list)
+    num_speculative_tokens: int | None = attrs.field(default=None, validator=_integer(0, or_none=True))
+
+    structured_outputs: Any = attrs.field(default=None, validator=_unsupported("there is no grammar backend"))
+    extra_args: Any = attrs.field(default=None, validator=_unsupported("nothing here reads it"))
+    logprob_token_ids: Any = attrs.field(default=None, validator=_unsupported("use logprobs=-1 and pick the ids"))
+    flat_logprobs: Any = attrs.field(default=False, validator=_unsupported("logprobs are lists of dicts"))
+    spaces_between_special_tokens: Any = attrs.field(
+        default=True, validator=_unsupported("fast tokenizers never add such spaces differently")
+    )
+    thinking_token_budget: Any = attrs.field(default=None, validator=_unsupported("use max_tokens"))
+    repetition_detection: Any = attrs.field(default=None, validator=_unsupported("use stop or a penalty"))
 
     def __attrs_post_init__(self) -> None:
-        _check(_is_int(self.n) and self.n >= 1, "n", self.n, "an integer of at least 1")
-        _check(
-            _is_number(self.temperature) and 0 <= self.temperature < float("inf"),
-            "temperature",
-            self.temperature,
-            "a finite number of at least 0",
-        )
-        _check(_is_int(self.top_k) and self.top_k >= -1, "top_k", self.top_k, "an integer of at least 1, or 0 for all")
-        _check(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0, at most 1")
-        _check(
-            self.seed is None or (_is_int(self.seed) and -MAX_SEED <= self.seed < MAX_SEED),
-            "seed",
-            self.seed,
-            "a 64-bit integer or None",
-        )
-        _check(
-            self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
-            "max_tokens",
-            self.max_tokens,
-            "an integer of at least 1, or None",
-        )
-        _check(
-            all(_is_int(token) and token >= 0 for token in self.stop_token_ids),
-            "stop_token_ids",
-            self.stop_token_ids,
-            "a list of token ids",
-        )
-        _check(
-            self.num_speculative_tokens is None
-            or (_is_int(self.num_speculative_tokens) and self.num_speculative_tokens >= 0),
-            "num_speculative_tokens",
-            self.num_speculative_tokens,
-            "an integer of at least 0, or None",
-        )
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"sampling parameter min_tokens={self.min_tokens!r}: expected at most max_tokens={self.max_tokens}"
+            )
+        if self.stop and not self.detokenize:
+            raise RequestError("sampling parameter stop needs the text: it cannot be used with detokenize=False")
 
     @property
     def greedy(self) -> bool:
@@ -98,5 +189,15 @@ class SamplingParams:
 
     @property
     def truncates(self) -> bool:
-        """Whether top_k or top_p can remove tokens."""
-        return self.top_k > 0 or self.top_p < 1
+        """Whether top_k, top_p or min_p can remove tokens."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether earlier tokens change the logits."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything but temperature and truncation changes the distribution."""
+        return bool(self.penalizes or self.logit_bias or self.allowed_token_ids or self.bad_words or self.min_tokens)

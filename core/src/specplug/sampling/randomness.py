@@ -77,7 +77,9 @@ class RowRandomness:
         return self._draft
 
 
-def exponential_noise(rows: list[tuple[RowRandomness, int]], width: int, engine: EngineRandomness) -> torch.Tensor:
+def exponential_noise(
+    rows: list[tuple[RowRandomness, int]], width: int, engine: EngineRandomness, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Draws the noise of an exponential race: the token with the smallest noise / probability is a sample.
 
     Args:
@@ -85,11 +87,12 @@ def exponential_noise(rows: list[tuple[RowRandomness, int]], width: int, engine:
             noise: at most one of them lies on the path that is emitted.
         width: the vocabulary size.
         engine: the engine's generators.
+        out: where to write, float32 [len(rows), width].
 
     Returns:
         float32 [len(rows), width], standard exponential.
     """
-    noise = torch.empty(len(rows), width, device=engine.device)
+    noise = torch.empty(len(rows), width, device=engine.device) if out is None else out
     if any(row.seed is None for row, _ in rows):
         noise.exponential_(generator=engine.generator(Stream.TARGET))
     drawn: dict[tuple[int, int], int] = {}
@@ -108,6 +111,6 @@ def exponential_noise(rows: list[tuple[RowRandomness, int]], width: int, engine:
 def race(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Samples one token per distribution: int64 [N] from float32 [N, V] and exponential noise [N, V].
 
-    A token of probability zero never wins, since its arrival time is infinite.
+    A token of probability zero never wins, since its arrival time is infinite. The noise is overwritten.
     """
-    return (noise / probs).nan_to_num_(nan=float("inf")).argmin(dim=-1)
+    return noise.div_(probs).nan_to_num_(nan=float("inf")).argmin(dim=-1)

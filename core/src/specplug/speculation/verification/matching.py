@@ -18,6 +18,7 @@ from specplug.contract.batch import VerificationBatch, VerificationRow
 from specplug.contract.proposal import Proposal
 from specplug.contract.verdict import TargetDistributions
 from specplug.sampling.randomness import EngineRandomness, exponential_noise, race
+from specplug.sampling.workspace import Workspace
 from specplug.speculation.draft import depths_of
 
 
@@ -27,9 +28,10 @@ def sample_and_match(
     proposal: Proposal,
     target: TargetDistributions,
     randomness: EngineRandomness,
+    workspace: Workspace | None = None,
 ) -> list[tuple[int, list[int], int]]:
     """Verifies the given rows; returns (row, accepted path, next token) for each."""
-    drawn = _draw(rows, batch, proposal, target, randomness)
+    drawn = _draw(rows, batch, proposal, target, randomness, workspace)
     results = []
     for row in rows:
         tokens = cast(Sequence[int], proposal.tokens[row])
@@ -60,6 +62,7 @@ def _draw(
     proposal: Proposal,
     target: TargetDistributions,
     randomness: EngineRandomness,
+    workspace: Workspace | None,
 ) -> dict[int, list[int]]:
     """The target's draw at every entry of each row."""
     greedy = [row for row in rows if batch.rows[row].sampling.greedy]
@@ -77,7 +80,8 @@ def _draw(
             for row in sampled
             for index in _output_indices(batch.rows[row], row, proposal)
         ]
-        noise = exponential_noise(keys, probs.shape[-1], randomness)
+        out = None if workspace is None else workspace.noise(len(keys))
+        noise = exponential_noise(keys, probs.shape[-1], randomness, out)
         _scatter(drawn, sampled, offsets, race(probs, noise).tolist())
     return drawn
 

@@ -14,14 +14,18 @@ from specplug.contract.hookspecs import hookimpl
 from specplug.contract.proposal import Proposal
 from specplug.contract.verdict import TargetDistributions, Verdict
 from specplug.sampling.randomness import EngineRandomness
+from specplug.sampling.workspace import Workspace
 from specplug.speculation.verification import chains, matching, siblings
 
 
 class LosslessVerifier:
     """The last word on `verify`."""
 
-    def __init__(self, randomness: EngineRandomness, chain_rule: str = "block") -> None:
+    def __init__(
+        self, randomness: EngineRandomness, chain_rule: str = "block", workspace: Workspace | None = None
+    ) -> None:
         self._randomness = randomness
+        self._workspace = workspace
         self._chain_rule = chain_rule
 
     @hookimpl(trylast=True)
@@ -41,13 +45,15 @@ class LosslessVerifier:
                 sampled_trees.append(row)
         accepted: list[list[int]] = [[] for _ in range(count)]
         next_tokens = [-1] * count
+        if matched:
+            drawn = matching.sample_and_match(matched, batch, proposal, target, self._randomness, self._workspace)
+            for row, path, token in drawn:
+                accepted[row], next_tokens[row] = path, token
         for rows, rule in (
-            (matched, matching.sample_and_match),
             (sampled_chains, chains.block if self._chain_rule == "block" else chains.standard),
             (sampled_trees, siblings.recursive_rejection),
         ):
             if rows:
                 for row, path, token in rule(rows, batch, proposal, target, self._randomness):
-                    accepted[row] = path
-                    next_tokens[row] = token
+                    accepted[row], next_tokens[row] = path, token
         return Verdict(accepted, next_tokens)

@@ -1,0 +1,73 @@
+"""vLLM's constructor options: the ones that mean something here, and one clear error for each of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+
+from specplug.configuration.engine import EngineConfig
+from specplug.errors import ConfigurationError, did_you_mean
+
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    "runner": ("auto", "generate"),
+    "tokenizer_mode": ("auto",),
+    "tensor_parallel_size": (1,),
+    "pipeline_parallel_size": (1,),
+    "data_parallel_size": (1,),
+    "quantization": (None,),
+    "tokenizer_revision": (None,),
+    "cpu_offload_gb": (0,),
+    "swap_space": (0, 4),
+    "enforce_eager": (True, False),
+    "disable_custom_all_reduce": (True, False),
+    "disable_log_stats": (True, False),
+    "enable_chunked_prefill": (True, None),
+    "enable_prefix_caching": (False, None),
+    "hf_token": (None,),
+    "hf_overrides": (None,),
+    "enable_lora": (False,),
+    "load_format": ("auto", "safetensors"),
+    "kv_cache_dtype": ("auto",),
+    "generation_config": ("auto",),
+    "compilation_config": (None,),
+}
+_REASONS = {
+    "tensor_parallel_size": "the engine runs on one device",
+    "pipeline_parallel_size": "the engine runs on one device",
+    "data_parallel_size": "the engine runs on one device",
+    "quantization": "weights are loaded in a floating dtype",
+    "enable_prefix_caching": "there is no prefix cache",
+    "enable_lora": "adapters are not supported; merge them into the weights",
+    "kv_cache_dtype": "keys and values are kept in the model's dtype",
+    "load_format": "only safetensors are loaded",
+}
+
+
+def translate_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """VLLM's options → those of `EngineConfig`.
+
+    Options that ask for what is the case here anyway are dropped; `kv_cache_memory_bytes` has no counterpart, since
+    `memory` bounds everything together.
+
+    Raises:
+        ConfigurationError: an option that is unknown, or asks for something that is not supported.
+    """
+    known = {field.name for field in attrs.fields(EngineConfig)} - {"model", "speculative", "memory"}
+    kept = {}
+    for name, value in options.items():
+        if name in known:
+            kept[name] = value
+        elif name in _HARMLESS:
+            if not any(value == harmless for harmless in _HARMLESS[name]):
+                reason = _REASONS.get(name, "it has no counterpart here")
+                raise ConfigurationError(f"vLLM's option {name}={value!r} is not supported: {reason}")
+        elif name == "kv_cache_memory_bytes":
+            raise ConfigurationError(
+                "vLLM's option kv_cache_memory_bytes is not supported: give memory, which bounds weights, KV caches and buffers"
+            )
+        else:
+            near = did_you_mean(name, {*known, *_HARMLESS, "memory", "speculative_config"})
+            raise ConfigurationError(f"LLM has no option '{name}'{near}")
+    return kept

@@ -1,0 +1,134 @@
+"""From a prompt and sampling parameters to requests that can be served, or one clear refusal."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+import torch
+
+from specplug.errors import RequestError
+from specplug.memory.plan import MemoryPlan
+from specplug.request import Request
+from specplug.sampling.params import SamplingParams
+from specplug.sampling.randomness import EngineRandomness, RowRandomness
+from specplug.sampling.rules import LogitsRules
+from specplug.text.prompts import bad_word_ids
+from specplug.text.stream import TextStream
+
+
+class Intake:
+    """Makes the requests of one engine.
+
+    Args:
+        plan: what fits.
+        vocab_size: of the target.
+        eos_ids: the ids that end a sequence.
+        randomness: the engine's random streams.
+        tokenizer: gives the tokenizer, or None.
+        device: where logits are.
+    """
+
+    def __init__(
+        self,
+        plan: MemoryPlan,
+        vocab_size: int,
+        eos_ids: frozenset[int],
+        randomness: EngineRandomness,
+        tokenizer: Callable[[], Any],
+        device: torch.device,
+    ) -> None:
+        self._plan = plan
+        self._vocab_size = vocab_size
+        self._eos_ids = eos_ids
+        self._randomness = randomness
+        self._tokenizer = tokenizer
+        self._device = device
+        self._numbers = itertools.count()
+
+    def make(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> list[Request]:
+        """The sequences of a request, one per completion; the others are forked from the first.
+
+        Raises:
+            RequestError: the prompt or a parameter can never be served; the message says why.
+        """
+        ids = list(prompt_ids)
+        self._check_prompt(request_id, ids)
+        self._check_ids(request_id, params)
+        room = self._plan.max_model_len - len(ids)
+        limit = min(params.max_tokens or room, room)
+        params = attrs.evolve(params, max_tokens=limit, min_tokens=min(params.min_tokens, limit))
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
+        words = bad_word_ids(params.bad_words, self._tokenizer) if params.bad_words else []
+        family = [self._request(request_id, ids, params, index, stop_ids, words) for index in range(params.n)]
+        family[0].fork_group = family[1:]
+        return family
+
+    def _request(
+        self,
+        request_id: str,
+        ids: list[int],
+        params: SamplingParams,
+        index: int,
+        stop_ids: frozenset[int],
+        words: list[list[int]],
+    ) -> Request:
+        number = next(self._numbers)
+        seed = None if params.seed is None else params.seed + index
+        scored = params.prompt_logprobs if index == 0 else None  # once for the whole family
+        rules = None
+        if params.changes_logits:
+            rules = LogitsRules(params, self._vocab_size, stop_ids, words, self._device)
+        return Request(
+            id=request_id,
+            number=number,
+            tokens=list(ids),
+            num_prompt_tokens=len(ids),
+            params=attrs.evolve(params, seed=seed, prompt_logprobs=scored),
+            stop_ids=stop_ids,
+            randomness=RowRandomness(self._randomness, number, seed),
+            rules=rules,
+            text=self._text(request_id, params),
+        )
+
+    def _text(self, request_id: str, params: SamplingParams) -> TextStream | None:
+        tokenizer = self._tokenizer() if params.detokenize else None
+        if tokenizer is None:
+            if params.stop:
+                raise RequestError(
+                    f"request '{request_id}': stop strings need a tokenizer, and the engine has none; use stop_token_ids"
+                )
+            return None
+        return TextStream(
+            tokenizer,
+            params.stop,
+            skip_special_tokens=params.skip_special_tokens,
+            include_stop=params.include_stop_str_in_output,
+        )
+
+    def _check_prompt(self, request_id: str, ids: list[int]) -> None:
+        if not ids:
+            raise RequestError(f"request '{request_id}': the prompt is empty; it needs at least one token")
+        for position, token in enumerate(ids):
+            if not isinstance(token, int) or not 0 <= token < self._vocab_size:
+                raise RequestError(
+                    f"request '{request_id}': token id {token!r} at position {position} is outside the vocabulary of "
+                    f"{self._vocab_size:,}"
+                )
+        if len(ids) >= self._plan.max_model_len:
+            raise RequestError(
+                f"request '{request_id}': the prompt has {len(ids):,} tokens, the longest sequence is "
+                f"{self._plan.max_model_len:,} tokens (prompt and output); shorten it, or start with a larger max_model_len "
+                f"or memory (the KV cache holds {self._plan.num_kv_tokens:,} tokens)"
+            )
+
+    def _check_ids(self, request_id: str, params: SamplingParams) -> None:
+        for name in ("allowed_token_ids", "logit_bias", "stop_token_ids"):
+            for token in getattr(params, name):
+                if token >= self._vocab_size:
+                    raise RequestError(
+                        f"request '{request_id}': {name} names token id {token}, outside the vocabulary of "
+                        f"{self._vocab_size:,}"
+                    )

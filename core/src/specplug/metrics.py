@@ -1,0 +1,60 @@
+"""The engine's counters in vLLM's shape and under vLLM's names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+
+if TYPE_CHECKING:
+    from specplug.engine.engine import Engine
+
+
+@attrs.frozen
+class Metric:
+    """One named figure."""
+
+    name: str
+
+
+@attrs.frozen
+class Counter(Metric):
+    """A figure that only grows."""
+
+    value: int
+
+
+@attrs.frozen
+class Gauge(Metric):
+    """A figure of the moment."""
+
+    value: float
+
+
+@attrs.frozen
+class Vector(Metric):
+    """Counters by position."""
+
+    values: list[int]
+
+
+def engine_metrics(engine: Engine) -> list[Metric]:
+    """All figures of an engine."""
+    stats, scheduler = engine.stats, engine.scheduler
+    allocator = scheduler.allocator
+    histogram = stats.acceptance_histogram
+    return [
+        Gauge("vllm:num_requests_running", len(scheduler.running)),
+        Gauge("vllm:num_requests_waiting", len(scheduler.waiting)),
+        Gauge("vllm:kv_cache_usage_perc", 1 - allocator.num_free / allocator.num_blocks),
+        Counter("vllm:num_preemptions", scheduler.num_preemptions),
+        Counter("vllm:prompt_tokens", engine.num_prompt_tokens),
+        Counter("vllm:generation_tokens", engine.num_generated_tokens),
+        Counter("vllm:spec_decode_num_drafts", stats.num_spec_steps),
+        Counter("vllm:spec_decode_num_draft_tokens", stats.num_draft_tokens),
+        Counter("vllm:spec_decode_num_accepted_tokens", stats.num_accepted_draft_tokens),
+        Vector(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            [sum(histogram[position:]) for position in range(1, len(histogram))],
+        ),
+    ]
