@@ -27,7 +27,7 @@ def tensor_bytes() -> int:
     gc.collect()
     storages: dict[int, int] = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
+        if isinstance(thing, torch.Tensor) and thing.device.type != "meta":
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -83,6 +83,10 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
     config = copy.deepcopy(config)
     model_type = getattr(config, "model_type", "unknown")
     _check_layer_types(config, model_type)
+    longest = context_length(config)
+    for parameters in _rope_parameters(config):
+        if parameters.get("rope_type") in _LENGTH_DEPENDENT_ROPE:  # would read positions, which the meta device cannot
+            parameters["rope_type"] = "default"
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -108,7 +112,7 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
         vocab_size=width,
         hidden_size=config.get_text_config().hidden_size,
         weight_bytes=weight_bytes,
-        context_length=context_length(config),
+        context_length=longest,
     )
 
 
@@ -120,15 +124,19 @@ def context_length(config: Any) -> int:
     """
     text = config.get_text_config()
     length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 1 << 20
-    rope = getattr(text, "rope_parameters", None) or {}
-    nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
-    for parameters in nested:
+    for parameters in _rope_parameters(config):
         if parameters.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
             original = parameters.get("original_max_position_embeddings") or getattr(
                 text, "original_max_position_embeddings", None
             )
             length = min(length, original or length)
     return int(length)
+
+
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """The RoPE settings: one mapping, or one per type of layer."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return [value for value in rope.values() if isinstance(value, dict)] or [rope]
 
 
 def disable_padding_checks(model: Any) -> None:
