@@ -261,7 +261,7 @@ def test_padded_rows_give_what_separate_rows_give(tmp_path: Path) -> None:
             runner = llm.engine.runner
             outputs = []
             for padded in (False, True):
-                runner.pad_rows = padded
+                runner.gather_rows = padded
                 tables = []
                 for blocks in ([0, 1, 2, 3, 4], [9, 5, 11, 6, 20], [30, 31, 32, 33, 34]):
                     tables.append(BlockTable(4))

@@ -37,7 +37,13 @@ class Scheduler:
     """The waiting queue, the running rows, their slots and blocks."""
 
     def __init__(
-        self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, lookahead: int
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        lookahead: int,
+        max_model_len: int | None = None,
     ) -> None:
         self.allocator = BlockAllocator(num_blocks)
         self.block_size = block_size
@@ -47,6 +53,8 @@ class Scheduler:
         self.running: list[Request] = []
         self.ended: list[tuple[Request, int, EndReason]] = []
         self.num_preemptions = 0
+        share = 0 if max_model_len is None else self._blocks_for(max_model_len + lookahead)
+        self._equal_share = share if share * max_num_seqs <= num_blocks else 0
         self._free_slots = list(range(max_num_seqs))
 
     @property
@@ -200,6 +208,8 @@ class Scheduler:
         return -(-num_tokens // self.block_size)
 
     def _expected_blocks(self, request: Request) -> int:
-        """The most blocks a request can come to need."""
+        """The most blocks a request can come to need; where all rows have room for the longest, equal shares for all."""
+        if self._equal_share:
+            return self._equal_share
         assert request.params.max_tokens is not None
         return self._blocks_for(request.num_prompt_tokens + request.params.max_tokens + self.lookahead)

@@ -18,7 +18,7 @@ from specplug.contract.settings import SpeculativeConfig
 from specplug.engine.engine import Engine
 from specplug.engine.intake import Intake
 from specplug.engine.scheduler import Scheduler
-from specplug.errors import ConfigurationError, PluginError, SpecplugError, StartupError
+from specplug.errors import CheckpointError, ConfigurationError, PluginError, SpecplugError, StartupError
 from specplug.memory.available import default_budget
 from specplug.memory.plan import MemoryPlan, solve
 from specplug.model.architecture import Architecture, inspect_architecture
@@ -353,7 +353,12 @@ def _assemble(
         ),
         workspace=workspace,
         scheduler=Scheduler(
-            plan.num_blocks, plan.block_size, config.max_num_seqs, config.max_num_batched_tokens, lookahead
+            plan.num_blocks,
+            plan.block_size,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            lookahead,
+            plan.max_model_len,
         ),
         closers=[planned.facade.close, runner.close],
     )
@@ -372,7 +377,10 @@ def eos_ids(folder: Path, model_config: Any) -> frozenset[int]:
 
     ids: Any = None
     if (folder / "generation_config.json").is_file():
-        ids = GenerationConfig.from_pretrained(folder).eos_token_id
+        try:
+            ids = GenerationConfig.from_pretrained(folder).eos_token_id
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder / 'generation_config.json'} is damaged: {error}") from error
     if ids is None:
         ids = getattr(model_config.get_text_config(), "eos_token_id", None)
     if ids is None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
-    from specplug.model.forward import ForwardBatch, RowSpan
+    from specplug.model.forward import ForwardBatch
 
 IMPLEMENTATION = "specplug"
 SITE = "specplug_attention_site"
@@ -59,29 +59,17 @@ class AttentionSite:
         self.values.index_copy_(1, batch.write_slots, value[0])
         heads = query.shape[1]
         out = query.new_empty(batch.num_tokens, heads, value.shape[-1])
-        alone, together = batch.split()
-        if together is not None:
-            together.attend(query[0], self.keys, self.values, out, window, scaling, softcap, sinks)
-        for span in alone:
-            low, mask = span.mask(window, query.dtype)
-            rows = attend_row(
-                query[0, :, span.first : span.last],
-                *self._read(span, low),
-                mask,
-                scaling,
-                softcap,
-                sinks,
-                causal=span.causal and low == 0 and span.count > 1 and not (window and window < span.length),
-            )
-            out[span.first : span.last] = rows.transpose(0, 1)
+        if batch.padded is not None:
+            batch.padded.attend(query[0], self.keys, self.values, out, window, scaling, softcap, sinks)
+        for view in batch.views(window, query.dtype):
+            if view.slots is None:
+                keys, values = self.keys[:, view.begin : view.end], self.values[:, view.begin : view.end]
+            else:
+                keys, values = self.keys.index_select(1, view.slots), self.values.index_select(1, view.slots)
+            rows = query[0, :, view.first : view.last]
+            attended = attend_row(rows, keys, values, view.mask, scaling, softcap, sinks, causal=view.causal)
+            out[view.first : view.last] = attended.transpose(0, 1)
         return out[None]
-
-    def _read(self, span: RowSpan, low: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of entries [low, length): views where the row is contiguous."""
-        if (view := span.view) is not None:
-            return self.keys[:, view[0] + low : view[1]], self.values[:, view[0] + low : view[1]]
-        slots = span.slots[low:]
-        return self.keys.index_select(1, slots), self.values.index_select(1, slots)
 
 
 def attend_row(

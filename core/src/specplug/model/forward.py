@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING
 
 import attrs
 import torch
 
 from specplug.model.blocks import BlockTable
-
-if TYPE_CHECKING:
-    from specplug.model.padded import PaddedRows
+from specplug.model.padded import split_rows
 
 
 @attrs.frozen(eq=False)
@@ -72,6 +68,29 @@ class ForwardRow:
         return self.tree.positions[len(self.tree.positions) - len(self.tokens) :]
 
 
+@attrs.frozen(eq=False)
+class RowView:
+    """One row in one kind of layer: its queries, the KV entries they may see, and the mask over them.
+
+    Attributes:
+        first: the packed index of its first query.
+        last: one behind its last query.
+        begin: the first slot it sees, where its slots are one slice.
+        end: one behind the last.
+        slots: int64, the slots it sees, where they are not one slice; then `begin` and `end` say nothing.
+        mask: additive [queries, entries], or None when all are seen.
+        causal: whether the mask is SDPA's own causal one.
+    """
+
+    first: int
+    last: int
+    begin: int
+    end: int
+    slots: torch.Tensor | None
+    mask: torch.Tensor | None
+    causal: bool
+
+
 class RowSpan:
     """One row of a forward as attention sees it: queries [first, last) of the packed batch against `length` KV entries."""
 
@@ -91,23 +110,34 @@ class RowSpan:
         return self.start == 0 and self._row.tree is None
 
     @property
-    def view(self) -> tuple[int, int] | None:
-        """The slice of slots that holds the row, if it is contiguous."""
-        table = self._row.table
-        if not table.contiguous:
-            return None
-        base = table.blocks[0] * table.block_size
-        return base, base + self.length
+    def is_tree(self) -> bool:
+        """Whether the queries are not a plain continuation."""
+        return self._row.tree is not None
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the row is one slice of the cache."""
+        return self._row.table.contiguous
 
     @property
     def slot_numbers(self) -> Sequence[int]:
         """The slots of all entries."""
         return self._row.table.slots(0, self.length)
 
-    @cached_property
-    def slots(self) -> torch.Tensor:
-        """int64 [length]: the slots of all entries."""
-        return torch.tensor(list(self.slot_numbers), device=self._device)
+    def view(self, window: int | None, dtype: torch.dtype) -> RowView:
+        """What attention needs of this row in layers with this window."""
+        low, mask = self.mask(window, dtype)
+        table = self._row.table
+        begin = table.blocks[0] * table.block_size if table.contiguous else 0
+        return RowView(
+            first=self.first,
+            last=self.last,
+            begin=begin + low,
+            end=begin + self.length,
+            slots=None if table.contiguous else torch.tensor(list(self.slot_numbers)[low:], device=self._device),
+            mask=mask,
+            causal=self.causal and low == 0 and self.count > 1 and not (window and window < self.length),
+        )
 
     def mask(self, window: int | None, dtype: torch.dtype) -> tuple[int, torch.Tensor | None]:
         """What the queries may see, shared by all layers with the same window.
@@ -146,9 +176,16 @@ class RowSpan:
 
 
 class ForwardBatch:
-    """Everything the layers of one forward share."""
+    """Everything the layers of one forward share.
 
-    def __init__(self, rows: Sequence[ForwardRow], device: torch.device, *, pad_rows: bool) -> None:
+    Args:
+        rows: the rows.
+        device: where the model is.
+        num_slots: of the KV cache.
+        gather_rows: whether short rows are gathered from the cache and attended to together (see `padded`).
+    """
+
+    def __init__(self, rows: Sequence[ForwardRow], device: torch.device, num_slots: int, *, gather_rows: bool) -> None:
         ids: list[int] = []
         positions: list[int] = []
         write: list[int] = []
@@ -159,19 +196,15 @@ class ForwardBatch:
             positions.extend(row.positions)
             write.extend(row.table.slots(row.start, row.start + len(row.tokens)))
         self.num_tokens = len(ids)
-        self.device = device
-        self._pad_rows = pad_rows
-        self._split: tuple[list[RowSpan], PaddedRows | None] | None = None
         self.input_ids = torch.tensor([ids], device=device)
         self.position_ids = torch.tensor([positions], device=device)
         self.write_slots = torch.tensor(write, device=device)
+        self._alone, self.padded = split_rows(self.spans, device, num_slots, gather=gather_rows)
+        self._views: dict[tuple[int | None, torch.dtype], list[RowView]] = {}
 
-    def split(self) -> tuple[list[RowSpan], PaddedRows | None]:
-        """The rows that are attended to one by one, and those that are padded and attended to together."""
-        if self._split is None:
-            from specplug.model.padded import LONGEST_QUERY, PaddedRows
-
-            short = [span for span in self.spans if self._pad_rows and span.count <= LONGEST_QUERY]
-            long = [span for span in self.spans if span not in short] if short else self.spans
-            self._split = long, PaddedRows(short, self.device) if short else None
-        return self._split
+    def views(self, window: int | None, dtype: torch.dtype) -> list[RowView]:
+        """The rows that are attended to one by one; the same for all layers with the same window."""
+        key = (window, dtype)
+        if key not in self._views:
+            self._views[key] = [span.view(window, dtype) for span in self._alone]
+        return self._views[key]

@@ -13,7 +13,7 @@ class KVCache:
     """Keys [heads, slots, key_dim] and values [heads, slots, value_dim] of every layer.
 
     Heads come first, so that a row whose blocks are contiguous is, per head, one dense matrix: attention on a CPU reads it
-    as a view, at the memory's speed.
+    as a view, at the memory's speed. Entries start as zeros: a masked entry is multiplied by 0, which NaN would survive.
     """
 
     def __init__(
@@ -22,9 +22,9 @@ class KVCache:
         slots = num_blocks * block_size
         self.layers = tuple(layers)
         self.num_slots = slots
-        self.keys = [torch.empty(layer.num_heads, slots, layer.key_dim, dtype=dtype, device=device) for layer in layers]
+        self.keys = [torch.zeros(layer.num_heads, slots, layer.key_dim, dtype=dtype, device=device) for layer in layers]
         self.values = [
-            torch.empty(layer.num_heads, slots, layer.value_dim, dtype=dtype, device=device) for layer in layers
+            torch.zeros(layer.num_heads, slots, layer.value_dim, dtype=dtype, device=device) for layer in layers
         ]
 
     @property

@@ -30,7 +30,7 @@ class ModelRunner:
         self.architecture = architecture
         self.cache = cache
         self.device = device
-        self.pad_rows = device.type != "cpu"
+        self.gather_rows = device.type != "cpu"
         self.taps = Taps(model, architecture.layers, boundaries)
         self._sites: list[AttentionSite] = []
         for call, keys, values in zip(architecture.calls, cache.keys, cache.values, strict=True):
@@ -49,8 +49,8 @@ class ModelRunner:
         Returns:
             Logits [len(logits_index), vocabulary]. Captured states are in `taps.captured` until the next forward.
         """
-        batch = ForwardBatch(rows, self.device, pad_rows=self.pad_rows)
-        if logits_index is None or len(logits_index) == batch.num_tokens:
+        batch = ForwardBatch(rows, self.device, self.cache.num_slots, gather_rows=self.gather_rows)
+        if logits_index is None or list(logits_index) == list(range(batch.num_tokens)):
             keep: int | torch.Tensor = 0
         else:
             keep = torch.tensor(list(logits_index) or [0], device=self.device)
