@@ -154,7 +154,7 @@ def main() -> None:
     for row in results:
         print(
             f"{row['workload']:<28} {row['contestant']:<28} {row['tokens_per_second']:>8.1f} tokens/s "
-            f"{row["ratio_to_generate"]:>6.2f} x"
+            f"{row['ratio_to_generate']:>6.2f} x"
         )
 
 
