@@ -169,12 +169,15 @@ def _read_header(file: Path) -> dict[str, Any]:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 0 < length <= min(_MAX_HEADER, size):
-            raise CheckpointError(f"{file} is damaged: its header does not fit the file")
+            raise CheckpointError(f"{file} is damaged: its header does not fit the file; download it again")
         try:
             header = json.loads(stream.read(length))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{file} is damaged: its header is not JSON") from error
+            raise CheckpointError(f"{file} is damaged: its header is not JSON; download it again") from error
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     if ends and 8 + length + max(ends) != size:
-        raise CheckpointError(f"{file} is truncated: {size:,} bytes where its header says {8 + length + max(ends):,}")
+        expected = 8 + length + max(ends)
+        raise CheckpointError(
+            f"{file} is truncated: {size:,} bytes where its header says {expected:,}; download it again"
+        )
     return header

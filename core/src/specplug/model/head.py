@@ -8,6 +8,18 @@ from typing import Any
 import torch
 
 
+class _StatesOnly(list[Any]):
+    """A base model's output that holds states; whatever else a model's forward looks for in it is None."""
+
+    @property
+    def last_hidden_state(self) -> Any:
+        """The states."""
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 class _Passthrough(torch.nn.Module):
     """Stands where the base model was and returns given states as its output."""
 
@@ -21,9 +33,7 @@ class _Passthrough(torch.nn.Module):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
-        return BaseModelOutputWithPast(last_hidden_state=self.states)
+        return _StatesOnly([self.states])
 
 
 class Head:

@@ -47,9 +47,10 @@ def load_model(
         raise CheckpointError(f"the weights of {folder} cannot be loaded: {summary}") from error
     mismatched = report.get("mismatched_keys") or ()
     if mismatched:
-        first = next(iter(mismatched))
+        name, stored, expected = min(mismatched)
         raise CheckpointError(
-            f"{folder}: {len(mismatched)} weights have another shape than the configuration says: {first}"
+            f"{folder}: {len(mismatched)} weights have another shape than config.json says, first '{name}': "
+            f"{list(stored)}, not {list(expected)}; config.json and weights belong to different models"
         )
     missing = sorted(report.get("missing_keys") or ())
     if missing:
