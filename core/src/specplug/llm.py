@@ -15,41 +15,13 @@ from specplug.configuration.vllm import translate_options
 from specplug.engine.startup import StepReport, start_engine
 from specplug.errors import RequestError
 from specplug.metrics import Metric, engine_metrics
-from specplug.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from specplug.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamedPiece
+from specplug.progress import ProgressBar
 from specplug.request import Request
 from specplug.sampling.defaults import default_sampling_params
 from specplug.sampling.params import SamplingParams
-from specplug.stats import SpeculationStats
 from specplug.text.prompts import LazyTokenizer, Message, Prompt, encode_prompt, prompt_list, render_chat
 from specplug.tiny import resolve_model
-
-
-@attrs.frozen(eq=False)
-class StreamedPiece:
-    """New tokens of one completion, as they are committed.
-
-    Attributes:
-        request_id: whose.
-        index: which completion.
-        token_ids: the new ids.
-        sources: for each id the method that drafted it, None for the target's own.
-        token_texts: for each id the text it completes; empty while a character is incomplete.
-        finish_reason: set on the last piece.
-        metrics: what speculation did for the completion so far; the same object in all its pieces.
-    """
-
-    request_id: str
-    index: int
-    token_ids: list[int]
-    sources: list[str | None]
-    token_texts: list[str]
-    finish_reason: str | None
-    metrics: SpeculationStats
-
-    @property
-    def text(self) -> str:
-        """The text that the new tokens add."""
-        return "".join(self.token_texts)
 
 
 @attrs.frozen(eq=False)
@@ -214,7 +186,7 @@ class LLM:
 
     def _run(self, submitted: list[_Submitted], use_tqdm: bool) -> list[RequestOutput]:
         try:
-            with _ProgressBar(sum(len(each.family) for each in submitted), use_tqdm) as advance:
+            with ProgressBar(sum(len(each.family) for each in submitted), use_tqdm) as advance:
                 while any(not request.is_finished for each in submitted for request in each.family):
                     advance(sum(output.request.is_finished for output in self.engine.step()))
         except BaseException:
@@ -317,28 +289,3 @@ def _refuse(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise RequestError(f"{name} is not supported; leave it out")
-
-
-class _ProgressBar:
-    """A progress bar over finished completions; does nothing where nobody would see it."""
-
-    def __init__(self, total: int, shown: bool) -> None:
-        self._bar: Any = None
-        if shown and total > 1:
-            from rich.console import Console
-            from rich.progress import Progress
-
-            console = Console(stderr=True)
-            if console.is_terminal:
-                self._bar = Progress(console=console, transient=True)
-                self._task = self._bar.add_task("generating", total=total)
-
-    def __enter__(self) -> Callable[[int], None]:
-        if self._bar is None:
-            return lambda finished: None
-        self._bar.start()
-        return lambda finished: self._bar.advance(self._task, finished)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()

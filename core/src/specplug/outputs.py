@@ -82,3 +82,31 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     num_cached_tokens: int = 0
+
+
+@attrs.frozen(eq=False)
+class StreamedPiece:
+    """New tokens of one completion, as they are committed.
+
+    Attributes:
+        request_id: whose.
+        index: which completion.
+        token_ids: the new ids.
+        sources: for each id the method that drafted it, None for the target's own.
+        token_texts: for each id the text it completes; empty while a character is incomplete.
+        finish_reason: set on the last piece.
+        metrics: what speculation did for the completion so far; the same object in all its pieces.
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    sources: list[str | None]
+    token_texts: list[str]
+    finish_reason: str | None
+    metrics: SpeculationStats
+
+    @property
+    def text(self) -> str:
+        """The text that the new tokens add."""
+        return "".join(self.token_texts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import time
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from specplug.cli.demo_prompts import PROMPTS, DemoPrompt
 from specplug.cli.demo_result import PLAIN, heading, show_ending, show_results
 from specplug.cli.demo_run import run_method
 from specplug.cli.error_text import describe_error
+from specplug.cli.libraries import import_libraries
 from specplug.cli.listing import NOTHING_INSTALLED
 from specplug.cli.terminal import Terminal
 from specplug.errors import PluginError, did_you_mean
@@ -56,7 +56,7 @@ def demo(ctx: click.Context, methods: tuple[str, ...], max_tokens: int | None, n
     terminal = Terminal.out()
     terminal.line(_INTRO)
     prompts = [attrs.evolve(p, max_tokens=min(p.max_tokens, max_tokens or p.max_tokens)) for p in PROMPTS]
-    _load_libraries(terminal)
+    _show_import(terminal)
     with _one_thread():
         results = _run_all(terminal, prompts, chosen, num_speculative_tokens, skip=not methods)
     all_identical = show_results(terminal, results)
@@ -86,12 +86,10 @@ def _usable(method: str, records: Sequence[PluginRecord]) -> PluginRecord:
     )
 
 
-def _load_libraries(terminal: Terminal) -> None:
-    """Imports what every start needs, so that the startup steps show what they cost themselves."""
+def _show_import(terminal: Terminal) -> None:
     started = time.perf_counter()
     terminal.write("Importing PyTorch and Transformers ... ")
-    importlib.import_module("specplug.llm")
-    importlib.import_module("transformers.modeling_utils")
+    import_libraries()
     terminal.line(f"{time.perf_counter() - started:.1f} s")
 
 

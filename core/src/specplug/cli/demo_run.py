@@ -120,7 +120,7 @@ def run_method(
         methods = [speculator.method for speculator in llm.engine.chain.speculators]
         if legend := TextView(terminal, methods).legend:
             terminal.line()
-            terminal.paragraph(f"Colours: {legend}.", style="dim")
+            terminal.paragraph(f"Text in {legend}.", style="dim")
         for number, prompt in enumerate(prompts, start=1):
             terminal.line()
             terminal.paragraph(f"Prompt {number}: {prompt.title}", style="bold")

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from specplug.errors import SpecplugError
+from specplug.errors import CheckpointError, ConfigurationError, RequestError, SpecplugError
+
+_WITH_DETAILS = "(details: run again with --debug)"
 
 
 def describe_error(error: BaseException) -> str:
     """An error's text with its notes, such as the startup step that failed; an unexpected error's type comes first."""
     text = " ".join(str(error).split())
-    if not isinstance(error, SpecplugError):
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif not isinstance(error, SpecplugError):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     notes = "; ".join(" ".join(note.split()) for note in getattr(error, "__notes__", ()))
     return f"{text} ({notes})" if notes else text
+
+
+def hint_at_details(error: BaseException) -> str:
+    """Points to the traceback, with a space before it, where there is more to see than the message says."""
+    return f" {_WITH_DETAILS}" if _is_unexpected(error) else ""
+
+
+def _is_unexpected(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return False
+    if not isinstance(error, SpecplugError):
+        return True
+    cause = error.__cause__
+    if cause is None or isinstance(error, (ConfigurationError, RequestError)):
+        return False  # what the user wrote is all there is to see
+    if isinstance(error, CheckpointError) and isinstance(cause, ValueError):
+        return False  # so is a damaged file
+    return not isinstance(cause, (SpecplugError, OSError))

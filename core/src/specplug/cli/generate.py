@@ -8,166 +8,136 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from specplug.cli.meter import Meter
-from specplug.cli.speculative_option import read_speculative_config
-from specplug.cli.startup_view import StartupView
+from specplug.cli.engine_options import draft_options, engine_options, read_engine_options
+from specplug.cli.option_groups import GroupedCommand, named, option_group
+from specplug.cli.sampling_options import (
+    DEFAULTS,
+    length_options,
+    make_params,
+    penalty_options,
+    read_sampling_options,
+    report_options,
+    sampling_options,
+)
 from specplug.cli.terminal import Terminal
-from specplug.cli.text_view import TextView
+from specplug.errors import ConfigurationError, RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from specplug.cli.prompt_file import PromptLine
 
-    from specplug.llm import LLM
-    from specplug.sampling.params import SamplingParams
-
-
-def _options(*options: Callable[..., Any]) -> Callable[[Any], Any]:
-    def apply(command: Any) -> Any:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return apply
-
-
-_sampling_options = _options(
-    click.option("--max-tokens", type=int, default=128, show_default=True, help="The most tokens to generate."),
-    click.option(
-        "--temperature", type=float, default=0.0, show_default=True, help="0 always takes the likeliest token."
-    ),
-    click.option("--top-k", type=int, default=0, show_default=True, help="Sample from the k likeliest tokens; 0: all."),
-    click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample from the likeliest share p."),
-    click.option("--seed", type=int, help="Makes sampled output repeatable, with any speculator."),
+_ENGINE = (
+    "speculative_config",
+    "memory",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "block_size",
+    "dtype",
+    "device",
+    "revision",
+    "tokenizer",
+    "skip_tokenizer_init",
+    "trust_remote_code",
+    "allow_plugin",
+    "deny_plugin",
+    "strict",
 )
-_engine_options = _options(
-    click.option(
-        "--dtype", default="auto", show_default=True, help="float32, bfloat16, ...; auto: the checkpoint's own."
-    ),
-    click.option(
-        "--device", default="auto", show_default=True, help="cpu, cuda or cuda:N; auto: a GPU if there is one."
-    ),
-    click.option("--memory", metavar="SIZE", help="For weights, caches and buffers together, such as 8GiB."),
-    click.option("--max-model-len", type=int, help="The longest sequence, prompt and output."),
-    click.option("--revision", help="The target's revision on the hub."),
-    click.option("--trust-remote-code", is_flag=True, help="Let code that comes with the target run."),
-    click.option("--allow-plugin", metavar="NAME", multiple=True, help="Load only this method or package. Repeatable."),
-    click.option(
-        "--deny-plugin", metavar="NAME", multiple=True, help="Do not load this method or package. Repeatable."
-    ),
-    click.option(
-        "--strict", is_flag=True, help="Fail when a speculator fails, instead of going on without its drafts."
-    ),
+_MOST_ROWS = 32
+_prompt_options = option_group(
+    "Prompt",
+    named("--prompt", metavar="TEXT", help="What to continue; - reads standard input."),
+    named("--prompts", metavar="FILE", help="Many: JSON lines, see above; - reads standard input."),
 )
 
 
-@click.command(short_help="Generate text with a model, as it comes.")
+@click.command(cls=GroupedCommand, short_help="Generate text with a model, as it comes.")
 @click.argument("target")
-@click.option("--prompt", metavar="TEXT", required=True, help="What to continue; - reads standard input.")
-@click.option("--speculative-config", metavar="JSON|FILE", help="The method and its keys. None: plain decoding.")
-@_sampling_options
-@_engine_options
-@click.option("--stats", is_flag=True, help="Report speed and acceptance on standard error.")
-@click.option("-q", "--quiet", is_flag=True, help="Do not show the startup steps.")
+@_prompt_options
+@sampling_options
+@penalty_options
+@length_options
+@engine_options
+@draft_options
+@report_options
 def generate(
-    target: str,
-    prompt: str,
-    speculative_config: str | None,
-    max_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int | None,
-    allow_plugin: tuple[str, ...],
-    deny_plugin: tuple[str, ...],
-    stats: bool,
-    quiet: bool,
-    **engine_options: Any,
+    target: str, prompt: str | None, prompts: str | None, as_json: bool, stats: bool, quiet: bool, **given: Any
 ) -> None:
     """Generate text with TARGET: a folder, a hub name, or tiny, the model that comes with specplug.
 
     The text goes to standard output as it is generated, everything else to standard error. On a terminal, text that a
-    speculator drafted and the target accepted is coloured.
+    speculator drafted and the target accepted is coloured. Sampling options that are not given are those of the model's
+    generation_config.
+
+    A line of --prompts is a JSON string, or an object with "prompt" or "prompt_token_ids", and perhaps
+    "sampling_params", an object that overrides the options for this line, such as {"temperature": 0.7}.
 
     \b
     Examples:
       specplug generate tiny --prompt "import os" --stats
+      specplug generate tiny --prompts prompts.jsonl --json > outputs.jsonl
       specplug generate org/model --prompt "Once upon a time" --max-tokens 200 \\
         --speculative-config '{"method": "ngram", "num_speculative_tokens": 5}'
     """  # noqa: D301
+    if (prompt is None) == (prompts is None):
+        problem = (
+            "Missing option '--prompt' or '--prompts'"
+            if prompt is None
+            else "--prompt and --prompts exclude each other"
+        )
+        raise click.UsageError(f"{problem}.")
+    if not as_json and (given["logprobs"] is not None or given["prompt_logprobs"] is not None):
+        raise click.UsageError("--logprobs and --prompt-logprobs are shown with --json only.")
     # What can be refused without importing torch is refused first.
+    from specplug.cli.prompt_file import PromptLine, read_prompts
     from specplug.configuration.engine import EngineConfig
-    from specplug.sampling.params import SamplingParams
 
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    options = {
-        "speculative_config": read_speculative_config(speculative_config),
-        "allowed_plugins": allow_plugin or None,
-        "denied_plugins": deny_plugin,
-        "max_num_seqs": 1,
-        **engine_options,
-    }
-    EngineConfig.create(target, **options)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    engine = read_engine_options({name: given.pop(name) for name in _ENGINE})
+    sampling = read_sampling_options(given)
+    if prompts is not None:
+        lines = read_prompts(prompts)
+    else:
+        lines = [PromptLine("--prompt", _text(prompt or ""))]
+    rows = sum(_checked(line, sampling) for line in lines)
+    engine.setdefault("max_num_seqs", min(rows, _MOST_ROWS, max(engine.get("max_num_batched_tokens", rows), 1)))
+    EngineConfig.create(target, **engine)
 
+    from specplug.cli.generate_run import GenerateJob, run_job
+
+    job = GenerateJob(
+        target, engine, lines, sampling, is_file=prompts is not None, as_json=as_json, stats=stats, quiet=quiet
+    )
     out, err = Terminal.out(), Terminal.err()
     with contextlib.redirect_stdout(sys.stderr):  # standard output gets the text, whatever a plugin may print
-        _run(target, text, params, options, out, err, stats=stats, quiet=quiet)
+        run_job(job, out, err)
 
 
-def _run(
-    target: str,
-    prompt: str,
-    params: SamplingParams,
-    options: dict[str, Any],
-    out: Terminal,
-    err: Terminal,
-    *,
-    stats: bool,
-    quiet: bool,
-) -> None:
-    with StartupView(err, quiet=quiet) as view:
-        view.announce("importing PyTorch")
-        from specplug.llm import LLM
+def _text(prompt: str) -> str:
+    """The prompt of `--prompt`.
 
-        llm = LLM(target, on_step=view, **options)
-    with llm:
-        shown = TextView(out, [speculator.method for speculator in llm.engine.chain.speculators])
-        if shown.legend and not quiet:
-            err.paragraph(shown.legend, style="dim")
-        meter = Meter()
+    Raises:
+        ConfigurationError: there is no text.
+    """
+    where = "--prompt"
+    if prompt == "-":
+        where = "--prompt -"
         try:
-            for piece in llm.stream(prompt, params):
-                meter.add(piece)
-                shown.show(piece)
-        finally:
-            shown.close()
-        if stats:
-            _show_stats(err, meter, llm)
+            prompt = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigurationError(f"{where}: standard input is not UTF-8 at byte {error.start + 1}") from error
+    if not prompt:
+        raise ConfigurationError(f"{where}: the prompt is empty; it needs at least one character")
+    return prompt
 
 
-def _show_stats(terminal: Terminal, meter: Meter, llm: LLM) -> None:
-    metrics = meter.metrics
-    assert metrics is not None
-    rate = "" if meter.tokens_per_second is None else f", then {meter.tokens_per_second:.1f} tokens/s"
-    rows = [
-        ("tokens", f"{len(meter.token_ids)} (ended by {meter.finish_reason})"),
-        ("speed", f"first token after {meter.seconds_to_first:.3f} s{rate}"),
-        ("target steps", f"{metrics.num_steps}"),
-    ]
-    if metrics.mean_acceptance_length is not None:
-        explained = f"tokens per step that verified a draft, in {metrics.num_spec_steps} of {metrics.num_steps} steps"
-        rows.append(("acceptance length", f"{metrics.mean_acceptance_length:.2f} {explained}"))
-    faults = llm.engine.chain.faults
-    for speculator in llm.engine.chain.speculators:
-        method = speculator.method
-        counts = metrics.by_method.get(method)
-        drafted = counts.num_draft_tokens if counts else 0
-        accepted = counts.num_accepted_draft_tokens if counts else 0
-        share = f" ({accepted / drafted:.0%})" if drafted else ""
-        notes = f"; it failed {faults[method]} times" if faults[method] else ""
-        if speculator.overrides_verify:
-            notes += "; verified by its own rule, which specplug does not check"
-        rows.append((method, f"{accepted} accepted of {drafted} drafted{share}{notes}"))
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        terminal.paragraph(f"{name:<{width}}  {value}", indent=" " * (width + 2))
+def _checked(line: PromptLine, sampling: dict[str, Any]) -> int:
+    """How many completions a prompt asks for, if its parameters are good ones.
+
+    Raises:
+        RequestError: they are not; the message names the line where it has parameters of its own.
+    """
+    try:
+        return make_params(DEFAULTS, sampling, line.options).n
+    except RequestError as error:
+        if not line.options:
+            raise
+        raise RequestError(f"{line.where}: {error}") from error

@@ -48,7 +48,7 @@ def list_command(
     """  # noqa: D301
     reports = (check_plugins if check else report_plugins)(allow or None, deny)
     if as_json:
-        click.echo(json.dumps([report.as_json() for report in reports], indent=2))
+        Terminal.out().line(json.dumps([report.as_json() for report in reports], indent=2))
     elif not reports:
         Terminal.out().paragraph(NOTHING_INSTALLED)
     else:

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from specplug.cli.demo import demo
-from specplug.cli.error_text import describe_error
+from specplug.cli.error_text import describe_error, hint_at_details
 from specplug.cli.generate import generate
+from specplug.cli.libraries import INTERRUPTED
 from specplug.cli.listing import list_command
+from specplug.cli.plan import plan
 from specplug.cli.terminal import Terminal
-from specplug.errors import SpecplugError
 from specplug.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_INTERRUPTED = 130
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -32,24 +32,56 @@ _QUIET = {
 }
 
 
+class _UsageError(click.ClickException):
+    """Options or arguments that the command does not take, in one line."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        """Prints the line."""
+        click.echo(f"specplug: error: {self.message}", err=True)
+
+
 class _CommandGroup(click.Group):
     """A group whose errors are one line each: a traceback is for those who ask for it with `--debug`."""
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parses the group's own options."""
+        with _one_line_usage():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
+        """Runs the subcommand."""
         debug = bool(ctx.params.get("debug"))
         try:
-            with _quiet_libraries(debug):
+            with _quiet_libraries(debug), _one_line_usage(ctx):
                 return super().invoke(ctx)
         except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt:
-            _fail("interrupted", debug)
-            ctx.exit(_INTERRUPTED)
+            _fail("interrupted", ctx.params["debug"])
+            ctx.exit(INTERRUPTED)
         except Exception as error:
-            expected = isinstance(error, SpecplugError) or debug
-            hint = "" if expected else " (run again with --debug for a traceback: specplug --debug ...)"
+            debug = ctx.params["debug"]  # a subcommand's own --debug is known by now
+            hint = "" if debug else hint_at_details(error)
             _fail(f"error: {describe_error(error)}{hint}", debug)
             ctx.exit(1)
+
+
+@contextlib.contextmanager
+def _one_line_usage(group: click.Context | None = None) -> Iterator[None]:
+    """Turns click's usage errors into one line; `group` knows the subcommand where the error does not."""
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        command = "specplug"
+        if error.ctx is not None:
+            command = error.ctx.command_path
+        elif group is not None:
+            command = f"{group.command_path} {group.invoked_subcommand}"
+        raise _UsageError(f"{error.format_message().rstrip('.')} (see: {command} --help)") from error
 
 
 def _fail(message: str, debug: bool) -> None:
@@ -116,9 +148,17 @@ def cli(debug: bool) -> None:
     del debug  # read by _CommandGroup, which wraps the subcommand
 
 
-cli.add_command(demo)
-cli.add_command(generate)
-cli.add_command(list_command)
+def _set_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    """Takes `--debug` where people put it when they run a command again: at its end."""
+    if value:
+        ctx.find_root().params["debug"] = True
+
+
+for _command in (demo, generate, list_command, plan):
+    _command.params.append(
+        click.Option(["--debug"], is_flag=True, hidden=True, expose_value=False, callback=_set_debug)
+    )
+    cli.add_command(_command)
 
 
 def main() -> None:

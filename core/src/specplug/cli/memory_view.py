@@ -1,4 +1,4 @@
-"""Drawing a memory plan: its five parts to scale."""
+"""Drawing a memory plan: its five parts to scale, and the budget they share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from specplug.memory.plan import MemoryPlan
 
 _BAR_WIDTH = 30
+_BUDGET_WIDTH = 70
+_STYLES = ("blue", "cyan", "magenta", "yellow", "green")
+_LETTERS = "TKdkv"
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
@@ -19,11 +22,41 @@ def show_memory(terminal: Terminal, plan: MemoryPlan) -> None:
     smooth = terminal.can_show(_EIGHTHS)
     total = max(plan.total_bytes, 1)
     terminal.line(f"Memory plan: {format_bytes(plan.total_bytes)} of a budget of {format_bytes(plan.budget_bytes)}")
-    for name, size in plan.parts:
+    for (name, size), style in zip(plan.parts, _STYLES, strict=True):
         bar = draw_bar(size / total, _BAR_WIDTH, smooth=smooth)
         terminal.write(f"  {name:<22}")
-        terminal.write(f"{bar:<{_BAR_WIDTH}}", "blue")
+        terminal.write(f"{bar:<{_BAR_WIDTH}}", style)
         terminal.line(f"{format_bytes(size):>11}  {size / total:4.0%}")
+
+
+def show_budget(terminal: Terminal, plan: MemoryPlan) -> None:
+    """Prints one bar of the whole budget: the five parts, and what is left.
+
+    The parts have the colours that `show_memory` gives them; where there are none, letters that are explained below.
+    """
+    from specplug.memory.plan import format_bytes
+
+    coloured = terminal.has_colour and terminal.can_show("█░")
+    left = max(plan.budget_bytes - plan.total_bytes, 0)
+    sizes = [size for _, size in plan.parts]
+    *widths, rest = _columns([*sizes, left], _BUDGET_WIDTH)
+    share = left / plan.budget_bytes
+    terminal.line(f"Budget: {format_bytes(plan.budget_bytes)}, of which {format_bytes(left)} ({share:.0%}) are left")
+    terminal.write("  ")
+    for width, style, letter in zip(widths, _STYLES, _LETTERS, strict=True):
+        terminal.write(("█" if coloured else letter) * width, style)
+    terminal.line(("░" if coloured else ".") * rest, "dim")
+    if not coloured:
+        used = zip(_LETTERS, plan.parts, strict=True)
+        terminal.line(f"  {', '.join([*(f'{letter} {name}' for letter, (name, size) in used if size), '. left'])}")
+
+
+def _columns(sizes: list[int], width: int) -> list[int]:
+    """Shares out `width` columns; what is not nothing has at least one, at the cost of the widest."""
+    total = max(sum(sizes), 1)
+    columns = [max(1, round(size / total * width)) if size else 0 for size in sizes]
+    columns[columns.index(max(columns))] += width - sum(columns)
+    return columns
 
 
 def draw_bar(share: float, width: int, *, smooth: bool) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from specplug.cli.json_text import parse_json
 from specplug.errors import ConfigurationError
 
 OPTION = "--speculative-config"
@@ -39,29 +39,9 @@ def _read(name: str) -> str:
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        parsed = json.loads(text, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        raise ConfigurationError(
-            f"{where}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
-        ) from error
-    except (_RepeatedKeyError, RecursionError) as error:
-        raise ConfigurationError(f"{where}: {error}") from error
+    parsed = parse_json(text, where)
     if not isinstance(parsed, dict):
         raise ConfigurationError(
             f'{where}: expected a JSON object such as {{"method": "ngram"}}, got {text.strip()[:40]}'
         )
     return parsed
-
-
-class _RepeatedKeyError(Exception):
-    """A key that an object has twice: JSON readers would silently keep the last."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in members:
-            raise _RepeatedKeyError(f"the key '{key}' is given twice")
-        members[key] = value
-    return members

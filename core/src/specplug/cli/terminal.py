@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 DRAFTER_STYLES = ("green", "cyan", "magenta", "yellow", "blue", "red")
+_NAMES = {"<stdout>": "standard output", "<stderr>": "standard error"}
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
@@ -52,12 +53,20 @@ class Terminal:
         return console is not None and console.color_system is not None and not console.no_color
 
     def write(self, text: str, style: str = "") -> None:
-        """Writes text as it is, at once."""
-        if self._console is None:
-            self.stream.write(text)
-            self.stream.flush()
-        else:
-            self._console.out(text, style=style or None, highlight=False, end="")
+        """Writes text as it is, at once.
+
+        Raises:
+            OSError: it cannot be written; the error names the stream.
+        """
+        try:
+            if self._console is None:
+                self.stream.write(text)
+                self.stream.flush()
+            else:
+                self._console.out(text, style=style or None, highlight=False, end="")
+        except OSError as error:
+            error.filename = _NAMES.get(getattr(self.stream, "name", ""), "the output")
+            raise
 
     def rewind(self) -> None:
         """Goes back to the start of an unfinished line and empties it; only where `is_live`."""

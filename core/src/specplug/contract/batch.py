@@ -80,8 +80,9 @@ class ProposalRow:
         budget: the most you may draft.
         sampling: the request's sampling parameters.
         outcome: what became of the row's last proposal, whoever made it; None if there was none.
-        table: the row's blocks, for KV regions with `tables="shared"`. Slots are reserved for `computed`, and where the
-            budget is not zero for all committed tokens plus the planned `scratch_tokens_per_row`.
+        table: the row's blocks (None in a host without a paged cache), for KV regions with `tables="shared"`. Slots are
+            reserved for `computed`, and where the budget is not zero for all committed tokens plus the planned
+            `scratch_tokens_per_row`.
         forked_from: for a new row, the slot it was forked from and shares its computed blocks with.
     """
 
@@ -89,17 +90,19 @@ class ProposalRow:
     is_new: bool
     tokens: TokenView
     computed: range
-    states: slice
     budget: Budget
     sampling: SamplingParams
-    outcome: Outcome | None
-    table: BlockTable
-    forked_from: int | None
-    _generator: Callable[[], torch.Generator]
+    states: slice = slice(0, 0)
+    outcome: Outcome | None = None
+    table: BlockTable | None = None
+    forked_from: int | None = None
+    _generator: Callable[[], torch.Generator] | None = None
 
     @property
     def generator(self) -> torch.Generator:
         """The row's own random stream for drafting, on the engine's device; independent of the verifier's."""
+        if self._generator is None:
+            raise RuntimeError("this row was made without a random stream")
         return self._generator()
 
 

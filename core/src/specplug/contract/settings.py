@@ -42,26 +42,29 @@ class SpeculativeConfig:
             ConfigurationError: an option is missing, unknown, or of the wrong type.
         """
         import cattrs
-        from cattrs.errors import BaseValidationError
 
-        fields = [field.name for field in attrs.fields(cls)]  # type: ignore[arg-type]
+        attrs.resolve_types(cls)  # type: ignore[type-var]
+        fields = {field.name: field for field in attrs.fields(cls)}  # type: ignore[arg-type]
         self.known_options.update(fields)
         self.check_unknown_options()
-        missing = [
-            field.name
-            for field in attrs.fields(cls)  # type: ignore[arg-type]
-            if field.default is attrs.NOTHING and field.name not in self.options
-        ]
-        if missing:
-            raise ConfigurationError(f"speculative_config of method '{self.method}' needs the key '{missing[0]}'")
         converter = cattrs.Converter(forbid_extra_keys=True)
         for scalar in (int, float, bool, str):
             converter.register_structure_hook(scalar, _strict_scalar)
+        values = {}
+        for name, field in fields.items():
+            if name not in self.options:
+                if field.default is attrs.NOTHING:
+                    raise ConfigurationError(f"speculative_config of method '{self.method}' needs the key '{name}'")
+                continue
+            try:
+                values[name] = converter.structure(self.options[name], field.type or Any)
+            except Exception as error:
+                expected = getattr(field.type, "__name__", None) or str(field.type)
+                raise ConfigurationError(
+                    f"speculative_config: {self.method}.{name}={self.options[name]!r}: expected {expected}"
+                ) from error
         try:
-            return converter.structure(dict(self.options), cls)
-        except BaseValidationError as error:
-            details = "; ".join(cattrs.transform_error(error, path=self.method))
-            raise ConfigurationError(f"speculative_config: {details}") from error
+            return cls(**values)
         except (TypeError, ValueError) as error:
             raise ConfigurationError(f"speculative_config of method '{self.method}': {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import attrs
@@ -42,6 +43,7 @@ class MemoryPlan:
         draft_weights: bytes.
         draft_kv: bytes.
         buffers: bytes of step buffers, kept states and plugins' buffers.
+        scratch_tokens_per_row: KV entries that a sequence takes beyond its own tokens while drafts are made and verified.
     """
 
     budget_bytes: int
@@ -53,6 +55,7 @@ class MemoryPlan:
     draft_weights: int
     draft_kv: int
     buffers: int
+    scratch_tokens_per_row: int = 0
 
     @property
     def parts(self) -> tuple[tuple[str, int], ...]:
@@ -74,6 +77,10 @@ class MemoryPlan:
     def max_full_sequences(self) -> float:
         """How many sequences of `max_model_len` fit at once."""
         return self.num_kv_tokens / self.max_model_len
+
+    def num_sequences(self, length: int) -> int:
+        """How many sequences of so many tokens the KV cache holds at once, each with its scratch entries."""
+        return self.num_blocks // math.ceil((length + self.scratch_tokens_per_row) / self.block_size)
 
 
 def solve(
@@ -116,13 +123,16 @@ def solve(
     if affordable < needed:
         fitting = int(affordable * budget.block_size - scratch)
         if wanted_model_len is not None or fitting < budget.block_size:
+            if wanted_model_len is None:  # nobody asked for the whole context: a block would do
+                longest = min(longest, budget.block_size)
+                needed = budget.blocks_for(longest + scratch)
             least = fixed + needed * per_block
-            shorter = f"lower max_model_len (at most {fitting:,} fit), " if fitting > 0 else "lower "
             raise InsufficientMemoryError(
-                f"one sequence of {longest:,} tokens needs {format_bytes(least)}: target weights "
+                f"one sequence of {longest:,} tokens needs {format_bytes(least)} (target weights "
                 f"{format_bytes(target_weights)}, draft weights {format_bytes(draft_weights)}, buffers "
-                f"{format_bytes(buffers)}, KV cache {format_bytes(needed * per_block)}; the budget is "
-                f"{format_bytes(budget.total_bytes)}. Raise memory, or {shorter}max_num_seqs or max_num_batched_tokens"
+                f"{format_bytes(buffers)}, KV cache {format_bytes(draft_fixed_kv + needed * per_block)}), and the budget is "
+                f"{format_bytes(budget.total_bytes)}; raise memory, or "
+                + _levers(budget, target_weights + draft_weights, fitting)
             )
         longest = fitting
     useful = budget.max_num_seqs * budget.blocks_for(longest + scratch)
@@ -138,4 +148,16 @@ def solve(
         draft_weights=draft_weights,
         draft_kv=draft_fixed_kv + tokens * draft_kv_per_token,
         buffers=buffers,
+        scratch_tokens_per_row=scratch,
+    )
+
+
+def _levers(budget: MemoryBudget, weights: int, fitting: int) -> str:
+    """What makes a plan smaller, as far as it can help."""
+    if weights >= budget.total_bytes:
+        return "take smaller weights or a smaller dtype"
+    shorter = f"lower max_model_len (at most {fitting:,} fit), " if fitting > 0 else "lower "
+    return (
+        f"{shorter}max_num_seqs (now {budget.max_num_seqs}) or max_num_batched_tokens "
+        f"(now {budget.max_num_batched_tokens})"
     )

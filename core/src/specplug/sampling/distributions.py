@@ -12,6 +12,9 @@ from specplug.sampling.params import SamplingParams
 from specplug.sampling.rules import LogitsRules
 from specplug.sampling.workspace import Workspace
 
+# As good as greedy, and still a divisor that leaves float32 logits finite.
+_LOWEST_TEMPERATURE = 1e-30
+
 
 def truncate(
     logits: torch.Tensor, top_k: Sequence[int], top_p: Sequence[float], min_p: Sequence[float] | None = None
@@ -62,7 +65,8 @@ def process(logits: torch.Tensor, params: Sequence[SamplingParams], out: torch.T
     """
     scaled = logits.float()
     if any(param.temperature != 1 for param in params):
-        scaled = scaled / torch.tensor([float(param.temperature) for param in params], device=logits.device)[:, None]
+        divisors = [max(float(param.temperature), _LOWEST_TEMPERATURE) for param in params]
+        scaled = scaled / torch.tensor(divisors, device=logits.device)[:, None]
     if any(param.truncates for param in params):
         scaled = truncate(
             scaled,

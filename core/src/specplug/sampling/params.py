@@ -24,7 +24,11 @@ def _expect(condition: Callable[[Any], bool], expected: str) -> Callable[[Any, A
     """An attrs validator whose message names the parameter, its value and what it should have been."""
 
     def validate(instance: Any, attribute: Any, value: Any) -> None:
-        if not condition(value):
+        try:
+            holds = condition(value)
+        except (TypeError, AttributeError):  # no list, no mapping
+            holds = False
+        if not holds:
             raise RequestError(f"sampling parameter {attribute.name}={value!r}: expected {expected}")
 
     return validate
@@ -43,17 +47,24 @@ def _strings(value: Any) -> Any:
     """One string, several, or None → a tuple."""
     if value is None:
         return ()
-    return (value,) if isinstance(value, str) else tuple(value)
+    return (value,) if isinstance(value, str) else _tuple(value)
 
 
 def _ids(value: Iterable[int] | None) -> Any:
-    return () if value is None else tuple(value)
+    return () if value is None else _tuple(value)
+
+
+def _tuple(value: Any) -> Any:
+    """Things in a row → a tuple; anything else as it is, for the validator to refuse."""
+    return tuple(value) if isinstance(value, Iterable) else value
 
 
 def _bias(value: Mapping[Any, Any] | None) -> Any:
     """Token ids may be written as strings, as JSON must."""
     if value is None:
         return {}
+    if not isinstance(value, Mapping):
+        return value
     return {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in value.items()}
 
 

@@ -36,7 +36,8 @@ class LogitsRules:
         self._vocab_size = vocab_size
         self._device = device
         self._stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-        self._bad_words = [list(word) for word in bad_word_ids]
+        # A tokenizer may know more ids than the model can give.
+        self._bad_words = [list(word) for word in bad_word_ids if max(word) < vocab_size]
         self._longest_word = max((len(word) for word in self._bad_words), default=0)
         self._forbidden: torch.Tensor | None = None
         if params.allowed_token_ids:

@@ -194,7 +194,7 @@ class SpeculatorChain:
                 budget=budget,
                 sampling=request.params,
                 outcome=request.outcome,
-                table=request.table,  # type: ignore[arg-type]
+                table=request.table,
                 forked_from=request.forked_from if is_new else None,
                 generator=request.randomness.draft_generator,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from specplug.errors import CheckpointError, RequestError
@@ -62,7 +62,7 @@ class LazyTokenizer:
 
 def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several → a list."""
-    if isinstance(prompts, (str, Mapping)):
+    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
         return [prompts]
     listed = list(prompts)
     if listed and all(isinstance(item, int) for item in listed):
@@ -84,14 +84,23 @@ def encode_prompt(prompt: Prompt, tokenizer: LazyTokenizer) -> tuple[str | None,
     if isinstance(prompt, Mapping):
         unknown = set(prompt) - {"prompt", "prompt_token_ids"}
         if unknown or not prompt:
-            named = f", not '{sorted(unknown)[0]}'" if unknown else ""
+            named = f", not '{min(map(str, unknown))}'" if unknown else ""
             raise RequestError(f"a prompt given as a mapping has the key 'prompt' or 'prompt_token_ids'{named}")
-        if "prompt_token_ids" in prompt:
-            return prompt.get("prompt"), list(prompt["prompt_token_ids"])
-        return encode_prompt(prompt["prompt"], tokenizer)
-    if isinstance(prompt, Sequence):
-        return None, [*prompt]
+        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if text is not None and not isinstance(text, str):
+            raise RequestError(f"'prompt' in a mapping is text, not {type(text).__name__}")
+        if ids is None:
+            return encode_prompt(text, tokenizer)  # type: ignore[arg-type]
+        if not _is_list(ids):
+            raise RequestError(f"'prompt_token_ids' in a mapping is a list of token ids, not {type(ids).__name__}")
+        return text, list(ids)
+    if _is_list(prompt):
+        return None, list(prompt)
     raise RequestError(f"a prompt is text, a list of token ids or a mapping, not {type(prompt).__name__}")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
 
 
 def render_chat(messages: Sequence[Message], tokenizer: LazyTokenizer, **options: Any) -> list[int]:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+from tokenizers.decoders import DecodeStream
+
 
 class TextStream:
     """The text of one output as it grows.
@@ -40,8 +42,8 @@ class TextStream:
         self.text += piece
         if not piece or not may_stop:
             return False
-        tail = max(0, len(self.text) - len(piece) - self._held_back)
-        hits = [(place, s) for s in self._stop if (place := self.text.find(s, tail)) >= 0]
+        new = len(self.text) - len(piece)
+        hits = [(place, s) for s in self._stop if (place := self.text.find(s, max(0, new - len(s) + 1))) >= 0]
         if not hits:
             return False
         place, self.stop_string = min(hits, key=lambda hit: (hit[0], -len(hit[1])))
@@ -53,27 +55,49 @@ class TextStream:
         self._finished = True
 
     def take(self, count: int) -> list[str]:
-        """The text released since the last call, split over the `count` tokens pushed since then.
+        """The text released since the last call, split over the `count` tokens committed since then.
 
-        Text that was held back earlier goes with the first of them.
+        Text that was held back earlier goes with the first of them. The last of them has no text if it was not pushed.
         """
         end = len(self.text) if self._finished else max(self._released, len(self.text) - self._held_back)
-        starts = [min(start, end) for start in self._starts[len(self._starts) - count :]] if count else []
-        bounds = [self._released, *(max(self._released, start) for start in starts[1:]), end]
+        bounds = [self._released, *(max(self._released, min(start, end)) for start in self._starts[1:]), end]
         pieces = [self.text[a:b] for a, b in pairwise(bounds)]
+        self._starts.clear()
         self._released = end
-        return pieces if count else []
+        return [*pieces, *[""] * (count - len(pieces))]
 
 
 def _decoder(tokenizer: Any, skip_special_tokens: bool) -> Callable[[int], str]:
     """A function from each next id to the text it completes."""
     backend = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None)
     if backend is not None and hasattr(backend, "decode_batch"):
-        from tokenizers.decoders import DecodeStream
-
-        stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        return lambda token: stream.step(backend, token) or ""
+        return _FastDecoder(backend, skip_special_tokens)
     return _SlowDecoder(tokenizer, skip_special_tokens)
+
+
+class _FastDecoder:
+    """For tokenizers written in Rust: their own stream, begun anew where it finds that released text would have changed.
+
+    That happens with byte-fallback vocabularies: `a` followed by a byte that belongs to no character decodes to `��`.
+    """
+
+    def __init__(self, backend: Any, skip_special_tokens: bool) -> None:
+        self._backend = backend
+        self._skip = skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._pending: list[int] = []
+
+    def __call__(self, token: int) -> str:
+        self._pending.append(token)
+        try:
+            piece = self._stream.step(self._backend, token)
+        except Exception:  # tokenizers raises nothing more specific
+            self._stream = DecodeStream(skip_special_tokens=self._skip)
+            piece = "".join(self._stream.step(self._backend, each) or "" for each in self._pending)
+        if not piece:
+            return ""
+        self._pending.clear()
+        return piece
 
 
 class _SlowDecoder:

@@ -1,0 +1,159 @@
+"""Running the prompts of `specplug generate`."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+import time
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from specplug.cli.completion_json import completion_line
+from specplug.cli.libraries import import_libraries
+from specplug.cli.meter import Meter
+from specplug.cli.prompt_file import PromptLine
+from specplug.cli.sampling_options import DEFAULTS, make_params
+from specplug.cli.startup_view import StartupView
+from specplug.cli.stats_view import show_meter, show_totals
+from specplug.cli.text_view import TextView
+from specplug.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from specplug.cli.terminal import Terminal
+    from specplug.llm import LLM
+    from specplug.outputs import RequestOutput
+    from specplug.sampling.params import SamplingParams
+
+_REQUEST = re.compile(r"^request '(\d+)': ")
+_HEADER_WIDTH = 60
+
+
+@attrs.frozen
+class GenerateJob:
+    """What `specplug generate` was asked for.
+
+    Attributes:
+        target: the model.
+        engine: keywords of `LLM`.
+        prompts: what to continue.
+        sampling: keywords of `SamplingParams` from the command line.
+        is_file: the prompts come from a file, so each output gets a header.
+        as_json: print objects.
+        stats: report speed and acceptance.
+        quiet: no startup steps, no progress.
+    """
+
+    target: str
+    engine: dict[str, Any]
+    prompts: Sequence[PromptLine]
+    sampling: dict[str, Any]
+    is_file: bool
+    as_json: bool
+    stats: bool
+    quiet: bool
+
+
+def run_job(job: GenerateJob, out: Terminal, err: Terminal) -> None:
+    """Starts the engine and generates.
+
+    Args:
+        job: what to do.
+        out: gets the text and nothing else.
+        err: gets everything else.
+
+    Raises:
+        SpecplugError: the engine does not start, or a prompt can never be served.
+    """
+    with StartupView(err, quiet=job.quiet) as view:
+        view.announce("importing PyTorch and Transformers")
+        import_libraries()
+        from specplug.llm import LLM
+
+        llm = LLM(job.target, on_step=view, **job.engine)
+    with llm:
+        params = _params(job, llm, err)
+        try:
+            if job.as_json or job.is_file or params[0].n > 1:
+                _run_all(job, params, llm, out, err)
+            else:
+                _stream(job, params[0], llm, out, err)
+        except RequestError as error:
+            raise _located(error, job) from error
+
+
+def _params(job: GenerateJob, llm: LLM, err: Terminal) -> list[SamplingParams]:
+    """The model's recommendations, over them the options, over them those of the line."""
+    from specplug.sampling.defaults import recommended_options
+    from specplug.tiny import resolve_model
+
+    recommended = recommended_options(resolve_model(llm.config.model), llm.config.revision)
+    recommended.pop("max_tokens", None)
+    used = {name: value for name, value in recommended.items() if name not in job.sampling}
+    if used and not job.quiet:
+        listed = ", ".join(f"{name}={value}" for name, value in used.items())
+        err.paragraph(f"Sampling as the model's generation_config recommends: {listed}", style="dim")
+    try:
+        make_params(DEFAULTS, used)
+    except RequestError as error:
+        error.add_note(f"from generation_config.json of {job.target}; give the option to override it")
+        raise
+    return [make_params(DEFAULTS, used, job.sampling, line.options) for line in job.prompts]
+
+
+def _stream(job: GenerateJob, params: SamplingParams, llm: LLM, out: Terminal, err: Terminal) -> None:
+    """One completion, as it comes."""
+    shown = TextView(out, [speculator.method for speculator in llm.engine.chain.speculators])
+    if shown.legend and not job.quiet:
+        err.paragraph(shown.legend, style="dim")
+    meter = Meter()
+    try:
+        for piece in llm.stream(job.prompts[0].prompt, params):
+            meter.add(piece)
+            shown.show(piece)
+    finally:
+        shown.close()
+    if job.stats:
+        show_meter(err, meter, llm)
+
+
+def _run_all(job: GenerateJob, params: list[SamplingParams], llm: LLM, out: Terminal, err: Terminal) -> None:
+    """All prompts together, in batches as they fit."""
+    started = time.perf_counter()
+    outputs = llm.generate([line.prompt for line in job.prompts], params, use_tqdm=err.is_live and not job.quiet)
+    seconds = time.perf_counter() - started
+    for number, output in enumerate(outputs, start=1):
+        if job.as_json:
+            for completion in output.outputs:
+                out.line(completion_line(output, completion))
+        else:
+            _show_texts(out, number, output, has_text=not llm.config.skip_tokenizer_init)
+    if job.stats:
+        show_totals(err, outputs, seconds, llm)
+
+
+def _located(error: RequestError, job: GenerateJob) -> RequestError:
+    """Names the file and line of a prompt where the engine names a request."""
+    text = str(error)
+    match = _REQUEST.match(text)
+    if match is None or int(match[1]) >= len(job.prompts):
+        return RequestError(text)
+    where = f"{job.prompts[int(match[1])].where}: " if job.is_file else ""
+    return RequestError(where + text[match.end() :])
+
+
+def _show_texts(out: Terminal, number: int, output: RequestOutput, *, has_text: bool) -> None:
+    """Each completion under a header; token ids where there is no tokenizer."""
+    title = output.prompt if output.prompt is not None else f"{len(output.prompt_token_ids)} token ids"
+    short = textwrap.shorten("".join(c if c.isprintable() else " " for c in title), _HEADER_WIDTH, placeholder=" ...")
+    for completion in output.outputs:
+        if number > 1 or completion.index:
+            out.line()
+        which = f", completion {completion.index + 1}" if len(output.outputs) > 1 else ""
+        out.line(f"== {number}{which}: {short} ==", "bold")
+        text = completion.text if has_text else " ".join(map(str, completion.token_ids))
+        out.generated(text)
+        if not text.endswith("\n"):
+            out.line()

@@ -1,0 +1,154 @@
+"""What `specplug plan` says about a planned engine, for people and as JSON."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from specplug.cli.memory_view import show_budget, show_memory
+
+if TYPE_CHECKING:
+    from specplug.cli.terminal import Terminal
+    from specplug.configuration.engine import EngineConfig
+    from specplug.engine.startup import PlannedEngine
+    from specplug.memory.plan import MemoryPlan
+
+_INDENT = 22
+
+
+@attrs.frozen
+class PlanReport:
+    """A memory plan with what it was made from.
+
+    Attributes:
+        config: what was asked for.
+        plan: the memory.
+        architecture: the target's class.
+        dtype: of the target.
+        device: where it would run.
+        context_length: the longest sequence the target has positions for.
+        speculators: (method, most draft tokens of a sequence), in the order they are asked.
+        draft_bytes_per_token: what a cached token costs the speculators.
+    """
+
+    config: EngineConfig
+    plan: MemoryPlan
+    architecture: str
+    dtype: str
+    device: str
+    context_length: int
+    speculators: tuple[tuple[str, int], ...]
+    draft_bytes_per_token: int
+
+    @classmethod
+    def of(cls, planned: PlannedEngine) -> PlanReport:
+        """The report of a planned engine."""
+        return cls(
+            config=planned.config,
+            plan=planned.plan,
+            architecture=planned.architecture.name,
+            dtype=str(planned.dtype).removeprefix("torch."),
+            device=str(planned.device),
+            context_length=planned.architecture.context_length,
+            speculators=tuple(
+                (speculator.method, speculator.traits.max_nodes or speculator.config.num_speculative_tokens)
+                for speculator in planned.speculators
+            ),
+            draft_bytes_per_token=sum(region.bytes_per_token for own in planned.regions for region in own),
+        )
+
+    @property
+    def target_bytes_per_token(self) -> int:
+        """What a cached token costs the target."""
+        return self.plan.target_kv // self.plan.num_kv_tokens
+
+    @property
+    def lengths(self) -> list[int]:
+        """The lengths of which it is said how many fit: the longest, and a quarter of it."""
+        longest = self.plan.max_model_len
+        return sorted({longest, max(longest // 4, 1)}, reverse=True)
+
+    def as_json(self) -> dict[str, Any]:
+        """The object of `specplug plan --json`. Keys are only ever added."""
+        plan = self.plan
+        return {
+            "target": self.config.model,
+            "architecture": self.architecture,
+            "dtype": self.dtype,
+            "device": self.device,
+            "speculators": [{"method": method, "max_draft_tokens": count} for method, count in self.speculators],
+            "budget_bytes": plan.budget_bytes,
+            "total_bytes": plan.total_bytes,
+            "left_bytes": plan.budget_bytes - plan.total_bytes,
+            "parts": {
+                "target_weights": plan.target_weights,
+                "target_kv": plan.target_kv,
+                "draft_weights": plan.draft_weights,
+                "draft_kv": plan.draft_kv,
+                "buffers": plan.buffers,
+            },
+            "context_length": self.context_length,
+            "max_model_len": plan.max_model_len,
+            "max_num_seqs": self.config.max_num_seqs,
+            "max_num_batched_tokens": self.config.max_num_batched_tokens,
+            "block_size": plan.block_size,
+            "num_blocks": plan.num_blocks,
+            "num_kv_tokens": plan.num_kv_tokens,
+            "target_bytes_per_kv_token": self.target_bytes_per_token,
+            "draft_bytes_per_kv_token": self.draft_bytes_per_token,
+            "scratch_tokens_per_sequence": plan.scratch_tokens_per_row,
+            "sequences": [
+                {
+                    "tokens": length,
+                    "fit_cache": plan.num_sequences(length),
+                    "run_at_once": min(plan.num_sequences(length), self.config.max_num_seqs),
+                }
+                for length in self.lengths
+            ],
+        }
+
+    def show(self, terminal: Terminal) -> None:
+        """Prints the plan, drawn to scale."""
+        drafts = [f"{method} ({_count(tokens, 'draft token')})" for method, tokens in self.speculators]
+        _row(terminal, "Target", f"{self.config.model}: {self.architecture}, {self.dtype}, on {self.device}")
+        _row(terminal, "Speculators", ", then ".join(drafts) or "none: plain decoding")
+        terminal.line()
+        show_memory(terminal, self.plan)
+        terminal.line()
+        show_budget(terminal, self.plan)
+        terminal.line()
+        for name, value in self._cache_rows():
+            _row(terminal, name, value)
+
+    def _cache_rows(self) -> list[tuple[str, str]]:
+        from specplug.memory.plan import format_bytes
+
+        plan = self.plan
+        target, draft = self.target_bytes_per_token, self.draft_bytes_per_token
+        both = f" (target {format_bytes(target)}, draft {format_bytes(draft)})" if draft else ""
+        shortened = plan.max_model_len < self.context_length
+        reason = "max_model_len" if self.config.max_model_len is not None else "what fits the budget"
+        limit = f" ({reason}; the target has {self.context_length:,} positions)" if shortened else ""
+        scratch = "for drafts under verification" if self.speculators else "for the next token"
+        return [
+            ("KV cache", f"{plan.num_kv_tokens:,} tokens in {plan.num_blocks:,} blocks of {plan.block_size}"),
+            ("A cached token", f"{format_bytes(target + draft)}{both}"),
+            ("Scratch", f"{_count(plan.scratch_tokens_per_row, 'token')} per sequence, {scratch}"),
+            ("Longest sequence", f"{plan.max_model_len:,} tokens{limit}"),
+            *((f"Of {length:,} tokens", self._fitting(plan.num_sequences(length))) for length in self.lengths),
+        ]
+
+    def _fitting(self, count: int) -> str:
+        limit = self.config.max_num_seqs
+        if count <= limit:
+            return f"{_count(count, 'sequence')} at once"
+        return f"{_count(limit, 'sequence')} at once (max_num_seqs; the cache would hold {count:,})"
+
+
+def _row(terminal: Terminal, name: str, value: str) -> None:
+    terminal.paragraph(f"{name:<{_INDENT}}{value}", indent=" " * _INDENT)
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
