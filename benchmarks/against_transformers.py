@@ -74,8 +74,8 @@ def run_generate(model: Any, requests: list[Request], **options: Any) -> None:
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row, _ in batch])
         tokens = max(count for _, count in batch)
         model.generate(
-            ids,
-            attention_mask=mask,
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=False,
@@ -107,13 +107,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     folder = resolve_model(args.model)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype).to(args.device).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    options = {"dtype": args.dtype, "max_num_seqs": 8, "max_num_batched_tokens": 512, "memory": "2GiB"}
+    options = {
+        "dtype": args.dtype,
+        "device": args.device,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 512,
+        "memory": "2GiB",
+    }
     results = []
     with LLM(folder, **options) as plain, LLM(folder, speculative_config=NGRAM, **options) as ngram:
         for workload, requests in workloads(tokenizer).items():
@@ -143,6 +150,7 @@ def main() -> None:
     about = {
         "model": args.model,
         "dtype": args.dtype,
+        "device": args.device,
         "repeats": args.repeats,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": f"specplug {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",

@@ -10,7 +10,7 @@ import pytest
 
 from specplug import LLM
 from specplug.configuration.engine import EngineConfig
-from specplug.engine.startup import plan_engine
+from specplug.engine.planning import plan_engine
 from specplug.model import loading
 from support.models import save_model
 

@@ -241,11 +241,15 @@ def test_ends_inside_an_accepted_run(reference: Stepwise, run: tuple[list[int], 
     assert (got.finish_reason, got.stop_reason) == (reason, stop_reason(out))
     assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + [reason]
     assert len(pieces) == 2, "the run was not accepted as one"
-    assert got.token_sources == [None, *["throwaway"] * (length - 1)][: length - 1] + got.token_sources[-1:]
+    assert got.token_sources[:-1] == [None, *["throwaway"] * (length - 2)]
     assert got.metrics.num_accepted_draft_tokens == sum(source is not None for source in got.token_sources)
     assert len(got.logprobs or ()) == len(got.token_sources) == length
     assert "".join(piece.text for piece in pieces) == got.text
-    assert [len(piece.token_texts) for piece in pieces] == [len(piece.token_ids) for piece in pieces]
+    if not params.stop:  # nothing is held back; a token that ends the output leaves no text
+        shown = len(got.text.split())
+        assert [text for piece in pieces for text in piece.token_texts] == [
+            f"{' ' * (index > 0)}{word(token)}" if index < shown else "" for index, token in enumerate(got.token_ids)
+        ]
 
 
 def test_caps_are_honoured(reference: Stepwise, run: tuple[list[int], list[int]]) -> None:
@@ -267,7 +271,6 @@ def test_caps_are_honoured(reference: Stepwise, run: tuple[list[int], list[int]]
         outputs = [output.outputs[0] for output in llm.generate([prompt] * len(caps), params)]
     assert all(output.token_ids == out[:10] for output in outputs)
     assert outputs[1].token_sources == [None] * 10
-    assert [max(follow.allowed.get(index, [0])) for index in range(len(caps))] == [4, 0, 1, 2, 4]
     assert [output.metrics.num_steps for output in outputs] == [3, 10, 6, 4, 3]
     oracle = Oracle([prompt + out], VOCABULARY, 0.9)
     with LLM(

@@ -10,21 +10,18 @@ class Follow:
 
     Attributes:
         known: whole sequences, prompt first.
-        allowed: for each request, named by its prompt, the most nodes of each of its calls.
     """
 
     traits = SpeculatorTraits(token_only=True)
 
     def __init__(self, known: list[list[int]]) -> None:
         self.known = known
-        self.allowed: list[int] = []
 
     @hookimpl
     def propose(self, batch: ProposalBatch) -> Proposal:
         drafts = []
         for row in batch.rows:
             tokens = list(row.tokens)
-            self.allowed.append(row.budget.max_nodes)
             match = next((each for each in self.known if each[: len(tokens)] == tokens), tokens)
             drafts.append(match[len(tokens) : len(tokens) + row.budget.max_nodes])
         return Proposal(drafts)

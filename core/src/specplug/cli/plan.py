@@ -39,7 +39,7 @@ def plan(target: str, as_json: bool, **given: Any) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # standard output gets the plan, whatever a plugin may print
         import_libraries()
         from specplug.cli.plan_report import PlanReport
-        from specplug.engine.startup import plan_engine
+        from specplug.engine.planning import plan_engine
         from specplug.text.prompts import LazyTokenizer
         from specplug.tiny import resolve_model
 

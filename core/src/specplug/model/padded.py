@@ -107,7 +107,7 @@ class PaddedRows:
             else:
                 probs = scores.softmax(dim=-1, dtype=torch.float32)
             attended = probs.to(value.dtype) @ value
-        lanes = attended.view(rows, heads, self.width, -1).transpose(1, 2).reshape(rows * self.width, heads, -1)
+        lanes = attended.reshape(rows, heads, self.width, -1).transpose(1, 2).reshape(rows * self.width, heads, -1)
         out[self._packed] = lanes if len(lanes) == len(self._lanes) else lanes[self._lanes]
 
     def _read(self, cache: torch.Tensor) -> torch.Tensor:
