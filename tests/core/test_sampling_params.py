@@ -46,6 +46,9 @@ CHANGING: dict[str, Callable[[list[int]], Options]] = {
     "allowed and banned": lambda out: {"allowed_token_ids": [7, 9], "bad_words": [word(7), word(9)], "min_tokens": 5},
     "bad_words": lambda out: {"bad_words": [word(out[1])]},
     "bad_words of two": lambda out: {"bad_words": [f"{word(out[2])} {word(out[3])}"]},
+    "bad_words beyond the vocabulary": lambda out: {
+        "bad_words": [word(out[1]), word(VOCABULARY + 2), f"{word(out[0])} {word(VOCABULARY)}"]
+    },
     "bad_words of three": lambda out: {"bad_words": [" ".join(map(word, out[1:4])), f"{word(3)} {word(4)}"]},
 }
 NEUTRAL: dict[str, Callable[[list[int]], Options]] = {
@@ -77,7 +80,7 @@ class Case:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Stepwise:
     folder = save_model(tmp_path_factory.mktemp("target"), "llama", eos_token_id=sorted(EOS))
-    return Stepwise(save_words(folder, VOCABULARY), EOS)
+    return Stepwise(save_words(folder, VOCABULARY + 6), EOS)  # a tokenizer may know more than the model
 
 
 @pytest.fixture(scope="module")

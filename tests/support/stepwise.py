@@ -49,7 +49,8 @@ def ruled_scores(
         scores = scores.masked_fill(forbidden, float("-inf"))
     allowed = scores
     if params.bad_words:
-        banned = [[int(part[1:-1]) for part in each.split()] for each in params.bad_words]
+        words = [[int(part[1:-1]) for part in each.split()] for each in params.bad_words]
+        banned = [each for each in words if max(each) < scores.shape[-1]]
         scores = NoBadWordsLogitsProcessor(banned)(ids, scores)
     if params.min_tokens and stop_ids:
         scores = MinNewTokensLengthLogitsProcessor(num_prompt, params.min_tokens, sorted(stop_ids))(ids, scores)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from specplug.errors import CheckpointError
+from specplug.errors import CheckpointError, RequestError
 from specplug.model.checkpoint import resolve_checkpoint
 from specplug.sampling.params import SamplingParams
 
@@ -16,7 +16,7 @@ def default_sampling_params(source: str, revision: str | None = None) -> Samplin
     """Reads generation_config.json, as vLLM does: what it names overrides the defaults, `max_new_tokens` included.
 
     Raises:
-        CheckpointError: the file is no JSON.
+        CheckpointError: see `recommended_options`.
     """
     return SamplingParams(**recommended_options(source, revision))
 
@@ -27,18 +27,24 @@ def recommended_options(source: str, revision: str | None = None) -> dict[str, A
     `do_sample: false` with no temperature means greedy there as in Transformers; `true` means a temperature of 1.
 
     Raises:
-        CheckpointError: the file is no JSON.
+        CheckpointError: the file is no JSON, or names a value that its parameter cannot have.
     """
     file = resolve_checkpoint(source, revision) / "generation_config.json"
     if not file.is_file():
         return {}
     try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
-    options = {name: config[name] for name in _TAKEN if config.get(name) is not None}
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} is damaged: it holds no JSON object")
+    options: dict[str, Any] = {name: config[name] for name in _TAKEN if config.get(name) is not None}
     if isinstance(config.get("do_sample"), bool):
         options.setdefault("temperature", float(config["do_sample"]))
     if config.get("max_new_tokens"):
-        options["max_tokens"] = int(config["max_new_tokens"])
+        options["max_tokens"] = config["max_new_tokens"]
+    try:
+        SamplingParams(**options)
+    except RequestError as error:
+        raise CheckpointError(f"{file}: {error}") from error
     return options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from specplug.errors import CheckpointError, RequestError
@@ -65,7 +66,7 @@ def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
         return [prompts]
     listed = list(prompts)
-    if listed and all(isinstance(item, int) for item in listed):
+    if listed and all(isinstance(item, Integral) for item in listed):
         return [listed]  # type: ignore[list-item]
     return listed  # type: ignore[return-value]
 
@@ -93,10 +94,18 @@ def encode_prompt(prompt: Prompt, tokenizer: LazyTokenizer) -> tuple[str | None,
             return encode_prompt(text, tokenizer)  # type: ignore[arg-type]
         if not _is_list(ids):
             raise RequestError(f"'prompt_token_ids' in a mapping is a list of token ids, not {type(ids).__name__}")
-        return text, list(ids)
+        return text, _token_ids(ids)
     if _is_list(prompt):
-        return None, list(prompt)
+        return None, _token_ids(prompt)
     raise RequestError(f"a prompt is text, a list of token ids or a mapping, not {type(prompt).__name__}")
+
+
+def _token_ids(values: Sequence[Any]) -> list[int]:
+    """Integers of any kind become Python's; whether they are ids of the model is checked with the request."""
+    for position, token in enumerate(values):
+        if isinstance(token, bool):
+            raise RequestError(f"token id {token} at position {position} is not an integer")
+    return [int(token) if isinstance(token, Integral) else token for token in values]
 
 
 def _is_list(value: Any) -> bool:
