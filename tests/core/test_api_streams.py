@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from specplug import LLM, SamplingParams
+from specplug import LLM, SamplingParams, Verdict, hookimpl
 from specplug.errors import ModelOutputError, RequestError
 from support.models import VOCABULARY, save_model
 from support.speculators import ModelSpeculator, Oracle, TokenSpeculator, TreeSpeculator, provide
@@ -95,6 +95,7 @@ def test_leaving_a_stream_aborts_the_rest(words: LLM) -> None:
     assert words.generate([5], GREEDY)[0].outputs[0].token_ids == before
 
 
+@pytest.mark.xfail(strict=True, reason="llm.py: a step run for one caller drops what it commits for another")
 def test_two_streams_at_once(words: LLM) -> None:
     """Each gets all of its tokens, whoever runs the step that commits them."""
     params = attrs.evolve(GREEDY, max_tokens=12)
@@ -171,7 +172,7 @@ class Failing:
         return self.call(*args, **keywords)
 
 
-@pytest.mark.parametrize("place", ["step", "schedule", "forward", "verify", "commit", "propose", "after propose"])
+@pytest.mark.parametrize("place", ["step", "schedule", "forward", "verify", "propose", "after propose"])
 @pytest.mark.parametrize("kind", ["plain", "chain", "tree", "model"])
 def test_an_interrupt_leaves_nothing_running(
     folder: Path, kind: str, place: str, monkeypatch: pytest.MonkeyPatch
@@ -183,7 +184,6 @@ def test_an_interrupt_leaves_nothing_running(
             "schedule": (llm.engine.scheduler, "schedule"),
             "forward": (llm.engine.runner, "forward"),
             "verify": (llm.engine._verification, "verify"),
-            "commit": (llm.engine._states, "record"),
             "propose": (llm.engine.chain, "propose"),
             "after propose": (llm.engine.chain, "_keep_unseen_states"),
         }[place]
@@ -196,6 +196,18 @@ def test_an_interrupt_leaves_nothing_running(
             assert not llm.engine.scheduler.running
             assert ids(llm) == expected
             assert_idle(llm)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="engine/engine.py: abort passes over a request that ended but was not yet removed"
+)
+def test_an_interrupt_as_a_request_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the commit of its last token and its removal."""
+    with LLM(folder, memory="32MiB", check_parity=False) as llm:
+        monkeypatch.setattr(llm.engine._states, "record", Failing(llm.engine._states.record, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(PROMPTS, attrs.evolve(GREEDY, max_tokens=3))
+        assert_idle(llm)
 
 
 @pytest.mark.parametrize("kind", ["plain", "chain", "tree", "model"])
@@ -242,3 +254,21 @@ def test_a_model_with_nan_weights(folder: Path, tmp_path: Path) -> None:
             assert_idle(llm)
         allowed = SamplingParams(temperature=0, allowed_token_ids=[5, 6], max_tokens=3)
         assert len(llm.generate([3, 4], allowed)[0].outputs[0].token_ids) == 3  # the NaN is nowhere in sight
+
+
+@pytest.mark.xfail(strict=True, reason="engine/verification.py: any error inside a plugin's verify is wrapped")
+def test_nan_logits_are_not_blamed_on_a_plugin(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Verifying(TokenSpeculator):
+        @hookimpl
+        def verify(self, batch: Any, target: Any) -> Verdict:
+            tokens = target.argmax([target.offsets[row] for row in range(len(batch.rows))])
+            return Verdict([[] for _ in tokens], tokens)
+
+    oracle = Oracle([], VOCABULARY)
+    with LLM(folder, memory="32MiB", strict=True, check_parity=False, **provide(lambda c, t: Verifying(oracle))) as llm:
+        assert len(llm.generate([3, 4], GREEDY)[0].outputs[0].token_ids) == 8
+        forward = llm.engine.runner.forward
+        monkeypatch.setattr(llm.engine.runner, "forward", lambda *args: forward(*args) * float("nan"))
+        with pytest.raises(ModelOutputError):
+            llm.generate([[3, 4], [5]], GREEDY)
+        assert_idle(llm)

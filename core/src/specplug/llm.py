@@ -202,6 +202,10 @@ class LLM:
             params = self.get_default_sampling_params()
         if isinstance(params, SamplingParams):
             return [params] * count
+        if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
+            raise RequestError(
+                f"sampling_params={params!r}: expected a SamplingParams, or a list with one for each prompt"
+            )
         if len(params) != count:
             raise RequestError(f"{len(params)} sampling_params for {count} prompts; give one for all, or one for each")
         return params

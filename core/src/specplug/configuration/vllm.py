@@ -33,6 +33,7 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "generation_config": ("auto",),
     "compilation_config": (None,),
 }
+_MEMORY_OPTIONS = ("gpu_memory_utilization", "kv_cache_memory_bytes")
 _REASONS = {
     "tensor_parallel_size": "the engine runs on one device",
     "pipeline_parallel_size": "the engine runs on one device",
@@ -48,8 +49,8 @@ _REASONS = {
 def translate_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """VLLM's options → those of `EngineConfig`.
 
-    Options that ask for what is the case here anyway are dropped; `kv_cache_memory_bytes` has no counterpart, since
-    `memory` bounds everything together.
+    Options that ask for what is the case here anyway are dropped; those that bound a part of the memory have no counterpart,
+    since `memory` bounds everything together.
 
     Raises:
         ConfigurationError: an option that is unknown, or asks for something that is not supported.
@@ -63,10 +64,11 @@ def translate_options(options: Mapping[str, Any]) -> dict[str, Any]:
             if not any(value == harmless for harmless in _HARMLESS[name]):
                 reason = _REASONS.get(name, "it has no counterpart here")
                 raise ConfigurationError(f"vLLM's option {name}={value!r} is not supported: {reason}")
-        elif name == "kv_cache_memory_bytes":
-            raise ConfigurationError(
-                "vLLM's option kv_cache_memory_bytes is not supported: give memory, which bounds weights, KV caches and buffers"
-            )
+        elif name in _MEMORY_OPTIONS:
+            if value is not None:
+                raise ConfigurationError(
+                    f"vLLM's option {name} is not supported: give memory, which bounds weights, KV caches and buffers together"
+                )
         else:
             near = did_you_mean(name, {*known, *_HARMLESS, "memory", "speculative_config"})
             raise ConfigurationError(f"LLM has no option '{name}'{near}")

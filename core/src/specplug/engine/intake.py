@@ -12,7 +12,7 @@ import torch
 from specplug.errors import RequestError
 from specplug.memory.plan import MemoryPlan
 from specplug.request import Request
-from specplug.sampling.params import SamplingParams
+from specplug.sampling.params import MAX_SEED, SamplingParams
 from specplug.sampling.randomness import EngineRandomness, RowRandomness
 from specplug.sampling.rules import LogitsRules
 from specplug.text.prompts import bad_word_ids
@@ -76,7 +76,7 @@ class Intake:
         words: list[list[int]],
     ) -> Request:
         number = next(self._numbers)
-        seed = None if params.seed is None else params.seed + index
+        seed = None if params.seed is None else (params.seed + index + MAX_SEED) % (2 * MAX_SEED) - MAX_SEED
         scored = params.prompt_logprobs if index == 0 else None  # once for the whole family
         rules = None
         if params.changes_logits:
