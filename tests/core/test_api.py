@@ -135,7 +135,6 @@ def test_parameters_for_each_prompt(words: LLM) -> None:
             words.generate(["w3.", "w3.", "w4."], wrong)
 
 
-@pytest.mark.xfail(strict=True, reason="llm.py: sampling_params of another type are not refused")
 @pytest.mark.parametrize("wrong", [{"temperature": 0}, [{"temperature": 0}], "greedy", [None], 5])
 def test_wrong_parameters_are_refused(words: LLM, wrong: Any) -> None:
     with pytest.raises(RequestError, match="SamplingParams"):
@@ -143,7 +142,6 @@ def test_wrong_parameters_are_refused(words: LLM, wrong: Any) -> None:
     assert_idle(words)
 
 
-@pytest.mark.xfail(strict=True, reason="engine/intake.py: seed + index leaves the range of seeds")
 def test_the_last_seed_has_no_successor(words: LLM) -> None:
     """Completion i uses seed + i, which must not run out of seeds."""
     outputs = words.generate("w3.", SamplingParams(n=2, seed=2**63 - 1, max_tokens=4))[0].outputs
@@ -291,7 +289,6 @@ def test_options_of_vllm() -> None:
         LLM("tiny", max_num_seq=3)
 
 
-@pytest.mark.xfail(strict=True, reason="configuration/vllm.py: neither is known as what it is in vLLM")
 @pytest.mark.parametrize("options", [{"kv_cache_memory_bytes": None}, {"gpu_memory_utilization": 0.9}])
 def test_memory_options_of_vllm(options: dict[str, Any]) -> None:
     if None in options.values():
