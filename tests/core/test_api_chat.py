@@ -91,7 +91,6 @@ def test_chat_refusals(tiny: LLM, folder: Path) -> None:
         assert_idle(llm)
 
 
-@pytest.mark.xfail(strict=True, reason="llm.py: messages that are no list are not refused")
 @pytest.mark.parametrize("messages", [None, 5])
 def test_messages_of_another_type_are_refused(tiny: LLM, messages: Any) -> None:
     with pytest.raises(RequestError, match="messages"):

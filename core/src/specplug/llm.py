@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ import attrs
 
 from specplug.configuration.engine import EngineConfig
 from specplug.configuration.vllm import translate_options
+from specplug.engine.engine import StepOutput
 from specplug.engine.startup import StepReport, start_engine
 from specplug.errors import RequestError
 from specplug.metrics import Metric, engine_metrics
@@ -62,6 +64,7 @@ class LLM:
             trust_remote_code=self.config.trust_remote_code,
         )
         self._numbers = itertools.count()
+        self._streams: dict[int, deque[StepOutput]] = {}
         self.engine = start_engine(self.config, tokenizer=self._tokenizer, on_step=on_step)
 
     # ---- generation -----------------------------------------------------------------------------------------------
@@ -122,6 +125,8 @@ class LLM:
             RequestError: there is no template, or it cannot render the messages.
         """
         _refuse(lora_request=lora_request, priority=priority)
+        if not isinstance(messages, Sequence):
+            raise RequestError(f"messages={messages!r}: expected a list of messages, or a list of conversations")
         conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
         options = {
             "chat_template": chat_template,
@@ -145,23 +150,37 @@ class LLM:
         encoded = [encode_prompt(prompt, self._tokenizer) for prompt in prompt_list(prompts)]
         submitted = self._submit(encoded, sampling_params)
         index_of = {id(request): index for each in submitted for index, request in enumerate(each.family)}
+        arrived: deque[StepOutput] = deque()
+        self._streams.update(dict.fromkeys(index_of, arrived))
         try:
-            while any(not request.is_finished for each in submitted for request in each.family):
-                for output in self.engine.step():
-                    request = output.request
-                    if id(request) in index_of:
-                        yield StreamedPiece(
-                            request_id=request.id,
-                            index=index_of[id(request)],
-                            token_ids=output.new_tokens,
-                            sources=output.sources,
-                            token_texts=output.texts,
-                            finish_reason=request.finish_reason,
-                            metrics=request.stats,
-                        )
+            while arrived or _any_alive(submitted):
+                if not arrived:
+                    self._step()
+                    continue
+                output = arrived.popleft()
+                request = output.request
+                yield StreamedPiece(
+                    request_id=request.id,
+                    index=index_of[id(request)],
+                    token_ids=output.new_tokens,
+                    sources=output.sources,
+                    token_texts=output.texts,
+                    finish_reason=None if any(o.request is request for o in arrived) else request.finish_reason,
+                    metrics=request.stats,
+                )
         finally:
+            for key in index_of:
+                self._streams.pop(key, None)
             for each in submitted:
                 self.abort(each.id)
+
+    def _step(self) -> list[StepOutput]:
+        """One step of the engine; whoever runs it, every stream gets what it committed for it."""
+        outputs = self.engine.step()
+        for output in outputs:
+            if (arrived := self._streams.get(id(output.request))) is not None:
+                arrived.append(output)
+        return outputs
 
     def abort(self, request_id: str) -> bool:
         """Ends a request that is under way; returns whether it was. What it has generated is kept."""
@@ -187,8 +206,8 @@ class LLM:
     def _run(self, submitted: list[_Submitted], use_tqdm: bool) -> list[RequestOutput]:
         try:
             with ProgressBar(sum(len(each.family) for each in submitted), use_tqdm) as advance:
-                while any(not request.is_finished for each in submitted for request in each.family):
-                    advance(sum(output.request.is_finished for output in self.engine.step()))
+                while _any_alive(submitted):
+                    advance(sum(output.request.is_finished for output in self._step()))
         except BaseException:
             for each in submitted:
                 self.abort(each.id)
@@ -286,6 +305,10 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _any_alive(submitted: Sequence[_Submitted]) -> bool:
+    return any(not request.is_finished for each in submitted for request in each.family)
 
 
 def _refuse(**arguments: Any) -> None:

@@ -117,11 +117,13 @@ class Engine:
         """Ends all sequences of a request; returns those that were alive."""
         ended = []
         for request in list(self.scheduler.requests()):
-            if request.id == request_id and not request.is_finished:
+            if request.id != request_id:
+                continue
+            if not request.is_finished:
                 request.end("abort")
-                request.fork_group = []
-                self.scheduler.finish(request, "aborted")
                 ended.append(request)
+            request.fork_group = []
+            self.scheduler.finish(request, "aborted")
         return ended
 
     @property

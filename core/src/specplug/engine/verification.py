@@ -12,7 +12,7 @@ import torch
 from specplug.contract.batch import VerificationBatch, VerificationRow
 from specplug.contract.proposal import Proposal
 from specplug.contract.verdict import Verdict
-from specplug.errors import PluginError
+from specplug.errors import ModelOutputError, PluginError
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
 from specplug.request import Request
 from specplug.sampling.distributions import DistributionRow, StepDistributions
@@ -113,6 +113,8 @@ class Verification:
             verdict = verify(batch=batch, proposal=proposal, target=distributions)
             check_verdict(verdict, proposal, self._vocab_size)
             return verdict
+        except ModelOutputError:
+            raise  # the model's fault, not a plugin's
         except Exception as error:
             if verify is self._core and not self._registry.observes("verify"):
                 raise

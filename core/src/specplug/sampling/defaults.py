@@ -16,9 +16,13 @@ def default_sampling_params(source: str, revision: str | None = None) -> Samplin
     """Reads generation_config.json, as vLLM does: what it names overrides the defaults, `max_new_tokens` included.
 
     Raises:
-        CheckpointError: see `recommended_options`.
+        CheckpointError: the file is no JSON, or names a value that its parameter cannot have.
     """
-    return SamplingParams(**recommended_options(source, revision))
+    options = recommended_options(source, revision)
+    try:
+        return SamplingParams(**options)
+    except RequestError as error:
+        raise CheckpointError(f"{resolve_checkpoint(source, revision) / 'generation_config.json'}: {error}") from error
 
 
 def recommended_options(source: str, revision: str | None = None) -> dict[str, Any]:
@@ -27,7 +31,7 @@ def recommended_options(source: str, revision: str | None = None) -> dict[str, A
     `do_sample: false` with no temperature means greedy there as in Transformers; `true` means a temperature of 1.
 
     Raises:
-        CheckpointError: the file is no JSON, or names a value that its parameter cannot have.
+        CheckpointError: the file is no JSON object.
     """
     file = resolve_checkpoint(source, revision) / "generation_config.json"
     if not file.is_file():
@@ -43,8 +47,4 @@ def recommended_options(source: str, revision: str | None = None) -> dict[str, A
         options.setdefault("temperature", float(config["do_sample"]))
     if config.get("max_new_tokens"):
         options["max_tokens"] = config["max_new_tokens"]
-    try:
-        SamplingParams(**options)
-    except RequestError as error:
-        raise CheckpointError(f"{file}: {error}") from error
     return options
