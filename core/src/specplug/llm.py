@@ -74,9 +74,11 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: bool | Callable[..., Any] = True,
         lora_request: None = None,
         priority: None = None,
+        tokenization_kwargs: None = None,
+        mm_processor_kwargs: None = None,
     ) -> list[RequestOutput]:
         """Generates completions; the order of the outputs is that of the prompts.
 
@@ -86,11 +88,18 @@ class LLM:
             use_tqdm: show a progress bar, on a terminal.
             lora_request: not supported.
             priority: not supported; requests are served first come, first served.
+            tokenization_kwargs: not supported; give token ids.
+            mm_processor_kwargs: not supported.
 
         Raises:
             RequestError: a prompt that can never be served; none of the prompts is then run.
         """
-        _refuse(lora_request=lora_request, priority=priority)
+        _refuse(
+            lora_request=lora_request,
+            priority=priority,
+            tokenization_kwargs=tokenization_kwargs,
+            mm_processor_kwargs=mm_processor_kwargs,
+        )
         encoded = [encode_prompt(prompt, self._tokenizer) for prompt in prompt_list(prompts)]
         return self._run(self._submit(encoded, sampling_params), use_tqdm)
 
@@ -98,14 +107,17 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
+        use_tqdm: bool | Callable[..., Any] = True,
         lora_request: None = None,
         priority: None = None,
         chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        tokenization_kwargs: None = None,
+        mm_processor_kwargs: None = None,
     ) -> list[RequestOutput]:
         """Generates replies to one conversation or several, rendered by the tokenizer's chat template.
 
@@ -116,15 +128,26 @@ class LLM:
             lora_request: not supported.
             priority: not supported.
             chat_template: a Jinja template instead of the tokenizer's.
+            chat_template_content_format: `auto` or `string`; contents are handed to the template as they are.
             add_generation_prompt: end with the beginning of a reply.
             continue_final_message: continue the last message instead of replying to it.
             tools: handed to the template.
             chat_template_kwargs: more for the template.
+            tokenization_kwargs: not supported.
+            mm_processor_kwargs: not supported.
 
         Raises:
             RequestError: there is no template, or it cannot render the messages.
         """
-        _refuse(lora_request=lora_request, priority=priority)
+        _refuse(
+            lora_request=lora_request,
+            priority=priority,
+            tokenization_kwargs=tokenization_kwargs,
+            mm_processor_kwargs=mm_processor_kwargs,
+            chat_template_content_format=(
+                None if chat_template_content_format in ("auto", "string") else chat_template_content_format
+            ),
+        )
         if not isinstance(messages, Sequence):
             raise RequestError(f"messages={messages!r}: expected a list of messages, or a list of conversations")
         conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
@@ -203,9 +226,9 @@ class LLM:
             raise
         return submitted
 
-    def _run(self, submitted: list[_Submitted], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(self, submitted: list[_Submitted], use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
         try:
-            with ProgressBar(sum(len(each.family) for each in submitted), use_tqdm) as advance:
+            with ProgressBar(sum(len(each.family) for each in submitted), bool(use_tqdm)) as advance:
                 while _any_alive(submitted):
                     advance(sum(output.request.is_finished for output in self._step()))
         except BaseException:

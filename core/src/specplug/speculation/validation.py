@@ -161,10 +161,10 @@ def _check_probs(
 
 def _check_numbers(reported: Sequence[_Reported]) -> None:
     """Checks, with one read from the device per width, that all reported rows are distributions that allow their token."""
-    by_width: dict[int, list[_Reported]] = {}
+    alike: dict[tuple[int, torch.device], list[_Reported]] = {}
     for entry in reported:
-        by_width.setdefault(entry.used.shape[1], []).append(entry)
-    for entries in by_width.values():
+        alike.setdefault((entry.used.shape[1], entry.used.device), []).append(entry)
+    for entries in alike.values():
         used = torch.cat([entry.used for entry in entries])
         columns = torch.tensor([column for entry in entries for column in entry.columns], device=used.device)
         normal = (used.amin(dim=-1) >= 0) & ((used.sum(dim=-1) - 1).abs() < _SUM_TOLERANCE)
