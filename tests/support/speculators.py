@@ -81,9 +81,7 @@ class ModelSpeculator:
         catch_up = []
         for row, drafts in zip(batch.rows, drafting, strict=True):
             if row.is_new:
-                self.seen[row.slot] = (
-                    min(self.seen.get(row.forked_from, 0), row.computed.start) if row.forked_from is not None else 0
-                )
+                self.seen[row.slot] = 0 if row.forked_from is None else row.computed.start
             stop = len(row.tokens) if drafts else row.computed.stop
             start = self.seen[row.slot]
             catch_up.append(ForwardRow(row.tokens[start:stop], start, row.table))

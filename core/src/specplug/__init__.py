@@ -28,14 +28,17 @@ if TYPE_CHECKING:
     from specplug.contract.target import ModelHandle, TargetModel, WeightsHandle
     from specplug.contract.traits import SpeculatorTraits
     from specplug.contract.verdict import TargetDistributions, Verdict
-    from specplug.errors import ConfigurationError, SpecplugError
+    from specplug.errors import CheckpointError, ConfigurationError, SpecplugError
     from specplug.llm import LLM
     from specplug.model.blocks import BlockTable
     from specplug.model.forward import ForwardRow, TreeMask
     from specplug.model.kv_cache import KVCache
+    from specplug.model.paged import PagedBatch
     from specplug.outputs import CompletionOutput, RequestOutput
     from specplug.sampling.distributions import process
+    from specplug.sampling.drawing import sample
     from specplug.sampling.params import SamplingParams
+    from specplug.tiny import resolve_model
 
 _HOMES = {
     "specplug.contract.batch": (
@@ -55,14 +58,17 @@ _HOMES = {
     "specplug.contract.target": ("ModelHandle", "TargetModel", "WeightsHandle"),
     "specplug.contract.traits": ("SpeculatorTraits",),
     "specplug.contract.verdict": ("TargetDistributions", "Verdict"),
-    "specplug.errors": ("ConfigurationError", "SpecplugError"),
+    "specplug.errors": ("CheckpointError", "ConfigurationError", "SpecplugError"),
     "specplug.llm": ("LLM",),
     "specplug.model.blocks": ("BlockTable",),
     "specplug.model.forward": ("ForwardRow", "TreeMask"),
     "specplug.model.kv_cache": ("KVCache",),
+    "specplug.model.paged": ("PagedBatch",),
     "specplug.outputs": ("CompletionOutput", "RequestOutput"),
     "specplug.sampling.distributions": ("process",),
+    "specplug.sampling.drawing": ("sample",),
     "specplug.sampling.params": ("SamplingParams",),
+    "specplug.tiny": ("resolve_model",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

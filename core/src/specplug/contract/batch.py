@@ -79,11 +79,13 @@ class ProposalRow:
         states: where this row's entries lie in the batch's state tensors: one per position of `computed`.
         budget: the most you may draft.
         sampling: the request's sampling parameters.
-        outcome: what became of the row's last proposal, whoever made it; None if there was none.
+        outcome: what became of your own last proposal for the row, if it was verified since you last saw the row; else of
+            another speculator's in the last step; None if there was neither.
         table: the row's blocks (None in a host without a paged cache), for KV regions with `tables="shared"`. Slots are
             reserved for `computed`, and where the budget is not zero for all committed tokens plus the planned
             `scratch_tokens_per_row`.
-        forked_from: for a new row, the slot it was forked from and shares its computed blocks with.
+        forked_from: for a new row that begins as a fork, the slot it was forked from: whatever was stored in KV regions
+            with `tables="shared"` for the positions before `computed` is there.
     """
 
     slot: int

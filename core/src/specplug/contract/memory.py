@@ -41,6 +41,7 @@ class MemoryRegion:
             than is verified); core reserves them in the row's table before it calls.
         tables: `shared`: the region is addressed by the target's block tables (`row.table`); `own`: the speculator
             keeps tables of its own.
+        device: where it lies, if not on the target's device; it then has a budget of that device's own.
     """
 
     name: str
@@ -50,6 +51,7 @@ class MemoryRegion:
     dtype: torch.dtype | None = None
     scratch_tokens_per_row: int = 0
     tables: Literal["shared", "own"] = "shared"
+    device: torch.device | None = None
 
     @property
     def bytes_per_token(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -26,13 +26,14 @@ class TargetModel(Protocol):
     vocab_size: int
     hidden_size: int
     num_layers: int
+    weight_bytes: int
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The target's tokenizer; None when the engine runs on token ids alone."""
+        """The target's tokenizer; None when its checkpoint has none."""
         ...
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -44,11 +45,31 @@ class TargetModel(Protocol):
         ...
 
     def weights(self, source: str, revision: str | None = None) -> WeightsHandle:
-        """Opens the headers of a safetensors checkpoint; core reads the tensors after the plan was accepted."""
+        """Opens the headers of a checkpoint; core reads the tensors after the plan was accepted.
+
+        The checkpoint is safetensors, or where there is none `pytorch_model.bin`, of which only tensors are unpickled.
+
+        Raises:
+            CheckpointError: there is none, or it is truncated, damaged, incomplete, or holds more than tensors.
+        """
         ...
 
-    def model(self, source: str, *, revision: str | None = None, dtype: str | None = None) -> ModelHandle:
-        """Opens config and headers of a causal LM that core's own runner will run for the speculator."""
+    def model(
+        self, source: str, *, revision: str | None = None, dtype: str | None = None, device: str | None = None
+    ) -> ModelHandle:
+        """Opens config and headers of a causal LM that core's own runner will run for the speculator.
+
+        Args:
+            source: a folder or hub name.
+            revision: of a hub name.
+            dtype: a dtype's name, or `auto` for the checkpoint's own; None takes the target's.
+            device: None takes the target's.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or it is damaged.
+            UnsupportedModelError: its architecture cannot be run in packed batches.
+            ConfigurationError: there is no such device.
+        """
         ...
 
 
@@ -59,8 +80,25 @@ class WeightsHandle(Protocol):
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, torch.dtype]
 
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The checkpoint's config.json as it is: many speculators' configurations are no model's.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        ...
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Leaves all tensors but these on disk, out of `num_bytes` and `tensors`. To be called before `plan_memory`.
+
+        Raises:
+            PluginError: the checkpoint has no such tensor, or the weights are loaded already.
+        """
+        ...
+
     def num_bytes(self, dtype: torch.dtype | None = None) -> int:
-        """Bytes of all tensors, floating ones as `dtype` if given."""
+        """Bytes of the kept tensors as they will be held, floating ones as `dtype` (default: the target's)."""
         ...
 
     @property
@@ -75,7 +113,15 @@ class ModelHandle(Protocol):
     config: PretrainedConfig
     vocab_size: int
     max_model_len: int
+    weight_bytes: int
+    dtype: torch.dtype
+    device: torch.device
     folder: Path
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer in the checkpoint's folder; None when it has none."""
+        ...
 
     def regions(
         self, *, scratch_tokens_per_row: int = 0, tables: Literal["shared", "own"] = "shared"

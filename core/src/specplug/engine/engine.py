@@ -218,8 +218,6 @@ class Engine:
             if output.request.is_finished:
                 self._fork_children(output.request)
                 self.scheduler.finish(output.request, "finished")
-        for output in outputs:
-            self._fork_children(output.request)
         return outputs
 
     def _moves(self, request: Request, first: int, path: Sequence[int]) -> list[tuple[int, int]]:
@@ -274,6 +272,7 @@ class Engine:
             if copies is None:
                 self.scheduler.add(child)
                 continue
+            self.chain.fork(parent, child)
             for cache in self._shared_caches:
                 cache.move([source for source, _ in copies], [destination for _, destination in copies])
 
@@ -287,6 +286,8 @@ class Engine:
         self.chain.propose(alive, self.scheduler.reserve, contended)
         for request in alive:
             request.outcome = None
+            if request.num_output_tokens:  # only now, so that children share the speculators' KV of the prompt too
+                self._fork_children(request)
 
     # ---- the end --------------------------------------------------------------------------------------------------
 

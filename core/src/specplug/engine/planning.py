@@ -12,11 +12,13 @@ import torch
 from specplug.configuration.engine import EngineConfig
 from specplug.contract.memory import MemoryBudget, MemoryRegion
 from specplug.contract.settings import SpeculativeConfig
-from specplug.errors import ConfigurationError, PluginError
+from specplug.errors import CheckpointError, ConfigurationError, PluginError
 from specplug.memory.available import default_budget
 from specplug.memory.plan import MemoryPlan, solve
 from specplug.model.architecture import Architecture, inspect_architecture
 from specplug.model.checkpoint import choose_dtype, load_config, read_headers, resolve_checkpoint
+from specplug.model.device import choose_device
+from specplug.model.tokenizer import load_tokenizer
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
 from specplug.sampling.workspace import Workspace
 from specplug.speculation.states import ChannelSpec, StateStore, channels_for
@@ -67,10 +69,11 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
         vocab_size=architecture.vocab_size,
         hidden_size=architecture.hidden_size,
         num_layers=len(architecture.layers),
+        weight_bytes=architecture.weight_bytes,
         max_model_len=longest,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        tokenizer=tokenizer,
+        tokenizer=lambda: _target_tokenizer(tokenizer, folder, config.trust_remote_code),
     )
     speculators = [registry.load_speculator(speculative, facade) for speculative in _chain(config.speculative)]
     channels = channels_for([s.traits for s in speculators], architecture.hidden_size, dtype)
@@ -95,6 +98,7 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
         + Workspace.planned_bytes(num_entries, architecture.vocab_size),
         context_length=architecture.context_length,
         wanted_model_len=config.max_model_len,
+        device=device,
     )
     return PlannedEngine(
         config=config,
@@ -113,23 +117,13 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
     )
 
 
-def choose_device(name: str) -> torch.device:
-    """Resolves `auto` or a device's name.
-
-    Raises:
-        ConfigurationError: there is no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _target_tokenizer(tokenizer: Callable[[], Any], folder: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer that speculators see: the engine's, or where it runs on ids alone the checkpoint's; None without one."""
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigurationError(f"device='{name}' is not a device's name; use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError(f"device='{name}': this machine (or this build of torch) has no CUDA device; use cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigurationError(f"device='{name}' is not supported; use auto, cpu, cuda or cuda:N")
-    return device
+        own = tokenizer()
+        return load_tokenizer(folder, trust_remote_code=trust_remote_code) if own is None else own
+    except CheckpointError:
+        return None
 
 
 def _chain(speculative: SpeculativeConfig | None) -> Iterator[SpeculativeConfig]:

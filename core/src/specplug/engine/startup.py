@@ -135,7 +135,13 @@ def _allocate(
     states = StateStore(planned.channels, planned.config.max_num_seqs, planned.config.max_num_batched_tokens, device)
     caches = [
         {
-            region.name: KVCache(region.layers, plan.num_blocks, plan.block_size, region.dtype or planned.dtype, device)
+            region.name: KVCache(
+                region.layers,
+                plan.num_blocks,
+                plan.block_size,
+                region.dtype or planned.dtype,
+                region.device or device,
+            )
             for region in regions
             if region.layers
         }

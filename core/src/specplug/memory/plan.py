@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 
 import attrs
+import torch
 
 from specplug.contract.memory import MemoryBudget, MemoryRegion
 from specplug.errors import InsufficientMemoryError
+from specplug.memory.available import default_budget
 
 PART_NAMES = (
     "target weights",
@@ -30,6 +32,27 @@ def format_bytes(count: int) -> str:
 
 
 @attrs.frozen
+class OtherDevice:
+    """What speculators hold on a device that is not the target's.
+
+    Attributes:
+        device: its name.
+        budget_bytes: what everything there must fit.
+        fixed_bytes: weights and buffers.
+        bytes_per_token: what a cached token costs there.
+    """
+
+    device: str
+    budget_bytes: int
+    fixed_bytes: int
+    bytes_per_token: int
+
+    def total_bytes(self, num_kv_tokens: int) -> int:
+        """Bytes there, with a cache of so many tokens."""
+        return self.fixed_bytes + num_kv_tokens * self.bytes_per_token
+
+
+@attrs.frozen
 class MemoryPlan:
     """What will be allocated, in bytes.
 
@@ -44,6 +67,7 @@ class MemoryPlan:
         draft_kv: bytes.
         buffers: bytes of step buffers, kept states and plugins' buffers.
         scratch_tokens_per_row: KV entries that a sequence takes beyond its own tokens while drafts are made and verified.
+        elsewhere: what speculators hold on other devices; the parts above are those of the target's device.
     """
 
     budget_bytes: int
@@ -56,6 +80,7 @@ class MemoryPlan:
     draft_kv: int
     buffers: int
     scratch_tokens_per_row: int = 0
+    elsewhere: tuple[OtherDevice, ...] = ()
 
     @property
     def parts(self) -> tuple[tuple[str, int], ...]:
@@ -92,6 +117,7 @@ def solve(
     buffers: int,
     context_length: int,
     wanted_model_len: int | None,
+    device: torch.device | None = None,
 ) -> MemoryPlan:
     """Finds the number of KV blocks.
 
@@ -105,10 +131,13 @@ def solve(
         buffers: bytes of core's own step buffers.
         context_length: the longest sequence the target has positions for.
         wanted_model_len: the user's `max_model_len`; None lets the plan shorten it to what fits.
+        device: the target's; regions on others get those devices' own budgets.
 
     Raises:
         InsufficientMemoryError: weights and buffers alone do not fit, or not even one sequence of the wanted length.
     """
+    elsewhere = _other_devices([region for region in regions if region.device not in (None, device)])
+    regions = [region for region in regions if region.device in (None, device)]
     draft_weights = sum(region.fixed_bytes for region in regions if region.kind == "weights")
     draft_fixed_kv = sum(region.fixed_bytes for region in regions if region.kind == "kv_cache")
     buffers += sum(region.fixed_bytes for region in regions if region.kind == "buffers")
@@ -137,6 +166,15 @@ def solve(
         longest = fitting
     useful = budget.max_num_seqs * budget.blocks_for(longest + scratch)
     num_blocks = int(min(affordable, useful))
+    for other in elsewhere:
+        there = (other.budget_bytes - other.fixed_bytes) // max(1, other.bytes_per_token * budget.block_size)
+        if there < budget.blocks_for(longest + scratch):
+            least = other.total_bytes(budget.blocks_for(longest + scratch) * budget.block_size)
+            raise InsufficientMemoryError(
+                f"one sequence of {longest:,} tokens needs {format_bytes(least)} on {other.device} for the draft, and "
+                f"{format_bytes(other.budget_bytes)} can be had there; lower max_model_len or take a smaller draft"
+            )
+        num_blocks = min(num_blocks, there)
     tokens = num_blocks * budget.block_size
     return MemoryPlan(
         budget_bytes=budget.total_bytes,
@@ -149,7 +187,25 @@ def solve(
         draft_kv=draft_fixed_kv + tokens * draft_kv_per_token,
         buffers=buffers,
         scratch_tokens_per_row=scratch,
+        elsewhere=tuple(elsewhere),
     )
+
+
+def _other_devices(regions: Sequence[MemoryRegion]) -> list[OtherDevice]:
+    """The regions of each device together."""
+    by_device: dict[torch.device, list[MemoryRegion]] = {}
+    for region in regions:
+        assert region.device is not None
+        by_device.setdefault(region.device, []).append(region)
+    return [
+        OtherDevice(
+            device=str(device),
+            budget_bytes=default_budget(device),
+            fixed_bytes=sum(region.fixed_bytes for region in own),
+            bytes_per_token=sum(region.bytes_per_token for region in own),
+        )
+        for device, own in by_device.items()
+    ]
 
 
 def _levers(budget: MemoryBudget, weights: int, fitting: int) -> str:

@@ -1,10 +1,13 @@
-"""Checkpoints on disk or on the hub: configuration and safetensors headers first, tensors only when asked."""
+"""Checkpoints on disk or on the hub: configuration and headers first, tensors only when asked.
+
+Models are safetensors alone. A speculator's own weights may also be a `pytorch_model.bin`, read by `pickled`.
+"""
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import attrs
 import torch
 
 from specplug.errors import CheckpointError
+from specplug.model import pickled
 
 _MAX_HEADER = 100_000_000
 _DTYPES = {
@@ -33,17 +37,18 @@ DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": t
 
 @attrs.frozen
 class TensorHeader:
-    """Where a tensor lies and what it is, from a safetensors header."""
+    """Where a tensor lies and what it is, known without reading it."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
-def resolve_checkpoint(source: str, revision: str | None = None) -> Path:
+def resolve_checkpoint(source: str, revision: str | None = None, *, pickles: bool = False) -> Path:
     """Returns the local folder of a checkpoint: a path as it is, a hub name through the hub's cache.
 
-    Only configuration, tokenizer and safetensors files are ever fetched: no code, no pickles.
+    Only configuration, tokenizer and safetensors files are fetched: no code, and no pickles unless `pickles` allows them
+    and there is no safetensors file.
 
     Raises:
         CheckpointError: there is no such folder, and the hub has no such checkpoint or cannot be reached.
@@ -61,7 +66,11 @@ def resolve_checkpoint(source: str, revision: str | None = None) -> Path:
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        if pickles and not any(folder.glob("*.safetensors")):
+            patterns = ["*.json", pickled.PATTERN]
+            folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        return folder
     except Exception as error:
         at = f" at revision '{revision}'" if revision else ""
         summary = (str(error).strip().splitlines() or [""])[0]
@@ -86,13 +95,42 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise CheckpointError(f"{folder / 'config.json'} cannot be used: {type(error).__name__}: {error}") from error
 
 
-def read_headers(folder: Path) -> dict[str, TensorHeader]:
-    """Reads the header of every safetensors file of a checkpoint and checks that no file is cut short.
+def read_json_config(folder: Path) -> dict[str, Any]:
+    """Reads config.json as it is, for checkpoints whose configuration is not a model's.
 
     Raises:
-        CheckpointError: no safetensors file, a missing shard, a damaged header, or a truncated file.
+        CheckpointError: it is missing, or not a JSON object.
+    """
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} has no config.json; it is not a Hugging Face checkpoint") from error
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}; download it again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} is damaged: it holds no JSON object; download it again")
+    return config
+
+
+def read_headers(folder: Path, *, pickles: bool = False) -> dict[str, TensorHeader]:
+    """Reads the header of every safetensors file of a checkpoint and checks that no file is cut short.
+
+    Args:
+        folder: the checkpoint.
+        pickles: whether `pytorch_model.bin` will do where there is no safetensors file; only tensors are ever unpickled.
+
+    Raises:
+        CheckpointError: no weight file, a missing shard, a damaged header, a truncated file, or a pickle that holds
+            anything else than tensors.
     """
     headers: dict[str, TensorHeader] = {}
+    if pickles and not any(folder.glob("*.safetensors")) and not (folder / "model.safetensors.index.json").is_file():
+        for file in _shards(folder, pickled.INDEX) or pickled.find(folder):
+            for name, tensor in pickled.describe(file).items():
+                headers[name] = TensorHeader(file, tuple(tensor.shape), tensor.dtype)
+        if headers:
+            return headers
     for file in _weight_files(folder):
         for name, entry in _read_header(file).items():
             if name == "__metadata__":
@@ -111,20 +149,20 @@ def load_tensors(
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Reads tensors to a device, floating ones converted to `dtype`. `progress` is called with (done, total) tensors."""
-    from safetensors import safe_open
+    """Reads tensors to a device, floating ones converted to `dtype`. `progress` is called with (done, total) tensors.
 
+    Raises:
+        CheckpointError: a file changed or broke since its header was read.
+    """
     tensors: dict[str, torch.Tensor] = {}
     by_file: dict[Path, list[str]] = {}
     for name, header in headers.items():
         by_file.setdefault(header.file, []).append(name)
     for file, names in by_file.items():
-        with safe_open(file, framework="pt", device=str(device)) as opened:
-            for name in names:
-                tensor = opened.get_tensor(name)
-                tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-                if progress is not None:
-                    progress(len(tensors), len(headers))
+        for name, tensor in _read_tensors(file, names, device):
+            tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            if progress is not None:
+                progress(len(tensors), len(headers))
     return tensors
 
 
@@ -144,17 +182,35 @@ def choose_dtype(name: str | torch.dtype, config: Any) -> torch.dtype:
     return DTYPE_NAMES[name]
 
 
+def _read_tensors(file: Path, names: list[str], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    if file.suffix == ".bin":
+        yield from pickled.read(file, names, device)
+        return
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt", device=str(device)) as opened:
+        for name in names:
+            yield name, opened.get_tensor(name)
+
+
+def _shards(folder: Path, name: str) -> list[Path]:
+    """The files that an index names; none without an index."""
+    index = folder / name
+    if not index.is_file():
+        return []
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{index} is damaged: {type(error).__name__}: {error}") from error
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} of {len(shards)} weight files, first '{missing[0]}'")
+    return [folder / shard for shard in shards]
+
+
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{index} is damaged: {type(error).__name__}: {error}") from error
-        missing = [name for name in shards if not (folder / name).is_file()]
-        if missing:
-            raise CheckpointError(f"{folder} lacks {len(missing)} of {len(shards)} weight files, first '{missing[0]}'")
-        return [folder / name for name in shards]
+    if shards := _shards(folder, "model.safetensors.index.json"):
+        return shards
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = sorted(folder.glob("*.bin"))

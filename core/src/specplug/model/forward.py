@@ -53,12 +53,14 @@ class ForwardRow:
         start: the KV index of the first token; entries before it are computed. Also its position, unless `tree` is given.
         table: where the row's KV lies; it must hold `start + len(tokens)` entries.
         tree: for tokens that are not a plain continuation.
+        first: KV entries before this index are not seen: they were never stored.
     """
 
     tokens: Sequence[int]
     start: int
     table: BlockTable
     tree: TreeMask | None = None
+    first: int = 0
 
     @property
     def positions(self) -> Sequence[int]:
@@ -110,6 +112,11 @@ class RowSpan:
         return self.start == 0 and self._row.tree is None
 
     @property
+    def hidden_before(self) -> int:
+        """The first KV entry that was stored."""
+        return self._row.first
+
+    @property
     def is_tree(self) -> bool:
         """Whether the queries are not a plain continuation."""
         return self._row.tree is not None
@@ -153,7 +160,7 @@ class RowSpan:
     def _build_mask(self, window: int | None, dtype: torch.dtype) -> tuple[int, torch.Tensor | None]:
         row = self._row
         oldest = min(row.positions)
-        low = max(0, oldest + 1 - window) if window else 0
+        low = max(row.first, oldest + 1 - window) if window else row.first
         if row.tree is None and self.count == 1:
             return low, None
         queries = torch.tensor(list(row.positions))[:, None]

@@ -65,6 +65,8 @@ class PaddedRows:
                 hidden |= entries <= at[..., None] - window
             mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
             for row, span in enumerate(self.spans):
+                if span.hidden_before:
+                    mask[row, :, : span.hidden_before] = float("-inf")
                 if span.is_tree:
                     low, visible = span.mask(window, dtype)
                     mask[row] = float("-inf")

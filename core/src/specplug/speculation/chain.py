@@ -13,7 +13,7 @@ from typing import Any
 
 import attrs
 
-from specplug.contract.batch import Budget, EndReason, ProposalBatch, ProposalRow
+from specplug.contract.batch import Budget, EndReason, Outcome, ProposalBatch, ProposalRow
 from specplug.contract.resources import Resources
 from specplug.errors import PluginError
 from specplug.plugins.registry import RegisteredSpeculator
@@ -35,6 +35,8 @@ class _Link:
     Attributes:
         speculator: the plugin's object and hooks.
         delivered: request number → first position whose state it has not seen. A request not in here is new to it.
+        forked: number of a fork → first position whose state its speculator had not been given at the fork.
+        outcomes: request number → what became of its own last proposal, until it is told.
         banned: numbers of requests that do not return to it after a fault.
         ended: (slot, reason) it has not been told of.
         faults: faults in all.
@@ -45,6 +47,8 @@ class _Link:
 
     speculator: RegisteredSpeculator
     delivered: dict[int, int] = attrs.field(factory=dict)
+    forked: dict[int, int] = attrs.field(factory=dict)
+    outcomes: dict[int, Outcome] = attrs.field(factory=dict)
     banned: set[int] = attrs.field(factory=set)
     ended: list[tuple[int, EndReason]] = attrs.field(factory=list)
     faults: int = 0
@@ -100,9 +104,17 @@ class SpeculatorChain:
         for link, own in zip(self._links, resources, strict=True):
             link.speculator.warmup(resources=own)
 
+    def fork(self, parent: Request, child: Request) -> None:
+        """Notes how much of a fork's shared part each speculator has been given; what it stored for that, the fork has too."""
+        for link in self._links:
+            if parent.number not in link.banned:
+                link.forked[child.number] = min(link.delivered.get(parent.number, 0), child.num_forked_tokens)
+
     def end(self, request: Request, slot: int, reason: EndReason) -> None:
         """Notes that a row left its slot; every speculator that knew it is told at its next call."""
         for link in self._links:
+            link.forked.pop(request.number, None)
+            link.outcomes.pop(request.number, None)
             if link.delivered.pop(request.number, None) is not None:
                 link.ended.append((slot, reason))
             if reason != "preempted":
@@ -123,6 +135,9 @@ class SpeculatorChain:
         for link in self._links:
             if not link.enabled:
                 continue
+            for request in requests:
+                if request.outcome is not None and request.outcome.method == link.speculator.method:
+                    link.outcomes[request.number] = request.outcome
             rows, wishes = [], []
             for request in requests:
                 wish = self.policy.wish(request, link.speculator)
@@ -170,14 +185,17 @@ class SpeculatorChain:
         traits = link.speculator.traits
         spans: list[tuple[int, range]] = []
         new: list[bool] = []
+        forked: list[bool] = []
         for request in requests:
             start = link.delivered.get(request.number)
             new.append(start is None)
             if start is None:
-                start = request.num_forked_tokens
+                start = link.forked.pop(request.number, 0)
+            shared = start
             if traits.needs_states:
                 start = min(self._states.available_from(request.slot, start), request.num_computed)
             spans.append((request.slot, range(start, request.num_computed)))
+            forked.append(new[-1] and 0 < start == shared)
             link.delivered[request.number] = request.num_computed
         if traits.needs_states:
             channels, places = self._states.deliver(spans)
@@ -193,12 +211,14 @@ class SpeculatorChain:
                 states=place,
                 budget=budget,
                 sampling=request.params,
-                outcome=request.outcome,
+                outcome=link.outcomes.pop(request.number, request.outcome),
                 table=request.table,
-                forked_from=request.forked_from if is_new else None,
+                forked_from=request.forked_from if is_fork else None,
                 generator=request.randomness.draft_generator,
             )
-            for request, (_, span), place, budget, is_new in zip(requests, spans, places, budgets, new, strict=True)
+            for request, (_, span), place, budget, is_new, is_fork in zip(
+                requests, spans, places, budgets, new, forked, strict=True
+            )
         ]
         k = traits.top_k
         return ProposalBatch(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,12 +12,21 @@ import torch
 from specplug.contract.memory import MemoryRegion
 from specplug.errors import PluginError
 from specplug.model.architecture import inspect_architecture
-from specplug.model.checkpoint import choose_dtype, load_config, load_tensors, read_headers, resolve_checkpoint
+from specplug.model.checkpoint import (
+    choose_dtype,
+    load_config,
+    load_tensors,
+    read_headers,
+    read_json_config,
+    resolve_checkpoint,
+)
+from specplug.model.device import choose_device
 from specplug.model.forward import ForwardRow
 from specplug.model.head import Head
 from specplug.model.kv_cache import KVCache
 from specplug.model.loading import load_model
 from specplug.model.runner import ModelRunner
+from specplug.model.tokenizer import load_tokenizer
 
 Progress = Callable[[float], None]
 
@@ -25,16 +35,30 @@ class LazyWeights:
     """See `specplug.contract.target.WeightsHandle`."""
 
     def __init__(self, source: str, revision: str | None, dtype: torch.dtype, device: torch.device) -> None:
-        self.folder = resolve_checkpoint(source, revision)
-        self._headers = read_headers(self.folder)
+        self.folder = resolve_checkpoint(source, revision, pickles=True)
+        self._headers = read_headers(self.folder, pickles=True)
         self.shapes: Mapping[str, tuple[int, ...]] = {name: header.shape for name, header in self._headers.items()}
         self.dtypes: Mapping[str, torch.dtype] = {name: header.dtype for name, header in self._headers.items()}
         self._dtype = dtype
         self._device = device
         self._tensors: dict[str, torch.Tensor] | None = None
 
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The checkpoint's config.json, as it is."""
+        return read_json_config(self.folder)
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Leaves all other tensors on disk, out of `num_bytes` and `tensors`."""
+        wanted = set(names)
+        if unknown := sorted(wanted - self.shapes.keys()):
+            raise PluginError(f"{self.folder} has no tensor '{unknown[0]}' to keep")
+        if self._tensors is not None:
+            raise PluginError("keep() was called after the weights were loaded; call it before plan_memory")
+        self._headers = {name: header for name, header in self._headers.items() if name in wanted}
+
     def num_bytes(self, dtype: torch.dtype | None = None) -> int:
-        """Bytes of all tensors as they will be held, floating ones as `dtype` (default: the target's)."""
+        """Bytes of the kept tensors as they will be held, floating ones as `dtype` (default: the target's)."""
         floating = dtype or self._dtype
         total = 0
         for header in self._headers.values():
@@ -63,16 +87,27 @@ class LazyWeights:
 class LazyModel:
     """See `specplug.contract.target.ModelHandle`."""
 
-    def __init__(self, source: str, revision: str | None, dtype: str, device: torch.device, label: str) -> None:
+    def __init__(
+        self,
+        source: str,
+        revision: str | None,
+        dtype: str,
+        device: torch.device,
+        label: str,
+        *,
+        is_elsewhere: bool = False,
+    ) -> None:
         self.folder: Path = resolve_checkpoint(source, revision)
         self.config = load_config(self.folder)
         read_headers(self.folder)
         self.dtype = choose_dtype(dtype, self.config)
-        self._device = device
+        self.device = device
         self._label = label
+        self._is_elsewhere = is_elsewhere
         self._architecture = inspect_architecture(self.config, self.dtype)
         self.vocab_size = self._architecture.vocab_size
         self.max_model_len = self._architecture.context_length
+        self.weight_bytes = self._architecture.weight_bytes
         self._model: torch.nn.Module | None = None
         self._runner: ModelRunner | None = None
 
@@ -80,8 +115,9 @@ class LazyModel:
         self, *, scratch_tokens_per_row: int = 0, tables: Literal["shared", "own"] = "shared"
     ) -> list[MemoryRegion]:
         """The model's weights and KV cache."""
+        device = self.device if self._is_elsewhere else None
         return [
-            MemoryRegion(f"{self._label}.weights", "weights", fixed_bytes=self._architecture.weight_bytes),
+            MemoryRegion(f"{self._label}.weights", "weights", fixed_bytes=self.weight_bytes, device=device),
             MemoryRegion(
                 f"{self._label}.kv",
                 "kv_cache",
@@ -89,19 +125,25 @@ class LazyModel:
                 dtype=self.dtype,
                 scratch_tokens_per_row=scratch_tokens_per_row,
                 tables=tables,
+                device=device,
             ),
         ]
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer in the checkpoint's folder, or None."""
+        return load_tokenizer(self.folder)
+
     def materialize(self, progress: Progress) -> None:
         """Loads the weights."""
-        self._model = load_model(self.folder, self.config, self.dtype, self._device)
+        self._model = load_model(self.folder, self.config, self.dtype, self.device)
         progress(1.0)
 
     def bind(self, caches: Mapping[str, KVCache]) -> None:
         """Connects the model with its KV cache, if the speculator planned one."""
         cache = caches.get(f"{self._label}.kv")
         if cache is not None and self._model is not None:
-            self._runner = ModelRunner(self._model, self._architecture, cache, self._device)
+            self._runner = ModelRunner(self._model, self._architecture, cache, self.device)
 
     def forward(self, rows: Sequence[ForwardRow], *, logits: Literal["last", "all"] = "last") -> torch.Tensor:
         """Runs the model; see `ModelHandle.forward`."""
@@ -138,6 +180,7 @@ class TargetFacade:
         vocab_size: int,
         hidden_size: int,
         num_layers: int,
+        weight_bytes: int,
         max_model_len: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
@@ -151,6 +194,7 @@ class TargetFacade:
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_layers = num_layers
+        self.weight_bytes = weight_bytes
         self.max_model_len = max_model_len
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -158,7 +202,7 @@ class TargetFacade:
         self._tokenizer = tokenizer
         self._head: Head | None = None
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
         """The target's tokenizer, or None."""
         return self._tokenizer()
@@ -188,10 +232,15 @@ class TargetFacade:
         self.handles.append(handle)
         return handle
 
-    def model(self, source: str, *, revision: str | None = None, dtype: str | None = None) -> LazyModel:
+    def model(
+        self, source: str, *, revision: str | None = None, dtype: str | None = None, device: str | None = None
+    ) -> LazyModel:
         """See `TargetModel.model`."""
         name = dtype or str(self.dtype).removeprefix("torch.")
-        handle = LazyModel(source, revision, name, self.device, f"model {len(self.handles)}")
+        place = self.device if device is None else choose_device(device)
+        handle = LazyModel(
+            source, revision, name, place, f"model {len(self.handles)}", is_elsewhere=place != self.device
+        )
         self.handles.append(handle)
         return handle
 

@@ -140,10 +140,11 @@ def _check_probs(
         raise PluginError(f"{where}: probs.index must name one of {len(values)} rows for each of {len(tokens)} nodes")
     columns = tokens
     if probs.token_ids is not None:
-        place = {token: column for column, token in enumerate(probs.token_ids.tolist())}
-        if any(token not in place for token in tokens):
+        found = probs.token_ids[None, :] == torch.tensor(tokens, device=probs.token_ids.device)[:, None]
+        place, is_there = found.int().argmax(dim=1).tolist(), found.any(dim=1).tolist()
+        if not all(is_there):
             raise PluginError(f"{where}: a draft token is not among probs.token_ids")
-        columns = [place[token] for token in tokens]
+        columns = place
     by_parent: dict[int, int] = {}
     siblings: set[tuple[int, int]] = set()
     for node, row in enumerate(index):

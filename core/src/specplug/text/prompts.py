@@ -8,6 +8,7 @@ from typing import Any
 
 from specplug.errors import CheckpointError, RequestError
 from specplug.model.checkpoint import resolve_checkpoint
+from specplug.model.tokenizer import load_tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -36,17 +37,14 @@ class LazyTokenizer:
         """
         if self._source is None or self._tokenizer is not None:
             return self._tokenizer
-        from transformers import AutoTokenizer
-
         folder = resolve_checkpoint(self._source, self._revision)
+        advice = "name one with tokenizer=, or give token ids and skip_tokenizer_init=True"
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=self._trust_remote_code)
-        except Exception as error:
-            summary = " ".join(str(error).split())[:200]
-            raise CheckpointError(
-                f"{folder} has no tokenizer that can be loaded ({summary}); name one with tokenizer=, or give token ids and "
-                "skip_tokenizer_init=True"
-            ) from error
+            self._tokenizer = load_tokenizer(folder, trust_remote_code=self._trust_remote_code)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {advice}") from error
+        if self._tokenizer is None:
+            raise CheckpointError(f"{folder} has no tokenizer that can be loaded: no such file; {advice}")
         return self._tokenizer
 
     def required(self, purpose: str) -> Any:

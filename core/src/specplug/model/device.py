@@ -1,0 +1,26 @@
+"""Where a model runs."""
+
+from __future__ import annotations
+
+import torch
+
+from specplug.errors import ConfigurationError
+
+
+def choose_device(name: str) -> torch.device:
+    """Resolves `auto` or a device's name.
+
+    Raises:
+        ConfigurationError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigurationError(f"device='{name}' is not a device's name; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(f"device='{name}': this machine (or this build of torch) has no CUDA device; use cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigurationError(f"device='{name}' is not supported; use auto, cpu, cuda or cuda:N")
+    return device

@@ -1,0 +1,67 @@
+"""Paged attention for modules that a speculator brings itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from specplug.model.attention import AttentionSite
+from specplug.model.forward import ForwardBatch, ForwardRow
+
+if TYPE_CHECKING:
+    from specplug.model.kv_cache import KVCache
+
+
+class PagedBatch:
+    """A ragged batch for a speculator's own attention layers, over a KV cache that it planned as a region.
+
+    Make one per forward of your module, and call `attend` once per layer. Keys and values are stored first, so that tokens
+    see themselves and each other as their rows' causal order or tree masks say.
+
+    Args:
+        rows: as for `ModelHandle.forward`; of their tokens only the number matters here.
+        cache: from `resources.kv_caches`.
+
+    Attributes:
+        num_tokens: tokens of all rows, T.
+        input_ids: int64 [T], the rows' tokens.
+        positions: int64 [T], the rows' positions.
+        last: int64 [rows], the packed index of each row's last token.
+    """
+
+    def __init__(self, rows: Sequence[ForwardRow], cache: KVCache) -> None:
+        device = cache.keys[0].device
+        self._batch = ForwardBatch(rows, device, cache.num_slots, gather_rows=device.type != "cpu")
+        self._cache = cache
+        self.num_tokens = self._batch.num_tokens
+        self.input_ids = self._batch.input_ids[0]
+        self.positions = self._batch.position_ids[0]
+        self.last = torch.tensor([span.last - 1 for span in self._batch.spans], device=device)
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """Stores the new keys and values of a layer, and lets every query see what its row shows it.
+
+        Args:
+            layer: index of the region's `layers`.
+            query: [heads, T, key_dim], position-encoded.
+            key: [kv_heads, T, key_dim], position-encoded.
+            value: [kv_heads, T, value_dim].
+            scaling: multiplies the scores.
+            window: a query sees keys fewer than this many positions back; None sees all.
+
+        Returns:
+            [T, heads, value_dim].
+        """
+        site = AttentionSite(self._cache.keys[layer], self._cache.values[layer])
+        site.batch = self._batch
+        return site.attend(query[None], key[None], value[None], scaling, window, None, None)[0]

@@ -1,0 +1,36 @@
+"""The tokenizer that a checkpoint's folder holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from specplug.errors import CheckpointError
+
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Loads a tokenizer; None when the folder holds none.
+
+    Raises:
+        CheckpointError: there are tokenizer files, and they cannot be loaded.
+    """
+    if not any((folder / name).is_file() for name in _FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        summary = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder} has no tokenizer that can be loaded ({summary})") from error

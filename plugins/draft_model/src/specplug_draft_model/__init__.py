@@ -1,0 +1,8 @@
+"""Speculation with a draft model: a second, smaller causal LM drafts what the target then verifies."""
+
+from __future__ import annotations
+
+from specplug_draft_model.settings import DraftModelSettings
+from specplug_draft_model.speculator import DraftModelSpeculator, load_speculator
+
+__all__ = ["DraftModelSettings", "DraftModelSpeculator", "load_speculator"]

@@ -1,0 +1,75 @@
+"""Drawing the next draft token of every row from the draft model's logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+
+from specplug import process
+from specplug import sample as draw_tokens
+
+if TYPE_CHECKING:
+    from specplug import ProposalRow
+
+
+@attrs.frozen(eq=False)
+class Draws:
+    """What was drawn for each row.
+
+    Attributes:
+        tokens: per row the index of its token among the shared ones; None: the row stops here.
+        probs: per row the distribution its token was drawn from, float32 [S]; None for a deterministic one.
+    """
+
+    tokens: list[int | None]
+    probs: list[torch.Tensor | None]
+
+
+def draw(logits: torch.Tensor, rows: Sequence[ProposalRow], *, sample: bool, threshold: float) -> Draws:
+    """Draws one token per row.
+
+    Whether a row goes on is decided by its distribution, before anything is drawn from it: leaving a token out because of
+    which one it is would shift what is accepted.
+
+    Args:
+        logits: [N, S], the draft's logits of the shared tokens.
+        rows: the N rows.
+        sample: sample rows that can be verified by rejection; else all take the most likely token.
+        threshold: a row whose most likely token is less probable stops.
+    """
+    sampled = [index for index, row in enumerate(rows) if sample and is_sampled(row)]
+    distributions: list[torch.Tensor | None] = [None] * len(rows)
+    if len(sampled) < len(rows):
+        best = logits.max(dim=-1)
+        tokens = best.indices.tolist()
+        going = _are_confident(logits, best.values, threshold)
+    else:
+        tokens, going = [0] * len(rows), [True] * len(rows)
+    if sampled:
+        chosen = logits if len(sampled) == len(rows) else logits[torch.tensor(sampled, device=logits.device)]
+        probs = process(chosen, [rows[index].sampling for index in sampled])
+        confident = (probs.amax(dim=-1) >= threshold).tolist() if threshold else [True] * len(sampled)
+        drawn = draw_tokens(probs, [rows[index].generator for index in sampled])[:, 0].tolist()
+        for place, index in enumerate(sampled):
+            tokens[index], going[index] = drawn[place], confident[place]
+            distributions[index] = probs[place]
+    return Draws([token if goes else None for token, goes in zip(tokens, going, strict=True)], distributions)
+
+
+def is_sampled(row: ProposalRow) -> bool:
+    """Whether sampling drafts for a row can pay.
+
+    A row at temperature 0 has one right token. A seeded row is verified by sampling the target and comparing, whatever was
+    proposed: there the most likely token is the best guess.
+    """
+    return not row.sampling.greedy and row.sampling.seed is None
+
+
+def _are_confident(logits: torch.Tensor, best: torch.Tensor, threshold: float) -> list[bool]:
+    if not threshold:
+        return [True] * len(best)
+    most_likely = (best.float() - logits.float().logsumexp(dim=-1)).exp()
+    return (most_likely >= threshold).tolist()

@@ -1,0 +1,256 @@
+"""The `draft_model` method: catches the draft model up with every row, then drafts for all of them together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+
+from specplug import (
+    BlockTable,
+    ConfigurationError,
+    DraftDistributions,
+    ForwardRow,
+    MemoryRegion,
+    Proposal,
+    SpeculatorTraits,
+    hookimpl,
+)
+from specplug_draft_model.drawing import draw
+from specplug_draft_model.sequence import DraftSequence
+from specplug_draft_model.settings import DraftModelSettings
+from specplug_draft_model.vocabulary import VocabularyMap, match_vocabularies
+
+if TYPE_CHECKING:
+    from specplug import (
+        MemoryBudget,
+        ModelHandle,
+        ProposalBatch,
+        ProposalRow,
+        Resources,
+        SpeculativeConfig,
+        TargetModel,
+    )
+
+logger = logging.getLogger("specplug.draft_model")
+EMBEDDED = "tiny"
+
+
+@attrs.define(eq=False)
+class _Draft:
+    """A row's draft while it is made.
+
+    Attributes:
+        row: the row.
+        max_tokens: the most it may hold.
+        tokens: target ids.
+        last: the last token as the draft's id.
+        probs: the distribution of each token; empty for a deterministic draft.
+    """
+
+    row: ProposalRow
+    max_tokens: int
+    tokens: list[int] = attrs.field(factory=list)
+    last: int = -1
+    probs: list[torch.Tensor] = attrs.field(factory=list)
+
+
+@attrs.define(eq=False)
+class DraftModelSpeculator:
+    """Drafts chains with a causal LM whose KV lies in the target's block tables.
+
+    Attributes:
+        method: the name it was configured by.
+        model: core's handle of the draft model.
+        vocabulary: the tokens that target and draft share.
+        settings: the user's keys.
+        num_speculative_tokens: the most tokens of a draft.
+        max_model_len: rows longer than this go on without drafts.
+        max_num_batched_tokens: the most tokens of one forward.
+        device: the target's.
+    """
+
+    traits = SpeculatorTraits()
+
+    method: str
+    model: ModelHandle
+    vocabulary: VocabularyMap
+    settings: DraftModelSettings
+    num_speculative_tokens: int
+    max_model_len: int
+    max_num_batched_tokens: int
+    device: torch.device
+    _sequences: dict[int, DraftSequence] = attrs.field(factory=dict, init=False, repr=False)
+    _target_ids: list[int] | None = attrs.field(default=None, init=False, repr=False)
+    _draft_ids: list[int] | None = attrs.field(default=None, init=False, repr=False)
+    _reported_ids: torch.Tensor | None = attrs.field(default=None, init=False, repr=False)
+
+    @property
+    def samples(self) -> bool:
+        """Whether drafts are sampled where that can pay."""
+        return self.settings.draft_sample_method == "probabilistic"
+
+    @hookimpl
+    def plan_memory(self, budget: MemoryBudget) -> list[MemoryRegion]:
+        """The draft's weights and KV cache, its logits, and for sampled drafts their distributions."""
+        rows = budget.max_num_seqs
+        bytes_ = rows * self.model.vocab_size * self.model.dtype.itemsize
+        if self.samples:
+            bytes_ += rows * (self.num_speculative_tokens + 1) * self.vocabulary.size * torch.float32.itemsize
+        return [
+            *self.model.regions(scratch_tokens_per_row=self.num_speculative_tokens),
+            MemoryRegion("draft distributions", "buffers", fixed_bytes=bytes_),
+        ]
+
+    @hookimpl
+    def warmup(self, resources: Resources) -> None:
+        """Moves the tables to the draft's device, and runs every number of rows once."""
+        self.vocabulary = self.vocabulary.on(self.model.device)
+        if self.vocabulary.target_ids is not None and self.vocabulary.draft_ids is not None:
+            self._target_ids = self.vocabulary.target_ids.tolist()
+            self._draft_ids = self.vocabulary.draft_ids.tolist()
+        self._reported_ids = self.vocabulary.reported_ids(self.device)
+        for count in resources.row_buckets if self.model.device.type != "cpu" else (1,):
+            rows = []
+            for block in range(min(count, resources.num_blocks)):
+                table = BlockTable(resources.block_size)
+                table.extend([block])
+                rows.append(ForwardRow([self.vocabulary.unknown], 0, table))
+            self.model.forward(rows)
+
+    @hookimpl
+    def propose(self, batch: ProposalBatch) -> Proposal:
+        """Drafts a chain for every row that has a budget and lies within the draft's context."""
+        for slot, _ in batch.ended:
+            self._sequences.pop(slot, None)
+        drafts = [_Draft(row, self._most_tokens(row)) for row in batch.rows]
+        logits = self._catch_up(drafts)
+        active = [draft for draft in drafts if draft.max_tokens]
+        while active and logits is not None:
+            active, logits = self._extend(active, logits)
+        return Proposal(
+            tokens=[draft.tokens for draft in drafts],
+            probs=[self._distributions(draft) for draft in drafts],
+        )
+
+    def _most_tokens(self, row: ProposalRow) -> int:
+        room = self.max_model_len - len(row.tokens) + 1
+        return max(0, min(row.budget.max_nodes, row.budget.max_depth, self.num_speculative_tokens, room))
+
+    def _catch_up(self, drafts: Sequence[_Draft]) -> torch.Tensor | None:
+        """Processes the committed tokens that the draft has not seen; in steady state one or two of a row.
+
+        Returns:
+            The draft's logits [N, draft vocabulary] behind the last token of each of the N rows that may draft.
+        """
+        waiting: list[tuple[int, DraftSequence, int]] = []
+        for index, draft in enumerate(drafts):
+            row = draft.row
+            if row.is_new:
+                self._sequences[row.slot] = DraftSequence.begin(row)
+            sequence = self._sequences[row.slot]
+            sequence.settle(row, self.method)
+            stop = len(row.tokens) if draft.max_tokens else row.computed.stop
+            if sequence.num_stored < stop and len(row.tokens) <= self.max_model_len:
+                waiting.append((index, sequence, stop))
+        last: dict[int, torch.Tensor] = {}
+        while waiting:
+            rows, finished, room = [], [], self.max_num_batched_tokens
+            for place, (index, sequence, stop) in enumerate(waiting):
+                row, start = drafts[index].row, sequence.num_stored
+                sequence.num_stored = min(stop, start + room)
+                room -= sequence.num_stored - start
+                assert row.table is not None, "core gives every row its blocks"
+                tokens = self.vocabulary.to_draft(row.tokens[start : sequence.num_stored])
+                rows.append(ForwardRow(tokens, start, row.table))
+                if sequence.num_stored == stop and drafts[index].max_tokens:
+                    finished.append((index, place))
+                if room == 0:
+                    break
+            logits = self.model.forward(rows)
+            last.update((index, logits[place]) for index, place in finished)
+            waiting = [entry for entry in waiting if entry[1].num_stored < entry[2]]
+        active = [index for index, draft in enumerate(drafts) if draft.max_tokens]
+        return torch.stack([last[index] for index in active]) if active else None
+
+    def _extend(self, active: list[_Draft], logits: torch.Tensor) -> tuple[list[_Draft], torch.Tensor | None]:
+        """Draws one token for every row, and runs it through the draft where another may follow.
+
+        Returns:
+            The rows that go on, and their logits [N, draft vocabulary].
+        """
+        draws = draw(
+            self.vocabulary.restrict(logits),
+            [draft.row for draft in active],
+            sample=self.samples,
+            threshold=self.settings.draft_confidence_threshold,
+        )
+        going = []
+        for draft, token, probs in zip(active, draws.tokens, draws.probs, strict=True):
+            if token is None:
+                continue
+            draft.tokens.append(token if self._target_ids is None else self._target_ids[token])
+            draft.last = token if self._draft_ids is None else self._draft_ids[token]
+            if probs is not None:
+                draft.probs.append(probs)
+            if len(draft.tokens) < draft.max_tokens:
+                going.append(draft)
+        if not going:
+            return [], None
+        rows = []
+        for draft in going:
+            row = draft.row
+            assert row.table is not None
+            rows.append(ForwardRow([draft.last], len(row.tokens) + len(draft.tokens) - 1, row.table))
+            self._sequences[row.slot].num_speculative += 1
+        return going, self.model.forward(rows)
+
+    def _distributions(self, draft: _Draft) -> DraftDistributions | None:
+        if not draft.probs:
+            return None
+        return DraftDistributions(torch.stack(draft.probs).to(self.device), token_ids=self._reported_ids)
+
+
+@hookimpl
+def load_speculator(config: SpeculativeConfig, target: TargetModel) -> DraftModelSpeculator:
+    """Opens the draft's configuration, headers and tokenizer; see `DraftModelSettings` for the keys.
+
+    Raises:
+        ConfigurationError: an unknown key or a wrong value, no draft model, or vocabularies with too little in common.
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    settings = config.settings(DraftModelSettings)
+    model = target.model(
+        _source(settings, target), revision=settings.revision, dtype=settings.dtype, device=settings.device
+    )
+    vocabulary = match_vocabularies(target.tokenizer, model.tokenizer, target.vocab_size, model.vocab_size)
+    if model.weight_bytes >= target.weight_bytes:
+        logger.warning(
+            "the draft model holds %s bytes of weights and its target %s: such drafts hardly pay; take a smaller draft",
+            f"{model.weight_bytes:,}",
+            f"{target.weight_bytes:,}",
+        )
+    return DraftModelSpeculator(
+        method=config.method,
+        model=model,
+        vocabulary=vocabulary,
+        settings=settings,
+        num_speculative_tokens=config.num_speculative_tokens,
+        max_model_len=min(model.max_model_len, settings.max_model_len or model.max_model_len),
+        max_num_batched_tokens=target.max_num_batched_tokens,
+        device=target.device,
+    )
+
+
+def _source(settings: DraftModelSettings, target: TargetModel) -> str:
+    if settings.model == EMBEDDED or (settings.model is None and target.source == EMBEDDED):
+        return str(Path(__file__).parent / EMBEDDED)
+    if settings.model is None:
+        raise ConfigurationError(
+            "speculative_config of method 'draft_model' needs the key 'model': a folder or hub name of a smaller model"
+        )
+    return settings.model
