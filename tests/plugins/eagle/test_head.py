@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -194,7 +193,20 @@ def test_dynamic_rope_of_a_token_is_that_of_a_sequence_ending_with_it(positions:
         torch.testing.assert_close(sine[row], angle.sin(), atol=1e-5, rtol=0)
 
 
-def test_a_head_keeps_nothing_between_calls(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["default", "dynamic", "yarn"])
+def test_everything_stays_on_the_heads_device(kind: Any) -> None:
+    # Without an accelerator: operations between `meta` and the CPU are refused like those between two devices.
+    meta = torch.device("meta")
+    spec = attrs.evolve(SPECS["everything"], rope=RopeSpec(rope_type=kind, parameters={"factor": 2.0}))
+    head = DraftHead(spec, device=meta)
+    ids = torch.zeros(3, dtype=torch.int64, device=meta)
+    features = torch.zeros(3, 48, device=meta)
+    result = head(head.embed(ids), head.fuse(features), ids, lambda layer, query, *rest: query.transpose(0, 1))
+    assert result.feedback.device == meta
+    assert head.logits(result.output).shape == (3, 24)
+
+
+def test_a_head_keeps_nothing_between_calls() -> None:
     head = random_head(SPEC)
     features, ids = inputs(SPEC)
     with torch.no_grad():

@@ -61,7 +61,8 @@ def _load(file: Path, device: torch.device) -> dict[str, torch.Tensor]:
     except Exception as error:
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             raise CheckpointError(
-                f"{file} holds more than tensors, which is never unpickled; ask its authors for a safetensors file"
+                f"{file} holds more than tensors, which is never unpickled, or is damaged; download it again, or ask its "
+                "authors for a safetensors file"
             ) from error
         raise CheckpointError(f"{file} is truncated or damaged: {type(error).__name__}; download it again") from error
     if not isinstance(loaded, dict):

@@ -27,7 +27,7 @@ def sample(probs: torch.Tensor, generators: Sequence[torch.Generator], count: in
             noise[row].exponential_(generator=generator)
         else:
             noise[row] = torch.empty(noise.shape[-1], device=generator.device).exponential_(generator=generator)
-    arrivals = noise.div_(probs).nan_to_num_(nan=float("inf"))
+    arrivals = noise.div_(probs).nan_to_num_(nan=float("inf"), posinf=float("inf"))
     if count == 1:
         return arrivals.argmin(dim=-1, keepdim=True)
     first = arrivals.topk(count, dim=-1, largest=False, sorted=True)

@@ -1,0 +1,128 @@
+"""An opened draft head checkpoint: what it is, from headers alone, and later the head itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import attrs
+import torch
+
+from specplug.errors import CheckpointError
+from specplug_eagle.checkpoint.config import DraftConfig
+from specplug_eagle.checkpoint.detect import detect
+from specplug_eagle.checkpoint.keys import canonical_names
+from specplug_eagle.checkpoint.vocabulary import read_draft_to_target
+from specplug_eagle.head.model import DraftHead, check_tensors
+from specplug_eagle.head.spec import HeadSpec
+
+_MAPS = ("d2t", "t2d")
+_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class CheckpointHandle(Protocol):
+    """What is needed of a checkpoint; `specplug.WeightsHandle` has it."""
+
+    folder: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The JSON of config.json."""
+        ...
+
+
+@attrs.frozen
+class EagleCheckpoint:
+    """A draft head on disk.
+
+    Attributes:
+        spec: what it is.
+        names: the file's tensor names by canonical name, of all tensors that are needed: give their values to the handle's
+            `keep`, so that nothing else is planned or loaded.
+        warnings: what the user should know.
+    """
+
+    spec: HeadSpec
+    names: Mapping[str, str]
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def open(
+        cls,
+        handle: CheckpointHandle,
+        *,
+        norm_before_residual: bool | None = None,
+        norm_output: bool | None = None,
+        rope_theta: float | None = None,
+    ) -> EagleCheckpoint:
+        """Reads configuration and headers; no weight is touched.
+
+        Args:
+            handle: the checkpoint, as `target.weights(source)` returns it.
+            norm_before_residual: override; the flag leaves no trace in the tensors.
+            norm_output: override; likewise.
+            rope_theta: override of the RoPE base.
+
+        Raises:
+            CheckpointError: not an EAGLE head, a variant that is not supported, missing, unknown or wrongly shaped
+                tensors, or a configuration that contradicts the tensors.
+        """
+        try:
+            names = canonical_names(handle.shapes)
+            shapes = {name: tuple(handle.shapes[original]) for name, original in names.items()}
+            spec, warnings = detect(
+                DraftConfig.parse(handle.config),
+                shapes,
+                norm_before_residual=norm_before_residual,
+                norm_output=norm_output,
+                rope_theta=rope_theta,
+            )
+            check_tensors(spec, {name: shape for name, shape in shapes.items() if name not in _MAPS})
+            for name, original in names.items():
+                _check_dtype(name, handle.dtypes[original])
+        except CheckpointError as error:
+            raise CheckpointError(f"{handle.folder}: {error}") from error
+        if spec.draft_vocab_size == spec.vocab_size:
+            names = {name: original for name, original in names.items() if name != "t2d"}
+        return cls(spec, names, warnings)
+
+    def build(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        embed: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        logits: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> tuple[DraftHead, tuple[str, ...]]:
+        """Makes the head of loaded tensors, which are adopted without a copy.
+
+        Args:
+            tensors: by the file's names, as the handle has them from warm-up on.
+            embed: the target's embedding, for a head without its own.
+            logits: the target's output layer, for a head without its own.
+
+        Returns:
+            The head, and warnings about what only the tensors' values show.
+
+        Raises:
+            CheckpointError: a vocabulary map that cannot be right.
+        """
+        renamed = {name: tensors[original] for name, original in self.names.items()}
+        d2t, t2d = (renamed.pop(name, None) for name in _MAPS)
+        draft_to_target, warnings = read_draft_to_target(self.spec, d2t, t2d)
+        head = DraftHead.from_tensors(self.spec, renamed, embed=embed, logits=logits, draft_to_target=draft_to_target)
+        return head, warnings
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    if name in _MAPS:
+        if dtype.is_floating_point:
+            raise CheckpointError(f"'{name}' holds {dtype}; integers are expected".replace("torch.", ""))
+    elif dtype not in _FLOATING:
+        raise CheckpointError(
+            f"'{name}' holds {dtype}, but weights in float64, float32, float16 or bfloat16 are expected".replace(
+                "torch.", ""
+            )
+        )

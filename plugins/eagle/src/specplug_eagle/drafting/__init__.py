@@ -1,0 +1,1 @@
+"""Drafting with a loaded head: chains, static trees, dynamic trees."""

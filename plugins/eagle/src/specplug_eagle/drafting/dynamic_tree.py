@@ -1,0 +1,172 @@
+"""EAGLE-2's dynamic tree (Li et al. 2406.16858): expand the likeliest nodes, then keep the likeliest of all.
+
+A node's score is the cumulative log-probability of its path. Every level expands the `top_k` best nodes of the level before,
+each into its `top_k` likeliest children; of everything that was scored the best are verified. Children are the likeliest, not
+samples, so the tree is deterministic and lossless by matching; temperature does not change it.
+"""
+
+from __future__ import annotations
+
+import attrs
+import torch
+
+from specplug import ForwardRow, TreeMask
+from specplug_eagle.drafting.runner import HeadRunner, Roots
+from specplug_eagle.drafting.tree_draft import TreeDraft
+
+
+@attrs.frozen
+class DynamicTree:
+    """The tree's limits, in the authors' terms.
+
+    Attributes:
+        depth: draft forwards after the first level.
+        top_k: nodes expanded per level, and children of each.
+        total_tokens: nodes that are verified, the root included.
+    """
+
+    depth: int
+    top_k: int
+    total_tokens: int
+
+    @property
+    def max_nodes(self) -> int:
+        """The most nodes of a draft."""
+        return self.total_tokens - 1
+
+    @property
+    def max_depth(self) -> int:
+        """The deepest node."""
+        return self.depth + 1
+
+    @property
+    def scratch(self) -> int:
+        """KV entries that drafting writes."""
+        return self.depth * self.top_k
+
+    @property
+    def samples(self) -> bool:
+        """Whether nodes may be sampled."""
+        return False
+
+    def draft(self, roots: Roots, runner: HeadRunner) -> list[TreeDraft]:
+        """Drafts one tree per row, with one head forward per level for all rows."""
+        limits = [row.budget.max_depth for row in roots.rows]
+        growth = _Growth.plant(roots, runner, self.top_k, min(self.depth, max(limits) - 1))
+        for level in range(1, growth.levels + 1):
+            growth.expand(level, [index for index, limit in enumerate(limits) if limit > level])
+        return growth.harvest(min(self.max_nodes, growth.scores.shape[1]))
+
+
+@attrs.define(eq=False)
+class _Growth:
+    """All rows' trees while they grow. M counts every node that can be scored; unused ones score -inf.
+
+    Attributes:
+        scores: float32 [R, M]; node order is the order of creation.
+        tokens: int64 [R, M], target ids.
+        parents: int64 [R, M].
+        members: the rows that the beam belongs to, A of them.
+        beam: int64 [A, k], the nodes that are expanded next.
+        hidden: [A, k, hidden], the feedback of their parents.
+        visible: bool [A, k, entries], which of the drafted KV entries each may see: its ancestors.
+    """
+
+    roots: Roots
+    runner: HeadRunner
+    width: int
+    levels: int
+    scores: torch.Tensor
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    members: list[int]
+    beam: torch.Tensor
+    hidden: torch.Tensor
+    visible: torch.Tensor
+
+    @classmethod
+    def plant(cls, roots: Roots, runner: HeadRunner, top_k: int, levels: int) -> _Growth:
+        """The first level: the root's likeliest children."""
+        log_probs = runner.log_probs(roots.output)
+        width = min(top_k, log_probs.shape[-1])
+        best = log_probs.topk(width, dim=-1)
+        rows, device = len(roots.rows), log_probs.device
+        size = width + levels * width * width
+        scores = torch.full((rows, size), float("-inf"), device=device)
+        tokens = torch.zeros(rows, size, dtype=torch.long, device=device)
+        parents = torch.full((rows, size), -1, dtype=torch.long, device=device)
+        scores[:, :width] = best.values
+        tokens[:, :width] = runner.target_ids(best.indices)
+        return cls(
+            roots=roots,
+            runner=runner,
+            width=width,
+            levels=levels,
+            scores=scores,
+            tokens=tokens,
+            parents=parents,
+            members=list(range(rows)),
+            beam=torch.arange(width, device=device).expand(rows, width),
+            hidden=roots.hidden[:, None].expand(-1, width, -1),
+            visible=torch.zeros(rows, width, 0, dtype=torch.bool),
+        )
+
+    def expand(self, level: int, members: list[int]) -> None:
+        """Runs the beam of every row that may go on, scores its children, and chooses the next beam."""
+        if len(members) < len(self.members):
+            kept = [self.members.index(member) for member in members]
+            self.members = members
+            self.visible = self.visible[kept]
+            at = torch.tensor(kept, device=self.beam.device)
+            self.beam, self.hidden = self.beam[at], self.hidden[at]
+        width, count = self.width, len(members)
+        entries = torch.eye(width, dtype=torch.bool).expand(count, -1, -1)
+        self.visible = torch.cat([self.visible, entries], dim=-1)
+        rows = [self._row(index, member, level) for index, member in enumerate(members)]
+        place = torch.tensor(members, device=self.beam.device)[:, None]
+        result = self.runner.run(rows, self.tokens[place, self.beam].flatten(), self.hidden.flatten(0, 1))
+        best = self.runner.log_probs(result.output).topk(width, dim=-1)
+        scores = self.scores[place, self.beam].flatten()[:, None] + best.values
+        first = width + (level - 1) * width * width
+        span = slice(first, first + width * width)
+        self.scores[place[:, 0], span] = scores.view(count, -1)
+        self.tokens[place[:, 0], span] = self.runner.target_ids(best.indices).view(count, -1)
+        self.parents[place[:, 0], span] = self.beam.repeat_interleave(width, dim=1)
+        chosen = scores.view(count, -1).topk(width, dim=-1).indices
+        beams = chosen // width
+        self.beam = chosen + first
+        self.hidden = result.feedback.view(count, width, -1).gather(
+            1, beams[..., None].expand(-1, -1, result.feedback.shape[-1])
+        )
+        self.visible = self.visible[torch.arange(count)[:, None], beams.cpu()]
+
+    def _row(self, index: int, member: int, level: int) -> ForwardRow:
+        row, start = self.roots.rows[member], self.roots.start(member)
+        assert row.table is not None, "core gives every row its blocks"
+        positions = [start + depth for depth in range(level) for _ in range(self.width)]
+        return ForwardRow(
+            tokens=[0] * self.width,
+            start=start + (level - 1) * self.width,
+            table=row.table,
+            tree=TreeMask(start, self.visible[index], positions),
+            first=self.roots.first[member],
+        )
+
+    def harvest(self, most: int) -> list[TreeDraft]:
+        """The best nodes of every row, within its budget. Of equals the earlier wins: a parent never loses to its child."""
+        order = self.scores.sort(dim=-1, descending=True, stable=True).indices[:, :most]
+        tables = (order, *(table.gather(1, order) for table in (self.scores, self.tokens, self.parents)))
+        columns = [table.tolist() for table in tables]
+        drafts = []
+        for row, nodes, scores, tokens, parents in zip(self.roots.rows, *columns, strict=True):
+            best = range(min(len(nodes), row.budget.max_nodes))
+            kept = sorted((place for place in best if scores[place] > float("-inf")), key=lambda place: nodes[place])
+            index = {-1: -1, **{nodes[place]: number for number, place in enumerate(kept)}}
+            drafts.append(
+                TreeDraft(
+                    tokens=[tokens[place] for place in kept],
+                    parents=[index[parents[place]] for place in kept],
+                    scores=[scores[place] for place in kept],
+                )
+            )
+        return drafts

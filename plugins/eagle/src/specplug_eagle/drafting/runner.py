@@ -1,0 +1,70 @@
+"""Running the draft head over paged KV, and where every row stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+import torch
+
+from specplug import ForwardRow, KVCache, PagedBatch, ProposalRow
+from specplug_eagle.head import DraftHead, HeadOutput
+
+
+class HeadRunner:
+    """A head bound to its KV cache. Slot i of a row holds the pair (state of token i, token i + 1)."""
+
+    def __init__(self, head: DraftHead, cache: KVCache) -> None:
+        self.head = head
+        self._cache = cache
+
+    def run(self, rows: Sequence[ForwardRow], tokens: torch.Tensor | None, hidden: torch.Tensor) -> HeadOutput:
+        """One draft step over all rows.
+
+        Args:
+            rows: where the new entries lie and what they see.
+            tokens: int64 [T], target ids; None: those of the rows.
+            hidden: [T, hidden]: fused target states, or the feedback of the step before.
+        """
+        batch = PagedBatch(rows, self._cache)
+        ids = batch.input_ids if tokens is None else tokens
+        return self.head(self.head.embed(ids), hidden, batch.positions, batch.attend)
+
+    def log_probs(self, output: torch.Tensor) -> torch.Tensor:
+        """[..., hidden] → float32 log-probabilities [..., draft vocabulary]."""
+        flat = self.head.logits(output.reshape(-1, output.shape[-1])).float().log_softmax(dim=-1)
+        return flat.view(*output.shape[:-1], -1)
+
+    def target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
+        """Draft ids of any shape → target ids."""
+        table = self.head.draft_to_target
+        return draft_ids if table is None else table[draft_ids]
+
+
+@attrs.frozen(eq=False)
+class Roots:
+    """The rows that draft in this step, and the head's view behind their last committed token.
+
+    Attributes:
+        rows: R rows.
+        first: for each the first KV entry that was stored.
+        output: [R, hidden], what logits are computed from.
+        hidden: [R, hidden], the feedback for the first level.
+    """
+
+    rows: list[ProposalRow]
+    first: list[int]
+    output: torch.Tensor
+    hidden: torch.Tensor
+
+    def start(self, index: int) -> int:
+        """The KV index, and position, of a row's first drafted entry: behind all of its pairs."""
+        return len(self.rows[index].tokens) - 1
+
+
+@attrs.define
+class HeadSequence:
+    """What the head's KV cache holds of one row: entries `begin` to `end`; both 0 for a row with none."""
+
+    begin: int = 0
+    end: int = 0

@@ -1,0 +1,77 @@
+"""Rotary position embeddings of the draft layers, half-split as in Llama."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from specplug_eagle.head.spec import RopeSpec
+
+
+class RotaryEmbedding:
+    """Cosines and sines for token positions.
+
+    With `dynamic` scaling a token at position p is rotated as the last token of a sequence of p + 1 tokens, which is what
+    decoding token by token does. So a row never depends on the rows beside it, nor on how a prompt was chunked.
+
+    Args:
+        spec: the settings.
+        head_dim: width of a head.
+    """
+
+    def __init__(self, spec: RopeSpec, head_dim: int) -> None:
+        self.spec = spec
+        self.rotary_dim = int(head_dim * spec.partial_rotary_factor)
+        self._head_dim = head_dim
+        self._frequencies: dict[torch.device, torch.Tensor] = {}
+        self._inverse, self.attention_scaling = self._initial_frequencies()
+
+    def __call__(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions int64 [T] → cosine and sine, each [T, rotary_dim], computed in float32; YaRN's factor is in them."""
+        angles = positions[:, None].float() * self._inverse_frequencies(positions)
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * self.attention_scaling).to(dtype), (angles.sin() * self.attention_scaling).to(dtype)
+
+    def _inverse_frequencies(self, positions: torch.Tensor) -> torch.Tensor:
+        if self.spec.rope_type == "dynamic":
+            return self._dynamic_frequencies(positions)
+        if positions.device not in self._frequencies:
+            self._frequencies[positions.device] = self._inverse.to(positions.device)
+        return self._frequencies[positions.device]
+
+    def _dynamic_frequencies(self, positions: torch.Tensor) -> torch.Tensor:
+        longest, dim = self.spec.max_position_embeddings, self.rotary_dim
+        factor = float(self.spec.parameters["factor"])
+        stretch = factor * (positions[:, None] + 1).clamp(min=longest).double() / longest - (factor - 1)
+        base = self.spec.theta * stretch ** (dim / (dim - 2))
+        exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim
+        return (base**-exponents).float()
+
+    def _initial_frequencies(self) -> tuple[torch.Tensor, float]:
+        spec, dim = self.spec, self.rotary_dim
+        if spec.rope_type in ("default", "dynamic"):
+            return 1.0 / spec.theta ** (torch.arange(0, dim, 2, device="cpu").float() / dim), 1.0
+        config = LlamaConfig(
+            hidden_size=self._head_dim,
+            num_attention_heads=1,
+            head_dim=self._head_dim,
+            max_position_embeddings=spec.max_position_embeddings,
+            rope_parameters={
+                **spec.parameters,
+                "rope_type": spec.rope_type,
+                "rope_theta": spec.theta,
+                "partial_rotary_factor": spec.partial_rotary_factor,
+            },
+        )
+        inverse, scaling = ROPE_INIT_FUNCTIONS[spec.rope_type](config, torch.device("cpu"))
+        return inverse, float(scaling)
+
+
+def rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Rotates [heads, T, D] by [T, rotary_dim]; what lies beyond rotary_dim passes through."""
+    dim = cosine.shape[-1]
+    turned, rest = states[..., :dim], states[..., dim:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cosine + torch.cat((-second, first), dim=-1) * sine
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned

@@ -1,0 +1,250 @@
+"""The speculator: keeps the head's KV in step with the target's states, and drafts chains or trees."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import attrs
+import torch
+
+from specplug import (
+    BlockTable,
+    ConfigurationError,
+    ForwardRow,
+    KVLayer,
+    MemoryRegion,
+    Proposal,
+    SpeculatorTraits,
+    hookimpl,
+)
+from specplug_eagle.checkpoint import EagleCheckpoint, resolve_layer_ids, validate
+from specplug_eagle.drafting.dynamic_tree import DynamicTree
+from specplug_eagle.drafting.runner import HeadRunner, HeadSequence, Roots
+from specplug_eagle.drafting.static_tree import StaticTree
+from specplug_eagle.drafting.tree_draft import EMPTY
+from specplug_eagle.settings import EagleSettings
+
+if TYPE_CHECKING:
+    from specplug import (
+        MemoryBudget,
+        ProposalBatch,
+        ProposalRow,
+        Resources,
+        SpeculativeConfig,
+        TargetModel,
+        WeightsHandle,
+    )
+
+logger = logging.getLogger("specplug.eagle")
+EMBEDDED = "tiny"
+_CACHE = "head KV"
+
+
+@attrs.define(eq=False)
+class EagleSpeculator:
+    """Drafts with an EAGLE head whose KV lies in the target's block tables.
+
+    Attributes:
+        checkpoint: what the head is, from its headers.
+        weights: its tensors, from warm-up on.
+        target: what the head borrows from.
+        tree: the shape of drafts; a chain is a tree without branches.
+        traits: the target states the head reads.
+    """
+
+    checkpoint: EagleCheckpoint
+    weights: WeightsHandle
+    target: TargetModel
+    tree: StaticTree | DynamicTree
+    traits: SpeculatorTraits
+    _runner: HeadRunner | None = attrs.field(default=None, init=False, repr=False)
+    _sequences: dict[int, HeadSequence] = attrs.field(factory=dict, init=False, repr=False)
+
+    @hookimpl
+    def plan_memory(self, budget: MemoryBudget) -> list[MemoryRegion]:
+        """The head's weights and KV cache, and what drafting computes on the way, from headers alone."""
+        spec = self.checkpoint.spec
+        layer = KVLayer(spec.num_kv_heads, spec.head_dim, spec.head_dim)
+        tokens = budget.max_num_batched_tokens
+        states = (
+            tokens * (spec.feature_size + 6 * spec.hidden_size + 2 * spec.intermediate_size) * budget.dtype.itemsize
+        )
+        width = self.tree.top_k if isinstance(self.tree, DynamicTree) else max(len(x.nodes) for x in self.tree.levels)
+        logits = budget.max_num_seqs * width * spec.draft_vocab_size * 2 * torch.float32.itemsize
+        ids = spec.draft_vocab_size * torch.int64.itemsize if spec.draft_vocab_size != spec.vocab_size else 0
+        return [
+            MemoryRegion("head weights", "weights", fixed_bytes=self.weights.num_bytes()),
+            MemoryRegion(
+                _CACHE,
+                "kv_cache",
+                layers=(layer,) * spec.num_layers,
+                dtype=budget.dtype,
+                scratch_tokens_per_row=max(self.tree.scratch, self.tree.max_nodes),
+            ),
+            MemoryRegion("head states and distributions", "buffers", fixed_bytes=states + logits + ids),
+        ]
+
+    @hookimpl
+    def warmup(self, resources: Resources) -> None:
+        """Builds the head of its tensors, and on a GPU runs every number of rows once."""
+        head, warnings = self.checkpoint.build(self.weights.tensors, embed=self.target.embed, logits=self.target.logits)
+        for warning in warnings:
+            logger.warning("%s: %s", self.weights.folder, warning)
+        self._runner = HeadRunner(head, resources.kv_caches[_CACHE])
+        for count in resources.row_buckets if resources.device.type != "cpu" else (1,):
+            rows = []
+            for block in range(min(count, resources.num_blocks)):
+                table = BlockTable(resources.block_size)
+                table.extend([block])
+                rows.append(ForwardRow([0], 0, table))
+            hidden = torch.zeros(len(rows), head.spec.hidden_size, dtype=self.target.dtype, device=resources.device)
+            with torch.inference_mode():
+                self._runner.run(rows, None, hidden)
+
+    @hookimpl
+    def propose(self, batch: ProposalBatch) -> Proposal:
+        """Feeds the head the target's new states, and drafts for the rows that have a budget."""
+        for slot, _ in batch.ended:
+            self._sequences.pop(slot, None)
+        drafts = [EMPTY] * len(batch.rows)
+        with torch.inference_mode():
+            roots, places = self._catch_up(batch)
+            if roots is not None and self._runner is not None:
+                for place, draft in zip(places, self.tree.draft(roots, self._runner), strict=True):
+                    drafts[place] = draft
+        return Proposal(
+            tokens=[draft.tokens for draft in drafts],
+            parents=[draft.parents for draft in drafts],
+            scores=[draft.scores for draft in drafts],
+            probs=[draft.probs for draft in drafts],
+        )
+
+    def _catch_up(self, batch: ProposalBatch) -> tuple[Roots | None, list[int]]:
+        """Pairs every new target state with the token after it, and stores the pairs; they replace what was drafted.
+
+        Returns:
+            The rows that may draft, and their places in the batch.
+        """
+        assert self._runner is not None, "propose comes after warmup"
+        rows, owners = [], []
+        for place, row in enumerate(batch.rows):
+            sequence = self._follow(row)
+            if len(row.computed):
+                assert row.table is not None, "core gives every row its blocks"
+                start, stop = row.computed.start, row.computed.stop
+                rows.append(ForwardRow(row.tokens[start + 1 : stop + 1], start, row.table, first=sequence.begin))
+                owners.append(place)
+        if not rows:
+            return None, []
+        count = sum(len(row.tokens) for row in rows)
+        features = [batch.hidden_states[boundary][:count] for boundary in self.traits.hidden_states]
+        fused = self._runner.head.fuse(features[0] if len(features) == 1 else torch.cat(features, dim=-1))
+        result = self._runner.run(rows, None, fused)
+        last, drafting = -1, []
+        for forward, place in zip(rows, owners, strict=True):
+            last += len(forward.tokens)
+            if batch.rows[place].budget.max_nodes:
+                drafting.append((place, last, forward.first))
+        if not drafting:
+            return None, []
+        at = torch.tensor([last for _, last, _ in drafting], device=fused.device)
+        places = [place for place, _, _ in drafting]
+        roots = Roots(
+            rows=[batch.rows[place] for place in places],
+            first=[first for _, _, first in drafting],
+            output=result.output[at],
+            hidden=result.feedback[at],
+        )
+        return roots, places
+
+    def _follow(self, row: ProposalRow) -> HeadSequence:
+        """Brings a row's record up to date. A row whose states have a gap begins behind it: what came before is not seen."""
+        if row.is_new:
+            parent = None if row.forked_from is None else self._sequences.get(row.forked_from)
+            begin = row.computed.start if parent is None else parent.begin
+            self._sequences[row.slot] = HeadSequence(begin, row.computed.start)
+        sequence = self._sequences[row.slot]
+        if row.computed.start != sequence.end:
+            sequence.begin = row.computed.start
+        sequence.end = row.computed.stop
+        return sequence
+
+
+@hookimpl
+def load_speculator(config: SpeculativeConfig, target: TargetModel) -> EagleSpeculator:
+    """Opens the head's configuration and headers; see `EagleSettings` for the keys.
+
+    Raises:
+        ConfigurationError: an unknown key or a wrong value, no head, or a head for another target.
+        CheckpointError: no EAGLE head, a variant that is not supported, or a damaged checkpoint.
+    """
+    settings = config.settings(EagleSettings)
+    weights = target.weights(_source(config.method, settings, target), settings.revision)
+    checkpoint = EagleCheckpoint.open(
+        weights,
+        norm_before_residual=settings.norm_before_residual,
+        norm_output=settings.norm_output,
+        rope_theta=settings.rope_theta,
+    )
+    spec = checkpoint.spec
+    wanted = {"eagle": "eagle1", "eagle3": "eagle3"}.get(config.method, spec.family)
+    if spec.family != wanted:
+        right: Literal["eagle", "eagle3"] = "eagle3" if spec.family == "eagle3" else "eagle"
+        raise ConfigurationError(
+            f"{weights.folder} holds an {'EAGLE-3' if right == 'eagle3' else 'EAGLE-1'} head; its method is '{right}', "
+            f"not '{config.method}'"
+        )
+    validate(spec, target)
+    layers = resolve_layer_ids(
+        spec,
+        target.num_layers,
+        override=settings.eagle_aux_hidden_state_layer_ids,
+        convention=settings.layer_id_convention,
+    )
+    warnings = list(checkpoint.warnings)
+    if layers.ambiguous:
+        warnings.append(
+            f"the target layer ids are taken as {layers.convention} ids ({layers.reason}); if little is accepted, "
+            "measure with: python -m specplug_eagle.calibrate"
+        )
+    for warning in warnings:
+        logger.warning("%s: %s", weights.folder, warning)
+    weights.keep(checkpoint.names.values())
+    tree = make_tree(settings, config.num_speculative_tokens, spec.draft_vocab_size)
+    return EagleSpeculator(
+        checkpoint=checkpoint,
+        weights=weights,
+        target=target,
+        tree=tree,
+        traits=SpeculatorTraits(
+            hidden_states=("final",) if spec.uses_final_state else layers.boundaries,
+            max_nodes=tree.max_nodes,
+            max_depth=tree.max_depth,
+        ),
+    )
+
+
+def make_tree(settings: EagleSettings, num_speculative_tokens: int, draft_vocab_size: int) -> StaticTree | DynamicTree:
+    """The shape of drafts that the settings ask for."""
+    if settings.is_dynamic:
+        depth, top_k, total = settings.dynamic_sizes()
+        return DynamicTree(depth, min(top_k, draft_vocab_size), total)
+    sampled = settings.draft_sample_method == "probabilistic"
+    paths = settings.static_paths()
+    if paths is None:
+        return StaticTree.chain(num_speculative_tokens, sampled=sampled)
+    return StaticTree(paths, sampled=sampled)
+
+
+def _source(method: str, settings: EagleSettings, target: TargetModel) -> str:
+    embedded = settings.model == EMBEDDED or (settings.model is None and target.source == EMBEDDED)
+    if embedded and method == "eagle3":
+        return str(Path(__file__).parent / EMBEDDED)
+    if settings.model is None or embedded:
+        raise ConfigurationError(
+            f"speculative_config of method '{method}' needs the key 'model': a folder or hub name of a draft head"
+            + ("; the embedded head for the target tiny is of method 'eagle3'" if embedded else "")
+        )
+    return settings.model

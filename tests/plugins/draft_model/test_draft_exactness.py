@@ -1,0 +1,78 @@
+"""Greedy float32 output equals `transformers` generate, token for token, whatever model drafts and however rows are mixed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specplug import LLM, SamplingParams
+from support.drafting import drafted_by, perturbed_copy, squeeze_blocks
+from support.models import ARCHITECTURES, VOCABULARY, save_model
+from support.reference import decisive_prompts
+
+NEW_TOKENS = 16
+ROWS = 8
+BLOCKS = 16
+GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
+TIGHT: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 21, "block_size": 4, "max_model_len": 72}
+DRAFTS = ("llama", "gpt2", "qwen3", "opt", "gemma2", "gpt_neox", "deepseek_v3", "mistral")
+PAIRS = [
+    (target, next(draft for draft in (*DRAFTS[index % 8 :], *DRAFTS) if draft != target))
+    for index, target in enumerate(ARCHITECTURES)
+]
+
+
+@pytest.fixture(scope="module")
+def drafts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("drafts")
+    return {name: save_model(root / name, name, seed=1) for name in DRAFTS}
+
+
+@pytest.mark.parametrize(("target", "draft"), PAIRS, ids=[f"{target}-{draft}" for target, draft in PAIRS])
+def test_equals_transformers_generate(tmp_path: Path, drafts: dict[str, Path], target: str, draft: str) -> None:
+    folder = save_model(tmp_path / "target", target)
+    pairs = decisive_prompts(folder, ROWS, NEW_TOKENS, VOCABULARY)
+    prompts, expected = [prompt for prompt, _ in pairs], [output for _, output in pairs]
+    common: dict[str, Any] = {"skip_tokenizer_init": True, "strict": True, "memory": "64MiB"}
+    foreign = drafts[draft]
+
+    greedy = drafted_by(foreign, draft_sample_method="greedy")
+    with LLM(folder, **common, **greedy) as llm:
+        assert [llm.generate([prompt], GREEDY)[0].outputs[0].token_ids for prompt in prompts[:2]] == expected[:2]
+        assert llm.engine.stats.num_draft_tokens > 0
+
+    sampled = drafted_by(foreign, draft_sample_method="probabilistic")
+    with LLM(folder, **common, **TIGHT, check_parity=False, **sampled) as llm:
+        squeeze_blocks(llm, BLOCKS)
+        assert [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY)] == expected
+        preemptions = llm.engine.scheduler.num_preemptions
+        assert llm.engine.stats.num_draft_tokens > 0
+
+    own = drafted_by(perturbed_copy(folder, tmp_path / "perturbed", 0.02))
+    with LLM(folder, **common, **TIGHT, check_parity=False, **own) as llm:
+        allocator = squeeze_blocks(llm, BLOCKS)
+        assert generate_with_aborts(llm, prompts) == expected
+        assert preemptions + llm.engine.scheduler.num_preemptions > 0
+        assert llm.engine.stats.num_accepted_draft_tokens > 10
+        assert allocator.num_free == BLOCKS
+
+
+def generate_with_aborts(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
+    """Outputs of the prompts, among requests that are aborted as soon as they have a draft."""
+    engine = llm.engine
+    kept = []
+    for number, prompt in enumerate(prompts):
+        if number in (1, 4):
+            engine.add_request(f"aborted {number}", prompt[::-1], GREEDY)
+        kept += engine.add_request(str(number), prompt, GREEDY)
+    aborted = set()
+    while engine.has_unfinished_requests:
+        engine.step()
+        for request in list(engine.scheduler.running):
+            if request.id.startswith("aborted") and request.draft is not None:
+                engine.abort(request.id)
+                aborted.add(request.id)
+    assert len(aborted) == 2
+    return [request.output_ids for request in kept]
