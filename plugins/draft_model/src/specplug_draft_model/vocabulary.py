@@ -167,10 +167,15 @@ def _shared_tokens(
 
 
 def _meanings(tokenizer: PreTrainedTokenizerBase, vocabulary: Mapping[str, int]) -> dict[Meaning, int]:
-    """What each token stands for: its bytes, or for a special token its name. Of equals the lowest id counts."""
+    """What each token stands for: its bytes, or for a special token its name. Of equals the lowest id counts.
+
+    The byte tokens of SentencePiece (`<0x4D>`) are never used where a piece of their own stands for the byte: there they
+    keep their name, so that the piece is found.
+    """
     special = set(tokenizer.all_special_tokens)
     is_byte_level = sum("Ġ" in token for token in vocabulary) > sum("▁" in token for token in vocabulary)
     meanings: dict[Meaning, int] = {}
+    byte_tokens: list[tuple[str, bytes, int]] = []
     for token, index in sorted(vocabulary.items(), key=lambda item: item[1]):
         meaning: Meaning
         if token in special:
@@ -178,10 +183,13 @@ def _meanings(tokenizer: PreTrainedTokenizerBase, vocabulary: Mapping[str, int])
         elif is_byte_level and all(character in _BYTE_OF for character in token):
             meaning = bytes(_BYTE_OF[character] for character in token)
         elif match := _BYTE_TOKEN.fullmatch(token):
-            meaning = bytes([int(match[1], 16)])
+            byte_tokens.append((token, bytes([int(match[1], 16)]), index))
+            continue
         else:
             meaning = token.replace("▁", " ").encode()
         meanings.setdefault(meaning, index)
+    for token, byte, index in byte_tokens:
+        meanings.setdefault(token if byte in meanings else byte, index)
     return meanings
 
 

@@ -73,6 +73,9 @@ class EagleCheckpoint:
         try:
             names = canonical_names(handle.shapes)
             shapes = {name: tuple(handle.shapes[original]) for name, original in names.items()}
+            for name, shape in shapes.items():
+                if 0 in shape:
+                    raise CheckpointError(f"'{name}' has the shape {list(shape)}: it is empty")
             spec, warnings = detect(
                 DraftConfig.parse(handle.config),
                 shapes,

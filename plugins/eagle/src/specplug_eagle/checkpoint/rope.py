@@ -17,7 +17,7 @@ _NEEDED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
     "yarn": ("factor",),
 }
-_TUNING = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
+_TUNING = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 
 
 def read_rope(config: DraftConfig, head_dim: int, theta: float | None = None) -> RopeSpec:
@@ -50,7 +50,9 @@ def read_rope(config: DraftConfig, head_dim: int, theta: float | None = None) ->
             raise CheckpointError(f"config.json: RoPE of type '{kind}' lacks '{name}'")
         parameters[name] = check_number(name, scaling[name])
     if kind == "yarn":
-        parameters |= {name: scaling[name] for name in _TUNING if scaling.get(name) is not None}
+        parameters |= {name: check_number(name, scaling[name]) for name in _TUNING if scaling.get(name)}
+        if isinstance(scaling.get("truncate"), bool):
+            parameters["truncate"] = scaling["truncate"]
     if kind in ("yarn", "llama3") and scaling.get(_ORIGINAL) is not None:
         parameters[_ORIGINAL] = check_size(_ORIGINAL, scaling[_ORIGINAL])
     partial = modern.get("partial_rotary_factor") or config.layer.get("partial_rotary_factor") or 1.0
@@ -75,6 +77,8 @@ def read_windows(config: DraftConfig, num_layers: int) -> tuple[int | None, ...]
     if types is None:
         slides = bool(config.layer.get("use_sliding_window"))
         first = config.layer.get("max_window_layers") or 0
+        if slides and first:
+            check_size("max_window_layers", first)
         types = ["sliding_attention" if slides and layer >= first else "full_attention" for layer in range(num_layers)]
     if not isinstance(types, list) or len(types) < num_layers:
         raise CheckpointError(f"config.json: 'layer_types' is {types!r}; it should name {num_layers} draft layers")

@@ -61,6 +61,7 @@ class Trainer:
     interrupted: bool = False
     position: Position = attrs.field(factory=Position, init=False)
     history: list[dict[str, Any]] = attrs.field(factory=list, init=False)
+    _loss: float | None = attrs.field(default=None, init=False)
 
     def fit(self, resume: bool) -> bool:
         """Trains to the end, or until interrupted.
@@ -82,7 +83,7 @@ class Trainer:
         total = self.total_steps()
         started, first = time.monotonic(), self.position.step
         with self._stoppable():
-            while self.position.step < total:
+            while self.position.step < total or self.position.group:
                 if not self._epoch(optimizer, total):
                     return False
                 self._finish_epoch(optimizer, (time.monotonic() - started) / max(self.position.step - first, 1))
@@ -97,6 +98,8 @@ class Trainer:
     def _epoch(self, optimizer: torch.optim.Optimizer, total: int) -> bool:
         losses = []
         for group in self._groups(self.position.epoch)[self.position.group :]:
+            if self.position.step == total:
+                break
             losses.append(self._step(optimizer, group, total))
             self.position.group += 1
             self.position.step += 1
@@ -107,9 +110,7 @@ class Trainer:
                 self._save(optimizer)
                 if self.interrupted:
                     return False
-            if self.position.step == total:
-                break
-        self._loss = torch.stack(losses[-200:]).mean().item() if losses else math.nan
+        self._loss = torch.stack(losses[-200:]).mean().item() if losses else None
         return True
 
     def _step(self, optimizer: torch.optim.Optimizer, group: Sequence[tuple[int, ...]], total: int) -> torch.Tensor:
@@ -146,7 +147,7 @@ class Trainer:
             {
                 "epoch": self.position.epoch,
                 "step": self.position.step,
-                "loss": round(self._loss, 4),
+                "loss": self._loss,
                 "held_out": {
                     name: [round(v, 4) for v in value] if isinstance(value, tuple) else round(value, 4)
                     for name, value in attrs.asdict(found).items()
@@ -155,7 +156,7 @@ class Trainer:
         )
         steps = " ".join(f"{value:.3f}" for value in found.agreement)
         self.reporter.line(
-            f"epoch {self.position.epoch}: loss {self._loss:.3f}, held-out acceptance length with "
+            f"epoch {self.position.epoch}: held-out acceptance length with "
             f"{self.options.measured_steps} drafts {found.greedy_length:.2f} greedy, {found.sampled_length:.2f} sampled; "
             f"agreement by step {steps}; {seconds:.3f} s a step"
         )
