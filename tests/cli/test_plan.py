@@ -125,6 +125,7 @@ def test_json_keys_are_stable(run: Callable[..., Any], folder: Path, drafter: st
         "target_bytes_per_kv_token",
         "draft_bytes_per_kv_token",
         "scratch_tokens_per_sequence",
+        "other_devices",
         "sequences",
     ]
     assert list(shown["parts"]) == ["target_weights", "target_kv", "draft_weights", "draft_kv", "buffers"]

@@ -23,6 +23,9 @@ _engine = option_group(
     named("--max-model-len", type=int, metavar="N", help="The longest sequence, prompt and output."),
     named("--max-num-seqs", type=int, metavar="N", help="The most sequences in a batch."),
     named("--max-num-batched-tokens", type=int, metavar="N", help="The most tokens in one step, drafts included."),
+    named(
+        "--max-num-draft-tokens", type=int, metavar="N", help="The most draft tokens one step verifies, over all rows."
+    ),
     named("--block-size", type=int, metavar="N", help="Tokens of a KV block."),
     named("--dtype", default="auto", metavar="NAME", help="float32, bfloat16, ... [default: the checkpoint's own]"),
     named("--device", default="auto", metavar="NAME", help="cpu, cuda or cuda:N. [default: a GPU if there is one]"),

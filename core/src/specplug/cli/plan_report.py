@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from specplug.cli.terminal import Terminal
     from specplug.configuration.engine import EngineConfig
     from specplug.engine.planning import PlannedEngine
-    from specplug.memory.plan import MemoryPlan
+    from specplug.memory.plan import MemoryPlan, OtherDevice
 
 _INDENT = 22
 
@@ -98,6 +98,14 @@ class PlanReport:
             "target_bytes_per_kv_token": self.target_bytes_per_token,
             "draft_bytes_per_kv_token": self.draft_bytes_per_token,
             "scratch_tokens_per_sequence": plan.scratch_tokens_per_row,
+            "other_devices": [
+                {
+                    "device": other.device,
+                    "budget_bytes": other.budget_bytes,
+                    "total_bytes": other.total_bytes(plan.num_kv_tokens),
+                }
+                for other in plan.elsewhere
+            ],
             "sequences": [
                 {
                     "tokens": length,
@@ -135,9 +143,15 @@ class PlanReport:
             ("KV cache", f"{plan.num_kv_tokens:,} tokens in {plan.num_blocks:,} blocks of {plan.block_size}"),
             ("A cached token", f"{format_bytes(target + draft)}{both}"),
             ("Scratch", f"{_count(plan.scratch_tokens_per_row, 'token')} per sequence, {scratch}"),
+            *((f"On {other.device}", f"{self._elsewhere(other)} for drafts") for other in plan.elsewhere),
             ("Longest sequence", f"{plan.max_model_len:,} tokens{limit}"),
             *((f"Of {length:,} tokens", self._fitting(plan.num_sequences(length))) for length in self.lengths),
         ]
+
+    def _elsewhere(self, other: OtherDevice) -> str:
+        from specplug.memory.plan import format_bytes
+
+        return f"{format_bytes(other.total_bytes(self.plan.num_kv_tokens))} of {format_bytes(other.budget_bytes)}"
 
     def _fitting(self, count: int) -> str:
         limit = self.config.max_num_seqs

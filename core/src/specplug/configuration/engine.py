@@ -55,6 +55,8 @@ class EngineConfig:
         max_model_len: the longest sequence; None takes what the model and the memory allow.
         max_num_seqs: the most rows in a batch.
         max_num_batched_tokens: the most tokens in one target forward, drafts included.
+        max_num_draft_tokens: the most draft tokens that one step verifies, over all rows; None sets no limit of its own. A
+            large batch is bound by computing: scored trees then keep the best nodes of all rows together.
         block_size: tokens of a KV block.
         memory: bytes that everything together may use; None takes a share of what is free.
         seed: of the engine's random streams.
@@ -78,6 +80,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 1024
+    max_num_draft_tokens: int | None = None
     block_size: int = 16
     memory: int | None = None
     seed: int = 0
@@ -90,7 +93,13 @@ class EngineConfig:
     check_parity: bool = True
 
     def __attrs_post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_num_draft_tokens",
+            "block_size",
+        ):
             _positive(name, getattr(self, name))
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigurationError(

@@ -84,8 +84,8 @@ class ProposalRow:
         table: the row's blocks (None in a host without a paged cache), for KV regions with `tables="shared"`. Slots are
             reserved for `computed`, and where the budget is not zero for all committed tokens plus the planned
             `scratch_tokens_per_row`.
-        forked_from: for a new row that begins as a fork, the slot it was forked from: whatever was stored in KV regions
-            with `tables="shared"` for the positions before `computed` is there.
+        forked_from: for a new row that begins as a fork, the slot it was forked from, if that row is still there: whatever
+            was stored in KV regions with `tables="shared"` for the positions before `computed` is there.
     """
 
     slot: int

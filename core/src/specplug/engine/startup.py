@@ -172,6 +172,7 @@ def _assemble(
         vocab_size=planned.architecture.vocab_size,
         max_model_len=plan.max_model_len,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_draft_tokens=config.max_num_draft_tokens,
         strict=config.strict,
     )
     chain.warmup(

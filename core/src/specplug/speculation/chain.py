@@ -18,7 +18,7 @@ from specplug.contract.resources import Resources
 from specplug.errors import PluginError
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
-from specplug.speculation.draft import trim_by_score
+from specplug.speculation.draft import trim_drafts
 from specplug.speculation.policy import NO_BUDGET, BudgetPolicy, plan_budgets
 from specplug.speculation.states import TOP_IDS, TOP_PROBS, StateStore
 from specplug.speculation.validation import check_proposal
@@ -36,6 +36,7 @@ class _Link:
         speculator: the plugin's object and hooks.
         delivered: request number → first position whose state it has not seen. A request not in here is new to it.
         forked: number of a fork → first position whose state its speculator had not been given at the fork.
+        parents: number of a fork that it has not seen → number of the request it was forked from, while that keeps its slot.
         outcomes: request number → what became of its own last proposal, until it is told.
         banned: numbers of requests that do not return to it after a fault.
         ended: (slot, reason) it has not been told of.
@@ -48,6 +49,7 @@ class _Link:
     speculator: RegisteredSpeculator
     delivered: dict[int, int] = attrs.field(factory=dict)
     forked: dict[int, int] = attrs.field(factory=dict)
+    parents: dict[int, int] = attrs.field(factory=dict)
     outcomes: dict[int, Outcome] = attrs.field(factory=dict)
     banned: set[int] = attrs.field(factory=set)
     ended: list[tuple[int, EndReason]] = attrs.field(factory=list)
@@ -69,6 +71,7 @@ class SpeculatorChain:
         vocab_size: int,
         max_model_len: int,
         max_num_batched_tokens: int,
+        max_num_draft_tokens: int | None,
         strict: bool,
     ) -> None:
         self._links = [_Link(speculator) for speculator in speculators]
@@ -77,6 +80,7 @@ class SpeculatorChain:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_draft_tokens = max_num_draft_tokens
         self._strict = strict
 
     @property
@@ -109,11 +113,13 @@ class SpeculatorChain:
         for link in self._links:
             if parent.number not in link.banned:
                 link.forked[child.number] = min(link.delivered.get(parent.number, 0), child.num_forked_tokens)
+                link.parents[child.number] = parent.number
 
     def end(self, request: Request, slot: int, reason: EndReason) -> None:
         """Notes that a row left its slot; every speculator that knew it is told at its next call."""
         for link in self._links:
             link.forked.pop(request.number, None)
+            link.parents = {c: p for c, p in link.parents.items() if request.number not in (c, p)}
             link.outcomes.pop(request.number, None)
             if link.delivered.pop(request.number, None) is not None:
                 link.ended.append((slot, reason))
@@ -146,7 +152,10 @@ class SpeculatorChain:
                     wishes.append(wish)
             self._ask(link, rows, wishes, node_limit, reserve)
         self._keep_unseen_states(requests)
-        drafts = trim_by_score([request.draft for request in requests], node_limit * decoding)
+        total = node_limit * decoding
+        if self._max_num_draft_tokens is not None:
+            total = min(total, self._max_num_draft_tokens)
+        drafts = trim_drafts([request.draft for request in requests], total)
         for request, draft in zip(requests, drafts, strict=True):
             request.draft = draft if draft is not None and len(draft) else None
 
@@ -191,11 +200,11 @@ class SpeculatorChain:
             new.append(start is None)
             if start is None:
                 start = link.forked.pop(request.number, 0)
-            shared = start
+            shared, parent = start, link.parents.pop(request.number, None)
             if traits.needs_states:
                 start = min(self._states.available_from(request.slot, start), request.num_computed)
             spans.append((request.slot, range(start, request.num_computed)))
-            forked.append(new[-1] and 0 < start == shared)
+            forked.append(parent is not None and 0 < start == shared)
             link.delivered[request.number] = request.num_computed
         if traits.needs_states:
             channels, places = self._states.deliver(spans)

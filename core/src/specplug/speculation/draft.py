@@ -65,25 +65,31 @@ def depths_of(parents: Sequence[int]) -> list[int]:
     return depths
 
 
-def trim_by_score(drafts: Sequence[Draft | None], total: int) -> list[Draft | None]:
-    """Keeps at most `total` nodes over all rows: the best-scored ones, which are ancestor-closed.
+def trim_drafts(drafts: Sequence[Draft | None], total: int) -> list[Draft | None]:
+    """Keeps at most `total` nodes over all rows.
 
-    Only deterministic trees with scores are trimmed; the nodes of other rows count, but stay.
+    Deterministic trees with scores keep the best nodes of all rows together, which are ancestor-closed. Other drafts keep their
+    first nodes, up to an equal share of the total: which nodes go must not depend on the tokens that were sampled.
     """
-    fixed = sum(len(draft) for draft in drafts if draft is not None and draft.scores is None)
+    count = sum(draft is not None for draft in drafts)
+    if sum(len(draft) for draft in drafts if draft is not None) <= total:
+        return list(drafts)
+    share = total // count
+    cut = [
+        draft.keep(range(share)) if draft is not None and draft.scores is None and len(draft) > share else draft
+        for draft in drafts
+    ]
+    fixed = sum(len(draft) for draft in cut if draft is not None and draft.scores is None)
     scored = [
         (-score, row, node)
-        for row, draft in enumerate(drafts)
+        for row, draft in enumerate(cut)
         if draft is not None and draft.scores is not None
         for node, score in enumerate(draft.scores)
     ]
-    room = max(0, total - fixed)
-    if len(scored) <= room:
-        return list(drafts)
     kept: dict[int, list[int]] = {}
-    for _, row, node in sorted(scored)[:room]:
+    for _, row, node in sorted(scored)[: max(0, total - fixed)]:
         kept.setdefault(row, []).append(node)
     return [
         draft if draft is None or draft.scores is None else draft.keep(sorted(kept.get(row, [])))
-        for row, draft in enumerate(drafts)
+        for row, draft in enumerate(cut)
     ]

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("specplug.draft_model")
 EMBEDDED = "tiny"
+_COPIES_TO_DRAW = 8
+"""Distributions of a row that exist at once while one is truncated (sorted values and places, cumulated, scattered) and drawn
+from. Those of the tokens before are held as well; at the end all are held twice, when a row's are put together."""
 
 
 @attrs.define(eq=False)
@@ -96,11 +99,12 @@ class DraftModelSpeculator:
 
     @hookimpl
     def plan_memory(self, budget: MemoryBudget) -> list[MemoryRegion]:
-        """The draft's weights and KV cache, its logits, and for sampled drafts their distributions."""
+        """The draft's weights and KV cache, and what drafting holds at its peak: logits, and for sampled drafts distributions."""
         rows = budget.max_num_seqs
-        bytes_ = rows * self.model.vocab_size * self.model.dtype.itemsize
+        bytes_ = 2 * rows * self.model.vocab_size * self.model.dtype.itemsize
         if self.samples:
-            bytes_ += rows * (self.num_speculative_tokens + 1) * self.vocabulary.size * torch.float32.itemsize
+            held = max(2 * self.num_speculative_tokens, self.num_speculative_tokens + _COPIES_TO_DRAW)
+            bytes_ += rows * held * self.vocabulary.size * torch.float32.itemsize
         return [
             *self.model.regions(scratch_tokens_per_row=self.num_speculative_tokens),
             MemoryRegion("draft distributions", "buffers", fixed_bytes=bytes_),

@@ -1,0 +1,49 @@
+"""One node budget for a whole batch keeps the best ancestor-closed parts, and never looks at sampled tokens."""
+
+from __future__ import annotations
+
+import random
+
+from specplug.speculation.draft import Draft, trim_drafts
+
+
+def random_tree(chooser: random.Random, size: int, *, scored: bool) -> Draft:
+    parents = [chooser.randint(-1, node - 1) for node in range(size)]
+    scores: list[float] = []
+    for parent in parents:
+        scores.append((0.0 if parent < 0 else scores[parent]) - chooser.random())
+    return Draft("m", [chooser.randrange(9) for _ in range(size)], parents, scores if scored else None)
+
+
+def test_the_best_nodes_of_all_rows_stay_and_are_trees() -> None:
+    chooser = random.Random(0)
+    for _ in range(300):
+        drafts = [random_tree(chooser, chooser.randint(1, 12), scored=True) for _ in range(chooser.randint(1, 5))]
+        total = chooser.randint(0, 30)
+        trimmed = trim_drafts(drafts, total)
+        everything = sorted((score for draft in drafts for score in draft.scores or []), reverse=True)
+        kept = sorted((score for draft in trimmed if draft for score in draft.scores or []), reverse=True)
+        assert kept == everything[:total]
+        for draft in trimmed:
+            assert draft is not None
+            assert all(parent < node for node, parent in enumerate(draft.parent_list()))
+
+
+def test_drafts_without_scores_lose_their_last_nodes_whatever_the_tokens() -> None:
+    chooser = random.Random(1)
+    for _ in range(100):
+        chain = Draft("m", [chooser.randrange(9) for _ in range(8)])
+        tree = random_tree(chooser, 10, scored=False)
+        other = random_tree(chooser, 6, scored=True)
+        trimmed = trim_drafts([chain, None, tree, other], 12)
+        assert [None if draft is None else len(draft) for draft in trimmed] == [4, None, 4, 4]
+        assert trimmed[0] is not None
+        assert trimmed[0].tokens == chain.tokens[:4]
+        assert trimmed[2] is not None
+        assert trimmed[2].tokens == tree.tokens[:4]
+        assert trimmed[2].parents == (tree.parents or [])[:4]
+
+
+def test_what_fits_is_left_alone() -> None:
+    draft = Draft("m", [1, 2, 3])
+    assert trim_drafts([draft, None], 3) == [draft, None]
