@@ -60,6 +60,7 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
             f"{architecture.name} can be given in a batch; lower it"
         )
     longest = config.max_model_len or architecture.context_length
+    weight_bytes = architecture.loaded_bytes(dtype, device)
     facade = TargetFacade(
         config=model_config,
         source=config.model,
@@ -69,7 +70,7 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
         vocab_size=architecture.vocab_size,
         hidden_size=architecture.hidden_size,
         num_layers=len(architecture.layers),
-        weight_bytes=architecture.weight_bytes,
+        weight_bytes=weight_bytes,
         max_model_len=longest,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -91,7 +92,7 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
     num_entries = min(config.max_num_batched_tokens, config.max_num_seqs * (1 + budget.num_speculative_tokens))
     plan = solve(
         budget,
-        target_weights=architecture.weight_bytes,
+        target_weights=weight_bytes,
         target_kv_bytes_per_token=sum(layer.elements for layer in architecture.kv_layers) * dtype.itemsize,
         regions=[region for own in regions for region in own],
         buffers=StateStore.planned_bytes(channels, config.max_num_seqs, config.max_num_batched_tokens)

@@ -16,6 +16,7 @@ import torch
 from specplug.contract.memory import KVLayer
 from specplug.errors import UnsupportedModelError
 from specplug.model import attention
+from specplug.model.packing import can_pack
 
 _LAYER_NAME = re.compile(r"^(.*?\.\d+)\.")
 _TRACE_TOKENS = 6
@@ -42,6 +43,7 @@ class Architecture:
         hidden_size: the width of the residual stream.
         weight_bytes: parameters and buffers in the dtype they are loaded in, shared ones once.
         context_length: the longest sequence that positions exist for.
+        tied_head_bytes: of an output layer that shares the embedding's table; 0 if it has its own.
     """
 
     name: str
@@ -51,6 +53,11 @@ class Architecture:
     hidden_size: int
     weight_bytes: int
     context_length: int
+    tied_head_bytes: int = 0
+
+    def loaded_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
+        """Bytes of the weights as they are held: a packed output layer is a second copy of a tied table."""
+        return self.weight_bytes + (self.tied_head_bytes if can_pack(dtype, device) else 0)
 
     @property
     def kv_layers(self) -> tuple[KVLayer, ...]:
@@ -97,6 +104,7 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
             f"model type '{model_type}' cannot be built with a pluggable attention: {type(error).__name__}: {error}"
         ) from error
     weight_bytes = _unique_bytes(model)
+    tied_head_bytes = _tied_head_bytes(model)
     calls, width = _trace(model, model_type, dtype)
     layers = _decoder_layers(calls)
     expected = getattr(config, "num_hidden_layers", len(layers))
@@ -113,6 +121,7 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
         hidden_size=config.get_text_config().hidden_size,
         weight_bytes=weight_bytes,
         context_length=longest,
+        tied_head_bytes=tied_head_bytes,
     )
 
 
@@ -187,3 +196,10 @@ def _decoder_layers(calls: list[AttentionCall]) -> tuple[str, ...]:
 def _unique_bytes(model: torch.nn.Module) -> int:
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _tied_head_bytes(model: Any) -> int:
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if type(head) is not torch.nn.Linear or head.weight is not getattr(table, "weight", None):
+        return 0
+    return head.weight.numel() * head.weight.element_size()

@@ -16,6 +16,7 @@ from specplug.errors import CheckpointError
 from specplug.model import attention
 from specplug.model.architecture import disable_padding_checks
 from specplug.model.checkpoint import read_headers
+from specplug.model.packing import pack_linears
 
 
 def load_model(
@@ -56,7 +57,9 @@ def load_model(
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing, first '{missing[0]}'")
     disable_padding_checks(model)
-    return model.to(device).eval().requires_grad_(False)
+    model.to(device).eval().requires_grad_(False)
+    pack_linears(model)
+    return model
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from specplug.errors import UnsupportedModelError
 from specplug.model import attention
 from specplug.model.blocks import BlockTable
 from specplug.model.forward import ForwardRow
+from specplug.model.packing import PackedLinear
 from specplug.model.runner import ModelRunner
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}
@@ -108,6 +109,7 @@ def _key(runner: ModelRunner, config: Any) -> str:
         "config": {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")},
         "dtype": str(runner.cache.keys[0].dtype),
         "device": runner.device.type,
+        "packed": sum(isinstance(module, PackedLinear) for module in runner.model.modules()),
         "versions": [__version__, torch.__version__, transformers.__version__],
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -107,7 +107,7 @@ class LazyModel:
         self._architecture = inspect_architecture(self.config, self.dtype)
         self.vocab_size = self._architecture.vocab_size
         self.max_model_len = self._architecture.context_length
-        self.weight_bytes = self._architecture.weight_bytes
+        self.weight_bytes = self._architecture.loaded_bytes(self.dtype, device)
         self._model: torch.nn.Module | None = None
         self._runner: ModelRunner | None = None
 

@@ -1,0 +1,82 @@
+"""Packed linear layers compute what plain ones do, for every architecture, and cost the memory that is planned."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from specplug import LLM
+from specplug.model import loading
+from specplug.model.packing import PackedLinear, can_pack, pack_linears
+from support.models import ARCHITECTURES, VOCABULARY, save_model
+
+CPU = torch.device("cpu")
+PACKS = can_pack(torch.bfloat16, CPU)  # a CPU without bfloat16 kernels runs plain layers, which the tests then hold for both
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 6, 33])
+@pytest.mark.parametrize(("inner", "outer"), [(32, 64), (192, 4096), (7, 13), (48, 30)])
+def test_equals_a_plain_linear_layer(inner: int, outer: int, rows: int, bias: bool) -> None:
+    torch.manual_seed(rows)
+    plain = nn.Linear(inner, outer, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
+    states = torch.randn(1, rows, inner, dtype=torch.bfloat16)
+    packed = PackedLinear(plain) if PACKS else plain
+    exact = torch.nn.functional.linear(
+        states.double(), plain.weight.double(), None if plain.bias is None else plain.bias.double()
+    )
+    torch.testing.assert_close(packed(states).double(), exact, atol=2e-2, rtol=1e-2)
+    torch.testing.assert_close(packed(states[:, ::2]), packed(states)[:, ::2], atol=1e-2, rtol=1e-2)
+    assert packed.weight.shape == plain.weight.shape
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_models_give_the_same_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
+    folder = save_model(tmp_path, architecture)
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    packed = loading.load_model(folder, config, torch.bfloat16, CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "pack_linears", lambda model: 0)
+        plain = loading.load_model(folder, config, torch.bfloat16, CPU)
+    if PACKS and architecture != "gpt2":  # its projections are of a class of their own
+        assert any(isinstance(module, PackedLinear) for module in packed.modules())
+    ids = torch.randint(3, VOCABULARY, (1, 9), generator=torch.Generator().manual_seed(0))
+    logits = []
+    for model in (packed, plain):
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            logits.append(model(ids, use_cache=False).logits.float())
+    difference = (logits[0] - logits[1]).pow(2).mean().sqrt() / logits[1].pow(2).mean().sqrt()
+    assert difference < 0.03
+
+
+def test_other_dtypes_and_subclasses_stay_as_they_are() -> None:
+    class Special(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(4, 4), Special(4, 4, dtype=torch.bfloat16))
+    assert pack_linears(model) == 0
+    assert [type(module) for module in model] == [nn.Linear, Special]
+
+
+def test_the_plan_counts_what_is_held(tmp_path: Path) -> None:
+    """One copy of the weights; only a table tied to the embedding is there twice."""
+    for tied in (False, True):
+        folder = save_model(tmp_path / str(tied), "llama", tie_word_embeddings=tied)
+        gc.collect()
+        with LLM(folder, skip_tokenizer_init=True, dtype="bfloat16", memory="64MiB") as llm:
+            model = llm.engine.runner.model
+            held = sum(parameter.nbytes for parameter in model.parameters())
+            held += sum(buffer.nbytes for buffer in model.buffers())
+            held += sum(
+                module.in_features * module.out_features * 2
+                for module in model.modules()
+                if isinstance(module, PackedLinear)
+            )
+            assert llm.engine.plan.target_weights == pytest.approx(held, rel=0.01)
