@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 _ROWS_HINT = 1
+_MOST_PADDING = 0.03  # blocks are 32 by 64 or so; a small layer that they would blow up stays plain, and the plan exact
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -44,6 +45,11 @@ class PackedLinear(nn.Module):
         """A stand-in with the weight's shape and dtype for code that asks for these; it holds no values."""
         return self._stand_in.expand(self.out_features, self.in_features)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the packed weight, padding included."""
+        return int(torch.ops.mkldnn._nbytes(self.packed))
+
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """[..., in] → [..., out]."""
         return torch.ops.mkldnn._linear_pointwise(states, self.packed, self.bias, "none", [], "")
@@ -58,6 +64,8 @@ def pack_linears(model: nn.Module) -> int:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and can_pack(child.weight.dtype, child.weight.device):
-                setattr(parent, name, PackedLinear(child))
-                count += 1
+                packed = PackedLinear(child)
+                if packed.num_bytes <= child.weight.nbytes * (1 + _MOST_PADDING):
+                    setattr(parent, name, packed)
+                    count += 1
     return count
