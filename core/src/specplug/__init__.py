@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from specplug.model.blocks import BlockTable
     from specplug.model.forward import ForwardRow, TreeMask
     from specplug.model.kv_cache import KVCache
+    from specplug.model.packing import pack_linears
     from specplug.model.paged import PagedBatch
     from specplug.outputs import CompletionOutput, RequestOutput
     from specplug.sampling.distributions import process
@@ -63,6 +64,7 @@ _HOMES = {
     "specplug.model.blocks": ("BlockTable",),
     "specplug.model.forward": ("ForwardRow", "TreeMask"),
     "specplug.model.kv_cache": ("KVCache",),
+    "specplug.model.packing": ("pack_linears",),
     "specplug.model.paged": ("PagedBatch",),
     "specplug.outputs": ("CompletionOutput", "RequestOutput"),
     "specplug.sampling.distributions": ("process",),

@@ -106,6 +106,10 @@ class WeightsHandle(Protocol):
         """The tensors on the engine's device, floating ones in the target's dtype. From warm-up on."""
         ...
 
+    def release(self) -> None:
+        """Lets go of the tensors, once modules hold what they need of them; afterwards `tensors` cannot be read."""
+        ...
+
 
 class ModelHandle(Protocol):
     """A causal LM of the speculator's own, run by core: paged KV, ragged batches, the same attention as the target."""

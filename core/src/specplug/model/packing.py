@@ -56,9 +56,11 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> int:
-    """Packs every linear layer of a model in place; returns how many.
+    """Packs every linear layer of a module in place where that pays; returns how many.
 
-    Subclasses of `nn.Linear` may compute something else, and stay as they are.
+    Core does this to the models it runs; a speculator does it to a module of its own, once its weights are there. Nothing
+    happens on a GPU, in float32, or on a CPU without such kernels. Subclasses of `nn.Linear` may compute something else, and
+    stay as they are. A packed layer has no `weight` that could be read: call the layer.
     """
     count = 0
     for parent in list(model.modules()):

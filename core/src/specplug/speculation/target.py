@@ -76,12 +76,16 @@ class LazyWeights:
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """The tensors; not before the plan was accepted."""
         if self._tensors is None:
-            raise PluginError("weights were read before core loaded them; they are there from warmup on")
+            raise PluginError("weights can be read from warmup on, until release() is called")
         return self._tensors
+
+    def release(self) -> None:
+        """Lets go of the tensors."""
+        self._tensors = None
 
     def close(self) -> None:
         """Lets go of the tensors."""
-        self._tensors = None
+        self.release()
 
 
 class LazyModel:

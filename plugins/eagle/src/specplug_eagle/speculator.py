@@ -18,6 +18,7 @@ from specplug import (
     Proposal,
     SpeculatorTraits,
     hookimpl,
+    pack_linears,
 )
 from specplug_eagle.checkpoint import EagleCheckpoint, resolve_layer_ids, validate
 from specplug_eagle.drafting.dynamic_tree import DynamicTree
@@ -92,6 +93,8 @@ class EagleSpeculator:
         head, warnings = self.checkpoint.build(self.weights.tensors, embed=self.target.embed, logits=self.target.logits)
         for warning in warnings:
             logger.warning("%s: %s", self.weights.folder, warning)
+        pack_linears(head)
+        self.weights.release()
         self._runner = HeadRunner(head, resources.kv_caches[_CACHE])
         for count in resources.row_buckets if resources.device.type != "cpu" else (1,):
             rows = []

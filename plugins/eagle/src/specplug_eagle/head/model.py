@@ -7,7 +7,6 @@ from typing import Any
 
 import attrs
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from specplug.errors import CheckpointError
@@ -175,7 +174,7 @@ class DraftHead(nn.Module):
     def logits(self, output: torch.Tensor) -> torch.Tensor:
         """[T, hidden] → [T, draft vocabulary], through the head's own output layer or the borrowed one."""
         if self.lm_head is not None:
-            return F.linear(output, self.lm_head.weight)
+            return self.lm_head(output)
         return self._lent("logits", "lm_head")(output)
 
     def _lent(self, use: str, name: str) -> Borrowed:

@@ -1,0 +1,103 @@
+"""Nothing is left behind after requests, aborts and the engine's end."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+from specplug.memory.plan import format_bytes
+from specplug.testing.check import Check, expect
+from specplug.testing.drive import mixed_params
+from specplug.testing.live import held_items, live_bytes, only_what_is_new
+from specplug.testing.session import Session
+from specplug.testing.subject import Subject
+from specplug.testing.targets import repetitive_prompt
+
+_ROWS = 8
+_SLACK_ITEMS = 150
+_SLACK_BYTES = 64 << 10
+
+
+def run(subject: Subject) -> str:
+    """What the speculator holds when nothing runs, after tens and after hundreds of requests; and what is alive at the end."""
+    folder = subject.targets.get()
+    subject.config(folder)
+    with only_what_is_new():
+        reference, sizes, tensors = _come_and_go(subject, folder)
+        left = live_bytes()
+    if not subject.flags.learns:
+        expect(
+            max(sizes) - sizes[0] <= _SLACK_ITEMS + sizes[0] // 20,
+            "that what is kept of a row is dropped when batch.ended names its slot (finished, aborted or preempted)",
+            f"the speculator holds {sizes[0]:,} items when nothing runs at first, and {', '.join(f'{s:,}' for s in sizes[1:])} "
+            "after more requests have come and gone",
+        )
+    expect(
+        max(tensors) - tensors[0] <= _SLACK_BYTES,
+        "no more tensors alive after hundreds of requests than after one",
+        f"{format_bytes(max(tensors) - tensors[0])} more",
+    )
+    expect(
+        left <= _SLACK_BYTES,
+        "no tensor of the engine alive after it was closed: no module-level cache, no global registry",
+        f"{format_bytes(left)} are still alive",
+    )
+    if reference is not None and not subject.plugins:
+        expect(
+            reference() is None,
+            "that nobody holds on to the speculator after the engine was closed",
+            f"something still refers to the {type(reference()).__name__}",
+        )
+    return f"{sizes[0]:,} to {max(sizes):,} items held between requests, {format_bytes(max(left, 0))} of tensors left at the end"
+
+
+def _come_and_go(subject: Subject, folder: Path) -> tuple[Any, list[int], list[int]]:
+    """Returns a weak reference to the speculator; the items and the bytes of tensors held whenever nothing runs."""
+    sizes, tensors = [], []
+    options = {"max_num_seqs": _ROWS, "max_num_batched_tokens": 300, "block_size": 4, "memory": 24 << 20}
+    with subject.start(folder, **options) as session:
+        try:
+            reference = weakref.ref(session.speculator.instance)
+        except TypeError:  # it cannot be referred to weakly
+            reference = None
+        for round_ in range(4):
+            _serve(session, subject.scaled(60, 2 * _ROWS) if round_ else 1, round_)
+            sizes.append(_idle_size(session))
+            tensors.append(live_bytes())
+    return reference, sizes, tensors
+
+
+def _idle_size(session: Session) -> int:
+    """What the speculator holds after it was told that all rows ended."""
+    _serve(session, 1, 0)  # delivers the ends
+    engine = session.engine
+    return held_items(session.speculator.instance, (engine, engine.chain, session.speculator, engine.registry))
+
+
+def _serve(session: Session, count: int, seed: int) -> None:
+    if count == 1:
+        session.add([3, 4, 5, 3, 4, 5, 3, 4], mixed_params(0, 6))
+        session.finish()
+        return
+    if seed == 2:
+        session.limit_blocks(300)
+    requests = []
+    for number in range(count):
+        prompt = repetitive_prompt(70 + number % 9, session.vocabulary, 1000 * seed + number)
+        requests += session.add(prompt, mixed_params(number, 12))
+
+    def abort(step: int) -> None:
+        for request in requests[::5]:
+            if not request.is_finished and request.num_output_tokens >= 2:
+                session.engine.abort(request.id)
+
+    session.finish(abort)
+
+
+CHECK = Check(
+    "leftovers",
+    "nothing is left behind after finish, abort, preemption and the engine's end",
+    "A server that runs for weeks holds what its live rows need, and closing an engine gives back all of it.",
+    run,
+)

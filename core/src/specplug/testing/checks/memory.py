@@ -1,0 +1,60 @@
+"""plan_memory covers what is used, and is close to it."""
+
+from __future__ import annotations
+
+from specplug.memory.plan import format_bytes
+from specplug.testing.check import Check, expect
+from specplug.testing.drive import mixed_params
+from specplug.testing.live import live_bytes, only_what_is_new
+from specplug.testing.subject import Subject
+from specplug.testing.targets import repetitive_prompt
+
+_MEMORY = 24 << 20
+_SLACK = 64 << 10
+_RELATIVE = 0.02
+_FACTOR, _MARGIN = 4, 16 << 20
+
+
+def run(subject: Subject) -> str:
+    """Live tensor bytes after warmup and between the steps of a run, less what core itself planned."""
+    folder = subject.targets.get()
+    subject.config(folder)
+    with only_what_is_new(), subject.start(folder, max_num_seqs=8, max_num_batched_tokens=256, memory=_MEMORY) as session:
+        engine = session.engine
+        plan = engine.plan
+        regions = session.regions()
+        buffers = sum(region.fixed_bytes for region in regions if region.kind == "buffers")
+        planned = plan.draft_weights + plan.draft_kv + buffers
+        own = plan.target_weights + plan.target_kv + plan.buffers - buffers
+        warm = live_bytes() - own
+        most = warm
+
+        def look(step: int) -> None:
+            nonlocal most
+            if step % 9 == 4:
+                most = max(most, live_bytes() - own)
+
+        for number in range(16):
+            prompt = repetitive_prompt((60, 9, 30)[number % 3], session.vocabulary, number)
+            session.add(prompt, mixed_params(number, 40))
+        session.finish(look)
+    text = f"planned {format_bytes(planned)}, used {format_bytes(max(warm, 0))} after warmup, at most {format_bytes(max(most, 0))} in a run"
+    expect(
+        most <= planned * (1 + _RELATIVE) + _SLACK,
+        "plan_memory returns regions for all tensors that are held: weights, KV cache and buffers, at the engine's limits",
+        text,
+    )
+    expect(
+        planned <= _FACTOR * max(most, 0) + _MARGIN,
+        f"a plan of at most {_FACTOR} times what is used, and {format_bytes(_MARGIN)} more: what is planned is lost to the KV cache",
+        text,
+    )
+    return text
+
+
+CHECK = Check(
+    "memory",
+    "plan_memory covers what it uses, and is close to it",
+    "An engine that was accepted does not run out of memory, and gives rows the blocks there is room for.",
+    run,
+)

@@ -1,0 +1,62 @@
+"""Sampled output is distributed as the target's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from specplug.sampling.distributions import process
+from specplug.sampling.params import SamplingParams
+from specplug.testing.check import Check, CheckFailure
+from specplug.testing.statistics import THRESHOLD, joint_p_values
+from specplug.testing.subject import Subject
+
+V = 16
+PROMPT = [3, 7, 5, 11, 3, 7]
+SAMPLING = SamplingParams(temperature=0.8, top_k=11, max_tokens=5, ignore_eos=True)
+_BATCH = 250
+
+
+def run(subject: Subject) -> str:
+    """Thousands of unseeded requests with one prompt; chi-square per position and on the joint of three tokens."""
+    folder = subject.targets.get(vocab_size=V, initializer_range=0.25)
+    ids = tuple(range(V)) if subject.targets.vocabulary(folder) > V else ()
+    params = SamplingParams(
+        temperature=0.8, top_k=11, max_tokens=5, ignore_eos=True, allowed_token_ids=ids
+    )
+    trials = subject.scaled(12_000, 3_000)
+    with subject.start(folder, max_num_seqs=_BATCH, max_num_batched_tokens=4000, max_model_len=32, seed=1) as session:
+        outputs = session.generate([PROMPT] * trials, [params] * trials)
+        stats = session.engine.stats
+    samples = torch.tensor([output[:3] for output in outputs])
+    values = joint_p_values(samples, joint_of_three(subject, folder))
+    for what, value in values.items():
+        if value < THRESHOLD:
+            raise CheckFailure(
+                f"the target's own distribution after temperature and top_k, over {V} tokens and {trials:,} trials "
+                f"(a p-value of at least {THRESHOLD:g})",
+                f"p = {value:.2g} for {what}; {stats.num_accepted_draft_tokens} of {stats.num_draft_tokens} drafts were accepted",
+            )
+    worst = min(values.values())
+    rate = stats.num_accepted_draft_tokens / max(stats.num_draft_tokens, 1)
+    return f"{trials:,} trials, smallest p-value {worst:.2g}, {stats.num_draft_tokens:,} draft tokens, {rate:.0%} accepted"
+
+
+def joint_of_three(subject: Subject, folder: Path) -> torch.Tensor:
+    """Exact float64 [V, V, V] probabilities of the first three tokens, from Transformers' own logits."""
+    pairs = torch.cartesian_prod(torch.arange(V), torch.arange(V))
+    batch = torch.cat([torch.tensor([PROMPT]).expand(V * V, -1), pairs], dim=1)
+    with torch.no_grad():
+        logits = subject.targets.reference(folder)(batch, use_cache=False).logits[:, len(PROMPT) - 1 :, :V]
+    first, second, third = (process(logits[:, i].float(), [SAMPLING] * V * V).double() for i in range(3))
+    prefix = first[0][pairs[:, 0]] * second[torch.arange(V * V), pairs[:, 1]]
+    return (prefix[:, None] * third).view(V, V, V)
+
+
+CHECK = Check(
+    "sampling",
+    "sampled output is distributed as the target's own",
+    "What it reports, what it draws and what it leaves out do not bias the output: a small vocabulary shows what wide ones hide.",
+    run,
+)

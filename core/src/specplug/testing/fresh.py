@@ -1,0 +1,125 @@
+"""What a fresh speculator drafts for tokens that another one has come to in many steps, and whether the two agree."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import attrs
+import torch
+
+from specplug.contract.batch import ProposalBatch
+from specplug.contract.proposal import Proposal
+from specplug.contract.verdict import Verdict
+from specplug.request import Request
+from specplug.testing.drafts import DraftRecord, RowDraft, row_drafts
+from specplug.testing.subject import Subject
+
+TOLERANCE = 2e-3
+"""Reported probabilities may differ by so much: rounding differs between one long forward and many short ones."""
+
+
+@attrs.define(eq=False)
+class Comparison:
+    """Drafts beside those of a fresh speculator.
+
+    Attributes:
+        compared: how many drafts.
+        random: those of them that a second fresh speculator drafts otherwise, and that report no probabilities.
+        wrong: (what was drafted, what a fresh speculator drafts, in how far they differ).
+    """
+
+    compared: int = 0
+    random: int = 0
+    wrong: list[tuple[DraftRecord, RowDraft, str]] = attrs.field(factory=list)
+
+    def first_difference(self) -> str:
+        """The first that is wrong, in words."""
+        record, fresh, text = self.wrong[0]
+        where = f"{len(self.wrong)} of {self.compared} drafts differ; the first after {len(record.tokens)} tokens"
+        shown = f" ({record.draft.paths[:6]} instead of {fresh.paths[:6]})" if record.draft.paths != fresh.paths else ""
+        return f"{where}: {text}{shown}"
+
+
+def choose(records: Sequence[DraftRecord], count: int, seed: int) -> list[DraftRecord]:
+    """Some of the records; the later ones of a row have more behind them and are as likely as the early ones."""
+    usable = [record for record in records if record.begin == 0 and len(record.tokens) >= 2]
+    return usable if len(usable) <= count else random.Random(seed).sample(usable, count)
+
+
+def compare(subject: Subject, folder: Path, records: Sequence[DraftRecord]) -> Comparison:
+    """Compares drafts with those of two fresh speculators, which differ in all randomness."""
+    first = fresh_drafts(subject, folder, records, seed=11)
+    second = fresh_drafts(subject, folder, records, seed=12)
+    result = Comparison()
+    for record, one, other in zip(records, first, second, strict=True):
+        if one is None or other is None:
+            continue
+        result.compared += 1
+        if difference(one, other):
+            result.random += 1
+        elif text := difference(record.draft, one):
+            result.wrong.append((record, one, text))
+    return result
+
+
+def difference(one: RowDraft, other: RowDraft) -> str:
+    """In how far two drafts for the same tokens cannot come from the same distribution; empty if they can."""
+    if (one.values is None) != (other.values is None) and one.tokens and other.tokens:
+        return "only one of them reports probabilities"
+    if one.values is None or other.values is None:
+        return "" if set(one.paths) == set(other.paths) else "other tokens"
+    mine, theirs = one.distributions(), other.distributions()
+    for prefix in mine.keys() & theirs.keys():
+        gap = float((mine[prefix] - theirs[prefix]).abs().max())
+        if gap > TOLERANCE:
+            return f"probabilities after {list(prefix)} differ by {gap:.3g}"
+    return ""
+
+
+def fresh_drafts(subject: Subject, folder: Path, records: Sequence[DraftRecord], seed: int) -> list[RowDraft | None]:
+    """The first draft of a new engine for the tokens of each record; None where it did not come to drafting."""
+    drafts: dict[int, RowDraft] = {}
+    wanted: dict[int, DraftRecord] = {}
+    with subject.start(folder, max_num_seqs=8, max_num_batched_tokens=2048, seed=seed) as session:
+        torch.manual_seed(seed)
+        random.seed(seed)
+
+        def verify(requests: Sequence[Request], offsets: Sequence[int], logits: torch.Tensor) -> Verdict:
+            following = [wanted[r.number].tokens[-1] if r.number in wanted else 0 for r in requests]
+            return Verdict([[] for _ in requests], following)
+
+        def propose(batch: ProposalBatch, call: Callable[[], Proposal | None]) -> None:
+            numbers = [session.request_of(row).number for row in batch.rows]
+            for row, number in zip(batch.rows, numbers, strict=True):
+                if row.budget.max_nodes and number in wanted:
+                    row.budget = wanted[number].budget
+            proposal = call()
+            for row, number, draft in zip(
+                batch.rows, numbers, row_drafts(proposal, len(batch.rows), session.vocabulary), strict=True
+            ):
+                if row.budget.max_nodes and list(row.tokens) == wanted[number].tokens:
+                    drafts.setdefault(number, draft)
+
+        session.take_over_verification(verify)
+        session.around_propose(propose)
+        order = []
+        for record in records:
+            params = attrs.evolve(record.params, n=1, max_tokens=40)
+            (request,) = session.add(record.tokens[:-1], params)
+            wanted[request.number] = record
+            order.append(request)
+
+        def abort(step: int) -> None:
+            for request in list(session.engine.scheduler.running):
+                if request.num_output_tokens:
+                    session.engine.abort(request.id)
+
+        session.finish(abort)
+    return [drafts.get(request.number) for request in order]
+
+
+def allowed_differences(compared: int) -> int:
+    """Where a model drafts, two tokens may be equally likely up to rounding: one draft in fifty may differ."""
+    return compared // 50

@@ -1,0 +1,117 @@
+"""An engine with the speculator under test, and the places where the kit looks in or takes over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from specplug.contract.batch import ProposalBatch, ProposalRow
+from specplug.contract.memory import MemoryBudget, MemoryRegion
+from specplug.contract.proposal import Proposal
+from specplug.contract.verdict import Verdict
+from specplug.engine.engine import Engine
+from specplug.engine.planning import max_nodes_of
+from specplug.llm import LLM
+from specplug.model.blocks import BlockAllocator
+from specplug.plugins.registry import RegisteredSpeculator
+from specplug.request import Request
+from specplug.sampling.params import SamplingParams
+from specplug.sampling.randomness import EngineRandomness
+
+Verify = Callable[[Sequence[Request], Sequence[int], torch.Tensor], Verdict]
+_MOST_STEPS = 20_000
+
+
+class Session:
+    """One engine under test."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self.errors: list[Exception] = []
+        self._count = 0
+
+    @property
+    def engine(self) -> Engine:
+        """The engine."""
+        return self.llm.engine
+
+    @property
+    def speculator(self) -> RegisteredSpeculator:
+        """The speculator under test, the first of its chain."""
+        return self.engine.chain.speculators[0]
+
+    @property
+    def randomness(self) -> EngineRandomness:
+        """The engine's own generators."""
+        randomness: EngineRandomness = self.engine.registry.verifier._randomness
+        return randomness
+
+    @property
+    def vocabulary(self) -> int:
+        """The target's."""
+        return self.engine.runner.architecture.vocab_size
+
+    def regions(self) -> list[MemoryRegion]:
+        """The memory that the speculator plans, asked for once more."""
+        config, plan = self.engine.config, self.engine.plan
+        budget = MemoryBudget(
+            total_bytes=plan.budget_bytes,
+            block_size=plan.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=plan.max_model_len,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            num_speculative_tokens=max(map(max_nodes_of, self.engine.chain.speculators)),
+            dtype=self.engine.runner.cache.keys[0].dtype,
+        )
+        return list(self.speculator.plan_memory(budget=budget) or ())
+
+    def request_of(self, row: ProposalRow) -> Request:
+        """The request behind a row."""
+        return next(request for request in self.engine.scheduler.running if request.slot == row.slot)
+
+    def around_propose(self, around: Callable[[ProposalBatch, Callable[[], Proposal | None]], Proposal | None]) -> None:
+        """Calls `around(batch, call)` in place of the speculator; `call()` asks the speculator."""
+        call = self.speculator.propose
+
+        def propose(batch: ProposalBatch) -> Proposal | None:
+            return around(batch, lambda: call(batch=batch))
+
+        self.speculator.propose = propose
+
+    def take_over_verification(self, verify: Verify) -> None:
+        """Lets the kit decide what is accepted, and what is emitted, instead of any verifier."""
+        self.engine._verification.verify = verify  # type: ignore[method-assign]
+
+    def limit_blocks(self, tokens: int) -> int:
+        """Leaves the engine with few KV blocks, so that rows are preempted; returns how many."""
+        count = min(self.engine.plan.num_blocks, -(-tokens // self.engine.plan.block_size))
+        self.engine.scheduler.allocator = BlockAllocator(count)
+        return count
+
+    def add(self, prompt: Sequence[int], params: SamplingParams) -> list[Request]:
+        """Queues a request."""
+        self._count += 1
+        return self.engine.add_request(str(self._count), list(prompt), params)
+
+    def finish(self, each_step: Callable[[int], None] = lambda step: None) -> int:
+        """Runs until nothing is left; returns the number of steps.
+
+        Raises:
+            RuntimeError: it never ends.
+        """
+        steps = 0
+        while self.engine.has_unfinished_requests:
+            self.engine.step()
+            steps += 1
+            each_step(steps)
+            if steps > _MOST_STEPS:
+                raise RuntimeError(f"the engine did not finish in {_MOST_STEPS} steps")
+        return steps
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[int]]:
+        """The outputs of a batch of requests; of forks the first's."""
+        families = [self.add(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        self.finish()
+        return [family[0].output_ids for family in families]

@@ -1,0 +1,126 @@
+"""What is under test: a method, how to configure it, and what its author says about it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+from specplug.llm import LLM
+from specplug.testing.flags import Flags
+from specplug.testing.session import Session
+from specplug.testing.targets import Targets
+
+Config = Mapping[str, Any]
+ARCHITECTURES = ("llama", "qwen3", "gemma2", "gpt_neox", "mixtral")
+QUICK_ARCHITECTURES = ("llama", "gemma2")
+MEMORY = "96MiB"
+
+
+@attrs.define(eq=False)
+class Subject:
+    """A speculator under test.
+
+    Attributes:
+        make_config: gives the speculative config for a target's folder.
+        targets: where targets come from.
+        plugins: method → plugin, for one that is not installed.
+        flags: what its author says about it.
+        make_perfect: gives a config with which it must be right about a target, or None.
+        architectures: of the targets it is run on.
+        quick: fewer trials and targets.
+    """
+
+    make_config: Callable[[Path], Config]
+    targets: Targets
+    plugins: Mapping[str, Any] = attrs.field(factory=dict)
+    flags: Flags = attrs.field(factory=Flags)
+    make_perfect: Callable[[Path], Config | None] = lambda folder: None
+    architectures: tuple[str, ...] = ()
+    quick: bool = False
+    _configs: dict[Path, Config] = attrs.field(factory=dict, init=False)
+    _memory: dict[str, Any] = attrs.field(factory=dict, init=False)
+
+    def config(self, folder: Path) -> dict[str, Any]:
+        """The speculative config for a target; made once per target."""
+        if folder not in self._configs:
+            self._configs[folder] = self.make_config(folder)
+        return dict(self._configs[folder])
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return str(self.config(self.targets.get())["method"])
+
+    def used_architectures(self) -> tuple[str, ...]:
+        """The architectures to run on; a target that was given stands for all."""
+        if self.targets.given is not None:
+            return ("given",)
+        return self.architectures or (QUICK_ARCHITECTURES if self.quick else ARCHITECTURES)
+
+    def scaled(self, full: int, quick: int) -> int:
+        """How many trials to run."""
+        return quick if self.quick else full
+
+    def remember(self, key: str, make: Callable[[], Any]) -> Any:
+        """What several checks share, made by the first of them."""
+        if key not in self._memory:
+            self._memory[key] = make()
+        return self._memory[key]
+
+    @contextlib.contextmanager
+    def start(self, folder: Path, *, config: Config | None = None, **options: Any) -> Iterator[Session]:
+        """An engine with the speculator. Its faults cost drafts and are counted; the checks that are about them look."""
+        speculative = self.config(folder) if config is None else config
+        with self._llm(folder, speculative_config=speculative, plugins=self.plugins, **options) as llm:
+            yield Session(llm)
+
+    @contextlib.contextmanager
+    def plain(self, folder: Path, **options: Any) -> Iterator[Session]:
+        """An engine without any speculator."""
+        with self._llm(folder, **options) as llm:
+            yield Session(llm)
+
+    @contextlib.contextmanager
+    def _llm(self, folder: Path, **options: Any) -> Iterator[LLM]:
+        memory = MEMORY if self.targets.given is None else None
+        fixed = {"dtype": "float32", "check_parity": False, "device": "cpu"}
+        defaults = {"skip_tokenizer_init": True, "memory": memory, "max_model_len": None, **fixed}
+        with quiet(), kept_randomness(), LLM(self.source(folder), **{**defaults, **options}) as llm:
+            yield llm
+
+    def source(self, folder: Path) -> str:
+        """What to call a target: a given one by the name it was given, which methods may know."""
+        given = self.targets.given
+        return given if given is not None and folder == self.targets.get() else str(folder)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps warnings about faults to those who provoke them."""
+    logger = logging.getLogger("specplug")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def kept_randomness() -> Iterator[None]:
+    """Fixes the process's own random generators for a while, and puts them back as they were."""
+    state = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        random.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(state)
