@@ -29,6 +29,7 @@ ORDER = [
     "progress",
     "llm",
     "testing",
+    "scaffold",
     "cli",
 ]
 # model.checkpoint (headers) is read for generation_config and tokenizers before there is a model.

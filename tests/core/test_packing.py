@@ -15,7 +15,9 @@ from specplug.model.packing import PackedLinear, can_pack, pack_linears
 from support.models import ARCHITECTURES, VOCABULARY, save_model
 
 CPU = torch.device("cpu")
-PACKS = can_pack(torch.bfloat16, CPU)  # a CPU without bfloat16 kernels runs plain layers, which the tests then hold for both
+PACKS = can_pack(
+    torch.bfloat16, CPU
+)  # a CPU without bfloat16 kernels runs plain layers, which the tests then hold for both
 
 
 @pytest.mark.parametrize("bias", [False, True])

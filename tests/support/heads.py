@@ -123,7 +123,5 @@ def load_head(folder: Path, target: Path) -> tuple[DraftHead, tuple[int, ...] | 
     handle.keep(checkpoint.names.values())
     handle.materialize(lambda done: None)
     model: Any = load_reference(target)
-    head, _ = checkpoint.build(
-        handle.tensors, embed=model.get_input_embeddings(), logits=model.get_output_embeddings()
-    )
+    head, _ = checkpoint.build(handle.tensors, embed=model.get_input_embeddings(), logits=model.get_output_embeddings())
     return head, checkpoint.spec.layer_ids

@@ -41,6 +41,7 @@ class Request:
         table: its blocks while it runs.
         draft: what will be verified with its next token.
         outcome: what became of its last draft.
+        outcome_link: the place of its proposer in the chain of speculators.
         forked_from: the slot whose blocks it shares, until its first step.
         num_forked_tokens: the computed positions it started with, if it was forked.
         fork_group: sequences to fork from this one when its prompt is computed.
@@ -69,6 +70,7 @@ class Request:
     table: BlockTable | None = None
     draft: Draft | None = None
     outcome: Outcome | None = None
+    outcome_link: int = 0
     forked_from: int | None = None
     num_forked_tokens: int = 0
     fork_group: list[Request] = attrs.field(factory=list)

@@ -94,7 +94,10 @@ def acceptance(target: torch.nn.Module, draft: torch.nn.Module, texts: dict[floa
     """
     report: dict[str, float] = {}
     for temperature, batch in texts.items():
-        probs = [model(input_ids=batch, use_cache=False).logits[:, PROMPT_TOKENS - 1 : -1].float() for model in (target, draft)]
+        probs = [
+            model(input_ids=batch, use_cache=False).logits[:, PROMPT_TOKENS - 1 : -1].float()
+            for model in (target, draft)
+        ]
         if temperature:
             p, q = (logits.div(temperature).softmax(-1) for logits in probs)
             report[f"overlap_at_{temperature}"] = torch.minimum(p, q).sum(-1).mean().item()

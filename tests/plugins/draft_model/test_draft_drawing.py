@@ -59,7 +59,9 @@ def test_rows_that_sampling_cannot_help_take_the_most_likely_token(logits: torch
 
 def test_every_row_draws_from_its_own_stream(logits: torch.Tensor) -> None:
     """Whatever else is in the batch, and in whatever order."""
-    alone = {seed: draw(logits[None], [make_row(SAMPLED, seed)], sample=True, threshold=0.0).tokens[0] for seed in range(9)}
+    alone = {
+        seed: draw(logits[None], [make_row(SAMPLED, seed)], sample=True, threshold=0.0).tokens[0] for seed in range(9)
+    }
     assert len(set(alone.values())) > 2
     rows = [make_row(SAMPLED, seed) for seed in reversed(range(9))] + [make_row(GREEDY)]
     together = draw(logits.expand(10, V), rows, sample=True, threshold=0.0)

@@ -206,9 +206,7 @@ def test_the_target_as_its_own_draft_is_always_accepted(
 
 
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
-def test_a_seeded_request_is_that_of_plain_decoding(
-    reference: Stepwise, drafts: dict[str, Path], method: str
-) -> None:
+def test_a_seeded_request_is_that_of_plain_decoding(reference: Stepwise, drafts: dict[str, Path], method: str) -> None:
     params = [SamplingParams(temperature=0.9, top_p=0.9, seed=seed, max_tokens=20) for seed in range(6)]
     with LLM(reference.folder, memory="64MiB", strict=True) as llm:
         alone = [output.outputs[0].token_ids for output in llm.generate([PROMPT] * 6, params)]

@@ -37,8 +37,7 @@ def match(target: PreTrainedTokenizerFast, draft: PreTrainedTokenizerFast) -> tu
     """The map, and its pairs as they are written."""
     shared = match_vocabularies(target, draft, len(target), len(draft))
     names = {
-        target.convert_ids_to_tokens(one): draft.convert_ids_to_tokens(other)
-        for one, other in pairs_of(shared).items()
+        target.convert_ids_to_tokens(one): draft.convert_ids_to_tokens(other) for one, other in pairs_of(shared).items()
     }
     return shared, names
 
@@ -90,13 +89,16 @@ def test_two_sentencepiece_vocabularies_share_their_byte_tokens() -> None:
 
 
 def test_what_the_draft_does_not_know_is_its_unknown_token() -> None:
-    target, draft = byte_level(), sentencepiece()
-    shared = match_vocabularies(target, draft, BYTE_LEVEL + PADDING, len(draft))
-    pairs = pairs_of(shared)
-    ids = list(range(BYTE_LEVEL + PADDING))
-    assert shared.unknown == draft.unk_token_id
-    assert list(shared.to_draft(ids)) == [pairs.get(token, draft.unk_token_id) for token in ids]
-    assert len(pairs) < BYTE_LEVEL
+    for target, draft, unknown in (
+        (byte_level(), sentencepiece(), sentencepiece().unk_token_id),
+        (sentencepiece(), byte_level(), byte_level().pad_token_id),
+    ):
+        size = len(target) + PADDING
+        shared = match_vocabularies(target, draft, size, len(draft))
+        pairs = pairs_of(shared)
+        assert shared.unknown == unknown
+        assert list(shared.to_draft(range(size))) == [pairs.get(token, unknown) for token in range(size)]
+        assert len(pairs) < len(target)
 
 
 def test_without_an_unknown_token_one_that_carries_no_text_stands_in() -> None:
@@ -230,7 +232,9 @@ def test_committed_tokens_outside_the_drafts_vocabulary_are_given_to_it_as_unkno
     options, made = recorded(draft)
     with LLM(target, skip_tokenizer_init=True, strict=True, memory="64MiB", **options) as llm:
         forward, first = made[0].inner.model.forward, []
-        made[0].inner.model.forward = lambda rows, **keys: (first.append(list(rows[0].tokens)), forward(rows, **keys))[1]
+        made[0].inner.model.forward = lambda rows, **keys: (first.append(list(rows[0].tokens)), forward(rows, **keys))[
+            1
+        ]
         llm.generate([prompt], SamplingParams(temperature=0, max_tokens=6))
     assert first[0][:5] == [pairs[inside[0]], unknown, pairs[inside[1]], unknown, pairs[inside[2]]]
 

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from specplug.cli.check import check
 from specplug.cli.demo import demo
 from specplug.cli.error_text import describe_error, hint_at_details
 from specplug.cli.generate import generate
 from specplug.cli.libraries import INTERRUPTED
 from specplug.cli.listing import list_command
+from specplug.cli.new import new
 from specplug.cli.plan import plan
 from specplug.cli.terminal import Terminal
 from specplug.version import __version__
@@ -154,7 +156,7 @@ def _set_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> N
         ctx.find_root().params["debug"] = True
 
 
-for _command in (demo, generate, list_command, plan):
+for _command in (check, demo, generate, list_command, new, plan):
     _command.params.append(
         click.Option(["--debug"], is_flag=True, hidden=True, expose_value=False, callback=_set_debug)
     )

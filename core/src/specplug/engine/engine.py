@@ -241,6 +241,7 @@ class Engine:
         for stats in (request.stats, self.stats):
             stats.record(len(draft) if draft else 0, num_accepted, draft.method if draft else "")
         request.outcome = Outcome(draft.method, len(draft), tuple(path)) if draft else None
+        request.outcome_link = draft.link if draft else 0
         request.draft = None
         self.num_generated_tokens += taken
         texts = [] if request.text is None else request.text.take(taken)

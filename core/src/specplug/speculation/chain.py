@@ -142,7 +142,7 @@ class SpeculatorChain:
             if not link.enabled:
                 continue
             for request in requests:
-                if request.outcome is not None and request.outcome.method == link.speculator.method:
+                if request.outcome is not None and self._links[request.outcome_link] is link:
                     link.outcomes[request.number] = request.outcome
             rows, wishes = [], []
             for request in requests:
@@ -189,6 +189,8 @@ class SpeculatorChain:
         link.faults_in_a_row = 0
         for request, draft in zip(requests, drafts, strict=True):
             request.draft = draft
+            if draft is not None:
+                draft.link = self._links.index(link)
 
     def _build_batch(self, link: _Link, requests: Sequence[Request], budgets: Sequence[Budget]) -> ProposalBatch:
         traits = link.speculator.traits
@@ -220,7 +222,7 @@ class SpeculatorChain:
                 states=place,
                 budget=budget,
                 sampling=request.params,
-                outcome=link.outcomes.pop(request.number, request.outcome),
+                outcome=link.outcomes.pop(request.number, self._outcome_of_another(link, request)),
                 table=request.table,
                 forked_from=request.forked_from if is_fork else None,
                 generator=request.randomness.draft_generator,
@@ -237,6 +239,12 @@ class SpeculatorChain:
             top_ids=channels[TOP_IDS][:, :k] if k else None,
             top_probs=channels[TOP_PROBS][:, :k] if k else None,
         )
+
+    @staticmethod
+    def _outcome_of_another(link: _Link, request: Request) -> Outcome | None:
+        """What became of another speculator's proposal; one of the same method would be taken for the speculator's own."""
+        outcome = request.outcome
+        return None if outcome is None or outcome.method == link.speculator.method else outcome
 
     def _keep_unseen_states(self, requests: Sequence[Request]) -> None:
         """Rows that some speculator has not seen up to date keep their states for a while."""

@@ -19,6 +19,7 @@ class Draft:
         parents: each node's parent, -1 for the root; None for a chain.
         scores: scores of a deterministic tree's nodes, or None.
         probs: what the nodes were drawn from, or None for a deterministic draft.
+        link: the proposer's place in the chain of speculators; a method may occur in it twice.
     """
 
     method: str
@@ -26,6 +27,7 @@ class Draft:
     parents: list[int] | None = None
     scores: list[float] | None = None
     probs: DraftDistributions | None = None
+    link: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -54,6 +56,7 @@ class Draft:
             parents=None if self.parents is None else [new_index[parents[node]] for node in nodes],
             scores=None if self.scores is None else [self.scores[node] for node in nodes],
             probs=probs,
+            link=self.link,
         )
 
 

@@ -65,7 +65,14 @@ def held_items(thing: Any, outside: tuple[Any, ...] = ()) -> int:
             continue
         if isinstance(each, (list, tuple, dict, set, frozenset)):
             count += len(each)
-        elif type(each).__module__.partition(".")[0] in ("transformers", "tokenizers", "logging", "specplug"):
-            continue  # what core lends does not belong to the speculator
+        elif _is_lent(type(each).__module__):
+            continue
         pending.extend(other for other in gc.get_referents(each) if not isinstance(other, _LEAVES))
     return count
+
+
+def _is_lent(module: str) -> bool:
+    """Whether objects of a module's classes belong to core or to libraries, and not to the speculator."""
+    if module.startswith("specplug.contract"):
+        return False
+    return module.partition(".")[0] in ("transformers", "tokenizers", "logging", "specplug")

@@ -20,8 +20,9 @@ class DraftModelSettings:
         dtype: a dtype's name, or `auto` for the checkpoint's own; None takes the target's.
         device: where the draft runs; None takes the target's.
         max_model_len: sequences longer than this go on without drafts; None takes the draft's own context.
-        draft_sample_method: `greedy` drafts the most likely token; `probabilistic`, which accepts more, samples with the request's own
-            temperature and truncation. A request at temperature 0 or with a seed is drafted for greedily with either.
+        draft_sample_method: `greedy` drafts the most likely token; `probabilistic`, which accepts more, samples with the
+            request's own temperature and truncation. A request at temperature 0 or with a seed is drafted for greedily with
+            either.
         draft_confidence_threshold: a row stops drafting where the draft's most likely token has less than this
             probability; 0 never stops.
         use_heterogeneous_vocab: accepted because vLLM has it. Whether the vocabularies differ is seen from the tokenizers.

@@ -99,7 +99,7 @@ class DraftModelSpeculator:
 
     @hookimpl
     def plan_memory(self, budget: MemoryBudget) -> list[MemoryRegion]:
-        """The draft's weights and KV cache, and what drafting holds at its peak: logits, and for sampled drafts distributions."""
+        """The draft's weights and KV cache, and what drafting holds at its peak: logits, for sampled drafts distributions."""
         rows = budget.max_num_seqs
         bytes_ = 2 * rows * self.model.vocab_size * self.model.dtype.itemsize
         if self.samples:

@@ -118,7 +118,9 @@ def match_vocabularies(
             f"vocabulary (target {len(target_vocabulary):,}, draft {len(draft_vocabulary):,}); below {LEAST_SHARED:.0%} "
             "drafts hardly ever match: take a draft with the target's tokenizer or a similar one"
         )
-    logger.info("draft_model: %s tokens shared, %.1f%% of the smaller vocabulary", len(pairs), 100 * len(pairs) / smaller)
+    logger.info(
+        "draft_model: %s tokens shared, %.1f%% of the smaller vocabulary", len(pairs), 100 * len(pairs) / smaller
+    )
     known = [unknown] * target_size
     for target_id, draft_id in pairs.items():
         known[target_id] = draft_id

@@ -1,0 +1,90 @@
+"""What `specplug check` runs, and what it refuses before it runs anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specplug.configuration.engine import EngineConfig
+from specplug.engine.planning import plan_engine
+from specplug.errors import ConfigurationError, SpecplugError, did_you_mean
+from specplug.plugins.registry import PluginRegistry
+from specplug.testing import lookup
+from specplug.testing.checks import CHECKS
+from specplug.testing.flags import Flags
+from specplug.testing.subject import Subject
+from specplug.testing.targets import Targets
+
+if TYPE_CHECKING:
+    from specplug.testing.check import Check
+
+_OF_OBSERVERS = ("startup", "validity", "greedy", "seeds", "counters", "wrappers")
+
+
+def make_subject(
+    root: str, method: str, config: dict[str, Any], target: str | None, *, learns: bool, quick: bool
+) -> tuple[Subject, bool]:
+    """The subject, and whether it is a plugin that only wraps hooks."""
+    targets = Targets(Path(root), target)
+    is_observer = _is_observer(method)
+    if is_observer:
+        config = {"method": lookup.METHOD, "num_speculative_tokens": 4}
+    subject = Subject(
+        make_config=lambda folder: config,
+        targets=targets,
+        plugins={lookup.METHOD: lookup.load_lookup} if is_observer else {},
+        flags=Flags(learns=learns),
+        quick=quick,
+    )
+    return subject, is_observer
+
+
+def choose_checks(only: tuple[str, ...], *, is_observer: bool) -> tuple[Check, ...]:
+    """The checks to run: `startup`, and those that were asked for.
+
+    Raises:
+        ConfigurationError: there is no such check.
+    """
+    names = [check.name for check in CHECKS]
+    for name in only:
+        if name not in names:
+            raise ConfigurationError(f"no check named '{name}'{did_you_mean(name, names)} (checks: {', '.join(names)})")
+    wanted = only or (_OF_OBSERVERS if is_observer else names)
+    return tuple(check for check in CHECKS if check.name in ("startup", *wanted))
+
+
+def preflight(subject: Subject, method: str, *, has_target: bool) -> None:
+    """Plans one engine, so that a method that is not installed, or lacks keys, is one line and not twenty failures.
+
+    Raises:
+        SpecplugError: with what to give where keys are missing.
+    """
+    folder = subject.targets.get()
+    try:
+        plan_engine(
+            EngineConfig.create(
+                subject.source(folder),
+                speculative_config=subject.config(folder),
+                plugins=subject.plugins,
+                dtype="float32",
+                device="cpu",
+                skip_tokenizer_init=True,
+            )
+        ).facade.close()
+    except SpecplugError as error:
+        if isinstance(error, ConfigurationError):
+            hint = "give its keys with --speculative-config"
+            if not has_target:
+                hint += ", and with --target the model that they are for (without, the kit makes small random ones)"
+            error.add_note(hint)
+        raise
+
+
+def _is_observer(method: str) -> bool:
+    """Whether an installed plugin implements wrappers and no speculator."""
+    registry = PluginRegistry()
+    module = registry._modules.get(method)
+    if module is None:
+        return False
+    hooks = [caller.name for caller in registry.manager.get_hookcallers(module) or []]
+    return bool(hooks) and "load_speculator" not in hooks

@@ -1,0 +1,50 @@
+"""`specplug new`: a package for a speculator of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from specplug.cli.terminal import Terminal
+from specplug.scaffold.package import KINDS, write_package
+
+
+@click.command("new", short_help="Write a package for a speculator of your own.")
+@click.argument("name")
+@click.option(
+    "--kind",
+    type=click.Choice(KINDS),
+    default=KINDS[0],
+    show_default=True,
+    help="token: drafts from token ids alone. model: runs a draft model with KV of its own.",
+)
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), default=Path(), help="Where to. [default: here]"
+)
+def new(name: str, kind: str, out: Path) -> None:
+    """Write a package that provides the method NAME: it installs, and passes the conformance kit, as it is.
+
+    NAME is what users will write as "method": a letter, then letters, digits, - or _. The package is a new folder,
+    specplug-NAME; nothing that exists is written over.
+
+    \b
+    Examples:
+      specplug new bigram
+      specplug new my-draft --kind model --out ~/src
+    """  # noqa: D301
+    folder, files = write_package(name, kind, out)
+    terminal = Terminal.out()
+    terminal.line(f"Wrote {folder}:")
+    for file in files:
+        terminal.line(f"  {file}")
+    terminal.line()
+    terminal.line("Next:")
+    terminal.line(f"  cd {folder}")
+    terminal.line("  pip install --editable '.[test]'")
+    terminal.line("  pytest")
+    terminal.line(f"  specplug list && specplug check {_method(name)}{'' if kind == 'token' else ' --help'}")
+
+
+def _method(name: str) -> str:
+    return name.lower().replace("-", "_")

@@ -1,0 +1,1 @@
+"""What `specplug new` writes."""

@@ -1,0 +1,36 @@
+"""The kit's own small speculator, under which observers are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from specplug.contract.batch import ProposalBatch
+from specplug.contract.hookspecs import hookimpl
+from specplug.contract.proposal import Proposal
+from specplug.contract.traits import SpeculatorTraits
+
+METHOD = "kit_lookup"
+
+
+class Lookup:
+    """Drafts what followed the last token before; where it is new, the last token again."""
+
+    traits = SpeculatorTraits(token_only=True)
+
+    @hookimpl
+    def propose(self, batch: ProposalBatch) -> Proposal:
+        """Drafts as much as it may."""
+        return Proposal([self.draft(row.tokens[:], row.budget.max_nodes) for row in batch.rows])
+
+    def draft(self, tokens: Sequence[int], count: int) -> list[int]:
+        """The draft of one row."""
+        for place in range(len(tokens) - 2, -1, -1):
+            if tokens[place] == tokens[-1]:
+                return list(tokens[place + 1 : place + 1 + count])
+        return [tokens[-1]] * count
+
+
+def load_lookup(config: Any, target: Any) -> Lookup:
+    """Makes it."""
+    return Lookup()
