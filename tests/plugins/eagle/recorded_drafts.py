@@ -16,8 +16,8 @@ from specplug import (
     Proposal,
     ProposalBatch,
     Resources,
-    VerificationBatch,
     Verdict,
+    VerificationBatch,
     hookimpl,
 )
 from specplug_eagle import EagleSpeculator, load_speculator

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from fresh_drafts import FreshDraft, dynamic_tree, static_tree
 from recorded_drafts import Drafted, RandomWalk, random_walk
+
 from specplug import LLM, SamplingParams
 from specplug.model.blocks import BlockAllocator
 from specplug.speculation.states import WINDOW
@@ -20,6 +20,7 @@ from support.models import VOCABULARY, save_model
 SCORES_ATOL = 2e-3
 DECISIVE = 5e-4
 BLOCKS = 70
+COMPARED = 120
 
 
 class SleepyPolicy:
@@ -58,7 +59,7 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "EAGLE-1": save_eagle1(root / "one", deviation=0.15),
         "EAGLE-3": save_eagle3(root / "three", norm_before_residual=True),
         "reduced": save_eagle3(root / "reduced", draft_vocab=40, boundaries=(0, 1, 3), norm_output=True),
-        "layers": save_eagle3(root / "layers", num_layers=2, windows=(7, None), fc_norm=True, norm_before_residual=True),
+        "layers": save_eagle3(root / "layers", num_layers=2, windows=(7, None), fc_norm=True),
     }
 
 
@@ -93,7 +94,8 @@ def compare(walker: RandomWalk, target: Path, head: Path) -> None:
     """Every draft against the fresh one: the same nodes, and the same scores."""
     drafts: dict[tuple[int, int], FreshDraft] = {}
     tree, decisive, cut = walker.inner.tree, 0, 0
-    for drafted in walker.drafts:
+    drawn = random.Random(0).sample(walker.drafts, min(COMPARED, len(walker.drafts)))
+    for drafted in drawn:
         key = (drafted.request, drafted.begin)
         if key not in drafts:
             drafts[key] = FreshDraft(head, target, walker.tokens[drafted.request], drafted.begin)
@@ -111,7 +113,7 @@ def compare(walker: RandomWalk, target: Path, head: Path) -> None:
             decisive += 1
             assert set(drafted.paths) == expected, drafted
         assert len(drafted.paths) == len(expected)
-    assert decisive > 0.5 * len(walker.drafts) > 50
+    assert decisive > 0.5 * len(drawn) > 50
     assert cut > 20
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plugins.eagle.tiny_targets import VOCABULARY, make_target, write_lines
+from tiny_targets import VOCABULARY, make_target, write_lines
 
 from specplug_eagle.head import DraftHead
 from specplug_eagle.train.__main__ import main
@@ -29,7 +29,7 @@ def greedy_text(target: Target, prompt: list[int], new: int) -> list[int]:
 
 def chain_length(head: DraftHead, target: Target, ids: list[int], start: int, gamma: int) -> int:
     """Drafts γ tokens after ids[:start] with the head alone, and counts how many the greedy text has."""
-    from plugins.eagle.attention_forms import CachedAttend
+    from attention_forms import CachedAttend
 
     features = target.states(torch.tensor([ids[: start - 1]]), (2, 4, 5)).features[0]
     attend = CachedAttend()
@@ -85,9 +85,26 @@ def test_a_head_learns_and_regenerated_texts_are_the_targets_own(tmp_path: Path)
     prompts = [torch.randint(3, VOCABULARY, (4,), generator=generator).tolist() for _ in range(300)]
     write_lines(tmp_path / "prompts.jsonl", [{"input_ids": prompt, "loss_from": 4} for prompt in prompts])
     arguments = [
-        *("--target", str(tmp_path / "target"), "--data", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out")),
+        *(
+            "--target",
+            str(tmp_path / "target"),
+            "--data",
+            str(tmp_path / "prompts.jsonl"),
+            "--out",
+            str(tmp_path / "out"),
+        ),
         *("--device", "cpu", "--steps", "3", "--batch-tokens", "512", "--accumulate", "1", "--epochs", "6"),
-        *("--learning-rate", "1e-2", "--regenerate", "--regenerate-tokens", "16", "--regenerate-batch", "100", "--held-out-part", "0.15"),
+        *(
+            "--learning-rate",
+            "1e-2",
+            "--regenerate",
+            "--regenerate-tokens",
+            "16",
+            "--regenerate-batch",
+            "100",
+            "--held-out-part",
+            "0.15",
+        ),
     ]
     assert main(arguments) == 0
     lines = [json.loads(line) for line in (tmp_path / "out" / "regenerated.jsonl").read_text().splitlines()]

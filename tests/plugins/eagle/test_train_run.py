@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from plugins.eagle.checkpoint_files import handle_of
-from plugins.eagle.tiny_targets import VOCABULARY, make_target, write_texts
+from checkpoint_files import handle_of
 from safetensors.torch import load_file
+from tiny_targets import VOCABULARY, make_target, write_texts
 
 from specplug_eagle.checkpoint import EagleCheckpoint
 from specplug_eagle.train import loop
@@ -79,7 +79,8 @@ def test_an_interrupted_and_resumed_run_gives_the_same_weights(
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), name
     records = [json.loads((folder / "training.json").read_text())["epochs"] for folder in (tmp_path, world / "whole")]
-    assert [[epoch["held_out"] for epoch in record] for record in records][0] == [e["held_out"] for e in records[1]]
+    resumed_run, whole_run = ([epoch["held_out"] for epoch in record] for record in records)
+    assert resumed_run == whole_run
     assert run(world, tmp_path, "--resume") == 0  # nothing is left to do
 
 
@@ -166,7 +167,9 @@ def test_an_interrupted_cache_is_completed(world: Path, tmp_path: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         CachedStates(tmp_path, target, (2, 4, 8), samples, "data", progress=stop, **options)
     calls.clear()
-    states = CachedStates(tmp_path, target, (2, 4, 8), samples, "data", progress=lambda d, t: calls.append(d), **options)
+    states = CachedStates(
+        tmp_path, target, (2, 4, 8), samples, "data", progress=lambda d, t: calls.append(d), **options
+    )
     assert len(calls) < len(list(tmp_path.glob("*.safetensors")))
     live = LiveStates(target, (2, 4, 8))
     for indices in ((0, 5), (11, 3, 4)):
@@ -192,3 +195,11 @@ def test_the_written_head_opens_with_this_plugin(world: Path, whole: dict[str, t
     assert head.draft_to_target is not None
     config = json.loads((world / "whole" / "config.json").read_text())
     assert config["speculators_config"]["verifier"]["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_a_run_that_is_limited_in_time_ends_its_schedule_then(world: Path, tmp_path: Path) -> None:
+    assert run(world, tmp_path, "--max-minutes", "0.00001") == 0
+    (epoch,) = json.loads((tmp_path / "training.json").read_text())["epochs"]
+    assert epoch["step"] == 1
+    assert (tmp_path / "model.safetensors").is_file()
+    assert not (tmp_path / "state.pt").exists()

@@ -7,8 +7,8 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from plugins.eagle.attention_forms import CachedAttend
-from plugins.eagle.tiny_targets import VOCABULARY, make_target
+from attention_forms import CachedAttend
+from tiny_targets import VOCABULARY, make_target
 
 from specplug_eagle.head import DraftHead
 from specplug_eagle.train.batches import collate
@@ -66,7 +66,7 @@ def test_every_step_of_the_unroll_equals_drafting_from_a_cache(options: dict[str
     worst = 0.0
     for row, sample in enumerate(samples):
         ids = sample.ids.long()
-        own = target.states(ids[None], (2, 4, 8)).features[0]
+        own = features[row]
         for t in (0, 1, 5, len(ids) - 1 - STEPS):
             if t + STEPS >= len(ids):
                 continue

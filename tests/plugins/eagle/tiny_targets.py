@@ -39,7 +39,9 @@ def make_target(folder: Path | None = None, *, layers: int = 8, seed: int = 0, s
 
 
 def write_lines(file: Path, lines: list[object]) -> Path:
-    file.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    file.write_text(
+        "".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines), encoding="utf-8"
+    )
     return file
 
 

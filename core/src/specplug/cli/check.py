@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
 @click.command("check", short_help="Check that a speculator keeps the contract.")
 @click.argument("method")
-@click.option(
-    "--target", metavar="MODEL", help="Check on this folder, hub name or tiny. [default: tiny random models]"
-)
+@click.option("--target", metavar="MODEL", help="Check on this folder, hub name or tiny. [default: tiny random models]")
 @click.option(
     "--speculative-config", metavar="JSON", help="The method's keys, or a file with them; needed where it needs keys."
 )

@@ -74,9 +74,7 @@ class SpeculatorConformance:
 
 
 def _test_of(check: Check) -> Callable[..., None]:
-    def test(
-        self: SpeculatorConformance, subject: Subject, record_property: Callable[[str, object], None]
-    ) -> None:
+    def test(self: SpeculatorConformance, subject: Subject, record_property: Callable[[str, object], None]) -> None:
         result = run_check(check, subject)
         record_property("not_applicable" if result.verdict == "not applicable" else "evidence", result.text)
         if result.verdict == "failed":

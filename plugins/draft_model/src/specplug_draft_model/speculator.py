@@ -251,10 +251,11 @@ def load_speculator(config: SpeculativeConfig, target: TargetModel) -> DraftMode
 
 
 def _source(settings: DraftModelSettings, target: TargetModel) -> str:
-    if settings.model == EMBEDDED or (settings.model is None and target.source == EMBEDDED):
+    model = target.source if settings.model is None and target.source == EMBEDDED else settings.model
+    if model == EMBEDDED and not Path(model).is_dir():
         return str(Path(__file__).parent / EMBEDDED)
-    if settings.model is None:
+    if model is None:
         raise ConfigurationError(
             "speculative_config of method 'draft_model' needs the key 'model': a folder or hub name of a smaller model"
         )
-    return settings.model
+    return model

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("specplug.eagle")
 EMBEDDED = "tiny"
 _CACHE = "head KV"
+_COPIES_TO_DRAW = 8
+"""Distributions of a node that exist at once while one is truncated (sorted values and places, cumulated, scattered) and drawn
+from. Those of the nodes before are held as well; at the end all are held twice, when a row's are put together."""
 
 
 @attrs.define(eq=False)
@@ -73,7 +76,11 @@ class EagleSpeculator:
             tokens * (spec.feature_size + 6 * spec.hidden_size + 2 * spec.intermediate_size) * budget.dtype.itemsize
         )
         width = self.tree.top_k if isinstance(self.tree, DynamicTree) else max(len(x.nodes) for x in self.tree.levels)
-        logits = budget.max_num_seqs * width * spec.draft_vocab_size * 2 * torch.float32.itemsize
+        copies = 2 * width
+        if isinstance(self.tree, StaticTree) and self.tree.samples:
+            inner = sum(len(level.nodes) for level in self.tree.levels)
+            copies = max(2 * inner, inner + _COPIES_TO_DRAW * width)
+        logits = budget.max_num_seqs * copies * spec.draft_vocab_size * torch.float32.itemsize
         ids = spec.draft_vocab_size * torch.int64.itemsize if spec.draft_vocab_size != spec.vocab_size else 0
         return [
             MemoryRegion("head weights", "weights", fixed_bytes=self.weights.num_bytes()),

@@ -23,7 +23,11 @@ def run(subject: Subject) -> str:
         totals = (
             ("emitted tokens", engine.num_generated_tokens, sum(request.num_output_tokens for request in requests)),
             ("draft tokens", engine.stats.num_draft_tokens, sum(r.stats.num_draft_tokens for r in requests)),
-            ("accepted", engine.stats.num_accepted_draft_tokens, sum(r.stats.num_accepted_draft_tokens for r in requests)),
+            (
+                "accepted",
+                engine.stats.num_accepted_draft_tokens,
+                sum(r.stats.num_accepted_draft_tokens for r in requests),
+            ),
             ("drafts", engine.stats.num_spec_steps, sum(engine.stats.acceptance_histogram)),
         )
     for request in requests:

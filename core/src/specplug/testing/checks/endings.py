@@ -49,7 +49,9 @@ def run(subject: Subject) -> str:
 def _compare(outputs: list[list[int]], cases: list[tuple[str, list[int], SamplingParams, list[int]]]) -> None:
     for output, (name, _, _, expected) in zip(outputs, cases, strict=True):
         if output != expected:
-            raise CheckFailure(f"{len(expected)} tokens with {name}: …{expected[-4:]}", f"{len(output)}: …{output[-4:]}")
+            raise CheckFailure(
+                f"{len(expected)} tokens with {name}: …{expected[-4:]}", f"{len(output)}: …{output[-4:]}"
+            )
 
 
 CHECK = Check(

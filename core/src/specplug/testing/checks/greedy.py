@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from specplug.sampling.params import SamplingParams
 from specplug.testing.check import Check, CheckFailure
 from specplug.testing.session import Session

@@ -19,7 +19,10 @@ def run(subject: Subject) -> str:
     """Live tensor bytes after warmup and between the steps of a run, less what core itself planned."""
     folder = subject.targets.get()
     subject.config(folder)
-    with only_what_is_new(), subject.start(folder, max_num_seqs=8, max_num_batched_tokens=256, memory=_MEMORY) as session:
+    with (
+        only_what_is_new(),
+        subject.start(folder, max_num_seqs=8, max_num_batched_tokens=256, memory=_MEMORY) as session,
+    ):
         engine = session.engine
         plan = engine.plan
         regions = session.regions()

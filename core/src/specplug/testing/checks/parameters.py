@@ -35,7 +35,9 @@ def run(subject: Subject) -> str:
     params = [SamplingParams(max_tokens=_LENGTH, ignore_eos=True, **case) for case in cases]
     accepted = 0
     for variant in range(subject.scaled(4, 2)):
-        prompts = [repetitive_prompt(5 + 3 * number, vocabulary, number + 50 * variant) for number in range(len(params))]
+        prompts = [
+            repetitive_prompt(5 + 3 * number, vocabulary, number + 50 * variant) for number in range(len(params))
+        ]
         with subject.plain(folder, skip_tokenizer_init=False) as session:
             expected = session.generate(prompts, params)
         with subject.start(folder, skip_tokenizer_init=False, max_num_seqs=6) as session:

@@ -28,7 +28,7 @@ def run(subject: Subject) -> str:
             histogram = stats.acceptance_histogram
             whole = stats.num_draft_tokens == stats.num_accepted_draft_tokens
             expect(
-                whole or stats.draft_acceptance_rate is not None and stats.draft_acceptance_rate > 0.97,
+                whole or (stats.draft_acceptance_rate is not None and stats.draft_acceptance_rate > 0.97),
                 "that every greedy draft is accepted whole",
                 f"{stats.num_accepted_draft_tokens} of {stats.num_draft_tokens} tokens, by accepted length: {histogram}",
             )

@@ -22,9 +22,7 @@ def run(subject: Subject) -> str:
     """Thousands of unseeded requests with one prompt; chi-square per position and on the joint of three tokens."""
     folder = subject.targets.get(vocab_size=V, initializer_range=0.25)
     ids = tuple(range(V)) if subject.targets.vocabulary(folder) > V else ()
-    params = SamplingParams(
-        temperature=0.8, top_k=11, max_tokens=5, ignore_eos=True, allowed_token_ids=ids
-    )
+    params = SamplingParams(temperature=0.8, top_k=11, max_tokens=5, ignore_eos=True, allowed_token_ids=ids)
     trials = subject.scaled(12_000, 3_000)
     with subject.start(folder, max_num_seqs=_BATCH, max_num_batched_tokens=4000, max_model_len=32, seed=1) as session:
         outputs = session.generate([PROMPT] * trials, [params] * trials)
@@ -40,7 +38,9 @@ def run(subject: Subject) -> str:
             )
     worst = min(values.values())
     rate = stats.num_accepted_draft_tokens / max(stats.num_draft_tokens, 1)
-    return f"{trials:,} trials, smallest p-value {worst:.2g}, {stats.num_draft_tokens:,} draft tokens, {rate:.0%} accepted"
+    return (
+        f"{trials:,} trials, smallest p-value {worst:.2g}, {stats.num_draft_tokens:,} draft tokens, {rate:.0%} accepted"
+    )
 
 
 def joint_of_three(subject: Subject, folder: Path) -> torch.Tensor:

@@ -79,7 +79,9 @@ def run(subject: Subject) -> str:
             f"wrappers return what `yield` gave them: the same {name}",
             f"{changed} of {len(after)} {name}s were changed on the way out",
         )
-    return f"{len(outside[0])} proposals and {len(outside[1])} verdicts unchanged by wrappers of {' and '.join(wrapped)}"
+    return (
+        f"{len(outside[0])} proposals and {len(outside[1])} verdicts unchanged by wrappers of {' and '.join(wrapped)}"
+    )
 
 
 def _proposal_facts(proposal: Any, count: int, vocabulary: int) -> Any:

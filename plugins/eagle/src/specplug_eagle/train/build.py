@@ -72,7 +72,9 @@ def boundaries_of(spec: HeadSpec, target: Target) -> tuple[int, ...]:
     return resolve_layer_ids(spec, target.num_layers).boundaries
 
 
-def new_head(spec: HeadSpec, options: HeadOptions, target: Target, members: torch.Tensor | None, seed: int) -> DraftHead:
+def new_head(
+    spec: HeadSpec, options: HeadOptions, target: Target, members: torch.Tensor | None, seed: int
+) -> DraftHead:
     """Makes a head in float32 that starts as a reader of the deepest target state.
 
     Args:

@@ -81,12 +81,11 @@ class Trainer:
             self.position, self.history = saved
             self.reporter.line(f"continuing at step {self.position.step}, epoch {self.position.epoch + 1}")
         total = self.total_steps()
-        started, first = time.monotonic(), self.position.step
         with self._stoppable():
-            while self.position.step < total or self.position.group:
+            while self._progress(total) < 1 or self.position.group:
                 if not self._epoch(optimizer, total):
                     return False
-                self._finish_epoch(optimizer, (time.monotonic() - started) / max(self.position.step - first, 1))
+                self._finish_epoch(optimizer)
         (self.folder / NAME).unlink(missing_ok=True)
         return True
 
@@ -95,17 +94,26 @@ class Trainer:
         total = sum(len(self._groups(epoch)) for epoch in range(self.options.epochs))
         return total if self.options.max_steps is None else min(total, self.options.max_steps)
 
+    def _progress(self, total: int) -> float:
+        """How much of the schedule is over, by steps or by time."""
+        limit = self.options.max_minutes
+        spent = 0.0 if limit is None else self.position.seconds / (60 * limit)
+        return min(1.0, max(self.position.step / total, spent))
+
     def _epoch(self, optimizer: torch.optim.Optimizer, total: int) -> bool:
         losses = []
         for group in self._groups(self.position.epoch)[self.position.group :]:
-            if self.position.step == total:
+            progress = self._progress(total)
+            if progress == 1:
                 break
-            losses.append(self._step(optimizer, group, total))
+            started = time.monotonic()
+            losses.append(self._step(optimizer, group, progress or 1 / total))
             self.position.group += 1
             self.position.step += 1
             if self.position.step % 10 == 0 or self.position.step == total:
                 note = f"epoch {self.position.epoch + 1} loss {torch.stack(losses[-50:]).mean().item():.3f}"
                 self.reporter.update("training", self.position.step, total, note)
+            self.position.seconds += time.monotonic() - started
             if self.interrupted or self.position.step % self.save_every == 0:
                 self._save(optimizer)
                 if self.interrupted:
@@ -113,8 +121,10 @@ class Trainer:
         self._loss = torch.stack(losses[-200:]).mean().item() if losses else None
         return True
 
-    def _step(self, optimizer: torch.optim.Optimizer, group: Sequence[tuple[int, ...]], total: int) -> torch.Tensor:
-        rate = self.options.learning_rate * schedule(self.position.step, total, self.options.warmup)
+    def _step(
+        self, optimizer: torch.optim.Optimizer, group: Sequence[tuple[int, ...]], progress: float
+    ) -> torch.Tensor:
+        rate = self.options.learning_rate * schedule(progress, self.options.warmup)
         for parameters in optimizer.param_groups:
             parameters["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
@@ -138,7 +148,7 @@ class Trainer:
                 1 / shares,
             )
 
-    def _finish_epoch(self, optimizer: torch.optim.Optimizer, seconds: float) -> None:
+    def _finish_epoch(self, optimizer: torch.optim.Optimizer) -> None:
         found = evaluate(self.head.eval(), self.target, self.states, self._measured(), self.options.measured_steps)
         self.head.train()
         self.position.epoch += 1
@@ -154,6 +164,7 @@ class Trainer:
                 },
             }
         )
+        seconds = self.position.seconds / max(self.position.step, 1)
         steps = " ".join(f"{value:.3f}" for value in found.agreement)
         self.reporter.line(
             f"epoch {self.position.epoch}: held-out acceptance length with "
@@ -161,7 +172,16 @@ class Trainer:
             f"agreement by step {steps}; {seconds:.3f} s a step"
         )
         self.write()
-        record = {"options": attrs.asdict(self.options), "epochs": self.history}
+        device = self.target.device
+        record = {
+            "options": attrs.asdict(self.options),
+            "texts": len(self.train),
+            "tokens": sum(len(sample) for sample in self.train),
+            "seconds": round(self.position.seconds, 1),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "torch": torch.__version__,
+            "epochs": self.history,
+        }
         (self.folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         self._save(optimizer)
 
@@ -208,9 +228,8 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-def schedule(step: int, total: int, warmup: float) -> float:
-    """Linear warm-up, then a cosine to zero: the learning rate at a step, as a part of the peak."""
-    rising = max(1, round(total * warmup))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 + 0.5 * math.cos(math.pi * (step - rising) / max(1, total - rising))
+def schedule(progress: float, warmup: float) -> float:
+    """Linear warm-up, then a cosine to zero: the learning rate as a part of the peak, where `progress` of the run is over."""
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * (progress - warmup) / (1 - warmup))

@@ -57,6 +57,8 @@ class RunOptions:
         step_decay: weight of step s is step_decay^s.
         epochs: passes over the data.
         max_steps: the most optimiser steps, if not None; the schedule ends there.
+        max_minutes: the longest that the steps may take, if not None; the schedule is shortened to end then. How far a
+            run comes depends on the machine, so that such a run cannot be repeated exactly.
         learning_rate: the peak.
         warmup: part of all steps in which the rate rises.
         weight_decay: of AdamW, for matrices.
@@ -71,6 +73,7 @@ class RunOptions:
     step_decay: float = 0.8
     epochs: int = 10
     max_steps: int | None = None
+    max_minutes: float | None = None
     learning_rate: float = 1e-4
     warmup: float = 0.015
     weight_decay: float = 0.0

@@ -19,8 +19,12 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--target", required=True, help="folder or hub name of a causal LM, or tiny")
-    parser.add_argument("--data", type=Path, required=True, help="JSON lines: text, messages, prompt+completion, input_ids")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the head, the record and the state to resume")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="JSON lines: text, messages, prompt+completion, input_ids"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the head, the record and the state to resume"
+    )
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run, if there is one")
     _data(parser.add_argument_group("data"))
     _head(parser.add_argument_group("head"))
@@ -57,9 +61,12 @@ def _head(group: argparse._ArgumentGroup) -> None:
 def _run(group: argparse._ArgumentGroup) -> None:
     default = attrs.asdict(RunOptions())
     group.add_argument("--steps", type=_at_least(1), default=default["steps"], help="draft steps of the unroll")
-    group.add_argument("--step-decay", type=_positive, default=default["step_decay"], help="weight of a step to the next")
+    group.add_argument(
+        "--step-decay", type=_positive, default=default["step_decay"], help="weight of a step to the next"
+    )
     group.add_argument("--epochs", type=_at_least(1), default=default["epochs"])
     group.add_argument("--max-steps", type=_at_least(1), help="end after so many optimiser steps")
+    group.add_argument("--max-minutes", type=_positive, help="shorten the schedule to end after so long")
     group.add_argument("--learning-rate", type=_positive, default=default["learning_rate"])
     group.add_argument("--warmup", type=_part, default=default["warmup"], help="part of all steps")
     group.add_argument("--weight-decay", type=_not_negative, default=default["weight_decay"])

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
 import torch
@@ -55,7 +56,9 @@ def regenerate(
     done = 0
     if file.is_file():
         if not note.is_file() or note.read_text(encoding="utf-8") != made_for:
-            raise ConfigurationError(f"{file} was written by another target, or from other prompts or settings; delete it")
+            raise ConfigurationError(
+                f"{file} was written by another target, or from other prompts or settings; delete it"
+            )
         done = _complete_lines(file)
     else:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +85,7 @@ def continue_texts(target: Target, prompts: Sequence[Sequence[int]], writing: Wr
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
-    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if writing.temperature:
         sampling = {"do_sample": True, "temperature": writing.temperature, "top_p": 1.0, "top_k": 0}
     with quiet_transformers():

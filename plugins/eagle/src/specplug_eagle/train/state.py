@@ -23,11 +23,13 @@ class Position:
         epoch: the epoch under way.
         group: the next optimiser step within it.
         step: optimiser steps done in all.
+        seconds: what they took.
     """
 
     epoch: int = 0
     group: int = 0
     step: int = 0
+    seconds: float = 0.0
 
 
 def save_state(

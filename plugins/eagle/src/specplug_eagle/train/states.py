@@ -112,7 +112,12 @@ class CachedStates:
         return shards
 
     def _compare(self, made: Mapping[str, Any]) -> None:
-        what = {"target": "another target", "data": "other data", "boundaries": "other layer ids", "dtype": "another dtype"}
+        what = {
+            "target": "another target",
+            "data": "other data",
+            "boundaries": "other layer ids",
+            "dtype": "another dtype",
+        }
         for name, wanted in self._wanted.items():
             if made[name] != wanted:
                 told = "" if name in ("target", "data") else f" ({made[name]}, not {wanted})"

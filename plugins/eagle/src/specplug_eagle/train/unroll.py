@@ -56,7 +56,7 @@ class UnrolledAttention:
         return states.unflatten(1, self._shape).transpose(0, 1)
 
     def _mask(self, step: int, window: int | None, device: torch.device) -> torch.Tensor:
-        """bool [T, (step + 1) · T]: which keys of which step each row sees at this step."""
+        """Which keys of which step each row sees at this step: bool [T, (step + 1) · T]."""
         if (step, window) not in self._masks:
             row = torch.arange(self._shape[1], device=device)
             own = row[:, None] == row

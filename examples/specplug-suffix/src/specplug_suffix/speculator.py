@@ -1,0 +1,116 @@
+"""The `suffix` method: a tree for each row, and one for the outputs of finished requests."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import attrs
+
+from specplug import Proposal, SpeculatorTraits, hookimpl
+from specplug_suffix.candidates import Candidate, Drafter
+from specplug_suffix.settings import SuffixSettings
+from specplug_suffix.tree import SuffixTree
+
+if TYPE_CHECKING:
+    from specplug import ProposalBatch, ProposalRow, SpeculativeConfig, TargetModel, TokenView
+
+
+@attrs.define(eq=False)
+class Row:
+    """What is kept of a row.
+
+    Attributes:
+        tokens: its committed ids, which are complete when it ends.
+        output_start: where its output starts there.
+        tree: of its prompt and output.
+    """
+
+    tokens: TokenView
+    output_start: int
+    tree: SuffixTree
+
+
+@attrs.define(eq=False)
+class SuffixSpeculator:
+    """Drafts what most often followed the last tokens of a row, in the row itself or in earlier outputs.
+
+    Its proposals depend on the requests that finished before, so it is not `token_only`.
+
+    Attributes:
+        settings: the user's.
+        traits: what it declares to core.
+        rows: by slot, the rows that have not ended.
+        finished: the tree of the outputs of finished requests.
+    """
+
+    settings: SuffixSettings
+    traits: SpeculatorTraits
+    rows: dict[int, Row] = attrs.field(factory=dict, init=False, repr=False)
+    finished: SuffixTree = attrs.field(init=False, repr=False)
+    _drafter: Drafter = attrs.field(init=False, repr=False)
+    _cached_tokens: int = attrs.field(default=0, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.finished = SuffixTree(self.settings.suffix_decoding_max_tree_depth)
+        self._drafter = Drafter(self.settings)
+
+    @hookimpl
+    def propose(self, batch: ProposalBatch) -> Proposal:
+        """Learns from the rows that finished, forgets all that ended, and drafts a tree for every row."""
+        for slot, reason in batch.ended:
+            ended = self.rows.pop(slot, None)
+            if ended is not None and reason == "finished":
+                self._learn(ended.tokens[ended.output_start :])
+        drafts = [self._draft(row) for row in batch.rows]
+        return Proposal(
+            tokens=[draft.tokens for draft in drafts],
+            parents=[None if _is_chain(draft.parents) else draft.parents for draft in drafts],
+            scores=[[math.log(prob) for prob in draft.probs] for draft in drafts],
+        )
+
+    def _draft(self, row: ProposalRow) -> Candidate:
+        known = self.rows.get(row.slot)
+        if known is None or row.is_new:
+            tree = SuffixTree(self.settings.suffix_decoding_max_tree_depth)
+            known = self.rows[row.slot] = Row(row.tokens, _output_start(row), tree)
+        known.tokens = row.tokens
+        known.tree.extend(row.tokens[len(known.tree.text) :])
+        return self._drafter.draft(known.tree, self.finished, row.budget.max_nodes, row.budget.max_depth)
+
+    def _learn(self, output: list[int]) -> None:
+        tree, settings = self.finished, self.settings
+        if not output or not settings.suffix_decoding_max_cached_requests:
+            return
+        if len(output) > settings.suffix_decoding_max_cached_tokens:
+            return
+        tree.extend(output)
+        tree.finish()
+        self._cached_tokens += len(output)
+        while (
+            len(tree.texts) > settings.suffix_decoding_max_cached_requests
+            or self._cached_tokens > settings.suffix_decoding_max_cached_tokens
+        ):
+            self._cached_tokens -= tree.remove_oldest()
+
+
+def _output_start(row: ProposalRow) -> int:
+    """Where the output of a new row starts: its last token is the first of the output, unless the prompt is not done."""
+    return len(row.tokens) - (row.computed.stop == len(row.tokens) - 1)
+
+
+def _is_chain(parents: list[int]) -> bool:
+    return all(parent == index - 1 for index, parent in enumerate(parents))
+
+
+@hookimpl
+def load_speculator(config: SpeculativeConfig, target: TargetModel) -> SuffixSpeculator:
+    """Makes the speculator; see `SuffixSettings` for its keys.
+
+    Raises:
+        ConfigurationError: an unknown key, or a value that cannot work.
+    """
+    settings = config.settings(SuffixSettings)
+    most = config.num_speculative_tokens
+    depth = min(most, settings.suffix_decoding_max_tree_depth - 1)
+    return SuffixSpeculator(settings, SpeculatorTraits(max_nodes=most, max_depth=depth))

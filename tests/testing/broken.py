@@ -1,0 +1,351 @@
+"""Speculators that break one promise each, and the checks that must notice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from good import Lookup, Reader, Sampler, Table
+from safetensors.torch import load_file
+
+from specplug import MemoryRegion, Proposal, Verdict, hookimpl
+from specplug.sampling.randomness import Stream
+from specplug.speculation.verification.verifier import LosslessVerifier
+from specplug.testing import Flags
+from support.speculators import ModelSpeculator
+
+HELD: list[Any] = []
+
+
+class RaisesSometimes(Lookup):
+    calls = 0
+
+    @hookimpl
+    def propose(self, batch: Any) -> Proposal:
+        self.calls += 1
+        if self.calls % 40 == 17:
+            raise ValueError("a bug in the plugin")
+        return super().propose(batch)
+
+
+class UnknownToken(Lookup):
+    def draft(self, tokens: Any, count: int) -> list[int]:
+        return [1 << 20] * count if len(tokens) == 41 else super().draft(tokens, count)
+
+
+class NotANumber(Sampler):
+    def draft(self, row: Any) -> tuple[list[int], Any]:
+        tokens, probs = super().draft(row)
+        if probs is not None and len(row.tokens) == 23:
+            probs.values[0, 0] = float("nan")
+        return tokens, probs
+
+
+class OverBudget(Lookup):
+    def draft(self, tokens: Any, count: int) -> list[int]:
+        return super().draft(tokens, count and 4)
+
+
+class DraftsWithoutBudget(Reader):
+    def draft(self, row: Any, batch: Any) -> list[int]:
+        return super().draft(row, batch) or [1]
+
+
+class BiasedProbabilities(Sampler):
+    def report(self, distribution: torch.Tensor) -> torch.Tensor:
+        return distribution.pow(0.6) / distribution.pow(0.6).sum()
+
+
+class ProbabilitiesOfArgmax(Sampler):
+    def draw(self, row: Any, distribution: torch.Tensor) -> int:
+        return int(distribution.argmax())
+
+
+class DrawsFromTheVerifier(Sampler):
+    """Its wrapper sees the verifier's generators."""
+
+    def __init__(self, target: Any) -> None:
+        super().__init__(target)
+        self.engine: Any = None
+
+    @hookimpl
+    def verify(self, batch: Any) -> None:
+        return None
+
+    def draw(self, row: Any, distribution: torch.Tensor) -> int:
+        if row.sampling.greedy or HELD[-1] is None:
+            return super().draw(row, distribution)
+        return int(torch.multinomial(distribution, 1, generator=self.stream()))
+
+    def stream(self) -> torch.Generator:
+        return HELD[-1].generator(Stream.ACCEPTANCE)
+
+
+class PeeksAtTheVerifier(DrawsFromTheVerifier):
+    """Draws the very number that decides the acceptance, and leaves the stream as it was."""
+
+    def stream(self) -> torch.Generator:
+        peek = torch.Generator()
+        peek.set_state(HELD[-1].generator(Stream.ACCEPTANCE).get_state())
+        return peek
+
+
+class GlobalRandomness(Lookup):
+    def draft(self, tokens: Any, count: int) -> list[int]:
+        return torch.randint(3, 16, (count,)).tolist()
+
+
+class StaleKV(ModelSpeculator):
+    """Takes what it drafted for stored, whatever became of it."""
+
+    @hookimpl
+    def propose(self, batch: Any) -> Proposal:
+        proposal = super().propose(batch)
+        for row, tokens in zip(batch.rows, proposal.tokens, strict=True):
+            drafted = max(0, len(tokens) - 1)
+            accepted = len(row.outcome.accepted) if row.outcome else 0
+            if drafted and accepted < drafted:
+                self.seen[row.slot] = min(self.seen[row.slot] + 1, len(row.tokens))
+        return proposal
+
+
+class OffByOne(Reader):
+    def newest_state(self, row: Any, batch: Any) -> torch.Tensor:
+        return batch.hidden_states["final"][max(row.states.stop - 2, 0)]
+
+
+class KeepsOldRows(Reader):
+    """Neither hears of ended rows, nor begins anew."""
+
+    def forget(self, slot: int) -> None:
+        pass
+
+    def begin(self, row: Any) -> None:
+        if row.slot not in self.memories:
+            super().begin(row)
+
+
+class LeakingSlots(Lookup):
+    def __init__(self) -> None:
+        self.rows: dict[int, list[int]] = {}
+
+    def draft(self, tokens: Any, count: int) -> list[int]:
+        self.rows[hash(tuple(tokens[:8]))] = list(tokens)
+        return super().draft(tokens, count)
+
+
+class Underplanned(Table):
+    @hookimpl
+    def warmup(self, resources: Any) -> None:
+        self.table = torch.zeros(2 * self.size, dtype=torch.uint8)
+
+
+class GrowsInTheRun(Reader):
+    """Keeps all states of its live rows, which it did not plan."""
+
+    def __init__(self, target: Any) -> None:
+        super().__init__(target)
+        self.kept: dict[int, list[torch.Tensor]] = {}
+
+    def forget(self, slot: int) -> None:
+        super().forget(slot)
+        self.kept.pop(slot, None)
+
+    def draft(self, row: Any, batch: Any) -> list[int]:
+        self.kept.setdefault(row.slot, []).append(torch.zeros(1000))
+        return super().draft(row, batch)
+
+
+class Overplanned(Table):
+    @hookimpl
+    def plan_memory(self, budget: Any) -> list[MemoryRegion]:
+        return [MemoryRegion("table", "buffers", fixed_bytes=21 << 20)]
+
+
+class OutlivesTheEngine(Table):
+    @hookimpl
+    def warmup(self, resources: Any) -> None:
+        super().warmup(resources)
+        HELD.append(self.table)
+
+
+class ReadsWeightsAtLoad(Lookup):
+    def __init__(self, target: Any) -> None:
+        load_file(Path(target.source) / "model.safetensors")
+
+
+class ThinksLong(Lookup):
+    @hookimpl
+    def propose(self, batch: Any) -> Proposal:
+        if len(batch.rows) == 4:
+            time.sleep(0.2 * 4)
+        return super().propose(batch)
+
+
+class WrongHook(Lookup):
+    @hookimpl
+    def warm_up(self, resources: Any) -> None:
+        pass
+
+
+class TouchesTokens(Lookup):
+    """Puts a token among the committed ones, and forgets to take it out again."""
+
+    @hookimpl
+    def propose(self, batch: Any) -> Proposal:
+        for row in batch.rows:
+            if len(row.tokens) == 20:
+                row.tokens._tokens.append(5)
+        return super().propose(batch)
+
+
+class Verifying(Lookup):
+    """Core's verdict, changed."""
+
+    @hookimpl
+    def verify(self, batch: Any, proposal: Any, target: Any) -> Any:
+        verdict = LosslessVerifier(batch.rows[0].randomness.engine).verify(batch, proposal, target)
+        for index, row in enumerate(batch.rows):
+            self.change(index, row, verdict, proposal, target)
+        return verdict
+
+    def change(self, index: int, row: Any, verdict: Verdict, proposal: Any, target: Any) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def emit(index: int, verdict: Verdict, token: int) -> None:
+        verdict.accepted[index] = []  # type: ignore[index]
+        verdict.next_tokens[index] = token  # type: ignore[index]
+
+
+class AcceptsTheSecondBest(Verifying):
+    def change(self, index: int, row: Any, verdict: Verdict, proposal: Any, target: Any) -> None:
+        best = target.logits[target.offsets[index]].topk(2).indices.tolist()
+        plain = row.sampling.greedy and not row.sampling.changes_logits and not row.sampling.stop_token_ids
+        if plain and proposal.tokens[index][:1] == best[1:] and len(row.tokens) % 7 == 3:
+            self.emit(index, verdict, best[1])
+
+
+class SharpensSamples(Verifying):
+    def change(self, index: int, row: Any, verdict: Verdict, proposal: Any, target: Any) -> None:
+        if not row.sampling.greedy and row.sampling.seed is None and row.sampling.top_k != 1:
+            probs = target.probs([target.offsets[index]])[0].pow(1.3)
+            self.emit(index, verdict, int(torch.multinomial(probs, 1)))
+
+
+class IgnoresSeeds(Verifying):
+    def change(self, index: int, row: Any, verdict: Verdict, proposal: Any, target: Any) -> None:
+        if row.sampling.seed is not None:
+            self.emit(index, verdict, int(torch.multinomial(target.probs([target.offsets[index]])[0], 1)))
+
+
+class IgnoresPenalties(Verifying):
+    def change(self, index: int, row: Any, verdict: Verdict, proposal: Any, target: Any) -> None:
+        if row.sampling.penalizes and row.sampling.greedy:
+            self.emit(index, verdict, int(target.logits[target.offsets[index]].argmax()))
+
+
+class RunsOverTheEnd(Verifying):
+    def change(self, index: int, row: Any, verdict: Verdict, proposal: Any, target: Any) -> None:
+        stops = row.sampling.stop_token_ids
+        if len(stops) == 1 and verdict.next_tokens[index] in stops:
+            verdict.next_tokens[index] = stops[0] - 1  # type: ignore[index]
+
+
+class WithWrapper:
+    """A plugin that is a speculator and a wrapper at once; `propose` is the wrapper's."""
+
+    def __init__(self, make: Callable[[Any, Any], Any]) -> None:
+        self.make = make
+
+    @hookimpl
+    def load_speculator(self, config: Any, target: Any) -> Any:
+        return self.make(config, target)
+
+
+class Trims(WithWrapper):
+    @hookimpl(wrapper=True)
+    def propose(self, batch: Any) -> Any:
+        proposal = yield
+        return Proposal([list(tokens)[:1] for tokens in proposal.tokens])
+
+
+class SeesTheVerifier(WithWrapper):
+    @hookimpl(wrapper=True)
+    def verify(self, batch: Any) -> Any:
+        HELD.append(batch.rows[0].randomness.engine)
+        return (yield)
+
+
+@attrs.frozen(eq=False)
+class Case:
+    """A speculator that breaks a promise.
+
+    Attributes:
+        plugin: a function of (config, target), or a plugin.
+        caught_by: the checks that fail, and no others do.
+        flags: what its author says.
+        perfect: whether its author says that it must be right.
+    """
+
+    plugin: Any
+    caught_by: set[str]
+    flags: Flags = attrs.field(factory=Flags)
+    perfect: bool = False
+
+
+def _of_target(cls: type) -> Callable[[Any, Any], Any]:
+    return lambda config, target: cls(target)
+
+
+def _plain(cls: type) -> Callable[[Any, Any], Any]:
+    return lambda config, target: cls()
+
+
+def _model(cls: type) -> Callable[[Any, Any], Any]:
+    return lambda config, target: cls(target, Path(config.get("draft")), config.num_speculative_tokens)
+
+
+GOOD: dict[str, Case] = {
+    "lookup": Case(_plain(Lookup), set(), Flags(deterministic=True, samples=False, drafts=True)),
+    "sampler": Case(_of_target(Sampler), set(), Flags(samples=True, drafts=True)),
+    "reader": Case(_of_target(Reader), set(), Flags(reads_states=True, deterministic=True, owns_kv=False)),
+    "model": Case(_model(ModelSpeculator), set(), Flags(samples=True, owns_kv=True)),
+    "table": Case(_plain(Table), set()),
+}
+BROKEN: dict[str, Case] = {
+    "a hook with a wrong name": Case(_plain(WrongHook), {"startup"}),
+    "weights read at load": Case(_of_target(ReadsWeightsAtLoad), {"loading"}),
+    "raising sometimes": Case(_plain(RaisesSometimes), {"validity"}),
+    "ids outside the vocabulary": Case(_plain(UnknownToken), {"validity"}),
+    "NaN": Case(_of_target(NotANumber), {"validity"}),
+    "ignoring budgets": Case(_plain(OverBudget), {"budgets"}),
+    "drafting without a budget": Case(_of_target(DraftsWithoutBudget), {"budgets"}),
+    "promising samples": Case(_plain(Lookup), {"promises"}, Flags(samples=True)),
+    "a lossy greedy verify": Case(_plain(AcceptsTheSecondBest), {"greedy"}),
+    "a lossy sampling verify": Case(_plain(SharpensSamples), {"sampling"}),
+    "biased probabilities": Case(_of_target(BiasedProbabilities), {"distributions", "sampling"}),
+    "probabilities of argmax drafts": Case(_of_target(ProbabilitiesOfArgmax), {"distributions", "sampling"}),
+    "drawing from the verifier": Case(SeesTheVerifier(_of_target(DrawsFromTheVerifier)), {"streams"}),
+    "shared randomness": Case(SeesTheVerifier(_of_target(PeeksAtTheVerifier)), {"streams", "sampling"}),
+    "ignoring seeds": Case(_plain(IgnoresSeeds), {"seeds", "parameters"}),
+    "ignoring penalties": Case(_plain(IgnoresPenalties), {"parameters"}),
+    "running over the end": Case(_plain(RunsOverTheEnd), {"endings"}),
+    "touching committed tokens": Case(_plain(TouchesTokens), {"counters"}),
+    "global randomness in a token-only speculator": Case(_plain(GlobalRandomness), {"tokens"}),
+    "stale KV after a rollback": Case(_model(StaleKV), {"rollback", "rows"}),
+    "hidden states off by one": Case(_of_target(OffByOne), {"rollback", "rows"}),
+    "rows that outlive their slots": Case(_of_target(KeepsOldRows), {"rows", "leftovers"}),
+    "leaking slots": Case(_plain(LeakingSlots), {"leftovers"}),
+    "tensors that outlive the engine": Case(_plain(OutlivesTheEngine), {"leftovers"}),
+    "under-planned memory": Case(_plain(Underplanned), {"memory"}),
+    "memory that grows in a run": Case(_of_target(GrowsInTheRun), {"memory"}),
+    "over-planned memory": Case(_plain(Overplanned), {"memory"}),
+    "thinking too long": Case(_plain(ThinksLong), {"progress"}),
+    "perfect, and wrong": Case(_plain(Lookup), {"perfect"}, perfect=True),
+    "a wrapper that changes a proposal": Case(Trims(_plain(Lookup)), {"wrappers"}),
+}

@@ -1,0 +1,118 @@
+"""Small speculators that keep every promise: the base of the broken ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from specplug import (
+    DraftDistributions,
+    MemoryRegion,
+    Proposal,
+    SpeculatorTraits,
+    hookimpl,
+    sample,
+)
+from specplug.testing.lookup import Lookup
+
+__all__ = ["Lookup", "Reader", "Sampler", "Table"]
+
+
+class Sampler:
+    """Samples chains from a table of bigrams, and reports what it samples from."""
+
+    traits = SpeculatorTraits(token_only=True)
+
+    def __init__(self, target: Any) -> None:
+        generator = torch.Generator().manual_seed(8)
+        self.table = (1.5 * torch.randn(target.vocab_size, target.vocab_size, generator=generator)).softmax(dim=-1)
+
+    @hookimpl
+    def plan_memory(self, budget: Any) -> list[MemoryRegion]:
+        return [MemoryRegion("table", "buffers", fixed_bytes=self.table.nbytes)]
+
+    @hookimpl
+    def propose(self, batch: Any) -> Proposal:
+        drafts = [self.draft(row) for row in batch.rows]
+        return Proposal([tokens for tokens, _ in drafts], probs=[probs for _, probs in drafts])
+
+    def draft(self, row: Any) -> tuple[list[int], Any]:
+        tokens: list[int] = [row.tokens[-1]]
+        probs = []
+        for _ in range(min(row.budget.max_nodes, row.budget.max_depth)):
+            distribution = self.table[tokens[-1]]
+            probs.append(self.report(distribution))
+            tokens.append(self.draw(row, distribution))
+        if not probs or self.is_greedy(row):
+            return tokens[1:], None
+        return tokens[1:], DraftDistributions(torch.stack(probs))
+
+    def is_greedy(self, row: Any) -> bool:
+        return row.sampling.greedy
+
+    def draw(self, row: Any, distribution: torch.Tensor) -> int:
+        if row.sampling.greedy:
+            return int(distribution.argmax())
+        return int(sample(distribution[None], [row.generator])[0, 0])
+
+    def report(self, distribution: torch.Tensor) -> torch.Tensor:
+        return distribution
+
+
+class Reader:
+    """Drafts from the target's hidden states: the newest of a row, and a fading memory of its older ones."""
+
+    traits = SpeculatorTraits(hidden_states=(1, "final"))
+
+    def __init__(self, target: Any) -> None:
+        generator = torch.Generator().manual_seed(9)
+        self.weights = torch.randn(2, target.hidden_size, target.vocab_size, generator=generator)
+        self.memories: dict[int, torch.Tensor] = {}
+        self.newest: dict[int, torch.Tensor] = {}
+
+    @hookimpl
+    def plan_memory(self, budget: Any) -> list[MemoryRegion]:
+        rows = 2 * budget.max_num_seqs * self.weights.shape[1] * 4
+        return [MemoryRegion("weights and memories", "buffers", fixed_bytes=self.weights.nbytes + rows)]
+
+    @hookimpl
+    def propose(self, batch: Any) -> Proposal:
+        for slot, _ in batch.ended:
+            self.forget(slot)
+        return Proposal([self.draft(row, batch) for row in batch.rows])
+
+    def forget(self, slot: int) -> None:
+        self.memories.pop(slot, None)
+        self.newest.pop(slot, None)
+
+    def begin(self, row: Any) -> None:
+        self.memories[row.slot] = torch.zeros(self.weights.shape[1])
+
+    def draft(self, row: Any, batch: Any) -> list[int]:
+        if row.is_new:
+            self.begin(row)
+        for place in range(row.states.start, row.states.stop):
+            self.memories[row.slot] = 0.7 * self.memories[row.slot] + batch.hidden_states[1][place]
+        if len(row.computed):
+            self.newest[row.slot] = self.newest_state(row, batch).clone()
+        count = min(row.budget.max_nodes, row.budget.max_depth)
+        scores = self.newest[row.slot] @ self.weights[0] + self.memories[row.slot] @ self.weights[1]
+        return scores.topk(count).indices.tolist()
+
+    def newest_state(self, row: Any, batch: Any) -> torch.Tensor:
+        return batch.hidden_states["final"][row.states.stop - 1]
+
+
+class Table(Lookup):
+    """Looks up, and holds a buffer that it plans."""
+
+    size = 1 << 20
+
+    @hookimpl
+    def plan_memory(self, budget: Any) -> list[MemoryRegion]:
+        return [MemoryRegion("table", "buffers", fixed_bytes=self.size)]
+
+    @hookimpl
+    def warmup(self, resources: Any) -> None:
+        self.table = torch.zeros(self.size, dtype=torch.uint8)
