@@ -10,8 +10,7 @@ import venv
 from pathlib import Path
 
 import pytest
-
-from cli.fake_plugins import specplug
+from fake_plugins import specplug
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,7 +59,13 @@ def run(fresh: Path, *command: str, cwd: Path) -> str:
     """Runs a command of the fresh environment; returns what it printed."""
     executable = fresh / "env" / "bin" / command[0]
     result = subprocess.run(
-        [str(executable), *command[1:]], cwd=cwd, env=offline(), capture_output=True, encoding="utf-8", timeout=300, check=False
+        [str(executable), *command[1:]],
+        cwd=cwd,
+        env=offline(),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+        check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -81,9 +86,11 @@ def test_a_new_package_passes_its_own_tests(fresh: Path, name: str, tmp_path: Pa
     for file in (fresh / "src" / name / "tests").iterdir():
         text = file.read_text(encoding="utf-8")
         quick.joinpath(file.name).write_text(
-            text.replace("(SpeculatorConformance):\n", "(SpeculatorConformance):\n    quick = True\n"), encoding="utf-8"
+            text.replace("(SpeculatorConformance):\n", "(SpeculatorConformance):\n    quick = True\n    architectures = (\"llama\",)\n"), encoding="utf-8"
         )
-    printed = run(fresh, "python", "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", str(quick), cwd=tmp_path)
+    printed = run(
+        fresh, "python", "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", str(quick), cwd=tmp_path
+    )
     assert "21 passed" in printed
 
 

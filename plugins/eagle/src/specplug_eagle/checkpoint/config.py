@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from specplug.errors import CheckpointError
+from specplug import CheckpointError
 from specplug_eagle.head.spec import Layout
 
 _ABSENT: Mapping[str, Any] = {}

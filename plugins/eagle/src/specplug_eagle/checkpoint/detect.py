@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.activations import ACT2FN
 
-from specplug.errors import CheckpointError
+from specplug import CheckpointError
 from specplug_eagle.checkpoint.config import DraftConfig
 from specplug_eagle.checkpoint.keys import refuse_other_methods
 from specplug_eagle.checkpoint.refusals import refuse_other_variants

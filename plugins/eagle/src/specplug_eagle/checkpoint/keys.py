@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from specplug.errors import CheckpointError
+from specplug import CheckpointError
 
 _PREFIXES = ("module.", "model.", "draft_model.", "eagle_layer.", "eagle_module.")
 _RENAMED = (

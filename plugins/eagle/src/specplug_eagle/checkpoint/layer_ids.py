@@ -12,7 +12,7 @@ from typing import Literal
 
 import attrs
 
-from specplug.errors import ConfigurationError
+from specplug import ConfigurationError
 from specplug_eagle.head.spec import HeadSpec
 
 Convention = Literal["boundary", "output"]

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import attrs
 import torch
 
-from specplug.errors import CheckpointError
+from specplug import CheckpointError
 from specplug_eagle.checkpoint.config import DraftConfig
 from specplug_eagle.checkpoint.detect import detect
 from specplug_eagle.checkpoint.keys import canonical_names

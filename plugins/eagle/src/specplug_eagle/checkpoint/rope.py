@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from specplug.errors import CheckpointError
+from specplug import CheckpointError
 from specplug_eagle.checkpoint.config import DraftConfig, check_number, check_size
 from specplug_eagle.head.spec import RopeSpec
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from specplug.errors import CheckpointError
+from specplug import CheckpointError
 from specplug_eagle.checkpoint.config import DraftConfig
 from specplug_eagle.head.spec import Family
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from specplug.errors import ConfigurationError
+from specplug import ConfigurationError
 from specplug_eagle.head.spec import HeadSpec
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from specplug.errors import CheckpointError
+from specplug import CheckpointError
 from specplug_eagle.head.spec import HeadSpec
 
 

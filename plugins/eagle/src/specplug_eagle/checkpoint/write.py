@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from specplug.errors import ConfigurationError
+from specplug import ConfigurationError
 from specplug_eagle.checkpoint.vocabulary import membership, offsets
 from specplug_eagle.head.model import DraftHead
 from specplug_eagle.head.spec import HeadSpec

@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import nn
 
-from specplug.errors import CheckpointError
+from specplug import CheckpointError
 from specplug_eagle.head.layers import Attend, DraftLayer, RMSNorm
 from specplug_eagle.head.rope import RotaryEmbedding
 from specplug_eagle.head.spec import HeadSpec
