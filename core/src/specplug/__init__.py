@@ -13,6 +13,7 @@ from specplug.version import __version__
 if TYPE_CHECKING:
     from specplug.contract.batch import (
         Budget,
+        EndReason,
         Outcome,
         ProposalBatch,
         ProposalRow,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "specplug.contract.batch": (
         "Budget",
+        "EndReason",
         "Outcome",
         "ProposalBatch",
         "ProposalRow",

@@ -45,7 +45,10 @@ class TokenView(Sequence[int]):
 
 @attrs.frozen
 class Budget:
-    """The most a row may draft in this step. Zero nodes: bring your state up to date, propose nothing."""
+    """The most a row may draft in this step. Zero nodes: bring your state up to date, propose nothing.
+
+    A chain as long as `max_nodes` is also no deeper than `max_depth`, unless the speculator declares a `max_nodes` of its own.
+    """
 
     max_nodes: int
     max_depth: int
@@ -73,7 +76,9 @@ class ProposalRow:
     Attributes:
         slot: a small number that names the row until it ends; use it as the key of your per-row state.
         is_new: the first time you see the row behind this slot; drop whatever you kept under it.
-        tokens: all committed ids, prompt included. The last one (the bonus token) has no target state yet.
+        tokens: all committed ids, prompt included; the last one has no target state yet. The view stays valid after the
+            call: when you are told that the row ended, it holds the row's final tokens.
+        num_prompt_tokens: how many of `tokens` are the prompt.
         computed: the positions whose target state became final since you last saw the row. It may start after 0 for a
             new row (a fork, or a row that slept longer than states were kept): such a row begins there.
         states: where this row's entries lie in the batch's state tensors: one per position of `computed`.
@@ -98,6 +103,7 @@ class ProposalRow:
     outcome: Outcome | None = None
     table: BlockTable | None = None
     forked_from: int | None = None
+    num_prompt_tokens: int = 0
     _generator: Callable[[], torch.Generator] | None = None
 
     @property

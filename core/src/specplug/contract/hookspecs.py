@@ -87,10 +87,11 @@ class SpeculatorHooks:
 
     @hookspec(firstresult=True)
     def propose(self, batch: ProposalBatch) -> Proposal | None:
-        """Called after every target step, with the rows that may speculate. The only hook that is required.
+        """Called after every target step, with the rows that the speculator follows. The only hook that is required.
 
         Handle `batch.ended` first (forget those slots), then bring your state up to date over `row.computed`, then
-        draft at most `row.budget` per row. A budget of zero nodes means: update your state, propose nothing.
+        draft at most `row.budget` per row. A budget of zero nodes means: update your state, propose nothing; so it is
+        while a prompt is computed in chunks. A call without rows only delivers `ended`: return an empty proposal or None.
 
         Args:
             batch: the rows, valid only during the call.
@@ -99,7 +100,9 @@ class SpeculatorHooks:
             One draft per row, in the order of `batch.rows`; None for no drafts at all. Zero drafts are always legal.
 
         Whatever is proposed, output stays distributed as the target's own: a bad draft costs time, never correctness.
-        An exception, or a proposal that breaks the contract, costs the drafts of this step and is reported.
+        An exception, or a proposal that breaks the contract, costs the drafts of this step and is reported. The rows of
+        that call may be half-updated, so they do not come back (those of a `token_only` speculator do); new rows come as
+        before. After three faults in a row the speculator is not asked any more.
         """
 
     @hookspec(firstresult=True)

@@ -41,8 +41,9 @@ class Proposal:
         tokens: per row the target token ids of its nodes; or an integer tensor [rows, K] together with `lengths`.
         parents: per row (or None for a chain) each node's parent as an index of nodes, -1 for the root; parents come
             before their children.
-        scores: per row (or None) a score for each node of a deterministic tree, non-increasing along a path, by which
-            core may keep the best ancestor-closed part when the batch is large.
+        scores: per row (or None) a score for each node of a deterministic chain or tree, non-increasing along a path, by
+            which core may keep the best ancestor-closed part when the batch is large. Rows are compared with each other:
+            cumulative log-probabilities, in nats, are what it is made for.
         probs: per row (or None) the distributions the nodes were drawn from.
         lengths: how many of the K tokens of each row count, where `tokens` is a tensor.
     """

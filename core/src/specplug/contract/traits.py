@@ -12,14 +12,15 @@ Boundary = int | Literal["final"]
 
 @attrs.frozen
 class SpeculatorTraits:
-    """Optional attribute `traits` of a speculator. What is not declared is not computed.
+    """Optional attribute `traits` of a speculator, of its class or of the object. What is not declared is not computed.
 
     Attributes:
         hidden_states: target states to receive for every computed position.
         top_k: how many of the target's most likely next tokens, with probabilities, to receive at every computed position.
         token_only: the proposal is a function of `row.tokens` (slots are only cache keys). Such a speculator is not
-            called for rows with a budget of zero, and keeps its rows after a fault.
-        max_nodes: the most nodes of a row's draft tree, where that is not `num_speculative_tokens`.
+            called for rows with a budget of zero, and keeps its rows after a fault. One that learns from earlier requests is
+            not token-only.
+        max_nodes: the most nodes of a row's draft tree, where that is not `num_speculative_tokens`; it may be more.
         max_depth: the deepest node of a row's draft tree, where that is not `num_speculative_tokens`.
     """
 

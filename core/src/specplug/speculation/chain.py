@@ -224,6 +224,7 @@ class SpeculatorChain:
                 sampling=request.params,
                 outcome=link.outcomes.pop(request.number, self._outcome_of_another(link, request)),
                 table=request.table,
+                num_prompt_tokens=request.num_prompt_tokens,
                 forked_from=request.forked_from if is_fork else None,
                 generator=request.randomness.draft_generator,
             )

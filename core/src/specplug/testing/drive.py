@@ -174,7 +174,7 @@ def drive_rollbacks(subject: Subject, folder: Path, seed: int) -> Drive:
 def drive_rows(subject: Subject, folder: Path, seed: int) -> Drive:
     """Rows that are chunked, put to sleep, forked, preempted and aborted, in slots that are used again and again."""
     chooser = random.Random(seed)
-    sizes = {"max_num_seqs": 5, "max_num_batched_tokens": 120, "block_size": 4, "max_model_len": 260}
+    sizes: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 120, "block_size": 4, "max_model_len": 260}
     aborts = 0
     with subject.start(folder, **sizes) as session:
         engine = session.engine

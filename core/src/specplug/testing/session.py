@@ -81,7 +81,7 @@ class Session:
 
     def take_over_verification(self, verify: Verify) -> None:
         """Lets the kit decide what is accepted, and what is emitted, instead of any verifier."""
-        self.engine._verification.verify = verify  # type: ignore[method-assign]
+        self.engine._verification.verify = verify  # type: ignore[method-assign,assignment]
 
     def limit_blocks(self, tokens: int) -> int:
         """Leaves the engine with few KV blocks, so that rows are preempted; returns how many."""

@@ -56,7 +56,8 @@ def run(subject: Subject) -> str:
         "at most row.budget.max_nodes nodes, none deeper than row.budget.max_depth, and none at all for a budget of zero",
         f"{len(over)} of {most['rows']} rows went over; the first: {over[0] if over else ''}",
     )
-    return f"{most['rows']} rows, {most['zero']} of them with a budget of zero; at most {most['nodes']} nodes, {most['depth']} deep"
+    largest = f"at most {most['nodes']} nodes, {most['depth']} deep"
+    return f"{most['rows']} rows, {most['zero']} of them with a budget of zero; {largest}"
 
 
 CHECK = Check(

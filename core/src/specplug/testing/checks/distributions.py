@@ -53,7 +53,7 @@ def collect(subject: Subject, rows: int) -> list[RowDraft]:
 
 def run(subject: Subject) -> str:
     """Chi-square of what was drawn at each depth, and of each draw's place in its own distribution."""
-    drafts = [draft for draft in collect(subject, subject.scaled(10_000, 3_000)) if draft.values is not None]
+    drafts = [draft for draft in collect(subject, subject.scaled(10_000, 2_000)) if draft.values is not None]
     if not drafts:
         raise NotApplicable("it reports no probabilities: its drafts are deterministic")
     generator = torch.Generator().manual_seed(0)

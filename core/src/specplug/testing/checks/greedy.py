@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from specplug.sampling.params import SamplingParams
 from specplug.testing.check import Check, CheckFailure
 from specplug.testing.session import Session
@@ -17,8 +19,8 @@ def run(subject: Subject) -> str:
     for architecture in names:
         folder = subject.targets.get() if architecture == "given" else subject.targets.get(architecture)
         pairs = subject.targets.decisive_prompts(folder, subject.scaled(8, 6), NEW_TOKENS)
-        roomy = {"max_num_seqs": 8, "max_num_batched_tokens": 512}
-        tight = {"max_num_seqs": 5, "max_num_batched_tokens": 40, "block_size": 4, "max_model_len": 120}
+        roomy: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 512}
+        tight: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 40, "block_size": 4, "max_model_len": 120}
         for name, options in (("ragged batch", roomy), ("chunks, preemption, forks and aborts", tight)):
             with subject.start(folder, **options) as session:
                 if options is tight:
@@ -50,7 +52,7 @@ def _compare(session: Session, pairs: list[tuple[list[int], list[int]]], where: 
                 place = next((i for i, (a, b) in enumerate(zip(output, expected, strict=False)) if a != b), len(output))
                 raise CheckFailure(
                     f"the tokens of plain greedy decoding by Transformers, …{expected[max(0, place - 2) : place + 4]}",
-                    f"…{output[max(0, place - 2) : place + 4]} from output token {place} on, prompt of {len(prompt)} tokens ({where})",
+                    f"…{output[max(0, place - 2) : place + 4]} from token {place} on, prompt of {len(prompt)} ({where})",
                 )
     return sum(map(len, families))
 

@@ -49,13 +49,19 @@ def run(subject: Subject) -> str:
             "that nobody holds on to the speculator after the engine was closed",
             f"something still refers to the {type(reference()).__name__}",
         )
-    return f"{sizes[0]:,} to {max(sizes):,} items held between requests, {format_bytes(max(left, 0))} of tensors left at the end"
+    held = f"{sizes[0]:,} to {max(sizes):,} items held between requests"
+    return f"{held}, {format_bytes(max(left, 0))} of tensors left at the end"
 
 
 def _come_and_go(subject: Subject, folder: Path) -> tuple[Any, list[int], list[int]]:
     """Returns a weak reference to the speculator; the items and the bytes of tensors held whenever nothing runs."""
     sizes, tensors = [], []
-    options = {"max_num_seqs": _ROWS, "max_num_batched_tokens": 300, "block_size": 4, "memory": 24 << 20}
+    options: dict[str, Any] = {
+        "max_num_seqs": _ROWS,
+        "max_num_batched_tokens": 300,
+        "block_size": 4,
+        "memory": 24 << 20,
+    }
     with subject.start(folder, **options) as session:
         try:
             reference = weakref.ref(session.speculator.instance)

@@ -41,7 +41,8 @@ def run(subject: Subject) -> str:
             prompt = repetitive_prompt((60, 9, 30)[number % 3], session.vocabulary, number)
             session.add(prompt, mixed_params(number, 40))
         session.finish(look)
-    text = f"planned {format_bytes(planned)}, used {format_bytes(max(warm, 0))} after warmup, at most {format_bytes(max(most, 0))} in a run"
+    used = f"{format_bytes(max(warm, 0))} after warmup, at most {format_bytes(max(most, 0))} in a run"
+    text = f"planned {format_bytes(planned)}, used {used}"
     expect(
         most <= planned * (1 + _RELATIVE) + _SLACK,
         "plan_memory returns regions for all tensors that are held: weights, KV cache and buffers, at the engine's limits",
@@ -49,7 +50,7 @@ def run(subject: Subject) -> str:
     )
     expect(
         planned <= _FACTOR * max(most, 0) + _MARGIN,
-        f"a plan of at most {_FACTOR} times what is used, and {format_bytes(_MARGIN)} more: what is planned is lost to the KV cache",
+        f"a plan of at most {_FACTOR} times what is used and {format_bytes(_MARGIN)}: what is planned is lost to the KV cache",
         text,
     )
     return text

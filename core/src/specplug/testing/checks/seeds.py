@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from specplug.sampling.params import SamplingParams
 from specplug.testing.check import Check, CheckFailure
 from specplug.testing.subject import Subject
@@ -21,8 +23,9 @@ def run(subject: Subject) -> str:
     ]
     with subject.plain(folder) as session:
         expected = session.generate(prompts, params)
-    tight = {"max_num_seqs": 3, "max_num_batched_tokens": 24, "block_size": 4, "max_model_len": 120}
-    for name, options in (("in order", {}), ("backwards", {}), ("in a tight engine", tight)):
+    tight: dict[str, Any] = {"max_num_seqs": 3, "max_num_batched_tokens": 24, "block_size": 4, "max_model_len": 120}
+    cases: tuple[tuple[str, dict[str, Any]], ...] = (("in order", {}), ("backwards", {}), ("in a tight engine", tight))
+    for name, options in cases:
         order = list(range(_REQUESTS))
         if name != "in order":
             order.reverse()

@@ -60,15 +60,18 @@ def run(subject: Subject) -> str:
             outside[0].append(_proposal_facts(proposal, len(batch.rows), session.vocabulary))
             return proposal
 
-        verify = session.engine._verification._core
+        def looking(verify: Callable[..., Any]) -> Callable[..., Any]:
+            def look(**arguments: Any) -> Any:
+                verdict = verify(**arguments)
+                outside[1].append(_verdict_facts(verdict))
+                return verdict
 
-        def verify_outside(**arguments: Any) -> Any:
-            verdict = verify(**arguments)
-            outside[1].append(_verdict_facts(verdict))
-            return verdict
+            return look
 
         session.around_propose(propose)
-        session.engine._verification._core = verify_outside
+        verification = session.engine._verification
+        verification._core = looking(verification._core)
+        verification._overriders = {name: looking(verify) for name, verify in verification._overriders.items()}
         for number in range(6):
             session.add(repetitive_prompt(12, session.vocabulary, number), mixed_params(number, 16))
         session.finish()
