@@ -85,9 +85,9 @@ def test_a_new_package_passes_its_own_tests(fresh: Path, name: str, tmp_path: Pa
     quick.mkdir()
     for file in (fresh / "src" / name / "tests").iterdir():
         text = file.read_text(encoding="utf-8")
-        quick.joinpath(file.name).write_text(
-            text.replace("(SpeculatorConformance):\n", "(SpeculatorConformance):\n    quick = True\n    architectures = (\"llama\",)\n"), encoding="utf-8"
-        )
+        shorter = "(SpeculatorConformance):\n    quick = True\n    architectures = ('llama',)\n"
+        text = text.replace("(SpeculatorConformance):\n", shorter)
+        quick.joinpath(file.name).write_text(text, encoding="utf-8")
     printed = run(
         fresh, "python", "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", str(quick), cwd=tmp_path
     )

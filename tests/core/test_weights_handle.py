@@ -277,6 +277,6 @@ def test_the_handle_is_what_the_contract_says(tmp_path: Path) -> None:
     _safe(tmp_path)
     handle = opened(tmp_path)
     public = [name for name in vars(WeightsHandle) if not name.startswith("_")] + list(WeightsHandle.__annotations__)
-    assert {"folder", "shapes", "dtypes", "config", "keep", "num_bytes", "tensors"} == set(public)
+    assert {"folder", "shapes", "dtypes", "config", "keep", "num_bytes", "tensors", "release"} == set(public)
     assert all(hasattr(type(handle), name) or hasattr(handle, name) for name in public)
     assert specplug.WeightsHandle is WeightsHandle

@@ -92,16 +92,17 @@ class GlobalRandomness(Lookup):
 
 
 class StaleKV(ModelSpeculator):
-    """Takes what it drafted for stored, whatever became of it."""
+    """Takes its last draft token for stored, though it was drafted and never run."""
 
     @hookimpl
     def propose(self, batch: Any) -> Proposal:
+        ran = vars(self).setdefault("ran", {})
+        for row in batch.rows:
+            if not row.is_new:
+                self.seen[row.slot] = min(self.seen[row.slot] + ran.get(row.slot, 0), len(row.tokens) - 1)
         proposal = super().propose(batch)
         for row, tokens in zip(batch.rows, proposal.tokens, strict=True):
-            drafted = max(0, len(tokens) - 1)
-            accepted = len(row.outcome.accepted) if row.outcome else 0
-            if drafted and accepted < drafted:
-                self.seen[row.slot] = min(self.seen[row.slot] + 1, len(row.tokens))
+            ran[row.slot] = len(tokens)
         return proposal
 
 
@@ -306,8 +307,6 @@ GOOD: dict[str, Case] = {
     "lookup": Case(_plain(Lookup), set(), Flags(deterministic=True, samples=False, drafts=True)),
     "sampler": Case(_of_target(Sampler), set(), Flags(samples=True, drafts=True)),
     "reader": Case(_of_target(Reader), set(), Flags(reads_states=True, deterministic=True, owns_kv=False)),
-    "model": Case(_model(ModelSpeculator), set(), Flags(samples=True, owns_kv=True)),
-    "table": Case(_plain(Table), set()),
 }
 BROKEN: dict[str, Case] = {
     "a hook with a wrong name": Case(_plain(WrongHook), {"startup"}),
@@ -323,7 +322,9 @@ BROKEN: dict[str, Case] = {
     "biased probabilities": Case(_of_target(BiasedProbabilities), {"distributions", "sampling"}),
     "probabilities of argmax drafts": Case(_of_target(ProbabilitiesOfArgmax), {"distributions", "sampling"}),
     "drawing from the verifier": Case(SeesTheVerifier(_of_target(DrawsFromTheVerifier)), {"streams"}),
-    "shared randomness": Case(SeesTheVerifier(_of_target(PeeksAtTheVerifier)), {"streams", "sampling", "distributions"}),
+    "shared randomness": Case(
+        SeesTheVerifier(_of_target(PeeksAtTheVerifier)), {"streams", "sampling", "distributions"}
+    ),
     "ignoring seeds": Case(_plain(IgnoresSeeds), {"seeds", "parameters"}),
     "ignoring penalties": Case(_plain(IgnoresPenalties), {"parameters"}),
     "running over the end": Case(_plain(RunsOverTheEnd), {"endings"}),

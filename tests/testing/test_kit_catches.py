@@ -10,7 +10,7 @@ from broken import BROKEN, GOOD, HELD, Case
 
 from specplug.testing import CHECKS, CheckResult, Subject, Targets, run_checks, tiny_draft
 
-NEIGHBOURS = {"startup", "validity", "greedy", "seeds", "counters"}  # all checks for all of them take minutes
+NEIGHBOURS = {"startup", "validity", "counters"}  # all checks for all of them take minutes
 
 
 @pytest.fixture(scope="session")

@@ -55,9 +55,3 @@ class TestEagle3Sampled(Eagle3):
     samples = True
     keys: ClassVar[Mapping[str, Any]] = {**TREES["odd"], "draft_sample_method": "probabilistic"}
     proposes_trees = True
-
-
-class TestEagle3Dynamic(Eagle3):
-    samples = False
-    keys = TREES["dynamic"]
-    proposes_trees = True

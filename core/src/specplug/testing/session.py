@@ -89,6 +89,10 @@ class Session:
         self.engine.scheduler.allocator = BlockAllocator(count)
         return count
 
+    def end_with(self, token: int) -> None:
+        """Makes a token the target's end-of-sequence token."""
+        self.engine._intake._eos_ids = frozenset([token])
+
     def add(self, prompt: Sequence[int], params: SamplingParams) -> list[Request]:
         """Queues a request."""
         self._count += 1

@@ -20,7 +20,7 @@ from specplug.testing.targets import Targets
 Config = Mapping[str, Any]
 ARCHITECTURES = ("llama", "qwen3", "gemma2", "gpt_neox", "mixtral")
 QUICK_ARCHITECTURES = ("llama", "gemma2")
-MEMORY = "96MiB"
+MEMORY = 96 << 20
 
 
 @attrs.define(eq=False)
@@ -68,6 +68,10 @@ class Subject:
         """How many trials to run."""
         return quick if self.quick else full
 
+    def memory(self, size: int) -> int | None:
+        """A budget in bytes that the kit's targets fit; the engine's own choice for a target that was given."""
+        return size if self.targets.given is None else None
+
     def remember(self, key: str, make: Callable[[], Any]) -> Any:
         """What several checks share, made by the first of them."""
         if key not in self._memory:
@@ -89,9 +93,8 @@ class Subject:
 
     @contextlib.contextmanager
     def _llm(self, folder: Path, **options: Any) -> Iterator[LLM]:
-        memory = MEMORY if self.targets.given is None else None
         fixed = {"dtype": "float32", "check_parity": False, "device": "cpu"}
-        defaults = {"skip_tokenizer_init": True, "memory": memory, "max_model_len": None, **fixed}
+        defaults = {"skip_tokenizer_init": True, "memory": self.memory(MEMORY), "max_model_len": None, **fixed}
         with quiet(), kept_randomness(), one_thread(), LLM(self.source(folder), **{**defaults, **options}) as llm:
             yield llm
 

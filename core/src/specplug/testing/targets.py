@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +43,6 @@ class Targets:
             save_words(folder, self.vocabulary(folder))
             (folder / "done").touch()
         return folder
-
-    def ending_with(self, folder: Path, token: int) -> Path:
-        """The same target with another end-of-sequence token."""
-        name = folder.name if self.given is None else "given"
-        copy = self.root / f"{name}-eos={token}"
-        if not (copy / "done").is_file():
-            shutil.copytree(folder, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("draft-*", "done"))
-            generation = {"eos_token_id": token}
-            (copy / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
-            (copy / "done").touch()
-        return copy
 
     def vocabulary(self, folder: Path) -> int:
         """How many tokens a target knows."""

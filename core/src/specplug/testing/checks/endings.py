@@ -34,14 +34,14 @@ def run(subject: Subject) -> str:
     with subject.start(folder, skip_tokenizer_init=subject.targets.given is not None) as session:
         _compare(session.generate([case[1] for case in cases], [case[2] for case in cases]), cases)
     end = outputs[0][7]
-    ending = subject.targets.ending_with(folder, end)
     greedy = SamplingParams(temperature=0, max_tokens=_LENGTH)
     cut_at = [(*output, end).index(end) + 1 for output in outputs]
     eos = [
         (f"end-of-sequence token {end}", prompt, greedy, output[:count])
         for prompt, output, count in zip(prompts, outputs, cut_at, strict=True)
     ]
-    with subject.start(ending, config=subject.config(folder)) as session:
+    with subject.start(folder) as session:
+        session.end_with(end)
         _compare(session.generate(prompts, [greedy] * len(prompts)), eos)
     return f"{len(cases) + len(eos)} endings"
 

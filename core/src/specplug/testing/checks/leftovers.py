@@ -60,7 +60,7 @@ def _come_and_go(subject: Subject, folder: Path) -> tuple[Any, list[int], list[i
         "max_num_seqs": _ROWS,
         "max_num_batched_tokens": 300,
         "block_size": 4,
-        "memory": 24 << 20,
+        "memory": subject.memory(24 << 20),
     }
     with subject.start(folder, **options) as session:
         try:
