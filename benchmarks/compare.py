@@ -3,8 +3,9 @@
     python benchmarks/compare.py --workload editing draft='{"method": "draft_model"}' \\
         ngram='{"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 1}'
 
-Every repetition runs all contestants one after the other; reported are median tokens per second, and the median of the
-ratios to plain decoding within repetitions with the range of its middle half.
+A key "engine" in a configuration holds engine options of that contestant alone. Every repetition runs all contestants one after
+the other; reported are median tokens per second, and the median of the ratios to plain decoding within repetitions with the
+range of its middle half.
 """
 
 from __future__ import annotations
@@ -60,9 +61,10 @@ def main() -> None:
         "memory": "6GiB",
     }
     configs = {PLAIN: None, **{name: json.loads(text) for name, _, text in (c.partition("=") for c in args.configs)}}
+    own = {name: config.pop("engine", {}) if config else {} for name, config in configs.items()}
     with ExitStack() as stack:
         engines = {
-            name: stack.enter_context(LLM(args.target, speculative_config=config, **options))
+            name: stack.enter_context(LLM(args.target, speculative_config=config, **options | own[name]))
             for name, config in configs.items()
         }
         for llm in engines.values():

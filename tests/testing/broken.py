@@ -207,7 +207,7 @@ class Verifying(Lookup):
         return verdict
 
     def change(self, index: int, row: Any, verdict: Verdict, proposal: Any, target: Any) -> None:
-        raise NotImplementedError
+        raise TypeError("a subclass says how")
 
     @staticmethod
     def emit(index: int, verdict: Verdict, token: int) -> None:

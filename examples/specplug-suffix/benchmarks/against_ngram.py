@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 import transformers
-from specplug_suffix import load_speculator
 
 from specplug import LLM, SamplingParams, resolve_model
+from specplug_suffix import load_speculator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

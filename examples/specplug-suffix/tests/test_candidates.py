@@ -6,6 +6,7 @@ import random
 
 import pytest
 import reference
+
 from specplug_suffix.candidates import Drafter
 from specplug_suffix.settings import SuffixSettings
 from specplug_suffix.tree import SuffixTree

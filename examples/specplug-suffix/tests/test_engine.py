@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from specplug_suffix import SuffixSpeculator, load_speculator
 
 from specplug import LLM, SamplingParams
+from specplug_suffix import SuffixSpeculator, load_speculator
 
 _FUNCTION = '''def read_lines(path, encoding):
     """Read all lines of a file."""

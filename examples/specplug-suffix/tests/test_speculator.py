@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from specplug_suffix import SuffixSettings, SuffixSpeculator, load_speculator
 
 from specplug import (
     Budget,
@@ -19,6 +18,7 @@ from specplug import (
     SpeculativeConfig,
     TokenView,
 )
+from specplug_suffix import SuffixSettings, SuffixSpeculator, load_speculator
 
 PREFIX = "suffix_decoding_"
 

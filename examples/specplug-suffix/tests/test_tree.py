@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 from reference import followers
+
 from specplug_suffix.tree import END, Node, SuffixTree
 
 

@@ -47,7 +47,7 @@ class SpeculatorConformance:
         Args:
             target_folder: a tiny random model; a draft or head that fits it may be written below it.
         """
-        raise NotImplementedError("define speculative_config(self, target_folder) in your test class")
+        raise TypeError("define speculative_config(self, target_folder) in your test class")
 
     def perfect_config(self, target_folder: Path) -> Mapping[str, Any] | None:
         """A configuration with which every draft for this target must be right; None if there is none."""

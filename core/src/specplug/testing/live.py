@@ -27,7 +27,11 @@ def live_bytes() -> int:
     gc.collect()
     storages: dict[int, int] = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type != "meta":
+        if not issubclass(type(thing), torch.Tensor) or thing.device.type == "meta":
+            continue
+        if thing.is_mkldnn:  # a packed weight has no storage to show
+            storages[id(thing)] = int(torch.ops.mkldnn._nbytes(thing))
+        else:
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -25,9 +25,9 @@ class EagleSettings:
     Attributes:
         model: the head's checkpoint: a folder or hub name; `tiny` is the head that comes with this package.
         revision: of a hub name.
-        draft_sample_method: `greedy` drafts the most likely tokens; `probabilistic` samples, with the request's own
-            temperature and truncation, siblings without replacement. A request at temperature 0 or with a seed, and every
-            dynamic tree, is drafted for greedily with either.
+        draft_sample_method: `greedy` drafts the most likely tokens; `probabilistic`, which accepts more, samples with the
+            request's own temperature and truncation, siblings without replacement. A request at temperature 0 or with a
+            seed, and every dynamic tree, is drafted for greedily with either.
         speculative_token_tree: paths of sibling ranks, as a list or its Python text: `[(0,), (1,), (0, 0)]`; `eagle` is the
             authors' tree of 25 nodes.
         tree_depth: dynamic tree: draft forwards after the first level; its deepest node lies one deeper.
@@ -43,7 +43,7 @@ class EagleSettings:
 
     model: str | None = None
     revision: str | None = None
-    draft_sample_method: str = "greedy"
+    draft_sample_method: str = "probabilistic"
     speculative_token_tree: Any = None
     tree_depth: int | None = None
     tree_top_k: int | None = None
