@@ -37,7 +37,12 @@ class Environment:
         self.site = next((root / "env").glob("lib/python*/site-packages"))
         (self.site / "shared.pth").write_text(str(shared), encoding="utf-8")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SPECPLUG_", "PYTHON"))}
-        self.environment = kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PIP_NO_INDEX": "1", "PYTHONUTF8": "1"}
+        self.environment = kept | {
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "PIP_NO_INDEX": "1",
+            "PYTHONUTF8": "1",
+        }
 
     def pip(self, *arguments: str) -> None:
         """Runs the tests' pip on this environment."""
@@ -60,7 +65,7 @@ class Environment:
     def methods(self) -> set[str]:
         """The methods that `specplug list` shows as usable."""
         shown = json.loads(self.specplug("list", "--json").stdout)
-        return {plugin["method"] for plugin in shown["plugins"] if plugin["status"] == "ok"}
+        return {plugin["method"] for plugin in shown if plugin["status"] == "ok"}
 
 
 def build(project: Path, root: Path) -> Path:
