@@ -66,7 +66,7 @@ class EngineConfig:
         allowed_plugins: methods or distributions that may be loaded; None allows all.
         denied_plugins: methods or distributions that may not.
         plugins: method → plugin for speculators that are not installed: an object implementing `load_speculator`, or a
-            plain function of (config, target).
+            plain function of (config, target); or an observer, an object with wrappers alone, under any name.
         check_parity: run the parity probe at warm-up when this architecture is new here.
     """
 

@@ -76,8 +76,9 @@ class PluginRegistry:
         Args:
             allowed: see `find_plugins`.
             denied: see `find_plugins`.
-            provided: method → plugin that is not installed: an object that implements `load_speculator`, or a plain
-                function of (config, target). It takes precedence over an installed one of the same name.
+            provided: method → plugin that is not installed: an object that implements `load_speculator`, a plain function
+                of (config, target), or an object with wrappers alone. It takes precedence over an installed one of the
+                same name.
         """
         self.manager = pluggy.PluginManager(PROJECT)
         self.manager.add_hookspecs(SpeculatorHooks)
@@ -90,7 +91,8 @@ class PluginRegistry:
             if record.status == "ok":
                 self._load(record)
         for method, plugin in (provided or {}).items():
-            self._modules[method] = plugin if _has_hook(plugin, "load_speculator") else _Loader(plugin)
+            is_plugin = any(_has_hook(plugin, hook) for hook in HOOKS)
+            self._modules[method] = plugin if is_plugin else _Loader(plugin)
             self.register(self._modules[method], f"provided {method}")
 
     def _load(self, record: PluginRecord) -> None:
