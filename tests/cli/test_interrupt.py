@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import re
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING
 
 import pytest
+
+from specplug.cli.interrupt import insistent_interrupts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,6 +68,29 @@ def test_an_interrupt_ends_a_batch(tmp_path: Path) -> None:
     assert output == ""
     assert errors.splitlines()[-1] == "specplug: interrupted"
     assert "Traceback" not in errors
+
+
+def test_an_interrupt_that_a_library_swallows_comes_again() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    started = time.perf_counter()
+    swallowed: list[BaseException] = []
+
+    def run() -> None:
+        with insistent_interrupts():
+            try:
+                while time.perf_counter() - started < 20:
+                    time.sleep(0.01)
+            except BaseException as error:  # as an import of something optional does
+                swallowed.append(error)
+            while time.perf_counter() - started < 20:
+                time.sleep(0.01)
+
+    threading.Timer(0.2, _thread.interrupt_main).start()
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert len(swallowed) == 1
+    assert time.perf_counter() - started < 5
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_an_interrupt_ends_the_start() -> None:

@@ -105,7 +105,13 @@ def save_eagle1(
 def drafted_by_head(head: Path, gamma: int = 4, method: str = "eagle3", **keys: Any) -> dict[str, Any]:
     """LLM options of a head."""
     return {
-        "speculative_config": {"method": method, "model": str(head), "num_speculative_tokens": gamma, **keys},
+        "speculative_config": {
+            "method": method,
+            "model": str(head),
+            "num_speculative_tokens": gamma,
+            "draft_sample_method": "greedy",
+            **keys,
+        },
     }
 
 

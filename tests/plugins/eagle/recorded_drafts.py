@@ -165,4 +165,7 @@ def random_walk(vocabulary: int, seed: int, **keys: Any) -> tuple[dict[str, Any]
         made.append(RandomWalk(load_speculator(config, target), vocabulary, seed))
         return made[-1]
 
-    return {"plugins": {"walk": make}, "speculative_config": {"method": "walk", **keys}}, made
+    return {
+        "plugins": {"walk": make},
+        "speculative_config": {"method": "walk", "draft_sample_method": "greedy", **keys},
+    }, made

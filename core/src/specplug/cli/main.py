@@ -17,6 +17,7 @@ from specplug.cli.check import check
 from specplug.cli.demo import demo
 from specplug.cli.error_text import describe_error, hint_at_details
 from specplug.cli.generate import generate
+from specplug.cli.interrupt import insistent_interrupts
 from specplug.cli.libraries import INTERRUPTED
 from specplug.cli.listing import list_command
 from specplug.cli.new import new
@@ -56,7 +57,7 @@ class _CommandGroup(click.Group):
         """Runs the subcommand."""
         debug = bool(ctx.params.get("debug"))
         try:
-            with _quiet_libraries(debug), _one_line_usage(ctx):
+            with insistent_interrupts(), _quiet_libraries(debug), _one_line_usage(ctx):
                 return super().invoke(ctx)
         except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
             raise
