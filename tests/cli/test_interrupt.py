@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 LONG = ("--max-tokens", "2000", "--ignore-eos")
 
 
+def heed_interrupts() -> None:
+    """What a terminal's shell does; one that runs in the background makes its children ignore interrupts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def interrupted(arguments: list[str], wait_for: str) -> tuple[int, str, str]:
     """Interrupts a command after it has written `wait_for`, and checks that it ends soon and whole.
 
@@ -33,6 +38,7 @@ def interrupted(arguments: list[str], wait_for: str) -> tuple[int, str, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        preexec_fn=heed_interrupts,
     )
     seen = ""
     while wait_for not in seen:
@@ -71,6 +77,7 @@ def test_an_interrupt_ends_a_batch(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_that_a_library_swallows_comes_again() -> None:
+    heed_interrupts()
     before = signal.getsignal(signal.SIGINT)
     started = time.perf_counter()
     swallowed: list[BaseException] = []
