@@ -69,4 +69,5 @@ def show_ending(terminal: Terminal, results: Mapping[str, MethodResult], all_ide
         terminal.paragraph(f"Every output is the same, and {best} is {gain:.1f} times as fast as plain decoding.")
     terminal.line("On your own model:")
     terminal.line('  specplug generate org/model --prompt "..." --stats \\')
-    terminal.line(f'    --speculative-config \'{{"method": "{best}"}}\'')
+    model = ', "model": "org/draft"' if results[best].plan.draft_weights else ""  # one that goes with that target
+    terminal.line(f'    --speculative-config \'{{"method": "{best}"{model}}}\'')
