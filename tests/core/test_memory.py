@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,13 @@ from specplug.configuration.engine import EngineConfig, parse_bytes
 from specplug.engine.startup import plan_engine
 from specplug.errors import ConfigurationError, InsufficientMemoryError, RequestError
 from support.models import ARCHITECTURES, VOCABULARY, save_model
+from support.peak import tensor_bytes
 from support.speculators import ModelSpeculator, Oracle, TreeSpeculator, provide
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"), "llama", hidden_size=64, vocab_size=512)
-
-
-def tensor_bytes() -> int:
-    """Bytes of all storages that are alive."""
-    gc.collect()
-    storages: dict[int, int] = {}
-    for thing in gc.get_objects():
-        if not isinstance(thing, torch.Tensor) or thing.device.type == "meta":
-            continue
-        if thing.is_mkldnn:  # a packed weight, which has no storage to show
-            storages[id(thing)] = int(torch.ops.mkldnn._nbytes(thing))
-        else:
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 class Buffers(ModelSpeculator):

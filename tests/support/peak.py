@@ -1,7 +1,8 @@
-"""How much memory operations take at their peak."""
+"""How much memory tensors take: now, and at the peak of some operations."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,21 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+
+def tensor_bytes() -> int:
+    """Bytes of all storages that are alive."""
+    gc.collect()
+    storages: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if not isinstance(thing, torch.Tensor) or thing.device.type == "meta":
+            continue
+        if thing.is_mkldnn:  # a packed weight, which has no storage to show
+            storages[id(thing)] = int(torch.ops.mkldnn._nbytes(thing))
+        else:
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 class PeakBytes(TorchDispatchMode):

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 import specplug.speculation.target as target_module
 from specplug import LLM, ConfigurationError, SamplingParams
@@ -23,6 +18,7 @@ from specplug.engine.planning import PlannedEngine, plan_engine
 from specplug.errors import CheckpointError, InsufficientMemoryError, SpecplugError
 from support.drafting import drafted_by, perturbed_copy, recorded, speculator_of
 from support.models import VOCABULARY, save_model
+from support.peak import PeakBytes, tensor_bytes
 from support.reference import decisive_prompts
 
 NEW_TOKENS = 20
@@ -189,17 +185,6 @@ def test_a_draft_that_is_no_smaller_is_warned_of(
 # ---- memory ------------------------------------------------------------------------------------------------------------
 
 
-def tensor_bytes() -> int:
-    """Bytes of all storages that are alive."""
-    gc.collect()
-    storages: dict[int, int] = {}
-    for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type != "meta":
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
 def drafting_bytes(planned: PlannedEngine) -> int:
     """What is planned for the peak of drafting; nothing of it lives between steps."""
     (region,) = (region for own in planned.regions for region in own if region.kind == "buffers")
@@ -226,28 +211,6 @@ def test_planned_and_allocated_differ_by_less_than_two_percent(tmp_path: Path, m
     llm.close()
     del llm, handle, own
     assert tensor_bytes() - before < planned.total_bytes * 0.01, "something is left behind after close"
-
-
-class PeakBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operations made and that are alive at once."""
-
-    def __init__(self, known: Sequence[torch.Tensor]) -> None:
-        super().__init__()
-        self.peak = 0
-        self._known = [tensor.untyped_storage() for tensor in known]
-        self._ignored = {storage._cdata for storage in self._known}
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._ignored:
-                    self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
-        return out
 
 
 @pytest.mark.parametrize(("method", "gamma"), [("greedy", 4), ("probabilistic", 1), ("probabilistic", 8)])

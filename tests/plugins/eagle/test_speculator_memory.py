@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import random
 from pathlib import Path
@@ -17,7 +16,7 @@ from specplug.engine.planning import PlannedEngine, plan_engine
 from specplug.model import checkpoint, pickled
 from support.heads import TREES, drafted_by_head, head_speculator_of, save_eagle1, save_eagle3
 from support.models import VOCABULARY, save_model
-from support.peak import PeakBytes
+from support.peak import PeakBytes, tensor_bytes
 from support.reference import decisive_prompts
 
 WIDE, MANY = 64, 2048
@@ -55,16 +54,6 @@ def passing_bytes(planned: PlannedEngine) -> int:
     """What is planned for the peak of drafting; of it only the vocabulary map lives between steps."""
     (region,) = (region for region in planned.regions[0] if region.kind == "buffers")
     return region.fixed_bytes
-
-
-def tensor_bytes() -> int:
-    gc.collect()
-    storages: dict[int, int] = {}
-    for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 @pytest.mark.parametrize(("head", "method", "tree"), CASES)
