@@ -37,14 +37,14 @@ def propose(batch):
 """
 
 
-def test_a_conformant_method(tmp_path: Path) -> None:
+def test_a_part_of_the_kit_does_not_make_a_method_conformant(tmp_path: Path) -> None:
     path = install(tmp_path, "specplug-fake", methods={"fake": ""})
     result = specplug("check", "fake", "--quick", "--only", "budgets", "--only", "tokens", path=path)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["CHECK", "VERDICT", "SECONDS", "EVIDENCE"]
     assert [line.split()[:2] for line in lines[1:4]] == [["startup", "ok"], ["budgets", "ok"], ["tokens", "ok"]]
-    assert lines[-1] == "fake (specplug-fake 1.2): conformant"
+    assert lines[-1] == "fake (specplug-fake 1.2): the 3 checks that were chosen found nothing"
     assert result.stderr == ""
 
 
@@ -85,7 +85,7 @@ def test_a_given_target_and_an_observer(tmp_path: Path) -> None:
     result = specplug("check", "looker", "--target", "tiny", "--quick", "--only", "wrappers", path=path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "unchanged by wrappers of propose" in result.stdout
-    assert result.stdout.splitlines()[-1] == "looker (specplug-looker 1.2): conformant"
+    assert result.stdout.splitlines()[-1] == "looker (specplug-looker 1.2): the 2 checks that were chosen found nothing"
 
 
 @pytest.mark.parametrize(
@@ -106,3 +106,14 @@ def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], text: str) 
     assert result.stdout == ""
     assert text in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_only_the_whole_kit_makes_a_method_conformant() -> None:
+    from specplug.cli.check_report import CheckReport
+    from specplug.testing import CHECKS, CheckResult
+
+    results = [CheckResult(check=check, verdict="ok", text="", seconds=0.0) for check in CHECKS]
+    whole = CheckReport("m", "p", "1", None, results)
+    part = CheckReport("m", "p", "1", None, results[:-1])
+    assert (whole.is_conformant, whole.summary) == (True, "m (p 1): conformant")
+    assert (part.is_conformant, part.as_json()["conformant"]) == (False, False)

@@ -73,7 +73,7 @@ def check(
         out.line(json.dumps(report.as_json(), indent=2))
     else:
         report.show_summary(out)
-    if not report.is_conformant:
+    if report.failed:
         ctx.exit(1)
 
 

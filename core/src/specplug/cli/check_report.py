@@ -49,13 +49,24 @@ class CheckReport:
 
     @property
     def is_conformant(self) -> bool:
-        """Whether none failed."""
-        return not self.failed
+        """Whether every check of the kit ran and none failed."""
+        return not self.failed and self._is_complete
+
+    @property
+    def _is_complete(self) -> bool:
+        from specplug.testing.checks import CHECKS
+
+        return {result.check.name for result in self.results} == {check.name for check in CHECKS}
 
     @property
     def summary(self) -> str:
         """The last line."""
-        verdict = "conformant" if self.is_conformant else f"not conformant: {', '.join(self.failed)}"
+        if self.failed:
+            verdict = f"not conformant: {', '.join(self.failed)}"
+        else:
+            verdict = (
+                "conformant" if self._is_complete else f"the {len(self.results)} checks that were chosen found nothing"
+            )
         return f"{self.method} ({self.package} {self.version}): {verdict}"
 
     def show_header(self, out: Terminal) -> None:
@@ -82,7 +93,7 @@ class CheckReport:
     def show_summary(self, out: Terminal) -> None:
         """The last line."""
         out.line()
-        out.line(self.summary, "green" if self.is_conformant else "red")
+        out.line(self.summary, "red" if self.failed else "green")
 
     def as_json(self) -> dict[str, Any]:
         """The object of `specplug check --json`. Keys are only ever added."""
