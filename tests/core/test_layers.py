@@ -13,6 +13,8 @@ ORDER = [
     "version",
     "errors",
     "contract",
+    "cache",
+    "native",
     "tiny",
     "stats",
     "sampling",
@@ -29,6 +31,7 @@ ORDER = [
     "progress",
     "llm",
     "testing",
+    "bench",
     "scaffold",
     "cli",
 ]

@@ -68,6 +68,8 @@ class EngineConfig:
         plugins: method → plugin for speculators that are not installed: an object implementing `load_speculator`, or a
             plain function of (config, target); or an observer, an object with wrappers alone, under any name.
         check_parity: run the parity probe at warm-up when this architecture is new here.
+        compile: whether forwards are compiled, once per architecture and machine: `auto` does so where it pays and a C++
+            compiler is there; True for small models too; False never. Results change by rounding alone.
     """
 
     model: str
@@ -91,6 +93,7 @@ class EngineConfig:
     denied_plugins: tuple[str, ...] = ()
     plugins: Mapping[str, Any] = attrs.field(factory=dict)
     check_parity: bool = True
+    compile: bool | str = "auto"
 
     def __attrs_post_init__(self) -> None:
         for name in (
@@ -106,6 +109,8 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}: "
                 "every row needs at least one token in a step"
             )
+        if self.compile not in (True, False, "auto"):
+            raise ConfigurationError(f"compile={self.compile!r}: expected 'auto', True or False")
         if self.chain_verification not in ("block", "standard"):
             raise ConfigurationError(f"chain_verification={self.chain_verification!r}: expected 'block' or 'standard'")
 

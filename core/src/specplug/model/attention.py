@@ -55,6 +55,20 @@ class AttentionSite:
         """
         batch = self.batch
         assert batch is not None, "the runner sets the batch before it calls the model"
+        if batch.is_native:
+            return torch.ops.specplug.attend(
+                query,
+                key,
+                value,
+                self.keys,
+                self.values,
+                batch.plan,
+                batch.write_slots,
+                scaling,
+                window or 0,
+                softcap or 0.0,
+                sinks,
+            )
         self.keys.index_copy_(1, batch.write_slots, key[0])
         self.values.index_copy_(1, batch.write_slots, value[0])
         heads = query.shape[1]

@@ -15,12 +15,20 @@ class BlockTable:
         contiguous: whether the blocks follow each other, so that the row is one slice of every KV cache.
     """
 
-    __slots__ = ("block_size", "blocks", "contiguous")
+    __slots__ = ("_numbers", "block_size", "blocks", "contiguous")
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.blocks: list[int] = []
         self.contiguous = True
+        self._numbers: np.ndarray | None = None
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """The block numbers, int32; kept until blocks come or go."""
+        if self._numbers is None:
+            self._numbers = np.array(self.blocks, dtype=np.int32)
+        return self._numbers
 
     @property
     def capacity(self) -> int:
@@ -29,6 +37,7 @@ class BlockTable:
 
     def extend(self, blocks: Sequence[int]) -> None:
         """Appends blocks."""
+        self._numbers = None
         for block in blocks:
             if self.blocks and block != self.blocks[-1] + 1:
                 self.contiguous = False
@@ -36,6 +45,7 @@ class BlockTable:
 
     def truncate(self, count: int) -> list[int]:
         """Keeps the first `count` blocks and returns the others."""
+        self._numbers = None
         removed = self.blocks[count:]
         del self.blocks[count:]
         self.contiguous = all(b == a + 1 for a, b in zip(self.blocks, self.blocks[1:], strict=False))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import attrs
 import torch
 
+from specplug import native
+from specplug.model.attention_plan import attention_plan
 from specplug.model.blocks import BlockTable
-from specplug.model.padded import split_rows
+from specplug.model.kv_cache import KVCache
+from specplug.model.padded import PaddedRows, split_rows
 
 
 @attrs.frozen(eq=False)
@@ -187,31 +191,66 @@ class ForwardBatch:
 
     Args:
         rows: the rows.
-        device: where the model is.
-        num_slots: of the KV cache.
-        gather_rows: whether short rows are gathered from the cache and attended to together (see `padded`).
+        cache: where their KV lies.
+
+    Attributes:
+        num_tokens: tokens of all rows, T.
+        input_ids: int64 [1, T].
+        position_ids: int64 [1, T].
+        write_slots: int64 [T], where the KV of each token goes.
+        is_native: whether attention is native (see `specplug.native`), over `plan`; else it goes by `views` and `padded`.
     """
 
-    def __init__(self, rows: Sequence[ForwardRow], device: torch.device, num_slots: int, *, gather_rows: bool) -> None:
+    def __init__(self, rows: Sequence[ForwardRow], cache: KVCache) -> None:
+        self._rows = rows
+        self._device = cache.keys[0].device
+        self._num_slots = cache.num_slots
         ids: list[int] = []
         positions: list[int] = []
         write: list[int] = []
-        self.spans: list[RowSpan] = []
         for row in rows:
-            self.spans.append(RowSpan(row, len(ids), device))
             ids.extend(row.tokens)
             positions.extend(row.positions)
             write.extend(row.table.slots(row.start, row.start + len(row.tokens)))
         self.num_tokens = len(ids)
-        self.input_ids = torch.tensor([ids], device=device)
-        self.position_ids = torch.tensor([positions], device=device)
-        self.write_slots = torch.tensor(write, device=device)
-        self._alone, self.padded = split_rows(self.spans, device, num_slots, gather=gather_rows)
+        self.input_ids = torch.tensor([ids], device=self._device)
+        self.position_ids = torch.tensor([positions], device=self._device)
+        self.write_slots = torch.tensor(write, device=self._device)
+        self.is_native = can_attend_natively(cache)
         self._views: dict[tuple[int | None, torch.dtype], list[RowView]] = {}
+
+    @cached_property
+    def plan(self) -> torch.Tensor:
+        """int32: the rows as native attention reads them (see `attention_plan`)."""
+        return torch.from_numpy(attention_plan(self._rows))
+
+    @cached_property
+    def spans(self) -> list[RowSpan]:
+        """The rows as PyTorch's attention is called for them."""
+        spans, first = [], 0
+        for row in self._rows:
+            spans.append(RowSpan(row, first, self._device))
+            first += len(row.tokens)
+        return spans
+
+    @cached_property
+    def _split(self) -> tuple[list[RowSpan], PaddedRows | None]:
+        return split_rows(self.spans, self._device, self._num_slots, gather=self._device.type != "cpu")
+
+    @property
+    def padded(self) -> PaddedRows | None:
+        """The rows that are attended to together."""
+        return self._split[1]
 
     def views(self, window: int | None, dtype: torch.dtype) -> list[RowView]:
         """The rows that are attended to one by one; the same for all layers with the same window."""
         key = (window, dtype)
         if key not in self._views:
-            self._views[key] = [span.view(window, dtype) for span in self._alone]
+            self._views[key] = [span.view(window, dtype) for span in self._split[0]]
         return self._views[key]
+
+
+def can_attend_natively(cache: KVCache) -> bool:
+    """Whether native attention serves this cache."""
+    keys = cache.keys[0]
+    return keys.device.type == "cpu" and keys.dtype in (torch.float32, torch.bfloat16) and native.available()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from specplug import native
 from specplug.errors import CheckpointError
 from specplug.model import attention
 from specplug.model.architecture import disable_padding_checks
@@ -30,6 +31,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     attention.register()
+    native.load()
     read_headers(folder)
     try:
         with _quiet_transformers():

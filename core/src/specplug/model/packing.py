@@ -1,14 +1,17 @@
 """Linear layers in the layout that the CPU's matrix kernels read fastest.
 
 In bfloat16 on a CPU, a plain `F.linear` rearranges its weight at every call; for the one to ten rows of a decoding step
-that costs more than the product. Packed once for oneDNN, the same weight is read at the memory's speed. The packed form
-replaces the parameter; only a table that is tied to the embedding exists twice.
+that costs more than the product. Packed once, the same weight is read at the memory's speed: by our own kernel where that
+could be compiled, else by oneDNN's. The packed form replaces the parameter; only a table that is tied to the embedding
+exists twice.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+
+from specplug import native
 
 _ROWS_HINT = 1
 _MOST_PADDING = 0.03  # blocks are 32 by 64 or so; a small layer that they would blow up stays plain, and the plan exact
@@ -25,7 +28,7 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight lives in oneDNN's layout.
+    """A linear layer whose weight lies in panels, as the matrix kernels read it.
 
     Args:
         linear: the layer to take over; its weight is let go unless something else holds it.
@@ -35,9 +38,13 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
+        self.is_native = native.packs_bfloat16() and linear.in_features % 2 == 0
         weight = linear.weight.detach()
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
+        if self.is_native:
+            self.register_buffer("packed", torch.ops.specplug.pack_weight(weight), persistent=False)
+        else:  # oneDNN's own kind of tensor, which no buffer can be
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
         self._stand_in = torch.empty((), dtype=weight.dtype)
 
     @property
@@ -48,10 +55,12 @@ class PackedLinear(nn.Module):
     @property
     def num_bytes(self) -> int:
         """Bytes of the packed weight, padding included."""
-        return int(torch.ops.mkldnn._nbytes(self.packed))
+        return self.packed.nbytes if self.is_native else int(torch.ops.mkldnn._nbytes(self.packed))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """[..., in] → [..., out]."""
+        if self.is_native:
+            return torch.ops.specplug.linear(states, self.packed, self.bias, self.out_features)
         return torch.ops.mkldnn._linear_pointwise(states, self.packed, self.bias, "none", [], "")
 
 

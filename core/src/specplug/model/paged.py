@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,13 +33,13 @@ class PagedBatch:
     """
 
     def __init__(self, rows: Sequence[ForwardRow], cache: KVCache) -> None:
-        device = cache.keys[0].device
-        self._batch = ForwardBatch(rows, device, cache.num_slots, gather_rows=device.type != "cpu")
+        self._batch = ForwardBatch(rows, cache)
         self._cache = cache
         self.num_tokens = self._batch.num_tokens
         self.input_ids = self._batch.input_ids[0]
         self.positions = self._batch.position_ids[0]
-        self.last = torch.tensor([span.last - 1 for span in self._batch.spans], device=device)
+        counts = accumulate(len(row.tokens) for row in rows)
+        self.last = torch.tensor([end - 1 for end in counts], device=cache.keys[0].device)
 
     def attend(
         self,

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from specplug import native
+from specplug.cache import default_cache_folder
 from specplug.errors import UnsupportedModelError
 from specplug.model import attention
 from specplug.model.blocks import BlockTable
@@ -21,7 +23,7 @@ from specplug.model.forward import ForwardRow
 from specplug.model.packing import PackedLinear
 from specplug.model.runner import ModelRunner
 
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}
 _SHORT, _LONG = 5, 9
 
 
@@ -45,7 +47,7 @@ def check_parity(runner: ModelRunner, config: Any, block_size: int, *, cache_fol
     if _load(record).get(key):
         return False
     difference = measure_difference(runner, block_size)
-    limit = _TOLERANCE[runner.cache.keys[0].dtype]
+    limit = TOLERANCE[runner.cache.keys[0].dtype]
     if not difference <= limit:
         raise UnsupportedModelError(
             f"{runner.architecture.name} gives other logits packed and paged than by its own attention (relative difference "
@@ -93,13 +95,6 @@ def _own_logits(model: Any, ids: list[int], device: torch.device) -> torch.Tenso
         model.set_attn_implementation(attention.IMPLEMENTATION)
 
 
-def default_cache_folder() -> Path:
-    """`$SPECPLUG_CACHE`, else `specplug` below the user's cache folder."""
-    if named := os.environ.get("SPECPLUG_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specplug"
-
-
 def _key(runner: ModelRunner, config: Any) -> str:
     import transformers
 
@@ -110,6 +105,7 @@ def _key(runner: ModelRunner, config: Any) -> str:
         "dtype": str(runner.cache.keys[0].dtype),
         "device": runner.device.type,
         "packed": sum(isinstance(module, PackedLinear) for module in runner.model.modules()),
+        "native": native.available(),
         "versions": [__version__, torch.__version__, transformers.__version__],
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]

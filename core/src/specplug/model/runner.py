@@ -10,7 +10,8 @@ from specplug.contract.traits import Boundary
 from specplug.model import attention
 from specplug.model.architecture import Architecture
 from specplug.model.attention import AttentionSite
-from specplug.model.forward import ForwardBatch, ForwardRow
+from specplug.model.compiled import CompiledForward
+from specplug.model.forward import ForwardBatch, ForwardRow, can_attend_natively
 from specplug.model.kv_cache import KVCache
 from specplug.model.taps import Taps
 
@@ -30,13 +31,13 @@ class ModelRunner:
         self.architecture = architecture
         self.cache = cache
         self.device = device
-        self.gather_rows = device.type != "cpu"
         self.taps = Taps(model, architecture.layers, boundaries)
-        self._sites: list[AttentionSite] = []
+        self.sites: list[AttentionSite] = []
+        self.compiled: CompiledForward | None = None
         for call, keys, values in zip(architecture.calls, cache.keys, cache.values, strict=True):
             site = AttentionSite(keys, values)
             model.get_submodule(call.module).__dict__[attention.SITE] = site
-            self._sites.append(site)
+            self.sites.append(site)
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[ForwardRow], logits_index: Sequence[int] | None = None) -> torch.Tensor:
@@ -49,27 +50,48 @@ class ModelRunner:
         Returns:
             Logits [len(logits_index), vocabulary]. Captured states are in `taps.captured` until the next forward.
         """
-        batch = ForwardBatch(rows, self.device, self.cache.num_slots, gather_rows=self.gather_rows)
+        batch = ForwardBatch(rows, self.cache)
+        if self.compiled is not None:
+            index = range(batch.num_tokens) if logits_index is None else list(logits_index) or [0]
+            logits, self.taps.captured = self.compiled(
+                batch.input_ids, batch.position_ids, batch.plan, batch.write_slots, torch.tensor(index)
+            )
+        else:
+            logits = self._run_model(batch, logits_index)
+        return logits if logits_index is None else logits[: len(logits_index)]
+
+    def _run_model(self, batch: ForwardBatch, logits_index: Sequence[int] | None) -> torch.Tensor:
+        """The model's own code."""
         if logits_index is None or list(logits_index) == list(range(batch.num_tokens)):
             keep: int | torch.Tensor = 0
         else:
             keep = torch.tensor(list(logits_index) or [0], device=self.device)
         self.taps.captured.clear()
-        for site in self._sites:
+        for site in self.sites:
             site.batch = batch
         try:
             output = self.model(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, logits_to_keep=keep
             )
         finally:
-            for site in self._sites:
+            for site in self.sites:
                 site.batch = None
-        logits = output.logits[0]
-        return logits if logits_index is None else logits[: len(logits_index)]
+        return output.logits[0]
+
+    @property
+    def attends_natively(self) -> bool:
+        """Whether attention is native, as a compiled forward needs it."""
+        return can_attend_natively(self.cache)
+
+    @property
+    def cache_tensors(self) -> list[torch.Tensor]:
+        """Keys and values, layer by layer."""
+        return [tensor for site in self.sites for tensor in (site.keys, site.values)]
 
     def close(self) -> None:
         """Takes hooks and cache references off the model."""
+        self.compiled = None
         self.taps.remove()
         for call in self.architecture.calls:
             self.model.get_submodule(call.module).__dict__.pop(attention.SITE, None)
-        self._sites.clear()
+        self.sites.clear()

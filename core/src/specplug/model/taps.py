@@ -13,14 +13,17 @@ from specplug.contract.traits import Boundary
 class Taps:
     """Forward hooks on the decoder layers of one model; `captured[b]` is [T, hidden] of the last forward.
 
+    The order of `captured` is the order in which the model computes the boundaries, not that of `boundaries`.
+
     Boundary b < L is what enters layer b, L is what leaves the last layer before the final norm, `final` is what
     the stack of layers returns, after it.
     """
 
     def __init__(self, model: torch.nn.Module, layers: Sequence[str], boundaries: Sequence[Boundary]) -> None:
         self.captured: dict[int | str, torch.Tensor] = {}
+        self.boundaries = tuple(dict.fromkeys(boundaries))
         self._handles = []
-        for boundary in dict.fromkeys(boundaries):
+        for boundary in self.boundaries:
             if boundary == "final":
                 stack = model.get_submodule(layers[0].rsplit(".", 2)[0])  # some models call it past their base model
                 handle = stack.register_forward_hook(self._keep_output(boundary))

@@ -113,7 +113,7 @@ class LazyModel:
         self.max_model_len = self._architecture.context_length
         self.weight_bytes = self._architecture.loaded_bytes(self.dtype, device)
         self._model: torch.nn.Module | None = None
-        self._runner: ModelRunner | None = None
+        self.runner: ModelRunner | None = None
 
     def regions(
         self, *, scratch_tokens_per_row: int = 0, tables: Literal["shared", "own"] = "shared"
@@ -147,27 +147,27 @@ class LazyModel:
         """Connects the model with its KV cache, if the speculator planned one."""
         cache = caches.get(f"{self._label}.kv")
         if cache is not None and self._model is not None:
-            self._runner = ModelRunner(self._model, self._architecture, cache, self.device)
+            self.runner = ModelRunner(self._model, self._architecture, cache, self.device)
 
     def forward(self, rows: Sequence[ForwardRow], *, logits: Literal["last", "all"] = "last") -> torch.Tensor:
         """Runs the model; see `ModelHandle.forward`."""
-        if self._runner is None:
+        if self.runner is None:
             raise PluginError(
                 "the model cannot run: return its regions() from plan_memory, and run it from warmup on, not before"
             )
         if logits == "all":
-            return self._runner.forward(rows)
+            return self.runner.forward(rows)
         last, position = [], -1
         for row in rows:
             position += len(row.tokens)
             last.append(position)
-        return self._runner.forward(rows, last)
+        return self.runner.forward(rows, last)
 
     def close(self) -> None:
         """Lets go of model and cache."""
-        if self._runner is not None:
-            self._runner.close()
-        self._runner = self._model = None
+        if self.runner is not None:
+            self.runner.close()
+        self.runner = self._model = None
 
 
 class TargetFacade:

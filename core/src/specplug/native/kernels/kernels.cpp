@@ -1,0 +1,166 @@
+// PyTorch's view of the kernels. The operators' schemas stand in `operators.py`.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "attention.h"
+#include "linear.h"
+
+namespace specplug {
+namespace {
+
+using at::Tensor;
+
+template <typename T>
+T* data_of(const Tensor& tensor) {
+  return reinterpret_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
+}
+
+template <typename T>
+void attend_typed(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& keys, const Tensor& values,
+                  const Plan& plan, const Tensor& slots, const Shape& shape, const float* sinks, Tensor& out) {
+  T *cached_keys = data_of<T>(keys), *cached_values = data_of<T>(values);
+  const T *new_keys = data_of<T>(key), *new_values = data_of<T>(value);
+  const int64_t* write = slots.const_data_ptr<int64_t>();
+  const int64_t tokens = plan.tokens(), kv_heads = shape.kv_heads;
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, tokens * (shape.key_dim + shape.value_dim)));
+  at::parallel_for(0, kv_heads, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t head = begin; head < end; ++head)
+      for (int64_t token = 0; token < tokens; ++token) {
+        std::memcpy(cached_keys + (head * shape.slots + write[token]) * shape.key_dim,
+                    new_keys + head * key.stride(1) + token * key.stride(2), sizeof(T) * shape.key_dim);
+        std::memcpy(cached_values + (head * shape.slots + write[token]) * shape.value_dim,
+                    new_values + head * value.stride(1) + token * value.stride(2), sizeof(T) * shape.value_dim);
+      }
+  });
+  struct Item {
+    int64_t row, head, first, last;
+  };
+  std::vector<Item> items;
+  const int64_t group = shape.heads / kv_heads;
+  int64_t work = 0;
+  for (int64_t index = 0; index < plan.rows(); ++index) {
+    const Row row = plan.row(index);
+    for (int64_t first = 0; first < group * row.count; first += kQueryBlock)
+      for (int64_t head = 0; head < kv_heads; ++head)
+        items.push_back({index, head, first, std::min(first + kQueryBlock, group * row.count)});
+    work += row.length * row.count * group * kv_heads;
+  }
+  const T* queries = data_of<T>(query);
+  T* to = data_of<T>(out);
+  const auto run = [&](int64_t begin, int64_t end) {
+    thread_local std::vector<char> scratch;
+    for (int64_t index = begin; index < end; ++index) {
+      const Item& item = items[index];
+      attend_block<T>(queries, cached_keys, cached_values, to, plan, plan.row(item.row), item.head, item.first,
+                      item.last, shape, sinks, scratch);
+    }
+  };
+  const int64_t count = static_cast<int64_t>(items.size());
+  at::parallel_for(0, count, work < 2048 ? count : 1, run);
+}
+
+// See `AttentionSite.attend`; `plan` and `slots` are those of the batch.
+Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& keys, const Tensor& values,
+              const Tensor& plan, const Tensor& slots, double scaling, int64_t window, double softcap,
+              const std::optional<Tensor>& sinks) {
+  const Tensor q = query.stride(3) == 1 ? query : query.contiguous(), k = key.stride(3) == 1 ? key : key.contiguous(),
+               v = value.stride(3) == 1 ? value : value.contiguous();
+  Tensor out = at::empty({1, q.size(2), q.size(1), v.size(3)}, q.options());
+  const Shape shape{q.size(1), k.size(1), q.size(2), q.size(3), v.size(3), keys.size(1), q.stride(1), q.stride(2),
+                    static_cast<float>(scaling), window, static_cast<float>(softcap)};
+  Tensor float_sinks;
+  if (sinks.has_value()) float_sinks = sinks->to(at::kFloat).contiguous();
+  const float* sink = sinks.has_value() ? float_sinks.const_data_ptr<float>() : nullptr;
+  const Plan view{plan.const_data_ptr<int32_t>()};
+  TORCH_CHECK(view.tokens() <= q.size(2), "the plan describes more tokens than there are queries");
+  if (view.tokens() < q.size(2)) out.zero_();
+  if (q.scalar_type() == at::kBFloat16) {
+    attend_typed<bf16>(q, k, v, keys, values, view, slots, shape, sink, out);
+  } else {
+    TORCH_CHECK(q.scalar_type() == at::kFloat, "attention runs in float32 or bfloat16, not ", q.scalar_type());
+    attend_typed<float>(q, k, v, keys, values, view, slots, shape, sink, out);
+  }
+  return out;
+}
+
+#if SPECPLUG_BF16_DOT
+
+Tensor pack(const Tensor& weight) {
+  const Tensor dense = weight.contiguous();
+  const int64_t outs = dense.size(0), ins = dense.size(1);
+  TORCH_CHECK(ins % 2 == 0, "an odd number of inputs cannot be packed");
+  Tensor packed = at::empty({(outs + kPanel - 1) / kPanel, panel_elements(ins)}, dense.options());
+  pack_weight(data_of<bf16>(dense), outs, ins, data_of<bf16>(packed));
+  return packed;
+}
+
+// Several products of the same rows, in one parallel region: each weight is [out_features, in], packed.
+std::vector<Tensor> linears(const Tensor& input, at::TensorList packed, const c10::List<std::optional<Tensor>>& biases,
+                            at::IntArrayRef out_features) {
+  const Tensor x = input.contiguous();
+  const int64_t ins = x.size(-1), rows = x.numel() / ins;
+  struct Product {
+    const bf16* weight;
+    const float* bias;
+    bf16* out;
+    int64_t outs, first;
+  };
+  std::vector<Tensor> outs, kept;
+  std::vector<Product> products;
+  int64_t panels = 0;
+  for (size_t index = 0; index < packed.size(); ++index) {
+    auto sizes = x.sizes().vec();
+    sizes.back() = out_features[index];
+    outs.push_back(at::empty(sizes, x.options()));
+    const std::optional<Tensor> bias = biases.get(index);
+    const float* added = nullptr;
+    if (bias.has_value()) {
+      kept.push_back(bias->to(at::kFloat).contiguous());
+      added = kept.back().const_data_ptr<float>();
+    }
+    products.push_back({data_of<bf16>(packed[index]), added, data_of<bf16>(outs.back()), out_features[index], panels});
+    panels += packed[index].size(0);
+  }
+  const bf16* from = data_of<bf16>(x);
+  const int64_t panel_size = panel_elements(ins);
+  const int64_t grain = std::max<int64_t>(1, 16384 / (ins * kPanel));
+  for (int64_t begin_row = 0; begin_row < rows; begin_row += kRowChunk) {
+    const int64_t count = std::min(kRowChunk, rows - begin_row);
+    at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
+      size_t index = 0;
+      for (int64_t panel = begin; panel < end; ++panel) {
+        while (index + 1 < products.size() && products[index + 1].first <= panel) ++index;
+        const Product& product = products[index];
+        const int64_t own = panel - product.first;
+        multiply_panel(from + begin_row * ins, count, ins, product.weight + own * panel_size,
+                       product.bias ? product.bias + own * kPanel : nullptr, std::min(kPanel, product.outs - own * kPanel),
+                       product.out + begin_row * product.outs + own * kPanel, product.outs);
+      }
+    });
+  }
+  return outs;
+}
+
+Tensor linear(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features) {
+  c10::List<std::optional<Tensor>> biases;
+  biases.push_back(bias);
+  return linears(input, packed, biases, out_features)[0];
+}
+
+#endif
+
+}  // namespace
+}  // namespace specplug
+
+TORCH_LIBRARY_IMPL(specplug, CPU, library) {
+  library.impl("attend", &specplug::attend);
+#if SPECPLUG_BF16_DOT
+  library.impl("pack_weight", &specplug::pack);
+  library.impl("linear", &specplug::linear);
+  library.impl("linears", &specplug::linears);
+#endif
+}
+
+extern "C" bool kernels_have_bf16_dot() { return SPECPLUG_BF16_DOT; }

@@ -1,0 +1,69 @@
+"""Loading the compiled kernels into the process."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import threading
+
+import torch
+
+from specplug.native.build import BuildError, build_library
+
+logger = logging.getLogger("specplug")
+_lock = threading.Lock()
+
+
+class _State:
+    """What this process has loaded: None until it was tried."""
+
+    loaded: bool | None = None
+    has_bf16_dot = False
+    key = ""
+
+
+def load() -> bool:
+    """Compiles the kernels if need be, and loads them; whether they can be used from now on.
+
+    Where that is not possible, one line of warning says why, once. `SPECPLUG_NATIVE=0` switches them off.
+    """
+    with _lock:
+        if _State.loaded is None:
+            _State.loaded = False
+            if os.environ.get("SPECPLUG_NATIVE", "1") != "0":
+                _State.loaded = _try_to_load()
+        return _State.loaded
+
+
+def _try_to_load() -> bool:
+    import specplug.native.operators  # noqa: F401 - the schemas that the library implements
+
+    try:
+        path = build_library()
+        try:
+            torch.ops.load_library(str(path))
+        except OSError:  # cut off by a full disk, say: once more from the sources
+            path.unlink(missing_ok=True)
+            torch.ops.load_library(str(build_library()))
+        _State.key = path.stem
+        _State.has_bf16_dot = bool(ctypes.CDLL(str(path)).kernels_have_bf16_dot())
+    except (BuildError, OSError) as error:
+        logger.warning("native kernels are not used, PyTorch's are: %s", error)
+        return False
+    return True
+
+
+def available() -> bool:
+    """Whether the kernels are loaded."""
+    return bool(_State.loaded)
+
+
+def packs_bfloat16() -> bool:
+    """Whether they include products with packed bfloat16 weights, for which the processor needs such instructions."""
+    return available() and _State.has_bf16_dot
+
+
+def key() -> str:
+    """Names the loaded kernels: other sources, compilers, processors or PyTorch versions have other keys."""
+    return _State.key

@@ -1,0 +1,149 @@
+"""Native attention and products equal PyTorch's, for every shape of batch; without a compiler, PyTorch's serve."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from specplug import native
+from specplug.contract.memory import KVLayer
+from specplug.model.attention import AttentionSite
+from specplug.model.blocks import BlockTable
+from specplug.model.forward import ForwardBatch, ForwardRow, TreeMask
+from specplug.model.kv_cache import KVCache
+
+NATIVE = native.load()
+BLOCK, BLOCKS = 8, 64
+
+
+def random_row(rng: np.random.Generator, free: list[int], kind: str) -> ForwardRow:
+    start = int(rng.integers(0, 70))
+    count = int(rng.integers(1, 7)) if kind != "prefill" else int(rng.integers(20, 60))
+    if kind == "prefill" and rng.random() < 0.5:
+        start = 0
+    tail = count
+    tree = None
+    if kind == "tree":
+        tree = TreeMask.from_parents(start, [int(rng.integers(-1, node)) for node in range(count - 1)])
+    elif kind == "deep tree":  # new nodes of a tree whose first part lies in the cache, as tree drafters run them
+        whole = TreeMask.from_parents(start, [int(rng.integers(-1, node)) for node in range(count + 39)])
+        tail = count + 40
+        tree = TreeMask(start, whole.visible[-count:], whole.positions)
+    length = start + tail
+    table = BlockTable(BLOCK)
+    needed = -(-length // BLOCK)
+    blocks = [free.pop() for _ in range(needed)]
+    table.extend(sorted(blocks) if rng.random() < 0.5 else blocks)
+    first = int(rng.integers(0, start)) if start and rng.random() < 0.3 else 0
+    return ForwardRow(rng.integers(0, 9, count).tolist(), length - count, table, tree, first=first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (32, 96), (20, 24), (128, 128)])
+@pytest.mark.parametrize(("window", "softcap", "sinks"), [(None, None, False), (9, None, False), (40, 5.0, True)])
+def test_attention_equals_pytorch(
+    dtype: torch.dtype, key_dim: int, value_dim: int, window: int | None, softcap: float | None, sinks: bool
+) -> None:
+    assert NATIVE, "this machine was expected to have a C++ compiler"
+    heads, kv_heads = 6, 2
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        torch.manual_seed(seed)
+        cache = KVCache([KVLayer(kv_heads, key_dim, value_dim)], BLOCKS, BLOCK, dtype, torch.device("cpu"))
+        cache.keys[0].normal_()
+        cache.values[0].normal_()
+        free = list(range(BLOCKS)) if seed % 2 else rng.permutation(BLOCKS).tolist()
+        kinds = rng.choice(["decode", "prefill", "tree", "deep tree"], size=int(rng.integers(1, 4)))
+        rows = [random_row(rng, free, kind) for kind in kinds]
+        total = sum(len(row.tokens) for row in rows)
+        query = torch.randn(1, total, heads, key_dim, dtype=dtype).transpose(1, 2)
+        key = torch.randn(1, total, kv_heads, key_dim, dtype=dtype).transpose(1, 2)
+        value = torch.randn(1, kv_heads, total, value_dim, dtype=dtype)
+        extra = torch.randn(heads, dtype=dtype) if sinks else None
+        results = []
+        for is_native in (True, False):
+            own = KVCache([KVLayer(kv_heads, key_dim, value_dim)], BLOCKS, BLOCK, dtype, torch.device("cpu"))
+            own.keys[0].copy_(cache.keys[0])
+            own.values[0].copy_(cache.values[0])
+            site = AttentionSite(own.keys[0], own.values[0])
+            site.batch = ForwardBatch(rows, own)
+            site.batch.is_native = is_native
+            attended = site.attend(query, key, value, key_dim**-0.5, window, softcap, extra)
+            results.append((attended, own.keys[0], own.values[0]))
+        (ours, *our_cache), (theirs, *their_cache) = results
+        assert all(torch.equal(a, b) for a, b in zip(our_cache, their_cache, strict=True))
+        tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 14, 15, 29, 230])
+@pytest.mark.parametrize(("inner", "outers"), [(64, (32, 96, 7)), (2, (1,)), (4200, (40,))])
+def test_products_equal_pytorch(rows: int, inner: int, outers: tuple[int, ...], bias: bool) -> None:
+    assert native.packs_bfloat16() or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not native.packs_bfloat16():
+        return
+    torch.manual_seed(rows)
+    states = torch.randn(1, rows, inner, dtype=torch.bfloat16)
+    weights = [torch.randn(outer, inner, dtype=torch.bfloat16) / inner**0.5 for outer in outers]
+    biases = [torch.randn(outer, dtype=torch.bfloat16) if bias else None for outer in outers]
+    packed = [torch.ops.specplug.pack_weight(weight) for weight in weights]
+    together = torch.ops.specplug.linears(states, packed, biases, list(outers))
+    for index, outer in enumerate(outers):
+        alone = torch.ops.specplug.linear(states, packed[index], biases[index], outer)
+        assert torch.equal(alone, together[index])
+        added = None if biases[index] is None else biases[index].double()
+        exact = torch.nn.functional.linear(states.double(), weights[index].double(), added)
+        torch.testing.assert_close(alone.double(), exact, atol=2e-2, rtol=1e-2)
+
+
+def run_python(tmp_path: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    settings = {**os.environ, "SPECPLUG_CACHE": str(tmp_path), **environment}
+    return subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=False)
+
+
+PROGRAM = """
+import logging; logging.basicConfig()
+from specplug import LLM, SamplingParams, native
+llm = LLM("tiny", dtype="bfloat16", memory="64MiB")
+print(llm.generate("def add(a, b):", SamplingParams(max_tokens=4, temperature=0))[0].outputs[0].token_ids, native.available())
+"""
+
+
+def test_without_a_compiler_pytorch_serves(tmp_path: Path) -> None:
+    """One line of warning, and the same output up to rounding."""
+    done = run_python(tmp_path, PROGRAM, PATH="", CXX="")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("False")
+    warnings = [line for line in done.stderr.splitlines() if "native kernels are not used" in line]
+    assert len(warnings) == 1
+    assert "no C++ compiler was found" in warnings[0]
+
+
+def test_a_broken_compiler_and_a_damaged_library_are_survived(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'kernels.cpp:1: error: no such thing' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    done = run_python(tmp_path, PROGRAM, CXX=str(broken))
+    assert done.returncode == 0, done.stderr
+    assert "no such thing" in done.stderr
+    assert not list((tmp_path / "native").iterdir())
+    done = run_python(tmp_path, PROGRAM)
+    assert done.stdout.rstrip().endswith("True"), done.stderr
+    (library,) = (tmp_path / "native").iterdir()
+    library.write_bytes(b"cut off")
+    done = run_python(tmp_path, PROGRAM)
+    assert done.stdout.rstrip().endswith("True"), done.stderr
+
+
+def test_they_can_be_switched_off(tmp_path: Path) -> None:
+    done = run_python(tmp_path, PROGRAM, SPECPLUG_NATIVE="0")
+    assert done.stdout.rstrip().endswith("False")
+    assert "native kernels" not in done.stderr
