@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import transformers
-from workloads import WORKLOADS
+from workloads import CODE, WORKLOADS
 
 from specplug import LLM, ForwardRow, SamplingParams, __version__, resolve_model
 
@@ -109,7 +109,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokenizer = transformers.AutoTokenizer.from_pretrained(resolve_model(args.target))
-    kinds = list(WORKLOADS) if args.workload == "mixed" else [args.workload]
+    kinds = list(CODE) if args.workload == "mixed" else [args.workload]
     prompts = [p for kind in kinds for p in WORKLOADS[kind](tokenizer, -(-args.prompts // len(kinds)))][: args.prompts]
     options: dict[str, Any] = {
         "dtype": args.dtype,

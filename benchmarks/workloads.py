@@ -1,14 +1,23 @@
-"""Prompts for benchmarks: code that the embedded models were not trained on, and edits of it."""
+"""Prompts for benchmarks: code that the embedded models were not trained on, edits of it, and random tokens.
+
+As JSON lines for `specplug bench --prompts`:
+
+    python benchmarks/workloads.py editing --prompts 12 > build/editing.jsonl
+"""
 
 from __future__ import annotations
 
+import argparse
 import ast
+import json
 import random
 import re
 from pathlib import Path
 from typing import Any
 
 import transformers
+
+from specplug import resolve_model
 
 _FILES = ("hf_argparser.py", "configuration_utils.py", "trainer_utils.py", "image_utils.py", "time_series_utils.py")
 
@@ -50,4 +59,27 @@ def edits(tokenizer: Any, count: int, seed: int = 0) -> list[list[int]]:
     return [prompt for prompt in prompts if len(prompt) < 400][:count]
 
 
-WORKLOADS = {"continuing": continuations, "editing": edits}
+def random_tokens(tokenizer: Any, count: int, length: int = 128, seed: int = 0) -> list[list[int]]:
+    """Ids without any order: nothing can be foreseen, so that only costs are seen."""
+    chooser = random.Random(seed)
+    ids = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+    return [chooser.choices(ids, k=length) for _ in range(count)]
+
+
+CODE = {"continuing": continuations, "editing": edits}
+WORKLOADS = {**CODE, "random": random_tokens}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workload", choices=list(WORKLOADS))
+    parser.add_argument("--target", default="tiny", help="whose tokenizer is used")
+    parser.add_argument("--prompts", type=int, default=12)
+    args = parser.parse_args()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(resolve_model(args.target))
+    for ids in WORKLOADS[args.workload](tokenizer, args.prompts):
+        print(json.dumps({"prompt_token_ids": ids}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""The options that `generate` and `plan` share: the target, its engine, and the plugins that may be loaded."""
+"""The options that `generate`, `plan` and `bench` share: the target, its engine, and the plugins that may be loaded."""
 
 from __future__ import annotations
 
@@ -11,9 +11,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _SPECULATION = "Speculation"
-_speculation = option_group(
+_one_method = option_group(
     _SPECULATION,
     named("--speculative-config", metavar="JSON|FILE", help="The method and its keys. [default: plain decoding]"),
+)
+_several_methods = option_group(
+    _SPECULATION,
+    named(
+        "--speculative-config",
+        "speculative_configs",
+        metavar="JSON|FILE",
+        multiple=True,
+        help="A method and its keys. Repeatable; plain decoding is always there.",
+    ),
+)
+_plugins = option_group(
+    _SPECULATION,
     named("--allow-plugin", metavar="NAME", multiple=True, help="Load only this method or package. Repeatable."),
     named("--deny-plugin", metavar="NAME", multiple=True, help="Do not load this method or package. Repeatable."),
 )
@@ -29,6 +42,7 @@ _engine = option_group(
     named("--block-size", type=int, metavar="N", help="Tokens of a KV block."),
     named("--dtype", default="auto", metavar="NAME", help="float32, bfloat16, ... [default: the checkpoint's own]"),
     named("--device", default="auto", metavar="NAME", help="cpu, cuda or cuda:N. [default: a GPU if there is one]"),
+    named("--compile/--no-compile", default=None, help="Compile forwards, or never. [default: where it pays]"),
     named("--revision", metavar="NAME", help="The target's revision on the hub."),
     named("--tokenizer", metavar="NAME", help="Another folder or hub name for the tokenizer."),
     named("--skip-tokenizer-init", is_flag=True, help="Run on token ids alone."),
@@ -43,7 +57,12 @@ draft_options = option_group(
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Gives a command the shared options."""
-    return _speculation(_engine(command))
+    return _one_method(_plugins(_engine(command)))
+
+
+def bench_engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a command the shared options, with any number of speculative configurations."""
+    return _several_methods(_plugins(_engine(command)))
 
 
 def read_engine_options(given: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,137 @@
+"""What is compared: plain decoding, speculation methods, and peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from specplug.bench.measurement import Advance, Measurement, Measurer
+from specplug.bench.workload import Cell, Workload
+
+if TYPE_CHECKING:
+    from specplug.engine.startup import StepReport
+    from specplug.llm import LLM
+
+PLAIN = "plain decoding"  # no method's name
+OnStep = Callable[["StepReport"], None]
+
+
+class Contestant(Protocol):
+    """One row of the comparison.
+
+    Attributes:
+        label: its name in reports.
+        kind: `plain`, `method` or `peer`.
+        config: its speculative configuration.
+    """
+
+    label: str
+    kind: str
+    config: Mapping[str, Any] | None
+
+    def open(self, on_step: OnStep) -> None:
+        """Gets ready to run."""
+
+    def close(self) -> None:
+        """Lets go of everything; safe to call twice."""
+
+    def cannot(self, cell: Cell) -> str | None:
+        """Why it has nothing to show under a setting; None if it has."""
+
+    def run(self, workload: Workload, cell: Cell, advance: Advance) -> Measurement:
+        """Generates the workload once."""
+
+
+class EngineContestant:
+    """specplug itself, with or without a method.
+
+    Args:
+        label: its name.
+        target: the model.
+        config: the speculative configuration; None decodes plainly.
+        options: keywords of `LLM`.
+    """
+
+    def __init__(self, label: str, target: str, config: Mapping[str, Any] | None, options: Mapping[str, Any]) -> None:
+        self.label = label
+        self.kind = "plain" if config is None else "method"
+        self.config = config
+        self._target = target
+        self._options = options
+        self._llm: LLM | None = None
+        self._measurer: Measurer | None = None
+
+    def open(self, on_step: OnStep) -> None:
+        """Starts the engine.
+
+        Raises:
+            SpecplugError: it does not start; a note names the contestant.
+        """
+        from specplug.errors import SpecplugError
+        from specplug.llm import LLM
+
+        try:
+            self._llm = LLM(self._target, speculative_config=self.config, on_step=on_step, **self._options)
+        except SpecplugError as error:
+            error.add_note(f"starting {self.label}")
+            raise
+        self._measurer = Measurer(self._llm)
+
+    @property
+    def engine(self) -> Any:
+        """The live engine."""
+        assert self._llm is not None
+        return self._llm.engine
+
+    def close(self) -> None:
+        """Ends the engine."""
+        if self._llm is not None and self._measurer is not None:
+            self._measurer.close()
+            self._llm.close()
+        self._llm = self._measurer = None
+
+    def cannot(self, cell: Cell) -> str | None:
+        """Nothing."""
+        return None
+
+    def run(self, workload: Workload, cell: Cell, advance: Advance) -> Measurement:
+        """Generates the workload once.
+
+        Raises:
+            RequestError: a prompt cannot be served.
+        """
+        assert self._measurer is not None
+        workload.check_length(self.engine.plan.max_model_len)
+        return self._measurer.run(workload, cell, advance)
+
+
+def label_configs(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A short name for each configuration: its methods, and what tells it from others of the same methods."""
+    names = ["+".join(_methods(config)) for config in configs]
+    labels = []
+    for name, config in zip(names, configs, strict=True):
+        rivals = [other for rival, other in zip(names, configs, strict=True) if rival == name and other is not config]
+        differing = [key for key in _keys([config, *rivals]) if any(config.get(key) != r.get(key) for r in rivals)]
+        differing.sort(key=lambda key: key != "num_speculative_tokens")
+        told = " ".join(_tell(key, config[key]) for key in differing if key in config)
+        labels.append(f"{name} {told}".strip())
+    return [
+        f"{label} ({labels[:i].count(label) + 1})" if label in labels[:i] else label for i, label in enumerate(labels)
+    ]
+
+
+def _keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for config in configs for key in config))
+
+
+def _methods(config: Any) -> list[str]:
+    """The methods of a configuration and its fallbacks, as far as they can be read; the engine refuses the rest."""
+    if not isinstance(config, dict):
+        return []
+    return [str(config.get("method", "?")), *_methods(config.get("fallback"))]
+
+
+def _tell(key: str, value: Any) -> str:
+    if key == "num_speculative_tokens":
+        return f"{value} tokens"
+    return f"{key}={'...' if isinstance(value, dict) else value}"
