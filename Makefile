@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PACKAGES := core $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint docs setup clean
 
 demo: setup
 	$(BIN)/specplug demo
@@ -18,6 +18,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements-docs.txt
+	$(BIN)/python docs/make_hook_reference.py
+	$(BIN)/python docs/make_step_picture.py
+	$(BIN)/python -m mkdocs build --quiet --strict
 
 setup: $(STAMP)
 

@@ -123,6 +123,7 @@ PROMPT_FILES: list[tuple[bytes, str]] = [
 TARGETS: list[tuple[str, str]] = [
     ("./nowhere", "'./nowhere' is not a folder with a checkpoint; give a folder or a hub name"),
     ("", "the model's name is empty; give a folder"),
+    ("tinny", "there is no model 'tinny'; did you mean 'tiny', the embedded one?"),
     ("nobody/nothing", "'nobody/nothing' is no local folder, and could not be had from the hub"),
     ("not a name", "'not a name' is no local folder, and could not be had from the hub"),
     ("{folder}/empty", "empty has no config.json; it is not a Hugging Face checkpoint"),

@@ -71,6 +71,7 @@ def test_json_is_one_object(tmp_path: Path) -> None:
         "target": None,
         "conformant": False,
         "failed": ["budgets"],
+        "overrides_verify": False,
     }
     assert [(each["check"], each["verdict"]) for each in checks] == [
         ("startup", "ok"),

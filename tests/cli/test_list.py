@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -100,6 +101,7 @@ def test_json_keys_are_stable(site: Path) -> None:
                 "hooks",
                 "wraps",
                 "traceback",
+                "overrides_verify",
             ]
 
 
@@ -146,6 +148,43 @@ def test_allow_and_deny_by_method_package_and_environment(site: Path) -> None:
     assert ok("--allow", "acme-lookup", "--deny", "lookup") == {"lookup2"}
     assert ok(SPECPLUG_ALLOW_PLUGINS="lookup,broken") == {"lookup", "broken"}
     assert ok("--deny", "twin-b", "--allow", "twin") == {"twin"}
+
+
+def test_damaged_entry_points_cost_only_their_own_package(tmp_path: Path) -> None:
+    install(tmp_path, "acme-lookup", methods={"lookup": ""})
+    for package, text in (
+        ("acme-damaged", "[specplug]\nno value\n"),
+        ("other-damaged", "[console_scripts]\nno value\n"),
+    ):
+        install(tmp_path, package, methods={"x": ""})
+        info = tmp_path / f"{package.replace('-', '_')}-1.2.dist-info"
+        (info / "entry_points.txt").write_text(text, encoding="utf-8")
+    install(tmp_path, "acme-nameless", methods={"nameless": ""})
+    (tmp_path / "acme_nameless-1.2.dist-info" / "METADATA").unlink()
+    found = listed(path=tmp_path)
+    assert found["acme-lookup/lookup"]["status"] == "ok"
+    for name in ("acme-damaged/?", "acme-nameless/nameless"):
+        assert found[name]["status"] == "failed"
+        assert found[name]["reason"].startswith("its metadata cannot be read: ")
+    assert not any(name.startswith("other-damaged") for name in found)
+    assert specplug("list", path=tmp_path).returncode == 0
+
+
+def test_a_requirement_of_an_extra_or_another_platform_does_not_count(tmp_path: Path) -> None:
+    install(tmp_path, "acme-extra", methods={"extra": ""}, requires="specplug>=99; extra == 'next'")
+    install(tmp_path, "acme-both", methods={"both": ""}, requires="specplug>=0.1\nRequires-Dist: specplug<99")
+    found = listed(path=tmp_path)
+    assert (found["acme-extra/extra"]["status"], found["acme-extra/extra"]["requires"]) == ("ok", "")
+    assert (found["acme-both/both"]["status"], found["acme-both/both"]["requires"]) == ("ok", "<99,>=0.1")
+
+
+def test_a_stale_copy_further_down_the_path_is_not_a_rival(tmp_path: Path) -> None:
+    for folder, version in (("first", "2.0"), ("second", "1.0")):
+        (tmp_path / folder).mkdir()
+        install(tmp_path / folder, "acme-lookup", methods={"lookup": ""}, version=version)
+    result = specplug("list", "--json", PYTHONPATH=f"{tmp_path / 'first'}{os.pathsep}{tmp_path / 'second'}")
+    found = [item for item in json.loads(result.stdout) if item["method"] == "lookup"]
+    assert [(item["version"], item["status"]) for item in found] == [("2.0", "ok")]
 
 
 def test_neither_torch_nor_any_plugin_is_imported() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -99,6 +101,29 @@ def test_a_new_package_is_checked_by_the_command(fresh: Path, tmp_path: Path) ->
     assert (
         printed.splitlines()[-1] == "my_lookup (specplug-my-lookup 0.1.0): the 2 checks that were chosen found nothing"
     )
+
+
+def test_a_new_model_package_passes_the_whole_kit_on_its_command(fresh: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from specplug.testing import save_tiny_model, tiny_draft\n"
+        "target = Path(sys.argv[1]); save_tiny_model(target, 'llama'); print(tiny_draft(target))"
+    )
+    target = tmp_path / "target"
+    draft = run(fresh, "python", "-c", script, str(target), cwd=tmp_path).strip()
+    config = json.dumps({"model": draft})
+    printed = run(
+        fresh, "specplug", "check", "my_draft", "--quick", "--target", str(target), "--speculative-config", config,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert printed.splitlines()[-1] == "my_draft (specplug-my-draft 0.1.0): conformant", printed
+
+
+def test_what_a_new_model_packages_readme_says_can_be_run(fresh: Path, tmp_path: Path) -> None:
+    text = (fresh / "src/specplug-my-draft/README.md").read_text(encoding="utf-8")
+    snippet = text.partition("```python\n")[2].partition("```")[0]
+    run(fresh, "python", "-c", snippet, cwd=tmp_path)
+    command = next(line for line in text.splitlines() if line.startswith("specplug check "))
+    run(fresh, *shlex.split(command), "--quick", "--only", "startup", cwd=tmp_path)
 
 
 def test_the_token_package_is_small(fresh: Path) -> None:

@@ -287,6 +287,11 @@ class LLM:
             stop_reason=request.stop_reason,
             spec_decode_metrics=request.stats,
             token_sources=request.sources,
+            unverified_methods=[
+                speculator.method
+                for speculator in self.engine.chain.speculators
+                if speculator.overrides_verify and speculator.method in request.stats.by_method
+            ],
         )
 
     def _with_text(self, positions: Any) -> Any:

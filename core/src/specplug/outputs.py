@@ -22,6 +22,7 @@ class CompletionOutput:
         stop_reason: the stop string, or the id of `stop_token_ids`, that ended it.
         spec_decode_metrics: what speculation did for it.
         token_sources: for each id the method that drafted it, None for the target's own.
+        unverified_methods: those that drafted for it under a `verify` of their own, which core does not check.
     """
 
     index: int
@@ -33,6 +34,7 @@ class CompletionOutput:
     stop_reason: int | str | None
     spec_decode_metrics: SpeculationStats
     token_sources: list[str | None]
+    unverified_methods: list[str] = attrs.field(factory=list)
 
     @property
     def metrics(self) -> SpeculationStats:

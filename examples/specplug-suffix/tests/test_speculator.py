@@ -28,8 +28,18 @@ def load(tokens: int = 8, **options: Any) -> SuffixSpeculator:
     return load_speculator(config, None)  # type: ignore[arg-type]
 
 
-def make_row(tokens: list[int], slot: int = 0, new: bool = False, budget: tuple[int, int] = (8, 8)) -> ProposalRow:
-    return ProposalRow(slot, new, TokenView(tokens), range(len(tokens) - 1), Budget(*budget), SamplingParams())
+def make_row(
+    tokens: list[int], slot: int = 0, new: bool = False, budget: tuple[int, int] = (8, 8), prompt: int = 1
+) -> ProposalRow:
+    return ProposalRow(
+        slot=slot,
+        is_new=new,
+        tokens=TokenView(tokens),
+        computed=range(len(tokens) - 1),
+        budget=Budget(*budget),
+        sampling=SamplingParams(),
+        num_prompt_tokens=prompt,
+    )
 
 
 def propose(speculator: SuffixSpeculator, *rows: ProposalRow, ended: Sequence[Any] = ()) -> Proposal:
@@ -39,7 +49,7 @@ def propose(speculator: SuffixSpeculator, *rows: ProposalRow, ended: Sequence[An
 def run(speculator: SuffixSpeculator, tokens: list[int], reason: str = "finished", prompt: int = 1) -> None:
     """Shows a request from its first token to its end."""
     committed = tokens[: prompt + 1]
-    propose(speculator, make_row(committed, new=True))
+    propose(speculator, make_row(committed, new=True, prompt=prompt))
     committed += tokens[prompt + 1 :]
     propose(speculator, ended=[(0, reason)])
 
@@ -135,11 +145,20 @@ def test_outputs_of_finished_requests_alone_are_learnt_complete_and_without_thei
 
 def test_a_prompt_shown_in_pieces_is_not_learnt() -> None:
     speculator, tokens = load(), [1, 2, 3, 4]
-    first = ProposalRow(0, True, TokenView(tokens), range(2), Budget(0, 0), SamplingParams())
-    propose(speculator, first)
+    propose(speculator, make_row(tokens, new=True, budget=(0, 0), prompt=4))
     tokens += [5, 6]
     propose(speculator, ended=[(0, "finished")])
     assert list(speculator.finished.texts) == [[5, 6, -1]]
+
+
+def test_a_row_that_comes_back_after_a_preemption_is_learnt_from_its_first_output_token() -> None:
+    speculator, tokens = load(), [1, 2, 3, 4]
+    propose(speculator, make_row(tokens, new=True, prompt=2))
+    tokens += [5]
+    propose(speculator, make_row(tokens, slot=3, new=True, prompt=2), ended=[(0, "preempted")])
+    tokens += [6]
+    propose(speculator, ended=[(3, "finished")])
+    assert list(speculator.finished.texts) == [[3, 4, 5, 6, -1]]
 
 
 def test_the_oldest_outputs_are_evicted() -> None:

@@ -36,7 +36,9 @@ def test_acceptance_stays_what_it_was(options: dict[str, object], floor: float) 
     settings = {"dtype": "float32", "strict": True, "memory": "512MiB", "max_num_seqs": 4, "max_model_len": 512}
     with LLM("tiny", **settings) as plain:
         expected = [output.outputs[0].token_ids for output in plain.generate(list(PROMPTS), params, use_tqdm=False)]
-    with LLM("tiny", speculative_config={"method": "eagle3", **options}, **settings) as llm:
+    with LLM(
+        "tiny", speculative_config={"method": "eagle3", "num_speculative_tokens": 4, **options}, **settings
+    ) as llm:
         outputs = llm.generate(list(PROMPTS), params, use_tqdm=False)
         stats = llm.engine.stats
     assert [output.outputs[0].token_ids for output in outputs] == expected

@@ -65,8 +65,8 @@ def check(
         with tempfile.TemporaryDirectory(prefix="specplug-check-") as root:
             subject, is_observer = make_subject(root, method, config, target, learns=learns, quick=quick)
             checks = choose_checks(only, is_observer=is_observer)
-            preflight(subject, method, has_target=target is not None)
             report = CheckReport.begin(method, target)
+            report.overrides_verify = preflight(subject, method, has_target=target is not None)
             with _shown(out, report, checks, as_json=as_json):
                 run_checks(subject, checks, lambda result: report.add(result, None if as_json else out))
     if as_json:

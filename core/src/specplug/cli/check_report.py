@@ -27,6 +27,7 @@ class CheckReport:
         target: the model it was checked on; None for the kit's own.
         results: of every check.
         width: of the column of names.
+        overrides_verify: whether the method verifies by a rule of its own.
     """
 
     method: str
@@ -35,6 +36,7 @@ class CheckReport:
     target: str | None
     results: list[CheckResult] = attrs.field(factory=list)
     width: int = 0
+    overrides_verify: bool = False
 
     @classmethod
     def begin(cls, method: str, target: str | None) -> CheckReport:
@@ -67,6 +69,8 @@ class CheckReport:
             verdict = (
                 "conformant" if self._is_complete else f"the {len(self.results)} checks that were chosen found nothing"
             )
+        if self.overrides_verify:
+            verdict += "; it verifies by a rule of its own, which core does not check"
         return f"{self.method} ({self.package} {self.version}): {verdict}"
 
     def show_header(self, out: Terminal) -> None:
@@ -104,5 +108,6 @@ class CheckReport:
             "target": self.target,
             "conformant": self.is_conformant,
             "failed": self.failed,
+            "overrides_verify": self.overrides_verify,
             "checks": [result.as_json() for result in self.results],
         }

@@ -53,15 +53,18 @@ def choose_checks(only: tuple[str, ...], *, is_observer: bool) -> tuple[Check, .
     return tuple(check for check in CHECKS if check.name in ("startup", *wanted))
 
 
-def preflight(subject: Subject, method: str, *, has_target: bool) -> None:
+def preflight(subject: Subject, method: str, *, has_target: bool) -> bool:
     """Plans one engine, so that a method that is not installed, or lacks keys, is one line and not twenty failures.
+
+    Returns:
+        Whether the method brings a `verify` of its own.
 
     Raises:
         SpecplugError: with what to give where keys are missing.
     """
     folder = subject.targets.get()
     try:
-        plan_engine(
+        planned = plan_engine(
             EngineConfig.create(
                 subject.source(folder),
                 speculative_config=subject.config(folder),
@@ -70,7 +73,8 @@ def preflight(subject: Subject, method: str, *, has_target: bool) -> None:
                 device="cpu",
                 skip_tokenizer_init=True,
             )
-        ).facade.close()
+        )
+        planned.facade.close()
     except SpecplugError as error:
         if isinstance(error, ConfigurationError):
             hint = "give its keys with --speculative-config"
@@ -78,12 +82,13 @@ def preflight(subject: Subject, method: str, *, has_target: bool) -> None:
                 hint += ", and with --target the model that they are for (without, the kit makes small random ones)"
             error.add_note(hint)
         raise
+    return any(speculator.overrides_verify for speculator in planned.speculators if speculator.method == method)
 
 
 def _is_observer(method: str) -> bool:
     """Whether an installed plugin implements wrappers and no speculator."""
     registry = PluginRegistry()
-    module = registry._modules.get(method)
+    module = registry.plugin(method)
     if module is None:
         return False
     hooks = [caller.name for caller in registry.manager.get_hookcallers(module) or []]

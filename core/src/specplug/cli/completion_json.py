@@ -25,6 +25,7 @@ def completion_line(request: RequestOutput, completion: CompletionOutput) -> str
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
         "metrics": _metrics(completion.metrics),
+        "unverified_methods": completion.unverified_methods,
     }
     if completion.logprobs is not None:
         item["cumulative_logprob"] = _finite(completion.cumulative_logprob)

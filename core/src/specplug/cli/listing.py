@@ -53,7 +53,7 @@ def list_command(
         Terminal.out().paragraph(NOTHING_INSTALLED)
     else:
         _show(Terminal.out(), reports, verbose=verbose, check=check)
-    if any(report.record.status == "failed" for report in reports):
+    if check and any(report.record.status == "failed" for report in reports):
         ctx.exit(1)
 
 
@@ -85,6 +85,9 @@ def _show_details(terminal: Terminal, report: PluginReport, *, verbose: bool, ch
         details.append(("requires", f"specplug{record.requirement}" if record.requirement else "any specplug"))
     if report.hooks is not None:
         details.append(("hooks", report.hook_summary or "none"))
+    if report.verifiers:
+        names = ", ".join(report.verifiers)
+        details.append(("verify", f"its own ({names}): what it accepts is not verified by core"))
     if record.reason and (verbose or check):
         details.append((record.status, record.reason))
     for name, value in details:

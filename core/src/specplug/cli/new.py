@@ -43,7 +43,8 @@ def new(name: str, kind: str, out: Path) -> None:
     terminal.line(f"  cd {folder}")
     terminal.line("  pip install --editable '.[test]'")
     terminal.line("  pytest")
-    terminal.line(f"  specplug list && specplug check {_method(name)}{'' if kind == 'token' else ' --help'}")
+    keys = "" if kind == "token" else """ --target tiny --speculative-config '{"model": "tiny"}'"""
+    terminal.line(f"  specplug list && specplug check {_method(name)}{keys}")
 
 
 def _method(name: str) -> str:

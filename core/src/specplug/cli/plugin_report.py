@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from specplug.plugins.finder import PluginRecord, find_plugins
+from specplug.plugins.verifiers import own_verifiers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,12 +27,14 @@ class PluginReport:
         hooks: the hooks its module implements; None if it was not imported.
         wraps: the hooks its module wraps; None if it was not imported.
         traceback: of a failed import.
+        verifiers: its speculators that bring a `verify` of their own; None if it was not imported.
     """
 
     record: PluginRecord
     hooks: tuple[str, ...] | None = None
     wraps: tuple[str, ...] | None = None
     traceback: str | None = None
+    verifiers: tuple[str, ...] | None = None
 
     @property
     def hook_summary(self) -> str:
@@ -54,6 +57,7 @@ class PluginReport:
             "hooks": None if self.hooks is None else list(self.hooks),
             "wraps": None if self.wraps is None else list(self.wraps),
             "traceback": self.traceback,
+            "overrides_verify": None if self.verifiers is None else bool(self.verifiers),
         }
 
 
@@ -88,7 +92,7 @@ def _checked(record: PluginRecord, registry: PluginRegistry) -> PluginReport:
     if failure is not None:
         reason = failure.strip().splitlines()[-1].strip().removeprefix("specplug.errors.PluginError: ")
         return PluginReport(attrs.evolve(record, status="failed", reason=reason), traceback=failure)
-    module = sys.modules[record.module.partition(":")[0]]
+    module = registry.plugin(record.method)
     hooks: list[str] = []
     wraps: list[str] = []
     for caller in registry.manager.get_hookcallers(module) or []:
@@ -98,4 +102,4 @@ def _checked(record: PluginRecord, registry: PluginRegistry) -> PluginReport:
         record = attrs.evolve(
             record, status="failed", reason="its module implements no hook (load_speculator is needed)"
         )
-    return PluginReport(record, hooks=tuple(sorted(hooks)), wraps=tuple(sorted(wraps)))
+    return PluginReport(record, hooks=tuple(sorted(hooks)), wraps=tuple(sorted(wraps)), verifiers=own_verifiers(module))

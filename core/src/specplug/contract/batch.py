@@ -48,6 +48,10 @@ class Budget:
     """The most a row may draft in this step. Zero nodes: bring your state up to date, propose nothing.
 
     A chain as long as `max_nodes` is also no deeper than `max_depth`, unless the speculator declares a `max_nodes` of its own.
+
+    Attributes:
+        max_nodes: draft tokens of the row.
+        max_depth: draft tokens on one path from the root.
     """
 
     max_nodes: int
@@ -162,6 +166,10 @@ class VerificationRow:
 
 @attrs.define(eq=False)
 class VerificationBatch:
-    """The rows of one `verify` call: all rows that produce a token in this step, with drafts or without."""
+    """The rows of one `verify` call.
+
+    Attributes:
+        rows: all rows that produce a token in this step, with drafts or without.
+    """
 
     rows: list[VerificationRow]

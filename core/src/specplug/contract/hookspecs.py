@@ -64,6 +64,28 @@ class SpeculatorHooks:
 
         Raises:
             ConfigurationError: for settings that cannot work; the message reaches the user as it is.
+
+        Example:
+            from specplug import LLM, ConfigurationError, Proposal, hookimpl
+
+            class Always:
+                def __init__(self, token):
+                    self.token = token
+
+                @hookimpl
+                def propose(self, batch):
+                    return Proposal([[self.token] * row.budget.max_nodes for row in batch.rows])
+
+            @hookimpl
+            def load_speculator(config, target):
+                token = config.get("token", 0)
+                if not 0 <= token < target.vocab_size:
+                    raise ConfigurationError(f"always.token={token}: expected an id below {target.vocab_size}")
+                return Always(token)
+
+            always = {"method": "always", "token": 5}
+            with LLM("tiny", plugins={"always": load_speculator}, speculative_config=always) as llm:
+                llm.generate("import os")
         """
 
     @hookspec(firstresult=True)
@@ -75,6 +97,22 @@ class SpeculatorHooks:
 
         Returns:
             One `MemoryRegion` per kind of use. Core solves for the number of KV blocks so that all parts fit.
+
+        Example:
+            from specplug import LLM, MemoryRegion, Proposal, hookimpl
+
+            class Ranked:
+                @hookimpl
+                def plan_memory(self, budget):
+                    return [MemoryRegion("ranks", "buffers", fixed_bytes=4 * budget.max_num_seqs)]
+
+                @hookimpl
+                def propose(self, batch):
+                    return None
+
+            plugins = {"ranked": lambda config, target: Ranked()}
+            with LLM("tiny", plugins=plugins, speculative_config={"method": "ranked"}, max_num_seqs=4) as llm:
+                print(dict(llm.engine.plan.parts))  # the four bytes of every row are in "verification buffers"
         """
 
     @hookspec(firstresult=True)
@@ -83,6 +121,32 @@ class SpeculatorHooks:
 
         Args:
             resources: KV caches by region name, the announced shape buckets, limits.
+
+        Example:
+            import torch
+
+            from specplug import LLM, MemoryRegion, Proposal, hookimpl
+
+            class Counts:
+                @hookimpl
+                def plan_memory(self, budget):
+                    self.size = budget.max_num_seqs
+                    return [MemoryRegion("counts", "buffers", fixed_bytes=8 * self.size)]
+
+                @hookimpl
+                def warmup(self, resources):
+                    self.counts = torch.zeros(self.size, dtype=torch.int64, device=resources.device)
+
+                @hookimpl
+                def propose(self, batch):
+                    for row in batch.rows:
+                        self.counts[row.slot] += 1
+
+            counts = Counts()
+            plugins = {"counts": lambda config, target: counts}
+            with LLM("tiny", plugins=plugins, speculative_config={"method": "counts"}) as llm:
+                llm.generate("import os")
+            assert counts.counts.sum() > 0
         """
 
     @hookspec(firstresult=True)
@@ -103,6 +167,36 @@ class SpeculatorHooks:
         An exception, or a proposal that breaks the contract, costs the drafts of this step and is reported. The rows of
         that call may be half-updated, so they do not come back (those of a `token_only` speculator do); new rows come as
         before. After three faults in a row the speculator is not asked any more.
+
+        Example:
+            from specplug import LLM, Proposal, hookimpl
+
+            class Successors:  # what followed each token last, in each row
+                def __init__(self):
+                    self.rows = {}
+
+                @hookimpl
+                def propose(self, batch):
+                    for slot, reason in batch.ended:
+                        self.rows.pop(slot, None)
+                    return Proposal([self.draft(row) for row in batch.rows])
+
+                def draft(self, row):
+                    if row.is_new:
+                        self.rows[row.slot] = ({}, 0)
+                    after, seen = self.rows[row.slot]
+                    for index in range(seen, len(row.tokens) - 1):
+                        after[row.tokens[index]] = row.tokens[index + 1]
+                    self.rows[row.slot] = (after, len(row.tokens) - 1)
+                    draft = [row.tokens[-1]]
+                    while len(draft) <= row.budget.max_nodes and draft[-1] in after:
+                        draft.append(after[draft[-1]])
+                    return draft[1:]
+
+            successors = Successors()
+            plugins = {"successors": lambda config, target: successors}
+            with LLM("tiny", plugins=plugins, speculative_config={"method": "successors"}) as llm:
+                print(llm.generate("x = [0, 0, 0,")[0].outputs[0].metrics)
         """
 
     @hookspec(firstresult=True)
@@ -117,4 +211,27 @@ class SpeculatorHooks:
         Returns:
             The accepted path and the next token of every row; None to leave it to the next implementation. A method
             that overrides `verify` is named as not verified by core wherever its results are reported.
+
+        Example:
+            from specplug import LLM, Proposal, Verdict, hookimpl
+
+            class Lenient:  # keeps what is one of the target's two most likely tokens: not lossless
+                @hookimpl
+                def propose(self, batch):
+                    return Proposal([[row.tokens[-1]] * row.budget.max_nodes for row in batch.rows])
+
+                @hookimpl
+                def verify(self, batch, proposal, target):
+                    accepted, following = [], []
+                    for tokens, entry in zip(proposal.tokens, target.offsets):
+                        kept = 0
+                        while kept < len(tokens) and tokens[kept] in target.logits[entry + kept].topk(2).indices:
+                            kept += 1
+                        accepted.append(list(range(kept)))
+                        following += target.argmax([entry + kept])
+                    return Verdict(accepted, following)
+
+            plugins = {"lenient": lambda config, target: Lenient()}
+            with LLM("tiny", plugins=plugins, speculative_config={"method": "lenient"}) as llm:
+                assert llm.generate("x = [0, 0, 0,")[0].outputs[0].unverified_methods in ([], ["lenient"])
         """

@@ -15,7 +15,13 @@ RegionKind = Literal["weights", "kv_cache", "buffers"]
 
 @attrs.frozen
 class KVLayer:
-    """What one attention layer stores for one token: `num_heads` keys of `key_dim` and values of `value_dim`."""
+    """What one attention layer stores for one token.
+
+    Attributes:
+        num_heads: keys, and values, per token.
+        key_dim: elements of a key.
+        value_dim: elements of a value.
+    """
 
     num_heads: int
     key_dim: int

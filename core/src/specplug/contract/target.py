@@ -16,7 +16,22 @@ if TYPE_CHECKING:
 
 
 class TargetModel(Protocol):
-    """The target as speculators see it. Weights are not loaded yet when `load_speculator` receives it."""
+    """The target as speculators see it. Weights are not loaded yet when `load_speculator` receives it.
+
+    Attributes:
+        config: the model's configuration, as Transformers reads it.
+        source: the folder or hub name the user gave.
+        revision: of a hub name.
+        dtype: of its parameters and states.
+        device: where it runs.
+        vocab_size: token ids it knows: those of its logits.
+        hidden_size: width of its residual stream.
+        num_layers: decoder layers; boundaries of `SpeculatorTraits.hidden_states` go from 0 to here.
+        weight_bytes: bytes of its parameters and buffers.
+        max_model_len: tokens of a row, prompt and output, as far as is known before the memory plan.
+        max_num_seqs: rows in a batch.
+        max_num_batched_tokens: tokens in one forward, drafts included.
+    """
 
     config: PretrainedConfig
     source: str
@@ -74,7 +89,13 @@ class TargetModel(Protocol):
 
 
 class WeightsHandle(Protocol):
-    """Tensors of a checkpoint, known from its headers and read when core says so."""
+    """Tensors of a checkpoint, known from its headers and read when core says so.
+
+    Attributes:
+        folder: where the checkpoint lies.
+        shapes: of all its tensors, by name.
+        dtypes: as they are stored.
+    """
 
     folder: Path
     shapes: Mapping[str, tuple[int, ...]]
@@ -112,7 +133,17 @@ class WeightsHandle(Protocol):
 
 
 class ModelHandle(Protocol):
-    """A causal LM of the speculator's own, run by core: paged KV, ragged batches, the same attention as the target."""
+    """A causal LM of the speculator's own, run by core: paged KV, ragged batches, the same attention as the target.
+
+    Attributes:
+        config: its configuration, as Transformers reads it.
+        vocab_size: token ids it knows: those of its logits.
+        max_model_len: the most tokens of a row that it can hold.
+        weight_bytes: bytes of its parameters and buffers.
+        dtype: of its parameters.
+        device: where it runs.
+        folder: where its checkpoint lies.
+    """
 
     config: PretrainedConfig
     vocab_size: int

@@ -29,13 +29,14 @@ class TargetDistributions(Protocol):
     """The target's view of the batch. Each row owns 1 + (number of its nodes) consecutive entries.
 
     A row's first entry is the distribution after its root, entry 1 + i the one after node i.
+
+    Attributes:
+        offsets: for each row, the index of its first entry; one more at the end.
+        logits: [entries, vocabulary]: the model's own logits.
     """
 
     offsets: Sequence[int]
-    """For each row, the index of its first entry; one more at the end."""
-
     logits: torch.Tensor
-    """[entries, vocabulary]: the model's own logits."""
 
     def argmax(self, entries: Sequence[int]) -> list[int]:
         """The most likely token at each entry, after everything in the sampling parameters that can change it."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from typing import Literal
 
 import attrs
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from specplug.version import __version__
@@ -60,9 +61,8 @@ def find_plugins(allowed: Iterable[str] | None = None, denied: Iterable[str] = (
     if os.environ.get(ALLOW_VARIABLE):
         allow_lists.append(set(_names(os.environ[ALLOW_VARIABLE].split(","))))
     deny_list = set(_names(denied)) | set(_names(os.environ.get(DENY_VARIABLE, "").split(",")))
-    records = [_record(entry) for entry in metadata.entry_points(group=GROUP)]
     by_method: dict[str, list[PluginRecord]] = {}
-    for record in dict.fromkeys(records):
+    for record in dict.fromkeys(_records()):
         by_method.setdefault(record.method, []).append(record)
     judged: list[PluginRecord] = []
     for method in sorted(by_method):
@@ -81,33 +81,76 @@ def _names(names: Iterable[str]) -> list[str]:
     return [canonicalize_name(name.strip()) for name in names if name.strip()]
 
 
-def _record(entry: metadata.EntryPoint) -> PluginRecord:
-    dist = entry.dist
-    if dist is None:
-        return PluginRecord(entry.name, entry.value, "?", "?", "", "", "?")
+def _records() -> Iterator[PluginRecord]:
+    """Every entry point of the group, of one distribution after the other: damaged metadata costs only its own package."""
+    seen: set[str] = set()
+    for dist in metadata.distributions():
+        name = _name_of(dist)
+        if name in seen:
+            continue  # a stale copy further down the path
+        seen.add(name)
+        try:
+            yield from [_record(entry, dist) for entry in dist.entry_points if entry.group == GROUP]
+        except Exception as error:
+            if _mentions_group(dist):
+                yield _unreadable("?", "?", name, dist, f"{type(error).__name__}: {error}")
+
+
+def _name_of(dist: metadata.Distribution) -> str:
+    """The distribution's normalized name, from that of its folder where it has one: reading metadata takes longer."""
+    folder = getattr(getattr(dist, "_path", None), "name", "")
+    name = folder.removesuffix(".dist-info").removesuffix(".egg-info").partition("-")[0]
+    return canonicalize_name(name or dist.metadata["Name"] or "?")
+
+
+def _mentions_group(dist: metadata.Distribution) -> bool:
+    try:
+        return f"[{GROUP}]" in (dist.read_text("entry_points.txt") or "")
+    except Exception:
+        return False
+
+
+def _location(dist: metadata.Distribution) -> str:
+    return str(dist.locate_file(""))
+
+
+def _record(entry: metadata.EntryPoint, dist: metadata.Distribution) -> PluginRecord:
+    name = dist.metadata["Name"]
+    if not name:  # nor is anything known of what it requires
+        return _unreadable(entry.name, entry.value, _name_of(dist), dist, "METADATA is missing, or names nothing")
     return PluginRecord(
         method=entry.name,
         module=entry.value,
-        distribution=dist.metadata["Name"] or "?",
+        distribution=name,
         version=dist.version or "?",
         summary=dist.metadata["Summary"] or "",
         requirement=_core_requirement(dist.requires or []),
-        location=str(dist.locate_file("")),
+        location=_location(dist),
     )
 
 
+def _unreadable(method: str, module: str, name: str, dist: metadata.Distribution, why: str) -> PluginRecord:
+    reason = f"its metadata cannot be read: {why}; install it again"
+    return PluginRecord(method, module, name, "?", "", "", _location(dist), "failed", reason)
+
+
 def _core_requirement(requirements: Iterable[str]) -> str:
+    """What a package asks of core, all such requirements together; those of extras and of other platforms do not count."""
+    specifiers = SpecifierSet()
     for text in requirements:
         try:
             requirement = Requirement(text)
         except InvalidRequirement:
             continue
-        if canonicalize_name(requirement.name) == CORE:
-            return str(requirement.specifier)
-    return ""
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if applies and canonicalize_name(requirement.name) == CORE:
+            specifiers &= requirement.specifier
+    return str(specifiers)
 
 
 def _judge(record: PluginRecord, allow_lists: list[set[str]], deny_list: set[str]) -> PluginRecord:
+    if record.status != "ok":
+        return record
     names = {canonicalize_name(record.method), canonicalize_name(record.distribution)}
     if names & deny_list:
         return attrs.evolve(record, status="blocked", reason="on the deny-list")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import logging
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from types import ModuleType
 from typing import Any
 
 import attrs
@@ -18,9 +16,9 @@ from specplug.contract.settings import SpeculativeConfig
 from specplug.contract.traits import SpeculatorTraits
 from specplug.errors import PluginError, SpecplugError, did_you_mean
 from specplug.plugins.finder import PluginRecord, find_plugins
+from specplug.plugins.hooks import HOOKS, check_hooks, has_hook, is_wrapper
 
 logger = logging.getLogger("specplug")
-HOOKS = ("load_speculator", "plan_memory", "warmup", "propose", "verify")
 
 
 @attrs.define(eq=False)
@@ -91,7 +89,7 @@ class PluginRegistry:
             if record.status == "ok":
                 self._load(record)
         for method, plugin in (provided or {}).items():
-            is_plugin = any(_has_hook(plugin, hook) for hook in HOOKS)
+            is_plugin = any(has_hook(plugin, hook) for hook in HOOKS)
             self._modules[method] = plugin if is_plugin else _Loader(plugin)
             self.register(self._modules[method], f"provided {method}")
 
@@ -101,10 +99,12 @@ class PluginRegistry:
             module: Any = importlib.import_module(path)
             for name in filter(None, attribute.split(".")):
                 module = getattr(module, name)
-            if module not in self._modules.values():
+            if not any(module is known for known in self._modules.values()):
                 self.register(module, record.distribution)
             self._modules[record.method] = module
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit, and what extension modules and test libraries derive from it
             self.failures[record.method] = traceback.format_exc()
             logger.info(  # whoever asks for it gets the error
                 "plugin '%s' of package %s cannot be loaded: %s: %s",
@@ -113,6 +113,10 @@ class PluginRegistry:
                 type(error).__name__,
                 error,
             )
+
+    def plugin(self, method: str) -> Any | None:
+        """The plugin behind a method, as it was registered: a module, or what its entry point names; None if not loaded."""
+        return self._modules.get(method)
 
     def register(self, plugin: Any, name: str) -> None:
         """Registers a module or object after checking its hooks; nothing stays behind when a check fails.
@@ -147,10 +151,10 @@ class PluginRegistry:
         others = [
             plugin
             for plugin in dict.fromkeys(self._modules.values())
-            if plugin is not module and not _is_wrapper(plugin, "load_speculator")
+            if plugin is not module and not is_wrapper(plugin, "load_speculator")
         ]
         caller = self.manager.subset_hook_caller("load_speculator", others)
-        if not _has_hook(module, "load_speculator"):
+        if not has_hook(module, "load_speculator"):
             raise PluginError(f"plugin '{config.method}' has no @hookimpl function 'load_speculator'")
         try:
             instance = caller(config=config, target=target)
@@ -168,8 +172,8 @@ class PluginRegistry:
     def add_speculator(self, config: SpeculativeConfig, instance: Any) -> RegisteredSpeculator:
         """Registers a speculator object."""
         name = f"speculator {config.method}"
-        check_hooks(instance, name)
-        if not _has_hook(instance, "propose"):
+        check_hooks(instance, config.method)
+        if not has_hook(instance, "propose"):
             raise PluginError(f"plugin '{config.method}': its speculator has no @hookimpl method 'propose'")
         traits = getattr(instance, "traits", None) or SpeculatorTraits()
         if not isinstance(traits, SpeculatorTraits):
@@ -193,7 +197,7 @@ class PluginRegistry:
             warmup=caller("warmup"),
             propose=caller("propose"),
             verify=caller("verify"),
-            overrides_verify=_has_hook(instance, "verify"),
+            overrides_verify=has_hook(instance, "verify"),
         )
 
     def core_verify(self) -> Callable[..., Any]:
@@ -207,7 +211,8 @@ class PluginRegistry:
     def _module(self, method: str) -> Any:
         if method in self._modules:
             return self._modules[method]
-        record = next((record for record in self.records if record.method == method), None)
+        rivals = [record for record in self.records if record.method == method]
+        record = next((record for record in rivals if record.status == "ok"), rivals[0] if rivals else None)
         if record is None:
             names = sorted({*self._modules, *(record.method for record in self.records if record.status == "ok")})
             installed = f"installed: {', '.join(names)}" if names else "no speculator is installed"
@@ -220,62 +225,5 @@ class PluginRegistry:
                 f"speculator '{method}' of package {record.distribution} cannot be loaded: {last} (details: specplug list -v "
                 "--check)"
             )
-        raise PluginError(f"speculator '{method}' of package {record.distribution} is {record.status}: {record.reason}")
-
-
-def check_hooks(plugin: Any, name: str) -> None:
-    """Refuses what pluggy would accept and then misuse.
-
-    Raises:
-        PluginError: a class instead of an object, an unhashable object, an old-style wrapper, or a hook argument that
-            pluggy would never pass.
-    """
-    if inspect.isclass(plugin):
-        raise PluginError(f"plugin '{name}' is the class {plugin.__name__}; register an instance of it")
-    try:
-        hash(plugin)
-    except TypeError as error:
-        raise PluginError(f"plugin '{name}' is not hashable; define its class with eq=False") from error
-    for attribute, function, options in _hook_functions(plugin):
-        where = f"plugin '{name}', hook '{attribute}'"
-        if options.get("hookwrapper"):
-            raise PluginError(
-                f"{where}: old-style hookwrapper=True is not supported; use wrapper=True and return (yield)"
-            )
-        for parameter in inspect.signature(function).parameters.values():
-            if parameter.kind is parameter.KEYWORD_ONLY:
-                raise PluginError(
-                    f"{where}: keyword-only argument '{parameter.name}' is never passed; make it positional"
-                )
-            if parameter.default is not parameter.empty:
-                raise PluginError(
-                    f"{where}: argument '{parameter.name}' has a default, so it is never passed; remove it"
-                )
-
-
-def _hook_functions(plugin: Any) -> list[tuple[str, Any, dict[str, Any]]]:
-    found = []
-    names = vars(plugin) if isinstance(plugin, ModuleType) else dir(type(plugin))
-    for attribute in names:
-        if attribute.startswith("__"):
-            continue
-        static = inspect.getattr_static(plugin, attribute, None)
-        if isinstance(static, property):
-            continue
-        options = getattr(getattr(plugin, attribute, None), f"{PROJECT}_impl", None)
-        if isinstance(options, dict):
-            found.append((attribute, getattr(plugin, attribute), options))
-    return found
-
-
-def _has_hook(plugin: Any, hook: str) -> bool:
-    return any((options.get("specname") or name) == hook for name, _, options in _hook_functions(plugin))
-
-
-def _is_wrapper(plugin: Any, hook: str) -> bool:
-    """Whether the plugin only observes the hook (or has nothing to do with it)."""
-    return all(
-        options.get("wrapper")
-        for name, _, options in _hook_functions(plugin)
-        if (options.get("specname") or name) == hook
-    )
+        status = "is unusable" if record.status == "failed" else f"is {record.status}"
+        raise PluginError(f"speculator '{method}' of package {record.distribution} {status}: {record.reason}")

@@ -9,6 +9,7 @@ from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 
 
 @contextlib.contextmanager
@@ -27,7 +28,11 @@ def live_bytes() -> int:
     gc.collect()
     storages: dict[int, int] = {}
     for thing in gc.get_objects():
-        if not issubclass(type(thing), torch.Tensor) or thing.device.type == "meta":
+        if (
+            not issubclass(type(thing), torch.Tensor)
+            or issubclass(type(thing), FakeTensor)
+            or thing.device.type == "meta"
+        ):
             continue
         if thing.is_mkldnn:  # a packed weight has no storage to show
             storages[id(thing)] = int(torch.ops.mkldnn._nbytes(thing))

@@ -22,12 +22,12 @@ class Row:
 
     Attributes:
         tokens: its committed ids, which are complete when it ends.
-        output_start: where its output starts there.
+        num_prompt_tokens: how many of them are its prompt, which is not learnt.
         tree: of its prompt and output.
     """
 
     tokens: TokenView
-    output_start: int
+    num_prompt_tokens: int
     tree: SuffixTree
 
 
@@ -61,7 +61,7 @@ class SuffixSpeculator:
         for slot, reason in batch.ended:
             ended = self.rows.pop(slot, None)
             if ended is not None and reason == "finished":
-                self._learn(ended.tokens[ended.output_start :])
+                self._learn(ended.tokens[ended.num_prompt_tokens :])
         drafts = [self._draft(row) for row in batch.rows]
         return Proposal(
             tokens=[draft.tokens for draft in drafts],
@@ -73,7 +73,7 @@ class SuffixSpeculator:
         known = self.rows.get(row.slot)
         if known is None or row.is_new:
             tree = SuffixTree(self.settings.suffix_decoding_max_tree_depth)
-            known = self.rows[row.slot] = Row(row.tokens, _output_start(row), tree)
+            known = self.rows[row.slot] = Row(row.tokens, row.num_prompt_tokens, tree)
         known.tokens = row.tokens
         known.tree.extend(row.tokens[len(known.tree.text) :])
         return self._drafter.draft(known.tree, self.finished, row.budget.max_nodes, row.budget.max_depth)
@@ -92,11 +92,6 @@ class SuffixSpeculator:
             or self._cached_tokens > settings.suffix_decoding_max_cached_tokens
         ):
             self._cached_tokens -= tree.remove_oldest()
-
-
-def _output_start(row: ProposalRow) -> int:
-    """Where the output of a new row starts: its last token is the first of the output, unless the prompt is not done."""
-    return len(row.tokens) - (row.computed.stop == len(row.tokens) - 1)
 
 
 def _is_chain(parents: list[int]) -> bool:

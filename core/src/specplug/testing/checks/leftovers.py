@@ -29,7 +29,8 @@ def run(subject: Subject) -> str:
     if not subject.flags.learns:
         expect(
             max(sizes) - sizes[0] <= _SLACK_ITEMS + sizes[0] // 20,
-            "that what is kept of a row is dropped when batch.ended names its slot (finished, aborted or preempted)",
+            "that what is kept of a row is dropped when batch.ended names its slot (finished, aborted or preempted; one that "
+            "learns from earlier requests sets learns = True, or --learns)",
             f"the speculator holds {sizes[0]:,} items when nothing runs at first, and {', '.join(f'{s:,}' for s in sizes[1:])} "
             "after more requests have come and gone",
         )

@@ -29,7 +29,8 @@ def run(subject: Subject) -> str:
     folder = subject.targets.get()
     vocabulary = subject.targets.vocabulary(folder)
     cases: list[dict[str, Any]] = list(_CASES)
-    if subject.targets.given is None:
+    no_words = subject.targets.given is not None  # nor need such a target have a tokenizer at all
+    if not no_words:
         cases.append({"temperature": 0, "bad_words": [word(token) for token in (5, 7, 9)]})
         cases.append({"temperature": 0.8, "seed": 6, "bad_words": [f"{word(3)} {word(5)}"], "repetition_penalty": 0.8})
     params = [SamplingParams(max_tokens=_LENGTH, ignore_eos=True, **case) for case in cases]
@@ -38,9 +39,9 @@ def run(subject: Subject) -> str:
         prompts = [
             repetitive_prompt(5 + 3 * number, vocabulary, number + 50 * variant) for number in range(len(params))
         ]
-        with subject.plain(folder, skip_tokenizer_init=False) as session:
+        with subject.plain(folder, skip_tokenizer_init=no_words) as session:
             expected = session.generate(prompts, params)
-        with subject.start(folder, skip_tokenizer_init=False, max_num_seqs=6) as session:
+        with subject.start(folder, skip_tokenizer_init=no_words, max_num_seqs=6) as session:
             outputs = session.generate(prompts, params)
             accepted += session.engine.stats.num_accepted_draft_tokens
         for case, output, wanted in zip(cases, outputs, expected, strict=True):

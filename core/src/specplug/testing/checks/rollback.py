@@ -20,7 +20,7 @@ def run(subject: Subject) -> str:
         raise CheckFailure(
             "after accepts and rejects the drafts of a fresh speculator for the same tokens "
             "(entries of rejected drafts are overwritten, accepted ones are neither skipped nor run twice, "
-            "states[i] is paired with token i)",
+            "states[i] is paired with token i; one that learns from earlier requests sets learns = True, or --learns)",
             result.first_difference(),
         )
     if result.compared and result.random == result.compared:

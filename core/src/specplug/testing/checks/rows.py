@@ -23,7 +23,8 @@ def run(subject: Subject) -> str:
     if len(result.wrong) > allowed_differences(result.compared):
         raise CheckFailure(
             "the drafts of a fresh speculator for the same tokens (forget batch.ended first, drop what is kept under the slot "
-            "of a row with is_new, begin at computed.start, continue a fork only from shared KV)",
+            "of a row with is_new, begin at computed.start, continue a fork only from shared KV; one that learns from earlier "
+            "requests sets learns = True, or --learns)",
             result.first_difference(),
         )
     if result.compared and result.random == result.compared:

@@ -1,0 +1,84 @@
+"""The hook implementations of a plugin, and what is wrong with them."""
+
+from __future__ import annotations
+
+import inspect
+from types import ModuleType
+from typing import Any
+
+from specplug.contract.hookspecs import PROJECT, SpeculatorHooks
+from specplug.errors import PluginError, did_you_mean
+from specplug.version import __version__
+
+HOOKS = ("load_speculator", "plan_memory", "warmup", "propose", "verify")
+
+
+def check_hooks(plugin: Any, name: str) -> None:
+    """Refuses what pluggy would accept and then misuse, or refuse in words that say less.
+
+    Raises:
+        PluginError: a class instead of an object, an unhashable object, an old-style wrapper, a hook or argument that is
+            not in the specifications, or an argument that pluggy would never pass.
+    """
+    if inspect.isclass(plugin):
+        raise PluginError(f"plugin '{name}' is the class {plugin.__name__}; register an instance of it")
+    try:
+        hash(plugin)
+    except TypeError as error:
+        raise PluginError(f"plugin '{name}' is not hashable; define its class with eq=False") from error
+    for attribute, function, options in hook_functions(plugin):
+        where = f"plugin '{name}', hook '{attribute}'"
+        if options.get("hookwrapper"):
+            raise PluginError(
+                f"{where}: old-style hookwrapper=True is not supported; use wrapper=True and return (yield)"
+            )
+        hook = options.get("specname") or attribute
+        if not hasattr(SpeculatorHooks, hook):
+            if options.get("optionalhook"):
+                continue  # one of another version, which the plugin works without
+            raise PluginError(f"{where}: there is no such hook{did_you_mean(hook, HOOKS)} (hooks: {', '.join(HOOKS)})")
+        known = list(inspect.signature(getattr(SpeculatorHooks, hook)).parameters)[1:]
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.name not in known:
+                raise PluginError(
+                    f"{where}: there is no argument '{parameter.name}' in specplug {__version__}"
+                    f"{did_you_mean(parameter.name, known)} (arguments: {', '.join(known)})"
+                )
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                raise PluginError(
+                    f"{where}: keyword-only argument '{parameter.name}' is never passed; make it positional"
+                )
+            if parameter.default is not parameter.empty:
+                raise PluginError(
+                    f"{where}: argument '{parameter.name}' has a default, so it is never passed; remove it"
+                )
+
+
+def hook_functions(plugin: Any) -> list[tuple[str, Any, dict[str, Any]]]:
+    """(name, function, options) of every hook implementation of a module or object."""
+    found = []
+    names = vars(plugin) if isinstance(plugin, ModuleType) else dir(type(plugin))
+    for attribute in names:
+        if attribute.startswith("__"):
+            continue
+        static = inspect.getattr_static(plugin, attribute, None)
+        if isinstance(static, property):
+            continue
+        options = getattr(getattr(plugin, attribute, None), f"{PROJECT}_impl", None)
+        if isinstance(options, dict):
+            found.append((attribute, getattr(plugin, attribute), options))
+    return found
+
+
+def has_hook(plugin: Any, hook: str) -> bool:
+    """Whether the plugin implements or wraps a hook."""
+    return any((options.get("specname") or name) == hook for name, _, options in hook_functions(plugin))
+
+
+def is_wrapper(plugin: Any, hook: str) -> bool:
+    """Whether the plugin only observes the hook (or has nothing to do with it)."""
+    return all(
+        options.get("wrapper")
+        for name, _, options in hook_functions(plugin)
+        if (options.get("specname") or name) == hook
+    )
