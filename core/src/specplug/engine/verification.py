@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,8 +17,9 @@ from specplug.contract.verdict import Verdict
 from specplug.errors import ModelOutputError, PluginError
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
 from specplug.request import Request
-from specplug.sampling.distributions import DistributionRow, StepDistributions
+from specplug.sampling.distributions import DistributionRow, StepDistributions, most_likely, nan_message
 from specplug.sampling.workspace import Workspace
+from specplug.speculation.verification.matching import follow
 
 logger = logging.getLogger("specplug")
 
@@ -48,6 +51,8 @@ class Verification:
             offsets: each row's first entry in `logits`; one more at the end.
             logits: [entries, vocabulary].
         """
+        if self._decides_alone and all(self._is_plainly_greedy(request) for request in requests):
+            return self._match_greedily(requests, offsets, logits)
         self._workspace.begin_step()
         methods = [request.draft.method if request.draft else None for request in requests]
         if not any(method in self._overriders for method in methods):
@@ -68,6 +73,38 @@ class Verification:
             )
             for row, path, token in zip(rows, verdict.accepted, verdict.next_tokens, strict=True):
                 accepted[row], next_tokens[row] = path, token
+        return Verdict(accepted, next_tokens)
+
+    @cached_property
+    def _decides_alone(self) -> bool:
+        """Whether no plugin looks at verification."""
+        return not self._registry.observes("verify")
+
+    def _is_plainly_greedy(self, request: Request) -> bool:
+        return (
+            request.params.greedy
+            and request.rules is None
+            and (request.draft is None or request.draft.method not in self._overriders)
+        )
+
+    @staticmethod
+    def _match_greedily(requests: Sequence[Request], offsets: Sequence[int], logits: torch.Tensor) -> Verdict:
+        """What core's verifier answers for greedy rows, without the distributions that nobody needs."""
+        tokens, bad = most_likely(logits)
+        if bad is not None:
+            request = requests[bisect_right(offsets, bad) - 1]
+            raise ModelOutputError(nan_message(request.id, len(request.tokens)))
+        accepted: list[Sequence[int]] = []
+        next_tokens: list[int] = []
+        for request, begin, end in zip(requests, offsets, offsets[1:], strict=False):
+            draft = request.draft
+            if draft is None:
+                path: list[int] = []
+                token = tokens[begin]
+            else:
+                path, token = follow(draft.tokens, draft.parents, tokens[begin:end])
+            accepted.append(path)
+            next_tokens.append(token)
         return Verdict(accepted, next_tokens)
 
     def _ask(

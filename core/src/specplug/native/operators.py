@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -15,7 +15,10 @@ _SCHEMAS = (
     "float scaling, int window, float softcap, Tensor? sinks) -> Tensor",
     "pack_weight(Tensor weight) -> Tensor",
     "linear(Tensor states, Tensor packed, Tensor? bias, int out_features) -> Tensor",
-    "linears(Tensor states, Tensor[] packed, Tensor?[] biases, int[] out_features) -> Tensor[]",
+    "linears_2(Tensor states, Tensor packed_0, Tensor packed_1, Tensor? bias_0, Tensor? bias_1, "
+    "int out_0, int out_1) -> (Tensor, Tensor)",
+    "linears_3(Tensor states, Tensor packed_0, Tensor packed_1, Tensor packed_2, Tensor? bias_0, Tensor? bias_1, "
+    "Tensor? bias_2, int out_0, int out_1, int out_2) -> (Tensor, Tensor, Tensor)",
 )
 _library = torch.library.Library("specplug", "DEF")
 for _schema in _SCHEMAS:
@@ -32,14 +35,15 @@ def _linear(states: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | Non
     return states.new_empty(*states.shape[:-1], out_features)
 
 
-@torch.library.register_fake("specplug::linears", lib=_library)
-def _linears(
-    states: torch.Tensor, packed: Sequence[torch.Tensor], biases: Sequence[object], out_features: Sequence[int]
-) -> list[torch.Tensor]:
-    return [states.new_empty(*states.shape[:-1], count) for count in out_features]
+@torch.library.register_fake("specplug::linears_2", lib=_library)
+def _linears_2(states: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(states.new_empty(*states.shape[:-1], count) for count in arguments[-2:])
 
 
-attend = torch.ops.specplug.attend.default
-pack_weight = torch.ops.specplug.pack_weight.default
-linear = torch.ops.specplug.linear.default
-linears = torch.ops.specplug.linears.default
+@torch.library.register_fake("specplug::linears_3", lib=_library)
+def _linears_3(states: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(states.new_empty(*states.shape[:-1], count) for count in arguments[-3:])
+
+
+# Products of the same rows in one operation, by their number; compiled code calls an operation with lists through Python.
+JOINED = {2: torch.ops.specplug.linears_2.default, 3: torch.ops.specplug.linears_3.default}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import attrs
 import torch
@@ -77,6 +78,25 @@ def process(logits: torch.Tensor, params: Sequence[SamplingParams], out: torch.T
     return torch.softmax(scaled, dim=-1, out=out)
 
 
+def most_likely(logits: torch.Tensor) -> tuple[list[int], int | None]:
+    """The most likely token of each row of [N, V] (the first of equals), and the first row that holds NaN, if one does."""
+    values, indices = logits.max(dim=-1)
+    if logits.device.type == "cpu":
+        highest, tokens = values.tolist(), indices.tolist()
+    else:  # one copy from the device; float64 holds every index
+        highest, tokens = torch.stack([values.double(), indices.double()]).tolist()
+        tokens = [int(token) for token in tokens]
+    return tokens, next((row for row, value in enumerate(highest) if value != value), None)
+
+
+def nan_message(request: str, num_tokens: int) -> str:
+    """What to say about a model that gave NaN."""
+    return (
+        f"the model gave NaN logits for request '{request}' after {num_tokens} tokens; its weights are damaged, "
+        "or its dtype overflows (try dtype float32 or bfloat16)"
+    )
+
+
 @attrs.frozen(eq=False)
 class DistributionRow:
     """What shapes the distributions of one row's entries.
@@ -144,24 +164,23 @@ class StepDistributions:
             return self._ruled
         return self._ruled[torch.tensor(list(entries), device=self._ruled.device)]
 
-    def _refuse_nan(self, bad: torch.Tensor, entries: Sequence[int]) -> None:
-        if bool(bad.any()):
-            row = self._rows[self._row_of_entry[entries[int(bad.int().argmax())]]]
-            raise ModelOutputError(
-                f"the model gave NaN logits for request '{row.name}' after {len(row.tokens)} tokens; its weights are damaged, "
-                "or its dtype overflows (try dtype float32 or bfloat16)"
-            )
+    def _refuse(self, entry: int) -> NoReturn:
+        row = self._rows[self._row_of_entry[entry]]
+        raise ModelOutputError(nan_message(row.name, len(row.tokens)))
 
     def argmax(self, entries: Sequence[int]) -> list[int]:
         """The most likely token at each entry (the first of equals)."""
-        best = self._select(entries).max(dim=-1)
-        self._refuse_nan(best.values.isnan(), entries)
-        return best.indices.tolist()
+        tokens, bad = most_likely(self._select(entries))
+        if bad is not None:
+            self._refuse(entries[bad])
+        return tokens
 
     def probs(self, entries: Sequence[int]) -> torch.Tensor:
         """float32 [len(entries), V]: the distributions after each row's sampling parameters."""
         params = [self._rows[self._row_of_entry[entry]].params for entry in entries]
         out = None if self._workspace is None else self._workspace.probs(len(entries))
         probs = process(self._select(entries), params, out)
-        self._refuse_nan(probs[:, 0].isnan(), entries)
+        bad = probs[:, 0].isnan()
+        if bool(bad.any()):
+            self._refuse(entries[int(bad.int().argmax())])
         return probs

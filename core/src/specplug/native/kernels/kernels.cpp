@@ -97,8 +97,8 @@ Tensor pack(const Tensor& weight) {
 }
 
 // Several products of the same rows, in one parallel region: each weight is [out_features, in], packed.
-std::vector<Tensor> linears(const Tensor& input, at::TensorList packed, const c10::List<std::optional<Tensor>>& biases,
-                            at::IntArrayRef out_features) {
+std::vector<Tensor> linears(const Tensor& input, const std::vector<Tensor>& packed,
+                            const std::vector<std::optional<Tensor>>& biases, const std::vector<int64_t>& out_features) {
   const Tensor x = input.contiguous();
   const int64_t ins = x.size(-1), rows = x.numel() / ins;
   struct Product {
@@ -114,7 +114,7 @@ std::vector<Tensor> linears(const Tensor& input, at::TensorList packed, const c1
     auto sizes = x.sizes().vec();
     sizes.back() = out_features[index];
     outs.push_back(at::empty(sizes, x.options()));
-    const std::optional<Tensor> bias = biases.get(index);
+    const std::optional<Tensor>& bias = biases[index];
     const float* added = nullptr;
     if (bias.has_value()) {
       kept.push_back(bias->to(at::kFloat).contiguous());
@@ -144,9 +144,23 @@ std::vector<Tensor> linears(const Tensor& input, at::TensorList packed, const c1
 }
 
 Tensor linear(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features) {
-  c10::List<std::optional<Tensor>> biases;
-  biases.push_back(bias);
-  return linears(input, packed, biases, out_features)[0];
+  return linears(input, {packed}, {bias}, {out_features})[0];
+}
+
+using Bias = std::optional<Tensor>;
+
+std::tuple<Tensor, Tensor> linears_2(const Tensor& input, const Tensor& packed_0, const Tensor& packed_1,
+                                     const Bias& bias_0, const Bias& bias_1, int64_t out_0, int64_t out_1) {
+  const auto outs = linears(input, {packed_0, packed_1}, {bias_0, bias_1}, {out_0, out_1});
+  return {outs[0], outs[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linears_3(const Tensor& input, const Tensor& packed_0, const Tensor& packed_1,
+                                             const Tensor& packed_2, const Bias& bias_0, const Bias& bias_1,
+                                             const Bias& bias_2, int64_t out_0, int64_t out_1, int64_t out_2) {
+  const auto outs =
+      linears(input, {packed_0, packed_1, packed_2}, {bias_0, bias_1, bias_2}, {out_0, out_1, out_2});
+  return {outs[0], outs[1], outs[2]};
 }
 
 #endif
@@ -159,7 +173,8 @@ TORCH_LIBRARY_IMPL(specplug, CPU, library) {
 #if SPECPLUG_BF16_DOT
   library.impl("pack_weight", &specplug::pack);
   library.impl("linear", &specplug::linear);
-  library.impl("linears", &specplug::linears);
+  library.impl("linears_2", &specplug::linears_2);
+  library.impl("linears_3", &specplug::linears_3);
 #endif
 }
 

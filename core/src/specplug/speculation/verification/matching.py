@@ -36,24 +36,36 @@ def sample_and_match(
     for row in rows:
         tokens = cast(Sequence[int], proposal.tokens[row])
         parents = proposal.parents[row] if proposal.parents is not None else None
-        draws = drawn[row]
-        path: list[int] = []
-        if parents is None:
-            depth = 0
-            while depth < len(tokens) and tokens[depth] == draws[depth]:
-                path.append(depth)
-                depth += 1
-            results.append((row, path, draws[depth]))
-            continue
-        node = -1
-        children: dict[tuple[int, int], int] = {}
-        for child in reversed(range(len(tokens))):
-            children[parents[child], tokens[child]] = child
-        while (child_or_none := children.get((node, draws[node + 1]))) is not None:
-            node = child_or_none
-            path.append(node)
-        results.append((row, path, draws[node + 1]))
+        results.append((row, *follow(tokens, parents, drawn[row])))
     return results
+
+
+def follow(tokens: Sequence[int], parents: Sequence[int] | None, draws: Sequence[int]) -> tuple[list[int], int]:
+    """Walks a draft along the target's own tokens.
+
+    Args:
+        tokens: the draft's nodes.
+        parents: of each node, -1 for the root; None for a chain.
+        draws: the target's token at the root and at each node.
+
+    Returns:
+        (the accepted path, the token behind it).
+    """
+    path: list[int] = []
+    if parents is None:
+        depth = 0
+        while depth < len(tokens) and tokens[depth] == draws[depth]:
+            path.append(depth)
+            depth += 1
+        return path, draws[depth]
+    node = -1
+    children: dict[tuple[int, int], int] = {}
+    for child in reversed(range(len(tokens))):
+        children[parents[child], tokens[child]] = child
+    while (child_or_none := children.get((node, draws[node + 1]))) is not None:
+        node = child_or_none
+        path.append(node)
+    return path, draws[node + 1]
 
 
 def _draw(

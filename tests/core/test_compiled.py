@@ -1,0 +1,153 @@
+"""A compiled forward is the model's own function; it is kept on disk, and what cannot be compiled runs as it is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specplug import LLM, SamplingParams
+from specplug.engine import compilation, startup
+from specplug.model import compiled
+from specplug.model.compiled import measure_change
+from support.models import VOCABULARY, save_model
+from support.reference import decisive_prompts
+from support.speculators import Oracle, TreeSpeculator, provide
+
+NEW_TOKENS = 14
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECPLUG_CACHE", str(folder))
+        yield folder
+
+
+def count_compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    made: list[str] = []
+    own = compiled._compile
+
+    def counted(runner: Any) -> Any:
+        made.append(runner.architecture.name)
+        return own(runner)
+
+    monkeypatch.setattr(compiled, "_compile", counted)
+    return made
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "opt"])
+def test_output_is_that_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Float32, token for token: alone and in a ragged batch, with trees that read hidden states at several boundaries."""
+    folder = save_model(tmp_path, architecture)
+    pairs = decisive_prompts(folder, 6, NEW_TOKENS, VOCABULARY)
+    oracle = Oracle([prompt + output for prompt, output in pairs], VOCABULARY)
+    options = {
+        "skip_tokenizer_init": True,
+        "memory": "64MiB",
+        "strict": True,
+        "compile": True,
+        "max_num_batched_tokens": 24,
+        "max_num_seqs": 4,
+        **provide(lambda config, target: TreeSpeculator(oracle, ("final", 2, 0, 3), 9, top_k=2)),
+    }
+    made = count_compilations(monkeypatch)
+    greedy = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
+    for memory in ("64MiB", "48MiB"):  # another size of the cache: nothing is compiled anew
+        with LLM(folder, **{**options, "memory": memory}) as llm:
+            assert llm.engine.runner.compiled is not None, caplog.text
+            assert measure_change(llm.engine.runner, 16) < 1e-5
+            alone = llm.generate([pairs[0][0]], greedy)[0].outputs[0].token_ids
+            together = llm.generate([prompt for prompt, _ in pairs], greedy)
+            assert llm.engine.stats.num_accepted_draft_tokens > 10
+        assert alone == pairs[0][1]
+        assert [output.outputs[0].token_ids for output in together] == [output for _, output in pairs]
+    assert len(made) == 1
+
+
+def test_draft_models_are_compiled_too_and_weights_are_there_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from specplug.testing.live import live_bytes
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+    folder = save_model(tmp_path / "target", "llama", **sizes)
+    config = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 3}
+    options = {"skip_tokenizer_init": True, "dtype": "bfloat16", "memory": "64MiB", "speculative_config": config}
+    asked: list[list[Any]] = []
+    own = compilation.compile_forwards
+    monkeypatch.setattr(
+        startup, "compile_forwards", lambda runners, *rest: (asked.append(runners), own(runners, *rest))
+    )
+    held = {}
+    for choice in (False, True):
+        with LLM(folder, compile=choice, **options) as llm:
+            assert (llm.engine.runner.compiled is not None) == choice
+            assert [len(runners) for runners in asked] == ([2] if choice else [])
+            assert all(runner.compiled is not None for runners in asked for runner in runners)
+            llm.generate([[3, 4, 5]], SamplingParams(max_tokens=5))
+            held[choice] = live_bytes()
+    asked.clear()
+    assert held[True] <= held[False] * 1.01
+
+
+def test_a_damaged_file_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    folder = save_model(tmp_path, "llama", hidden_size=48)
+    options = {"skip_tokenizer_init": True, "memory": "64MiB", "compile": True}
+    made = count_compilations(monkeypatch)
+    before = set((own_cache / "forwards").glob("*.bin")) if (own_cache / "forwards").exists() else set()
+    LLM(folder, **options).close()
+    (written,) = set((own_cache / "forwards").glob("*.bin")) - before
+    written.write_bytes(written.read_bytes()[:1000])
+    with LLM(folder, **options) as llm:
+        assert llm.engine.runner.compiled is not None
+    assert len(made) == 2
+
+
+def test_what_computes_something_else_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = compilation.compile_forward
+
+    def wrong(runner: Any) -> Any:
+        forward = own(runner)
+        return lambda *inputs: (forward(*inputs)[0] * 1.5, forward(*inputs)[1])
+
+    monkeypatch.setattr(compilation, "compile_forward", wrong)
+    with caplog.at_level(logging.WARNING):
+        llm = LLM(save_model(tmp_path, "llama"), skip_tokenizer_init=True, memory="64MiB", compile=True)
+    assert llm.engine.runner.compiled is None
+    (record,) = caplog.records
+    assert "it gives other logits" in record.getMessage()
+    llm.close()
+
+
+def test_a_model_that_cannot_be_traced_runs_as_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Float32 experts have no shapes-only implementation: one line of warning, nothing else."""
+    folder = save_model(tmp_path, "mixtral")
+    (pair,) = decisive_prompts(folder, 1, 6, VOCABULARY)
+    with caplog.at_level(logging.WARNING):
+        llm = LLM(folder, skip_tokenizer_init=True, memory="64MiB", compile=True)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("MixtralForCausalLM runs uncompiled: ")
+    assert "\n" not in record.getMessage()
+    assert capfd.readouterr().err == ""
+    assert llm.generate([pair[0]], SamplingParams(temperature=0, max_tokens=6))[0].outputs[0].token_ids == pair[1]
+    llm.close()
+
+
+def test_small_models_go_without_unless_asked(tmp_path: Path) -> None:
+    assert not compilation.wants_compilation("auto", 11 << 20)
+    assert compilation.wants_compilation("auto", 64 << 20)
+    assert compilation.wants_compilation(True, 1)
+    assert not compilation.wants_compilation(False, 1 << 40)
+    with LLM(save_model(tmp_path, "llama"), skip_tokenizer_init=True, memory="64MiB") as llm:
+        assert llm.engine.runner.compiled is None
