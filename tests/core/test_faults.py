@@ -175,7 +175,11 @@ def test_a_fault_in_the_first_leaves_the_fallback(folder: Path, expected: list[l
     oracle = Oracle([p + e for p, e in zip(PROMPTS, expected, strict=True)], VOCABULARY, hit_rate=1.0)
     options = {
         "plugins": {"bad": lambda c, t: Faulty(raising), "good": lambda c, t: TokenSpeculator(oracle)},
-        "speculative_config": {"method": "bad", "num_speculative_tokens": 3, "fallback": {"method": "good"}},
+        "speculative_config": {
+            "method": "bad",
+            "num_speculative_tokens": 3,
+            "fallback": {"method": "good", "num_speculative_tokens": 5},
+        },
     }
     with LLM(folder, skip_tokenizer_init=True, memory="64MiB", **options) as llm:
         assert [out.outputs[0].token_ids for out in llm.generate(PROMPTS, GREEDY)] == expected

@@ -18,6 +18,7 @@ from specplug.text.stream import TextStream
 if TYPE_CHECKING:
     from specplug.model.blocks import BlockTable
     from specplug.speculation.draft import Draft
+    from specplug.speculation.estimates import RowEstimate
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -42,6 +43,7 @@ class Request:
         draft: what will be verified with its next token.
         outcome: what became of its last draft.
         outcome_link: the place of its proposer in the chain of speculators.
+        estimates: what the automatic budget knows of it, per speculator of the chain; empty until it is asked.
         forked_from: the slot whose blocks it shares, until its first step.
         num_forked_tokens: the computed positions it started with, if it was forked.
         fork_group: sequences to fork from this one when its prompt is computed.
@@ -71,6 +73,7 @@ class Request:
     draft: Draft | None = None
     outcome: Outcome | None = None
     outcome_link: int = 0
+    estimates: list[RowEstimate] = attrs.field(factory=list)
     forked_from: int | None = None
     num_forked_tokens: int = 0
     fork_group: list[Request] = attrs.field(factory=list)

@@ -8,7 +8,9 @@ from typing import Any
 from specplug.contract.settings import SpeculativeConfig
 from specplug.errors import ConfigurationError
 
-DEFAULT_NUM_SPECULATIVE_TOKENS = 5
+AUTO = "auto"
+DEFAULT_MAX_SPECULATIVE_TOKENS = 8
+"""The most draft tokens of a row where core chooses, unless the user or the plugin says otherwise."""
 _LONGEST_CHAIN = 8
 
 
@@ -32,15 +34,38 @@ def _parse(mapping: Mapping[str, Any], depth: int) -> SpeculativeConfig:
         raise ConfigurationError(
             "speculative_config needs 'method', the name of an installed speculator (see: specplug list)"
         )
-    tokens = options.pop("num_speculative_tokens", DEFAULT_NUM_SPECULATIVE_TOKENS)
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-        raise ConfigurationError(
-            f"speculative_config: num_speculative_tokens={tokens!r}: expected an integer of at least 1"
-        )
+    tokens, is_auto, bounded = _parse_tokens(options)
     fallback = options.pop("fallback", None)
     return SpeculativeConfig(
         method=method,
         num_speculative_tokens=tokens,
         options=options,
         fallback=None if fallback is None else _parse(fallback, depth + 1),
+        is_auto=is_auto,
+        is_bounded=bounded,
     )
+
+
+def _parse_tokens(options: dict[str, Any]) -> tuple[int, bool, bool]:
+    """Takes the keys on how much is drafted: (most draft tokens of a row, whether core chooses, whether that was given)."""
+    tokens, bound = options.pop("num_speculative_tokens", AUTO), options.pop("max_num_speculative_tokens", None)
+    if tokens != AUTO:
+        if not _is_positive(tokens):
+            raise ConfigurationError(
+                f"speculative_config: num_speculative_tokens={tokens!r}: expected an integer of at least 1, or '{AUTO}'"
+            )
+        if bound is not None:
+            raise ConfigurationError(
+                f"speculative_config: max_num_speculative_tokens={bound!r} bounds num_speculative_tokens='{AUTO}'; with "
+                f"num_speculative_tokens={tokens} leave it out"
+            )
+        return tokens, False, True
+    if bound is not None and not _is_positive(bound):
+        raise ConfigurationError(
+            f"speculative_config: max_num_speculative_tokens={bound!r}: expected an integer of at least 1"
+        )
+    return DEFAULT_MAX_SPECULATIVE_TOKENS if bound is None else bound, True, bound is not None
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

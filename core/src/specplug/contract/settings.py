@@ -22,12 +22,17 @@ class SpeculativeConfig:
         options: the keys that belong to the plugin. Read them with `get` or `settings`, so that core can tell the user
             which keys nobody knows.
         fallback: the method that is asked for the rows this one leaves empty.
+        is_auto: whether core chooses every step's budget from what it measures; `num_speculative_tokens` is then the bound.
+        is_bounded: whether the user named the bound; else it is the plugin's attribute `max_num_speculative_tokens`, if its
+            module has one, or core's default.
     """
 
     method: str
     num_speculative_tokens: int
     options: Mapping[str, Any] = attrs.field(factory=dict)
     fallback: SpeculativeConfig | None = None
+    is_auto: bool = False
+    is_bounded: bool = True
     known_options: set[str] = attrs.field(factory=set, init=False, repr=False)
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -70,7 +75,7 @@ class SpeculativeConfig:
 
     def check_unknown_options(self) -> None:
         """Raises `ConfigurationError` for the first option that nobody read."""
-        known = self.known_options | {"method", "num_speculative_tokens", "fallback"}
+        known = self.known_options | {"method", "num_speculative_tokens", "max_num_speculative_tokens", "fallback"}
         for key in self.options:
             if key not in known:
                 raise ConfigurationError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -139,11 +140,17 @@ class Engine:
         rows = self.scheduler.schedule()
         if not rows:
             return []
+        started = time.perf_counter()
         target = self._forward(rows)
         verdict = self._verification.verify(
             [row.request for row in target.sampling], target.offsets, target.logits[: target.offsets[-1]]
         )
         outputs = self._commit(target, verdict)
+        self.chain.observe(
+            [row.request for row in rows],
+            time.perf_counter() - started,
+            decoding=all(row.samples and row.num_tokens == 1 for row in rows),
+        )
         self._propose(rows)
         self.num_steps += 1
         return outputs

@@ -18,12 +18,15 @@ from specplug.memory.plan import MemoryPlan, solve
 from specplug.model.architecture import Architecture, inspect_architecture
 from specplug.model.checkpoint import choose_dtype, load_config, read_headers, resolve_checkpoint
 from specplug.model.device import choose_device
+from specplug.model.step_memory import step_bytes
 from specplug.model.tokenizer import load_tokenizer
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
 from specplug.sampling.workspace import Workspace
 from specplug.speculation.states import ChannelSpec, StateStore, channels_for
 from specplug.speculation.target import TargetFacade
 from specplug.tiny import resolve_model
+
+_SHORT_PROMPT = 64  # tokens; prompts up to here run in CUDA graphs too
 
 
 @attrs.define(eq=False)
@@ -43,6 +46,7 @@ class PlannedEngine:
     facade: TargetFacade
     plan: MemoryPlan
     num_entries: int
+    most_captured: int
 
 
 def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: None) -> PlannedEngine:
@@ -76,7 +80,10 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
         max_num_batched_tokens=config.max_num_batched_tokens,
         tokenizer=lambda: _target_tokenizer(tokenizer, folder, config.trust_remote_code),
     )
-    speculators = [registry.load_speculator(speculative, facade) for speculative in _chain(config.speculative)]
+    speculators = [
+        registry.load_speculator(bounded(speculative, registry.plugin(speculative.method)), facade)
+        for speculative in _chain(config.speculative)
+    ]
     channels = channels_for([s.traits for s in speculators], architecture.hidden_size, dtype)
     _check_boundaries(speculators, len(architecture.layers))
     budget = MemoryBudget(
@@ -90,13 +97,26 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
     )
     regions = [_plan_regions(speculator, budget) for speculator in speculators]
     num_entries = min(config.max_num_batched_tokens, config.max_num_seqs * (1 + budget.num_speculative_tokens))
+    most_captured = min(max(num_entries, _SHORT_PROMPT), config.max_num_batched_tokens)
     plan = solve(
         budget,
         target_weights=weight_bytes,
         target_kv_bytes_per_token=sum(layer.elements for layer in architecture.kv_layers) * dtype.itemsize,
         regions=[region for own in regions for region in own],
         buffers=StateStore.planned_bytes(channels, config.max_num_seqs, config.max_num_batched_tokens)
-        + Workspace.planned_bytes(num_entries, architecture.vocab_size),
+        + Workspace.planned_bytes(num_entries, architecture.vocab_size)
+        + (
+            step_bytes(
+                architecture,
+                model_config,
+                dtype,
+                tokens=config.max_num_batched_tokens,
+                entries=num_entries,
+                captured=most_captured,
+            )
+            if device.type == "cuda"
+            else 0
+        ),
         context_length=architecture.context_length,
         wanted_model_len=config.max_model_len,
         device=device,
@@ -115,6 +135,7 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
         facade=facade,
         plan=plan,
         num_entries=num_entries,
+        most_captured=most_captured,
     )
 
 
@@ -131,6 +152,22 @@ def _chain(speculative: SpeculativeConfig | None) -> Iterator[SpeculativeConfig]
     while speculative is not None:
         yield speculative
         speculative = speculative.fallback
+
+
+def bounded(config: SpeculativeConfig, plugin: Any) -> SpeculativeConfig:
+    """The configuration with the plugin's own bound on drafts, where core chooses their length and the user named none.
+
+    Raises:
+        PluginError: the plugin's attribute `max_num_speculative_tokens` is no positive integer.
+    """
+    most = getattr(plugin, "max_num_speculative_tokens", None)
+    if most is None or config.is_bounded:
+        return config
+    if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+        raise PluginError(
+            f"plugin '{config.method}': max_num_speculative_tokens={most!r}: expected an integer of at least 1"
+        )
+    return attrs.evolve(config, num_speculative_tokens=most)
 
 
 def max_nodes_of(speculator: RegisteredSpeculator) -> int:

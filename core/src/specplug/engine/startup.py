@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 
 from specplug.configuration.engine import EngineConfig
 from specplug.contract.resources import Resources
+from specplug.engine.compilation import compile_forwards, wants_compilation
 from specplug.engine.engine import Engine
 from specplug.engine.intake import Intake
 from specplug.engine.planning import PlannedEngine, max_nodes_of, plan_engine
@@ -22,10 +23,12 @@ from specplug.model.kv_cache import KVCache
 from specplug.model.loading import load_model
 from specplug.model.probe import check_parity
 from specplug.model.runner import ModelRunner
+from specplug.plugins.registry import RegisteredSpeculator
 from specplug.sampling.randomness import EngineRandomness
 from specplug.sampling.workspace import Workspace
+from specplug.speculation.auto import AutoBudget
 from specplug.speculation.chain import SpeculatorChain
-from specplug.speculation.policy import FixedBudget
+from specplug.speculation.policy import BudgetPolicy, FixedBudget
 from specplug.speculation.states import StateStore
 from specplug.speculation.target import LazyModel
 from specplug.speculation.verification.verifier import LosslessVerifier
@@ -94,6 +97,9 @@ def start_engine(
         with _step(5, on_step):
             if config.check_parity:
                 check_parity(runner, planned.model_config, config.block_size)
+            if wants_compilation(config.compile, planned.architecture.weight_bytes):
+                drafts = [h.runner for h in planned.facade.handles if isinstance(h, LazyModel) and h.runner]
+                compile_forwards([runner, *drafts], config.block_size, planned.most_captured)
             engine = _assemble(planned, runner, states, caches, tokenizer)
         with _step(6, on_step):
             undo.pop_all()
@@ -168,7 +174,7 @@ def _assemble(
     chain = SpeculatorChain(
         planned.speculators,
         states,
-        FixedBudget(),
+        choose_policy(planned.speculators),
         vocab_size=planned.architecture.vocab_size,
         max_model_len=plan.max_model_len,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -219,6 +225,13 @@ def _assemble(
         ),
         closers=[planned.facade.close, runner.close],
     )
+
+
+def choose_policy(speculators: Sequence[RegisteredSpeculator]) -> BudgetPolicy:
+    """Budgets as configured; as measured where any speculator's are to be chosen."""
+    if any(speculator.config.is_auto for speculator in speculators):
+        return AutoBudget(speculators)
+    return FixedBudget()
 
 
 def _row_buckets(max_num_seqs: int) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from specplug.contract.resources import Resources
 from specplug.errors import PluginError
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
+from specplug.speculation.auto import AutoBudget
 from specplug.speculation.draft import trim_drafts
 from specplug.speculation.policy import NO_BUDGET, BudgetPolicy, plan_budgets
 from specplug.speculation.states import TOP_IDS, TOP_PROBS, StateStore
@@ -138,28 +139,57 @@ class SpeculatorChain:
         decoding = max(1, sum(request.num_pending == 1 for request in requests))
         tokens = self._max_num_batched_tokens // (2 if contended else 1)
         node_limit = tokens // decoding - 1
-        for link in self._links:
+        auto = self._auto
+        if auto is not None:
+            auto.begin(requests)
+        for index, link in enumerate(self._links):
             if not link.enabled:
                 continue
             for request in requests:
                 if request.outcome is not None and self._links[request.outcome_link] is link:
                     link.outcomes[request.number] = request.outcome
-            rows, wishes = [], []
-            for request in requests:
-                wish = self.policy.wish(request, link.speculator)
-                if wish is not None and request.draft is None and request.number not in link.banned:
-                    rows.append(request)
-                    wishes.append(wish)
-            self._ask(link, rows, wishes, node_limit, reserve)
+            started = time.perf_counter()
+            self._ask(link, *self._wishes(index, requests), node_limit, reserve)
+            if auto is not None:
+                auto.proposed(index, time.perf_counter() - started)
         self._keep_unseen_states(requests)
         total = node_limit * decoding
         if self._max_num_draft_tokens is not None:
             total = min(total, self._max_num_draft_tokens)
-        drafts = trim_drafts([request.draft for request in requests], total)
+        drafts = [request.draft for request in requests]
+        drafts = trim_drafts(drafts if auto is None else auto.trim(drafts), total)
         for request, draft in zip(requests, drafts, strict=True):
             request.draft = draft if draft is not None and len(draft) else None
+        if auto is not None:
+            auto.end(requests)
 
-    def _ask(self, link: _Link, requests: list[Request], wishes: list[int], node_limit: int, reserve: Any) -> None:
+    def observe(self, requests: Sequence[Request], seconds: float, *, decoding: bool) -> None:
+        """Tells the automatic budget what a step took and brought; see `AutoBudget.observe`."""
+        if self._auto is not None:
+            self._auto.observe(requests, seconds, decoding=decoding)
+
+    @property
+    def _auto(self) -> AutoBudget | None:
+        return self.policy if isinstance(self.policy, AutoBudget) else None
+
+    def _wishes(self, index: int, requests: Sequence[Request]) -> tuple[list[Request], list[int | Budget]]:
+        """The rows that a speculator is shown, and what each may draft."""
+        link = self._links[index]
+        if self._auto is not None:
+            requests = [r for r in requests if r.draft is None and r.number not in link.banned]
+            wishes = self._auto.plan(index, requests, link.delivered)
+        else:
+            wishes = [self.policy.wish(request, link.speculator) for request in requests]
+        chosen = [
+            (request, wish)
+            for request, wish in zip(requests, wishes, strict=True)
+            if wish is not None and request.draft is None and request.number not in link.banned
+        ]
+        return [request for request, _ in chosen], [wish for _, wish in chosen]
+
+    def _ask(
+        self, link: _Link, requests: list[Request], wishes: list[int | Budget], node_limit: int, reserve: Any
+    ) -> None:
         traits = link.speculator.traits
         wishes = [0 if r.num_pending > 1 else w for r, w in zip(requests, wishes, strict=True)]
         budgets = plan_budgets(requests, wishes, traits, self._max_model_len, node_limit)
@@ -278,4 +308,6 @@ class SpeculatorChain:
             link.banned.update(request.number for request in requests)
         if link.faults_in_a_row >= _FAULTS_TO_STOP:
             link.enabled = False
+            if self._auto is not None:
+                self._auto.retire(self._links.index(link))
             logger.warning("speculator '%s' failed %d times in a row and is switched off", method, link.faults_in_a_row)

@@ -11,13 +11,18 @@ from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
 
 NO_BUDGET = Budget(0, 0)
+Wish = int | Budget | None
 
 
 class BudgetPolicy(Protocol):
     """Chooses, before `propose`, what each row may draft."""
 
-    def wish(self, request: Request, speculator: RegisteredSpeculator) -> int | None:
-        """The most draft tokens of a speculator for a row; 0 keeps its speculator up to date; None lets it sleep."""
+    def wish(self, request: Request, speculator: RegisteredSpeculator) -> Wish:
+        """What a speculator may draft for a row.
+
+        At most so many tokens, or the whole tree of one that drafts trees; 0 keeps the speculator up to date; a `Budget` says
+        how many nodes and how deep; None lets the row sleep.
+        """
         ...
 
 
@@ -35,7 +40,7 @@ class FixedBudget:
 
 def plan_budgets(
     requests: Sequence[Request],
-    wishes: Sequence[int],
+    wishes: Sequence[int | Budget],
     traits: SpeculatorTraits,
     max_model_len: int,
     node_limit: int,
@@ -54,8 +59,12 @@ def plan_budgets(
         assert request.params.max_tokens is not None
         still = request.params.max_tokens - request.num_output_tokens - 1
         room = max_model_len - len(request.tokens) - 1
-        depth = max(0, min(traits.max_depth or wish, still, room)) if wish else 0
-        nodes = max(0, min(traits.max_nodes or depth, node_limit)) if depth else 0
+        if isinstance(wish, Budget):
+            most, deepest = wish.max_nodes, wish.max_depth
+        else:
+            most, deepest = traits.max_nodes or 0, (traits.max_depth or wish) if wish else 0
+        depth = max(0, min(deepest, still, room))
+        nodes = max(0, min(most or depth, node_limit)) if depth else 0
         if request.params.num_speculative_tokens is not None:
             nodes = min(nodes, request.params.num_speculative_tokens)
         budgets.append(Budget(nodes, min(depth, nodes)) if nodes else NO_BUDGET)

@@ -12,6 +12,7 @@ import attrs
 import torch
 
 from specplug.contract.traits import Boundary, SpeculatorTraits
+from specplug.model.device import to_device
 
 WINDOW = 64
 TOP_IDS = "top_ids"
@@ -152,8 +153,7 @@ class StateStore:
     ) -> None:
         if not read:
             return
-        read_index = torch.tensor(read, device=self._device)
-        write_index = torch.tensor(write, device=self._device)
+        read_index, write_index = to_device(read, self._device), to_device(write, self._device)
         for channel, spec in self.specs.items():
             rows = source[channel].index_select(0, read_index)[:, : spec.width]
             destination[channel].index_copy_(0, write_index, rows.to(spec.dtype))

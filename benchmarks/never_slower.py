@@ -1,0 +1,206 @@
+"""Whether automatic draft lengths ever lose: against plain decoding with drafts that are never accepted, and against the best
+fixed length with good ones.
+
+    python benchmarks/never_slower.py --target build/33m --batches 1 4 16 --json build/never-slower.json
+
+Contestants run one after the other within every repetition, in an order that is drawn anew; reported are means of the ratios
+within repetitions, with 95 % intervals (Student's t). *Adversarial* speculators are the shipped ones at their full cost, whose
+drafts are replaced by tokens that the target has least reason to say: `ngram` (it is made to draft always), `draft_model`,
+`eagle3`. *Good* ones are the shipped ones as they are. Every engine first serves all prompts once, unmeasured; it then knows
+its costs, as an engine does that has been up for some seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import random
+import statistics
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+import transformers
+from scipy import stats
+from workloads import WORKLOADS
+
+from specplug import LLM, SamplingParams, SpeculativeConfig, __version__, hookimpl, resolve_model
+from specplug.plugins.registry import PluginRegistry
+
+PLAIN, AUTO = "plain", "auto"
+METHODS: Mapping[str, dict[str, Any]] = {
+    "ngram": {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 1},
+    "draft_model": {"method": "draft_model"},
+    "eagle3": {"method": "eagle3"},
+}
+
+
+class NeverAccepted:
+    """A speculator at its full cost, whose drafts are worthless."""
+
+    def __init__(self, wrapped: Any, token: int) -> None:
+        self.traits = wrapped.traits
+        self._wrapped = wrapped
+        self._token = token
+
+    @hookimpl
+    def plan_memory(self, budget: Any) -> Any:
+        plan = getattr(self._wrapped, "plan_memory", None)
+        return plan(budget) if plan is not None else []
+
+    @hookimpl
+    def warmup(self, resources: Any) -> None:
+        warmup = getattr(self._wrapped, "warmup", None)
+        if warmup is not None:
+            warmup(resources)
+
+    @hookimpl
+    def propose(self, batch: Any) -> Any:
+        proposal = self._wrapped.propose(batch)
+        sizes = [min(row.budget.max_nodes, row.budget.max_depth) for row in batch.rows]
+        if not self.traits.token_only:  # where a model stops early, the useless draft does
+            sizes = [min(size, len(tokens)) for size, tokens in zip(sizes, proposal.tokens, strict=True)]
+        return attrs.evolve(
+            proposal, tokens=[[self._token] * size for size in sizes], parents=None, scores=None, probs=None
+        )
+
+
+def adversary(method: str, token: int) -> Any:
+    """A plugin that loads the shipped one and spoils its drafts."""
+    load = PluginRegistry().plugin(method).load_speculator
+
+    def make(config: SpeculativeConfig, target: Any) -> NeverAccepted:
+        own = attrs.evolve(config, method=method)
+        speculator = load(own, target)
+        config.known_options.update(own.known_options)
+        return NeverAccepted(speculator, token)
+
+    return make
+
+
+def run(llm: LLM, prompts: list[list[int]], params: SamplingParams, batch: int) -> float:
+    """Seconds for all prompts, `batch` requests at a time."""
+    started = time.perf_counter()
+    for first in range(0, len(prompts), batch):
+        llm.generate(prompts[first : first + batch], params, use_tqdm=False)
+    return time.perf_counter() - started
+
+
+def interval(ratios: list[float]) -> dict[str, float]:
+    """Mean and half the width of its 95 % interval."""
+    half = stats.t.ppf(0.975, len(ratios) - 1) * statistics.stdev(ratios) / math.sqrt(len(ratios))
+    return {"mean": round(statistics.mean(ratios), 4), "plus_minus": round(float(half), 4)}
+
+
+def measure(
+    args: argparse.Namespace, method: str, batch: int, workload: str, prompts: list[list[int]], *, spoiled: bool
+) -> dict[str, Any]:
+    """One cell: plain, auto and (for good drafts) fixed lengths, in turn."""
+    keys = {**METHODS[method]}
+    if args.target != "tiny" and method != "ngram":
+        keys["model"] = args.draft
+    options: dict[str, Any] = {
+        "dtype": args.dtype,
+        "max_num_seqs": batch,
+        "max_model_len": 1024,
+        "max_num_batched_tokens": max(512, 64 * batch),
+        "memory": args.memory,
+    }
+    if spoiled:
+        keys["method"] = "spoiled"
+        options["plugins"] = {"spoiled": adversary(method, args.token)}
+    configs: dict[str, dict[str, Any] | None] = {PLAIN: None, AUTO: keys}
+    if not spoiled:
+        configs |= {str(length): {**keys, "num_speculative_tokens": length} for length in args.lengths}
+    params = SamplingParams(temperature=args.temperature, max_tokens=args.tokens, ignore_eos=True)
+    with ExitStack() as stack:
+        engines = {
+            name: stack.enter_context(
+                LLM(args.target, speculative_config=config, **(options if config else {**options, "plugins": {}}))
+            )
+            for name, config in configs.items()
+        }
+        for llm in engines.values():
+            run(llm, prompts, params, batch)
+            llm.engine.stats = type(llm.engine.stats)()
+        seconds: dict[str, list[float]] = {name: [] for name in engines}
+        order = list(engines)
+        for _ in range(args.repeats):
+            random.shuffle(order)
+            for name in order:
+                seconds[name].append(run(engines[name], prompts, params, batch))
+        counts = engines[AUTO].engine.stats
+        row: dict[str, Any] = {
+            "method": method,
+            "drafts": "never accepted" if spoiled else "as they are",
+            "batch": batch,
+            "workload": workload,
+            "to_plain": interval([p / a for p, a in zip(seconds[PLAIN], seconds[AUTO], strict=True)]),
+            "auto_tokens_per_second": round(len(prompts) * args.tokens / statistics.median(seconds[AUTO]), 1),
+            "tau": round(counts.mean_acceptance_length or 1.0, 3),
+            "drafted_a_step": round(counts.num_draft_tokens / max(1, counts.num_steps), 3),
+        }
+        if not spoiled:
+            best = min((str(length) for length in args.lengths), key=lambda name: statistics.mean(seconds[name]))
+            row["best_length"] = int(best)
+            row["to_best"] = interval([b / a for b, a in zip(seconds[best], seconds[AUTO], strict=True)])
+            row["fixed"] = {
+                str(length): interval([p / f for p, f in zip(seconds[PLAIN], seconds[str(length)], strict=True)])
+                for length in args.lengths
+            }
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="tiny")
+    parser.add_argument("--draft", default="tiny", help="what draft_model and eagle3 draft with for another target")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--only", choices=["adversarial", "good"])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6, 8])
+    parser.add_argument("--token", type=int, default=0, help="what a spoiled draft consists of")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--memory", default="4GiB", help="of each engine")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(resolve_model(args.target))
+    rows = []
+    for workload in args.workloads:
+        prompts = WORKLOADS[workload](tokenizer, args.prompts)
+        for batch in args.batches:
+            for method in args.methods:
+                for spoiled in (True, False):
+                    if args.only and spoiled != (args.only == "adversarial"):
+                        continue
+                    rows.append(measure(args, method, batch, workload, prompts, spoiled=spoiled))
+                    print(" ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    about = {
+        "target": args.target,
+        "dtype": args.dtype,
+        "temperature": args.temperature,
+        "prompts": f"{args.prompts} of each workload, {args.tokens} tokens each",
+        "repeats": args.repeats,
+        "threads": args.threads,
+        "versions": f"specplug {__version__}, torch {torch.__version__}, {platform.machine()}",
+    }
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

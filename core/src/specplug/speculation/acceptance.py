@@ -1,0 +1,139 @@
+"""How likely the drafts of a speculator are to be accepted, for a row and for its engine. Knows nothing about time."""
+
+from __future__ import annotations
+
+import attrs
+
+_ROW_FORGETS, _ENGINE_FORGETS, _LOSS_FORGETS = 0.94, 0.99, 0.99
+_ENGINE_TRUST = 2.0
+_FIRST_GUESS, _GUESS_TRUST = 0.6, 3.0
+_TRUSTS = (1.5, 6.0, 24.0)
+_UNLIKELY, _DOUBT_KEEPS, _DOUBT_FADES = 0.04, 0.3, 0.02
+
+
+class EngineAcceptance:
+    """What all rows together have seen of one speculator: where every new row starts from.
+
+    How much a row's own drafts count against those of all others is learned too: rows may be alike or not.
+
+    Attributes:
+        accepted: for each depth (depth 1 first), drafts accepted there, lately.
+        reached: drafts whose node there was decided, its ancestors being accepted.
+        trust: as how many drafts of a row what is known of all rows counts.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self.accepted = [0.0] * depth
+        self.reached = [0.0] * depth
+        self.accepted[0], self.reached[0] = _FIRST_GUESS * _GUESS_TRUST, _GUESS_TRUST
+        self.trust = _TRUSTS[0]
+        self._losses = [0.0] * len(_TRUSTS)
+
+    @property
+    def first(self) -> float:
+        """The chance that the first node of a draft is accepted."""
+        return self.accepted[0] / self.reached[0]
+
+    def record(self, row: RowAcceptance, accepted: int, *, rejected: bool) -> bool:
+        """Takes in one draft of a row: how many nodes were accepted, and whether the one behind them was rejected.
+
+        Returns:
+            Whether it made what was seen of the row before count for less.
+        """
+        if accepted or rejected:
+            self._judge(row, hit=accepted > 0)
+        doubts = row.record(self.first, accepted, rejected=rejected)
+        for index in range(min(accepted + rejected, len(self.reached))):
+            self.reached[index] = self.reached[index] * _ENGINE_FORGETS + 1.0
+            self.accepted[index] = self.accepted[index] * _ENGINE_FORGETS + (index < accepted)
+        return doubts
+
+    def _judge(self, row: RowAcceptance, *, hit: bool) -> None:
+        """Compares how well a row's first node is foretold with more or less trust in the other rows."""
+        came, first = float(hit), self.accepted[0] / self.reached[0]
+        accepted, reached, losses = row.first_accepted, row.first_reached, self._losses
+        for index, trust in enumerate(_TRUSTS):
+            missed = came - (accepted + trust * first) / (reached + trust)
+            losses[index] = losses[index] * _LOSS_FORGETS + missed * missed
+        self.trust = _TRUSTS[losses.index(min(losses))]
+
+
+@attrs.define(eq=False)
+class RowAcceptance:
+    """What one row has seen of one speculator, the first node of a draft apart from those behind it.
+
+    Attributes:
+        first_accepted: drafts whose first node was accepted, lately.
+        first_reached: drafts.
+        rest_accepted: nodes behind the first that were accepted.
+        rest_reached: nodes behind the first that were decided, their ancestors being accepted.
+        run: how likely the present run of drafts of one kind, accepted or not, was beforehand.
+        run_of_hits: its kind.
+        likeness: how far other rows are a guide to this one; a text that changed is not like them, for a while.
+    """
+
+    first_accepted: float = 0.0
+    first_reached: float = 0.0
+    rest_accepted: float = 0.0
+    rest_reached: float = 0.0
+    run: float = 1.0
+    run_of_hits: bool = False
+    likeness: float = 1.0
+
+    def record(self, others: float, accepted: int, *, rejected: bool) -> bool:
+        """Takes in one draft. A run that was unlikely makes what was seen before it count for less: texts change.
+
+        Args:
+            others: the chance that a first node is accepted, in any row.
+            accepted: nodes accepted.
+            rejected: whether the node behind them was rejected.
+
+        Returns:
+            Whether it made what was seen before count for less.
+        """
+        hit, doubts = accepted > 0, False
+        if hit or rejected:
+            chance = (self.first_accepted + others) / (self.first_reached + 1.0)
+            before = self.run if hit == self.run_of_hits else 1.0
+            self.run = before * (chance if hit else 1.0 - chance)
+            self.run_of_hits = hit
+            if self.run < _UNLIKELY:
+                doubts = True
+                self._doubt()
+            self.likeness += _DOUBT_FADES * (1.0 - self.likeness)
+            self.first_accepted = self.first_accepted * _ROW_FORGETS + hit
+            self.first_reached = self.first_reached * _ROW_FORGETS + 1.0
+        reached = accepted - 1 + rejected if accepted else 0
+        if reached > 0:
+            kept = _ROW_FORGETS ** min(reached, 5)
+            self.rest_accepted = self.rest_accepted * kept + accepted - 1
+            self.rest_reached = self.rest_reached * kept + reached
+        return doubts
+
+    def _doubt(self) -> None:
+        self.run = 1.0
+        self.likeness *= _DOUBT_KEEPS
+        self.first_accepted *= _DOUBT_KEEPS
+        self.first_reached *= _DOUBT_KEEPS
+        self.rest_accepted *= _DOUBT_KEEPS
+        self.rest_reached *= _DOUBT_KEEPS
+
+    def gains(self, engine: EngineAcceptance, depth: int, least: float) -> list[float]:
+        """The chance that each node of a draft is accepted, depth 1 first, as far as it is at least `least`.
+
+        A depth that was not reached lately is taken to be like the one before it.
+        """
+        accepted, reached = engine.accepted, engine.reached
+        trust = max(engine.trust * self.likeness, 1.0)
+        rate = (self.first_accepted + trust * accepted[0] / reached[0]) / (self.first_reached + trust)
+        gain, gains = rate, []
+        own, seen = self.rest_accepted, self.rest_reached + trust
+        for index in range(1, depth + 1):
+            if gain < least:
+                break
+            gains.append(gain)
+            if index < depth:
+                prior = (accepted[index] + _ENGINE_TRUST * rate) / (reached[index] + _ENGINE_TRUST)
+                rate = (own + trust * prior) / seen
+                gain *= rate
+        return gains

@@ -1,0 +1,84 @@
+"""Dividing a step's draft tokens among rows so that the batch makes the most tokens per second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+
+def allocate(
+    gains: Sequence[Sequence[float]],
+    *,
+    tokens: float,
+    nodes: int,
+    width: float,
+    target: Callable[[int], float],
+    ask: Callable[[int, int], float],
+    spent: float = 0.0,
+    margin: float = 1.0,
+) -> tuple[list[int], float]:
+    """Maximises (expected tokens) / (target step + asking), so a costly speculator is asked for many rows or for none.
+
+    First the best depth for all rows together is looked for, since asking costs by the deepest; up to that depth the node that
+    is likeliest to be accepted is added, again and again, and the best prefix of that order is kept. Of one row the nodes come
+    in order, since gains never rise along it.
+
+    Args:
+        gains: for each row the chance that its node at depth 1, 2, … is accepted, non-increasing.
+        tokens: what the step is expected to bring without these drafts: one per row, and what other drafts bring.
+        nodes: draft nodes that the step holds already.
+        width: verified nodes per level of depth; 1 for a chain.
+        target: seconds of a target step with so many draft nodes.
+        ask: seconds of a proposal for so many rows, so deep.
+        spent: seconds of the step that are spent already.
+        margin: by what factor drafting must beat not drafting.
+
+    Returns:
+        The depth of every row, 0 for none; and the expected tokens per second.
+    """
+    deep = _best_depth(gains, tokens, nodes, width, target, ask, spent) if len(gains) > 1 else None
+    order = sorted(((gain, row) for row, own in enumerate(gains) for gain in own[:deep]), reverse=True)
+    rate = tokens / (target(nodes) + spent)
+    best, best_count = rate * margin, 0
+    depths = [0] * len(gains)
+    rows = deepest = 0
+    cost = spent
+    for count, (gain, row) in enumerate(order, start=1):
+        tokens += gain
+        depth = depths[row] = depths[row] + 1
+        if depth == 1 or depth > deepest:
+            rows += depth == 1
+            deepest = max(deepest, depth)
+            cost = spent + ask(rows, deepest)
+        reached = tokens / (target(nodes + int(count * width + 0.5)) + cost)
+        if reached > best:
+            best, best_count = reached, count
+    if not best_count:
+        return [0] * len(gains), rate
+    if best_count < len(order):
+        depths = [0] * len(gains)
+        for _, row in order[:best_count]:
+            depths[row] += 1
+    return depths, best
+
+
+def _best_depth(
+    gains: Sequence[Sequence[float]],
+    tokens: float,
+    nodes: int,
+    width: float,
+    target: Callable[[int], float],
+    ask: Callable[[int, int], float],
+    spent: float,
+) -> int:
+    """The depth that is best where every row drafts as deep."""
+    rows = sum(1 for own in gains if own)
+    best, best_depth = 0.0, 1
+    count = 0
+    for depth in range(max(map(len, gains), default=0)):
+        level = [own[depth] for own in gains if len(own) > depth]
+        tokens += sum(level)
+        count += len(level)
+        rate = tokens / (target(nodes + int(count * width + 0.5)) + spent + ask(rows, depth + 1))
+        if rate > best:
+            best, best_depth = rate, depth + 1
+    return best_depth

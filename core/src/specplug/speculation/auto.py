@@ -1,0 +1,349 @@
+"""Budgets that make the most tokens per second of what is measured: `num_speculative_tokens: "auto"`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import attrs
+
+from specplug.contract.batch import Budget
+from specplug.plugins.registry import RegisteredSpeculator
+from specplug.request import Request
+from specplug.speculation.acceptance import RowAcceptance
+from specplug.speculation.curve import CostCurve
+from specplug.speculation.draft import Draft
+from specplug.speculation.estimates import LinkEstimate, RowEstimate, rows_class
+from specplug.speculation.policy import FixedBudget, Wish
+from specplug.speculation.probing import Probing, is_urgent, rest, vary
+from specplug.speculation.prospect import LEAST_SLOPE, VERIFY_SLOPE, Prospect
+from specplug.speculation.trimming import keep_what_pays
+
+_MARGIN = 1.02
+_GAP = 16
+_SETTLED_STEPS, _SETTLED_DRAFTS = 4, 6
+_PREFERENCE = 1.1
+
+
+@attrs.define(eq=False)
+class _Candidate:
+    """A row that may be given a draft.
+
+    Attributes:
+        place: in the list of wishes.
+        request: the row.
+        row: what is known of it.
+        limit: the deepest draft it can use.
+        gap: tokens that a speculator with a state has not taken in.
+    """
+
+    place: int
+    request: Request
+    row: RowEstimate
+    limit: int
+    gap: int
+
+
+class AutoBudget:
+    """Chooses every row's budget, zero and sleep included, from timings and acceptance. It never changes what is emitted.
+
+    Each step it is told what the step before took and what became of its drafts (`observe`); then, for every speculator in
+    turn, it divides budgets among the rows that want a draft (`plan`) and is told what asking took (`proposed`).
+
+    A row drafts while that is expected to raise the tokens per second of the batch, and sleeps otherwise. A sleeping row is
+    *probed* now and then, ever more rarely while probes fail, within a small share of the time (see `Probing`): a speculator
+    that sees tokens alone is asked for a guess, which is compared with the text and never verified; any other drafts one level.
+    """
+
+    def __init__(self, speculators: Sequence[RegisteredSpeculator]) -> None:
+        self.links = [LinkEstimate.of(speculator) for speculator in speculators]
+        self.targets: dict[int, CostCurve] = {}
+        self.probing = Probing()
+        self.step = 0
+        self._fixed = FixedBudget()
+        self._prospect = Prospect(0, self.targets)
+        self._asked: list[tuple[Request, RowEstimate, int]] = []
+        self._gaps = 0
+
+    def wish(self, request: Request, speculator: RegisteredSpeculator) -> Wish:
+        """The upper bound, as in `BudgetPolicy.wish`; what decides is `plan`."""
+        return self._fixed.wish(request, speculator)
+
+    def retire(self, index: int) -> None:
+        """A speculator is not asked any more."""
+        self.links[index].retired = True
+
+    # ---- before the speculators are asked -------------------------------------------------------------------------
+
+    def begin(self, requests: Sequence[Request]) -> None:
+        """Begins a step's budgets."""
+        self._prospect = Prospect(sum(request.num_pending == 1 for request in requests), self.targets)
+
+    def plan(self, index: int, requests: Sequence[Request], seen: Mapping[int, int]) -> list[Wish]:
+        """What each row may draft with one speculator; see `BudgetPolicy.wish`.
+
+        Args:
+            index: the speculator's place in the chain.
+            requests: the rows that it may be asked for.
+            seen: request number → the first position that the speculator was not shown yet.
+        """
+        link = self.links[index]
+        self._asked = []
+        self._gaps = 0
+        wishes: list[Wish] = [None] * len(requests)
+        candidates: list[_Candidate] = []
+        for place, request in enumerate(requests):
+            gap = 0 if link.token_only else request.num_computed - seen.get(request.number, 0)
+            if request.num_pending > 1:
+                if self._follows(link, request, request.number in seen):
+                    wishes[place] = 0
+            elif limit := self._limit(link, request):
+                candidate = _Candidate(place, request, self._row(request, index), limit, gap)
+                candidates.append(candidate)
+                if not link.is_auto:
+                    wishes[place] = self._fixed.wish(request, link.speculator)
+                    self._ask(candidate, limit)
+        if candidates and link.is_auto:
+            self._divide(index, candidates, wishes)
+        return wishes
+
+    def _divide(self, index: int, candidates: list[_Candidate], wishes: list[Wish]) -> None:
+        """Gives a budget to every row that it pays for, and to some others a probe."""
+        link, prospect = self.links[index], self._prospect
+        gain = 1.0
+        if not self._is_settled(link, candidates):
+            gain = self._settle(index, candidates)
+        best = [min(c.row.depth, c.limit) for c in candidates]
+        depths = best
+        if any(best):
+            depths = vary(best, [c.limit for c in candidates], self.step, prospect.curve.count, gain)
+        idle = []
+        for candidate, depth in zip(candidates, depths, strict=True):
+            if depth:
+                candidate.row.probes, candidate.row.guess = False, None
+                wishes[candidate.place] = _budget(link, depth)
+                self._ask(candidate, depth)
+            elif not candidate.row.depth:
+                idle.append(candidate)
+        if idle:
+            self._probe(index, idle, wishes)
+
+    def _is_settled(self, link: LinkEstimate, candidates: Iterable[_Candidate]) -> bool:
+        """Whether the depths that were found best a few steps ago still hold."""
+        at = link.settled_at
+        return self.step - at < _SETTLED_STEPS and all(c.row.settled_at == at for c in candidates)
+
+    def _settle(self, index: int, candidates: list[_Candidate]) -> float:
+        """Looks for the best depths; returns by what factor they are expected to beat no drafts."""
+        link, prospect = self.links[index], self._prospect
+        least, base = prospect.least_gain, prospect.rate
+        gains = [c.row.acceptance.gains(link.acceptance, c.limit, least) for c in candidates]
+        if index + 1 < len(self.links):
+            for number, candidate in enumerate(candidates):
+                if gains[number] and self._is_better_left(index, candidate.request, gains[number]):
+                    gains[number] = []
+        margin = 1.0 if any(c.row.depth for c in candidates) else _MARGIN
+        depths, rate = prospect.divide(link, gains, margin)
+        late = [
+            number
+            for number, (c, depth) in enumerate(zip(candidates, depths, strict=True))
+            if depth and c.gap > _GAP and not prospect.repays(link, c.gap, _tokens_left(c.request), rate)
+        ]
+        if late:
+            for number in late:
+                gains[number] = []
+            depths, rate = prospect.divide(link, gains, margin)
+        link.settled_at = self.step
+        for candidate, depth in zip(candidates, depths, strict=True):
+            row = candidate.row
+            if row.depth and not depth:
+                row.misses, row.wake_at = 1, self.step + 2
+            row.depth = depth
+            row.settled_at = self.step if row.acceptance.first_reached > _SETTLED_DRAFTS else -1
+        return rate / base
+
+    def _probe(self, index: int, idle: list[_Candidate], wishes: list[Wish]) -> None:
+        """Tries rows that sleep, as many as the account affords: those whose last probe was accepted, then the cheapest first.
+
+        Other rows profit from what is found out, since what is known of all rows is where each of them begins.
+        """
+        link, prospect = self.links[index], self._prospect
+        ready = [c for c in idle if c.row.guess is None and (self.step >= c.row.wake_at or is_urgent(link, c.gap))]
+        if not ready:
+            return
+        ready.sort(key=lambda c: (c.row.misses > 0, c.gap, c.row.wake_at))
+        asked = len(self._asked)
+        deepest = max((depth for _, _, depth in self._asked), default=0)
+        target, nodes = prospect.curve.seconds, prospect.nodes
+        while ready:
+            cost = link.ask_seconds(asked + len(ready), max(deepest, 1))
+            cost -= link.ask_seconds(asked, deepest) if asked else 0.0
+            cost += link.feed * sum(c.gap for c in ready if c.gap > _GAP)
+            if not link.compares:
+                cost += target(nodes + math.ceil(len(ready) * link.width)) - target(nodes)
+            goes_on = any(c.row.probes and not c.row.misses for c in ready)
+            if self.probing.affords(cost, target(0) if goes_on else 0.0):
+                break
+            ready = ready[: len(ready) // 2]
+        for candidate in ready:
+            candidate.row.probes = True
+            candidate.row.wake_at = self.step + 1
+            wishes[candidate.place] = _budget(link, 1)
+            self._ask(candidate, 1)
+
+    # ---- after ----------------------------------------------------------------------------------------------------
+
+    def proposed(self, index: int, seconds: float) -> None:
+        """A speculator was asked; its drafts are in `request.draft`. Guesses that are not to be verified are taken out."""
+        link, prospect, asked = self.links[index], self._prospect, self._asked
+        if not asked:
+            return
+        deepest = max(depth for _, _, depth in asked)
+        if not self._gaps:
+            link.observe_ask(len(asked), deepest, seconds)
+        elif link.asks:
+            link.observe_feed(self._gaps, seconds - link.ask_seconds(len(asked), deepest))
+        prospect.spent += seconds
+        is_last = index + 1 == len(self.links)
+        for request, row, depth in asked:
+            draft = request.draft
+            if not row.probes or draft is not None:
+                link.observe_fill(draft is not None)
+            if draft is None:
+                if row.probes and not prospect.is_negligible(seconds):
+                    row.misses += 1
+                    row.wake_at = self.step + rest(link, row.misses)
+                continue
+            link.samples = link.samples or draft.probs is not None
+            if row.probes and link.compares:
+                roots = [t for t, parent in zip(draft.tokens, draft.parent_list(), strict=True) if parent < 0]
+                row.guess = (len(request.tokens), frozenset(roots))
+                request.draft = None
+                continue
+            prospect.nodes += len(draft)
+            if not is_last:
+                prospect.tokens += sum(row.acceptance.gains(link.acceptance, depth, 0.0)[: len(draft)])
+
+    def trim(self, drafts: Sequence[Draft | None]) -> list[Draft | None]:
+        """Keeps the nodes of scored drafts that are worth verifying."""
+        if not self.targets or not any(draft is not None and draft.scores is not None for draft in drafts):
+            return list(drafts)
+        return keep_what_pays(drafts, self.links, self._prospect)
+
+    def end(self, requests: Sequence[Request]) -> None:
+        """Notes what the next step will verify."""
+        for request in requests:
+            draft = request.draft
+            if draft is not None:
+                row = self._row(request, draft.link)
+                row.draft = draft
+                row.predicted = 0.0 if draft.scores is None else sum(math.exp(min(s, 0.0)) for s in draft.scores)
+
+    def observe(self, requests: Sequence[Request], seconds: float, *, decoding: bool) -> None:
+        """Takes in a step: its time, and what became of drafts.
+
+        Args:
+            requests: all its rows.
+            seconds: from its begin until its tokens were known.
+            decoding: whether every row ran one pending token and nothing else than its draft.
+        """
+        self.step += 1
+        nodes = 0
+        for request in requests:
+            outcome = request.outcome
+            if outcome is not None:
+                nodes += outcome.num_nodes
+                self._record(request, outcome.accepted, outcome.num_nodes)
+            for index, row in enumerate(request.estimates):
+                if row.guess is not None:
+                    self._compare(request, row, index)
+        if decoding:
+            key = rows_class(len(requests))
+            if key not in self.targets:
+                self.targets[key] = CostCurve(VERIFY_SLOPE, least_slope=LEAST_SLOPE)
+            self.targets[key].observe(nodes, seconds)
+        self.probing.earn(seconds)
+
+    def _record(self, request: Request, accepted: Sequence[int], nodes: int) -> None:
+        """Takes in what became of a draft that was verified."""
+        link, row = self.links[request.outcome_link], self._row(request, request.outcome_link)
+        draft, row.draft = row.draft, None
+        count = len(accepted)
+        rejected = count < nodes
+        if rejected and draft is not None and draft.parents is not None:
+            rejected = (accepted[-1] if count else -1) in draft.parents
+        self._learn(link, row, count, rejected=rejected)
+        if row.predicted:
+            link.predicted = 0.97 * link.predicted + row.predicted
+            link.accepted = 0.97 * link.accepted + count
+
+    def _compare(self, request: Request, row: RowEstimate, index: int) -> None:
+        """Takes in whether a guess that was not verified came true."""
+        assert row.guess is not None
+        length, candidates = row.guess
+        if len(request.tokens) > length:
+            row.guess = None
+            hit = request.tokens[length] in candidates
+            self._learn(self.links[index], row, int(hit), rejected=not hit)
+
+    def _learn(self, link: LinkEstimate, row: RowEstimate, count: int, *, rejected: bool) -> None:
+        if link.acceptance.record(row.acceptance, count, rejected=rejected):
+            row.settled_at = -1
+        if row.probes:
+            row.misses = 0 if count else row.misses + 1
+            row.wake_at = self.step + (0 if count else rest(link, row.misses))
+            row.settled_at = -1 if count else row.settled_at
+
+    # ---- details --------------------------------------------------------------------------------------------------
+
+    def _row(self, request: Request, index: int) -> RowEstimate:
+        if not request.estimates:
+            request.estimates = [RowEstimate() for _ in self.links]
+        return request.estimates[index]
+
+    def _ask(self, candidate: _Candidate, depth: int) -> None:
+        self._asked.append((candidate.request, candidate.row, depth))
+        if candidate.gap > _GAP:
+            self._gaps += candidate.gap
+
+    def _limit(self, link: LinkEstimate, request: Request) -> int:
+        """The deepest draft that a row can use."""
+        depth = min(link.depth_to_try, _tokens_left(request) - 1)
+        cap = request.params.num_speculative_tokens
+        return depth if cap is None else min(depth, math.ceil(cap / link.width))
+
+    def _follows(self, link: LinkEstimate, request: Request, has_begun: bool) -> bool:
+        """Whether a speculator with a state takes in a prompt while it is computed."""
+        if link.token_only or request.params.num_speculative_tokens == 0:
+            return False
+        if has_begun or not link.is_auto or not link.asks:
+            return True
+        prospect = Prospect(max(1, self._prospect.rows), self.targets)
+        gains = RowAcceptance().gains(link.acceptance, link.depth_to_try, prospect.least_gain)
+        _, rate = prospect.divide(link, [gains] * prospect.rows)
+        length = request.num_prompt_tokens
+        if prospect.repays(link, length, _tokens_left(request), rate):
+            return True
+        return self.probing.affords(link.feed * length)
+
+    def _is_better_left(self, index: int, request: Request, gains: list[float]) -> bool:
+        """Whether a row is better drafted for by a speculator that comes later in the chain."""
+        own = None
+        for later in range(index + 1, len(self.links)):
+            link = self.links[later]
+            limit = 0 if link.retired else self._limit(link, request)
+            others = self._row(request, later).acceptance.gains(link.acceptance, limit, 0.002) if limit > 0 else []
+            if others:
+                own = self._prospect.worth(self.links[index], gains) if own is None else own
+                if self._prospect.worth(link, others) > _PREFERENCE * own:
+                    return True
+        return False
+
+
+def _budget(link: LinkEstimate, depth: int) -> Budget:
+    return Budget(math.ceil(depth * link.width), depth)
+
+
+def _tokens_left(request: Request) -> int:
+    assert request.params.max_tokens is not None
+    return request.params.max_tokens - request.num_output_tokens

@@ -1,0 +1,74 @@
+"""Trying what does not look best: how much of it, and when, so that a change for the better is noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from specplug.speculation.estimates import LinkEstimate
+from specplug.speculation.states import WINDOW
+
+_SHARE = 0.015
+_SAVED_STEPS = 4.0
+_LONGEST_COMPARED, _LONGEST_DRAFTED = 8, 32
+_WINDOW_END = 8
+_OFTEN, _NOW_AND_THEN, _RARELY = 2, 8, 32
+_NEW, _KNOWN = 24, 256
+_CLOSE = 1.5
+
+
+class Probing:
+    """An account of seconds: a share of all steps' time flows in, every probe's expected cost is drawn from it.
+
+    So however useless a speculator, and however many rows there are, what is lost to finding out stays a small share.
+    """
+
+    def __init__(self) -> None:
+        self.credit = 0.0
+        self._wanted = 0.0
+        self._step_seconds = 0.0
+
+    def earn(self, seconds: float) -> None:
+        """A step took so long."""
+        self._step_seconds += 0.1 * (min(seconds, 4 * self._step_seconds or seconds) - self._step_seconds)
+        self.credit = min(self.credit + _SHARE * seconds, max(_SAVED_STEPS * self._step_seconds, self._wanted))
+
+    def affords(self, cost: float, overdraft: float = 0.0) -> bool:
+        """Draws the cost of a probe, if it is there; a row whose last probe was accepted may overdraw."""
+        if cost <= self.credit + overdraft:
+            self.credit -= max(cost, 0.0)
+            return True
+        self._wanted = max(cost, 0.999 * self._wanted)
+        return False
+
+
+def rest(link: LinkEstimate, misses: int) -> int:
+    """Steps until a row is probed again after so many failed probes in a row."""
+    return min(1 << min(misses, 16), _LONGEST_COMPARED if link.token_only else _LONGEST_DRAFTED)
+
+
+def is_urgent(link: LinkEstimate, gap: int) -> bool:
+    """Whether a row should be woken now, since target states that its speculator was not shown are about to be lost."""
+    return link.speculator.traits.needs_states and WINDOW - _WINDOW_END <= gap < WINDOW
+
+
+def vary(depths: list[int], limits: Sequence[int], step: int, timings: int, gain: float) -> list[int]:
+    """Now and then something else than the best depths, so that what looks worse is timed too: none, half, one more or less.
+
+    Args:
+        depths: the best depths; some are above 0.
+        limits: the deepest for each row.
+        step: the step's number.
+        timings: how many steps like this were timed.
+        gain: by what factor the best depths are expected to beat none.
+    """
+    often = _OFTEN if timings < _NEW else _NOW_AND_THEN if timings < _KNOWN else _RARELY
+    turn, between = divmod(step, often)
+    if between:
+        return depths
+    if turn % 2 == 0:
+        return [depth // 2 for depth in depths]
+    if turn % 4 == 3:
+        return [min(depth + 1, limit) if depth else 0 for depth, limit in zip(depths, limits, strict=True)]
+    if gain < _CLOSE or timings < _NEW:
+        return [0] * len(depths)
+    return [max(depth - 1, 1) if depth else 0 for depth in depths]

@@ -1,0 +1,91 @@
+"""What a step holds so far, and what more drafts would make of it. Knows nothing about rows' texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from specplug.speculation.allocation import allocate
+from specplug.speculation.curve import CostCurve
+from specplug.speculation.estimates import LinkEstimate, rows_class
+
+VERIFY_SLOPE, LEAST_SLOPE = 0.015, 0.003
+"""Beforehand, one more token to verify is taken to cost so much of a step; and never less than that."""
+_CAUTION = 0.8
+_NEGLIGIBLE = 0.01
+_UNKNOWN = CostCurve(VERIFY_SLOPE, least_slope=LEAST_SLOPE)
+_UNKNOWN.observe(0, 1e-3)
+
+
+class Prospect:
+    """The step that is being prepared.
+
+    Attributes:
+        rows: rows that will decode in it.
+        nodes: draft nodes that it holds already.
+        tokens: tokens that it is expected to bring so far.
+        spent: seconds spent on it so far, beside the target's.
+        curve: seconds of a target step over its draft nodes.
+        known: whether anything of that kind was timed.
+    """
+
+    def __init__(self, rows: int, targets: Mapping[int, CostCurve]) -> None:
+        self.rows = rows
+        self.nodes = 0
+        self.tokens = float(rows)
+        self.spent = 0.0
+        key = rows_class(max(1, rows))
+        curve = targets.get(key)
+        if curve is None and targets:
+            curve = targets[min(targets, key=lambda known: abs(known - key))]
+        self.curve = _UNKNOWN if curve is None else curve
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second as it stands."""
+        return self.tokens / (self.curve.seconds(self.nodes) + self.spent)
+
+    @property
+    def least_gain(self) -> float:
+        """A chance of being accepted below which no node can pay."""
+        target = self.curve.seconds
+        here = target(self.nodes)
+        return max(0.002, 0.5 * self.tokens * (target(self.nodes + 1) - here) / here)
+
+    def is_negligible(self, seconds: float) -> bool:
+        """Whether a time hardly counts."""
+        return seconds < _NEGLIGIBLE * self.curve.seconds(0)
+
+    def divide(
+        self, link: LinkEstimate, gains: Sequence[Sequence[float]], margin: float = 1.0
+    ) -> tuple[list[int], float]:
+        """The best depths for rows whose nodes have these chances, and the rate; see `allocate`."""
+        ask = link.ask_seconds
+        fill = 1.0 if self.is_negligible(ask(1, 1)) else max(link.fill, 0.02)
+        return allocate(
+            gains,
+            tokens=self.tokens,
+            nodes=self.nodes,
+            width=link.width,
+            target=self.curve.seconds,
+            ask=ask if fill == 1.0 else lambda rows, depth: ask(rows, depth) / fill,
+            spent=self.spent,
+            margin=margin,
+        )
+
+    def worth(self, link: LinkEstimate, gains: Sequence[float]) -> float:
+        """The rate that the best draft of one row adds, where the row bears its share of asking."""
+        _, rate = allocate(
+            [gains],
+            tokens=self.tokens,
+            nodes=self.nodes,
+            width=link.width,
+            target=self.curve.seconds,
+            ask=lambda rows, depth: link.ask_seconds(self.rows, depth) / self.rows,
+            spent=self.spent,
+        )
+        return rate - self.rate
+
+    def repays(self, link: LinkEstimate, gap: int, tokens_left: int, rate: float) -> bool:
+        """Whether a speculator that would bring the batch to this rate is worth what it must take in of a row before."""
+        saved = 1.0 / self.rate - 1.0 / rate
+        return link.feed * gap < _CAUTION * saved * tokens_left

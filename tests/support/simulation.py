@@ -1,0 +1,223 @@
+"""A batch in simulated time: costs and texts are made up, the automatic budget is real."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+
+from specplug import SamplingParams, SpeculatorTraits
+from specplug.contract.batch import Budget, Outcome
+from specplug.contract.settings import SpeculativeConfig
+from specplug.plugins.registry import RegisteredSpeculator
+from specplug.request import Request
+from specplug.speculation.auto import AutoBudget
+from specplug.speculation.draft import Draft
+from specplug.speculation.policy import FixedBudget
+
+Rate = Callable[[int, int], float]
+"""(row number, position in the output) → the chance that a draft of the token there is right."""
+
+
+@attrs.frozen
+class Target:
+    """Seconds of a target step: flat, then bound by computing; rows cost a little each."""
+
+    flat: float = 15e-3
+    per_node: float = 0.2e-3
+    per_row: float = 0.1e-3
+    bound_from: int = 24
+    per_bound_node: float = 0.45e-3
+    scale: Callable[[int], float] = lambda step: 1.0
+
+    def seconds(self, rows: int, nodes: int, step: int = 0) -> float:
+        size = rows + nodes
+        bound = max(0, size - self.bound_from)
+        return self.scale(step) * (self.flat + self.per_row * rows + self.per_node * size + self.per_bound_node * bound)
+
+
+@attrs.frozen
+class Asking:
+    """Seconds of a proposal, and how often there is one."""
+
+    base: float = 20e-6
+    per_depth: float = 0.0
+    per_row: float = 5e-6
+    per_gap_token: float = 0.0
+    fill: float = 1.0
+    scale: Callable[[int], float] = lambda step: 1.0
+
+    def seconds(self, rows: int, depth: int, gap: int, step: int = 0) -> float:
+        own = self.base + self.per_depth * depth + self.per_row * rows + self.per_gap_token * gap
+        return self.scale(step) * own
+
+
+@attrs.define
+class Link:
+    """One simulated speculator."""
+
+    asking: Asking
+    rate: Rate
+    traits: SpeculatorTraits
+    num_tokens: int = 8
+    calls: int = 0
+    rows_asked: int = 0
+    seen: dict[int, int] = attrs.field(factory=dict)
+
+    @classmethod
+    def tokens(cls, rate: Rate, **asking: float) -> Link:
+        return cls(Asking(**asking), rate, SpeculatorTraits(token_only=True))
+
+    @classmethod
+    def model(cls, rate: Rate, share: float, target: Target, **options: Any) -> Link:
+        """A draft model: so large a share of a target step for every token of a draft."""
+        cost = share * target.seconds(1, 0)
+        return cls(Asking(30e-6, cost, 10e-6, cost / 40), rate, SpeculatorTraits(), **options)
+
+
+class Simulation:
+    """Requests of equal length in a batch; whenever one ends, the next takes its place."""
+
+    def __init__(
+        self,
+        links: Sequence[Link],
+        *,
+        target: Target,
+        rows: int,
+        fixed: int | None = None,
+        length: int = 96,
+        prompt: int = 128,
+        noise: float = 0.12,
+        seed: int = 0,
+    ) -> None:
+        self.links, self.target, self.rows, self.length, self.prompt = list(links), target, rows, length, prompt
+        self.random = random.Random(seed)
+        self.noise = noise
+        self.fixed = fixed
+        speculators = [
+            RegisteredSpeculator(
+                method=f"link {index}",
+                config=SpeculativeConfig(f"link {index}", fixed or link.num_tokens, is_auto=fixed is None),
+                instance=None,
+                traits=link.traits,
+                plan_memory=_no_hook,
+                warmup=_no_hook,
+                propose=_no_hook,
+                verify=_no_hook,
+                overrides_verify=False,
+            )
+            for index, link in enumerate(links)
+        ]
+        self.speculators = speculators
+        self.policy = AutoBudget(speculators) if fixed is None else FixedBudget()
+        self.seconds = 0.0
+        self.tokens = 0
+        self.steps = 0
+        self.made = 0
+        self.nodes: list[int] = []
+        self.requests = [self._new() for _ in range(rows)]
+
+    def run(self, requests: int) -> float:
+        """Tokens per second over so many more requests per row."""
+        begin, tokens = self.seconds, self.tokens
+        last = self.made + requests * self.rows
+        while self.made < last:
+            self.step()
+        return (self.tokens - tokens) / (self.seconds - begin)
+
+    def plain(self) -> float:
+        """Tokens per second without any speculation, at the present speed."""
+        return self.rows / self.target.seconds(self.rows, 0, self.steps)
+
+    def step(self) -> None:
+        nodes = sum(len(request.draft) for request in self.requests if request.draft)
+        self.nodes.append(nodes)
+        spent = self.target.seconds(self.rows, nodes, self.steps)
+        for request in self.requests:
+            self._commit(request)
+        auto = self.policy if isinstance(self.policy, AutoBudget) else None
+        if auto is not None:
+            auto.observe(self.requests, self._jitter(spent), decoding=True)
+        self.steps += 1
+        self.seconds += spent
+        for place, request in enumerate(self.requests):
+            if request.num_output_tokens >= self.length:
+                for link in self.links:
+                    link.seen.pop(request.number, None)
+                self.requests[place] = self._new()
+        self._propose(auto)
+
+    def _commit(self, request: Request) -> None:
+        draft = request.draft
+        taken = 0
+        if draft is not None:
+            at = len(request.tokens)
+            while taken < len(draft) and draft.tokens[taken] == at + taken:
+                taken += 1
+            request.outcome = Outcome(draft.method, len(draft), tuple(range(taken)))
+            request.outcome_link = draft.link
+        else:
+            request.outcome = None
+        request.draft = None
+        for _ in range(min(taken + 1, self.length - request.num_output_tokens)):
+            request.tokens.append(len(request.tokens))
+            self.tokens += 1
+        request.num_computed = len(request.tokens) - 1
+
+    def _propose(self, auto: AutoBudget | None) -> None:
+        if auto is not None:
+            auto.begin(self.requests)
+        for index, link in enumerate(self.links):
+            left = [request for request in self.requests if request.draft is None]
+            if auto is not None:
+                wishes = auto.plan(index, left, link.seen)
+            else:
+                wishes = [self.policy.wish(request, self.speculators[index]) for request in left]
+            asked = [(r, w) for r, w in zip(left, wishes, strict=True) if w]
+            spent = self._ask(index, link, asked) if asked else 0.0
+            self.seconds += spent
+            if auto is not None:
+                auto.proposed(index, self._jitter(spent))
+        if auto is not None:
+            drafts = auto.trim([request.draft for request in self.requests])
+            for request, draft in zip(self.requests, drafts, strict=True):
+                request.draft = draft
+            auto.end(self.requests)
+
+    def _ask(self, index: int, link: Link, asked: list[tuple[Request, int | Budget]]) -> float:
+        gap = deepest = 0
+        for request, wish in asked:
+            gap += request.num_computed - link.seen.get(request.number, 0)
+            link.seen[request.number] = request.num_computed
+            depth = wish.max_depth if isinstance(wish, Budget) else wish
+            assert depth <= (self.fixed or link.num_tokens)
+            depth = min(depth, self.length - request.num_output_tokens - 1)
+            deepest = max(deepest, depth)
+            if depth > 0 and self.random.random() < link.asking.fill:
+                request.draft = Draft(f"link {index}", self._draft(request, link, depth), link=index)
+        link.calls += 1
+        link.rows_asked += len(asked)
+        return link.asking.seconds(len(asked), deepest, gap, self.steps)
+
+    def _draft(self, request: Request, link: Link, depth: int) -> list[int]:
+        at = len(request.tokens)
+        rates = [link.rate(request.number, request.num_output_tokens + ahead) for ahead in range(depth)]
+        return [at + ahead if self.random.random() < rate else -1 for ahead, rate in enumerate(rates)]
+
+    def _new(self) -> Request:
+        self.made += 1
+        params = SamplingParams(max_tokens=self.length)
+        tokens = list(range(self.prompt + 1))
+        request = Request("row", self.made, tokens, self.prompt, params, frozenset(), None)  # type: ignore[arg-type]
+        request.num_computed = self.prompt
+        return request
+
+    def _jitter(self, seconds: float) -> float:
+        spike = 2.5 if self.random.random() < 0.01 else 1.0
+        return seconds * spike * self.random.lognormvariate(0.0, self.noise)
+
+
+def _no_hook(**kwargs: Any) -> None:
+    return None
