@@ -209,8 +209,8 @@ def test_the_parity_probe_refuses_what_the_interface_does_not_show(folder: Path,
         assert measure_difference(runner, 16) < 1e-5
         assert check_parity(runner, config, 16, cache_folder=tmp_path)
         assert not check_parity(runner, config, 16, cache_folder=tmp_path), "the verdict is on record"
-        original = runner._sites[1].attend
-        runner._sites[1].attend = lambda *args: original(*args) * 1.1  # type: ignore[method-assign]
+        original = runner.sites[1].attend
+        runner.sites[1].attend = lambda *args: original(*args) * 1.1  # type: ignore[method-assign]
         assert not check_parity(runner, config, 16, cache_folder=tmp_path)
         with pytest.raises(UnsupportedModelError, match="relative difference"):
             check_parity(runner, config, 16, cache_folder=tmp_path / "fresh")

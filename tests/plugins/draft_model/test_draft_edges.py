@@ -222,7 +222,7 @@ def test_the_peak_of_drafting_is_planned(tmp_path: Path, method: str, gamma: int
     params = SamplingParams(temperature=0.8, top_p=0.9, top_k=50, min_p=0.001, max_tokens=gamma + 4)
     with LLM(wide, skip_tokenizer_init=True, memory="256MiB", max_num_seqs=rows, strict=True, **options) as llm:
         speculator, (registered,) = speculator_of(llm), llm.engine.chain.speculators
-        model, cache = speculator.model._model, speculator.model._runner.cache
+        model, cache = speculator.model._model, speculator.model.runner.cache
         counter = PeakBytes([*model.parameters(), *model.buffers(), *cache.keys, *cache.values])
         propose = registered.propose
 

@@ -66,10 +66,11 @@ struct Shape {
   float softcap;
 };
 
-// Scores of `count` queries (float, or bfloat16 pairs) against a tile of up to 64 keys.
+// Scores of `count` queries against a tile of up to 64 keys; the keys of the `next` tile are fetched on the way.
 template <typename T>
 struct Scores {
-  static void tile(const T* queries, int64_t count, const T* const* keys, int64_t width, int64_t dim, float* scores) {
+  static void tile(const T* queries, int64_t count, const T* const* keys, const T* const*, int64_t width, int64_t dim,
+                   float* scores) {
     for (int64_t q = 0; q < count; ++q)
       for (int64_t k = 0; k < width; ++k) {
         float sum = 0.0f;
@@ -81,9 +82,9 @@ struct Scores {
   }
 };
 
-// Adds probabilities [count][64] times the tile's values to `sums` [count][dim].
+// Adds probabilities [count][64] times the tile's values to `sums` [count][dim], and fetches those of the next.
 template <typename T>
-inline void add_values(const float* probs, int64_t count, const T* const* values, int64_t width, int64_t dim,
+inline void add_values(const float* probs, int64_t count, const T* const* values, const T* const*, int64_t width, int64_t dim,
                        float* sums) {
   for (int64_t q = 0; q < count; ++q) {
     float* sum = sums + q * dim;
@@ -100,7 +101,9 @@ inline void add_values(const float* probs, int64_t count, const T* const* values
 #if SPECPLUG_BF16_DOT
 
 // Turns 16 keys of 32 elements each into 16 vectors, one per pair of elements, each holding that pair of all keys.
-inline void transpose_pairs(const bf16* const* keys, int64_t width, int64_t offset, __m512i* out) {
+inline void transpose_pairs(const bf16* const* keys, const bf16* const* next, int64_t width, int64_t offset,
+                            __m512i* out) {
+  for (int k = 0; k < 16; ++k) __builtin_prefetch(next[k] + offset);
   __m512i r[16], t[16];
   for (int k = 0; k < 16; ++k)
     r[k] = k < width ? _mm512_loadu_si512(keys[k] + offset) : _mm512_setzero_si512();
@@ -134,8 +137,8 @@ inline void transpose_pairs(const bf16* const* keys, int64_t width, int64_t offs
 
 template <>
 struct Scores<bf16> {
-  static void tile(const bf16* queries, int64_t count, const bf16* const* keys, int64_t width, int64_t dim,
-                   float* scores) {
+  static void tile(const bf16* queries, int64_t count, const bf16* const* keys, const bf16* const* next, int64_t width,
+                   int64_t dim, float* scores) {
     if (dim % 32) {
       for (int64_t q = 0; q < count; ++q)
         for (int64_t k = 0; k < width; ++k) {
@@ -148,7 +151,7 @@ struct Scores<bf16> {
     __m512i pairs[kLanes];
     for (int64_t begin = 0; begin < width; begin += kLanes)
       for (int64_t offset = 0; offset < dim; offset += 32) {
-        transpose_pairs(keys + begin, std::min(kLanes, width - begin), offset, pairs);
+        transpose_pairs(keys + begin, next + begin, std::min(kLanes, width - begin), offset, pairs);
         for (int64_t q = 0; q < count; ++q) {
           const bf16* at = queries + q * dim + offset;
           float* sum = scores + q * kTile + begin;
@@ -167,8 +170,8 @@ struct Scores<bf16> {
 // Values go two by two: their elements are interleaved, and one instruction adds both, weighted. Probabilities are rounded
 // to bfloat16 for it, as PyTorch's own kernels do.
 template <>
-inline void add_values<bf16>(const float* probs, int64_t count, const bf16* const* values, int64_t width, int64_t dim,
-                             float* sums) {
+inline void add_values<bf16>(const float* probs, int64_t count, const bf16* const* values, const bf16* const* next,
+                             int64_t width, int64_t dim, float* sums) {
   if (dim % 32) {
     for (int64_t q = 0; q < count; ++q)
       for (int64_t k = 0; k < width; ++k)
@@ -188,6 +191,8 @@ inline void add_values<bf16>(const float* probs, int64_t count, const bf16* cons
   alignas(64) __m512i low[kTile / 2], high[kTile / 2];
   for (int64_t offset = 0; offset < dim; offset += 32) {
     for (int64_t pair = 0; pair < pairs; ++pair) {
+      __builtin_prefetch(next[2 * pair] + offset);
+      __builtin_prefetch(next[2 * pair + 1] + offset);
       const __m512i a = _mm512_loadu_si512(values[2 * pair] + offset);
       const __m512i b = 2 * pair + 1 < width ? _mm512_loadu_si512(values[2 * pair + 1] + offset) : _mm512_setzero_si512();
       low[pair] = _mm512_permutex2var_epi16(a, first, b);
@@ -288,18 +293,16 @@ void attend_block(const T* query, const T* keys, const T* values, T* out, const 
   if (row.tree < 0)
     for (int64_t q = 1; q < count; ++q) plain = std::min<int64_t>(plain, start + token[q] + 1);
   const int64_t in_all_windows = shape.window ? std::max<int64_t>(0, newest + 1 - shape.window) : 0;
-  const T *key[kTile], *value[kTile], *next_key[kTile], *next_value[kTile];
+  const T *key[kTile], *value[kTile], *next_key[kTile] = {}, *next_value[kTile] = {};
   const T* head_keys = keys + kv_head * shape.slots * shape.key_dim;
   const T* head_values = values + kv_head * shape.slots * shape.value_dim;
-  // Where the entries of a tile lie. They are fetched while the tile before is computed: a row is read once, in pages that
-  // the hardware's own prefetching does not follow.
+  // Where the entries of the next tile lie. They are fetched while a tile is computed, a few at a time: the hardware's own
+  // prefetching ends with every page.
   const auto locate = [&](int64_t tile) {
     for (int64_t k = 0; k < std::min(kTile, end - tile); ++k) {
       const int64_t slot = plan.slot(row, tile + k);
       next_key[k] = head_keys + slot * shape.key_dim;
       next_value[k] = head_values + slot * shape.value_dim;
-      for (int64_t d = 0; d < shape.key_dim; d += 64 / sizeof(T)) __builtin_prefetch(next_key[k] + d);
-      for (int64_t d = 0; d < shape.value_dim; d += 64 / sizeof(T)) __builtin_prefetch(next_value[k] + d);
     }
   };
   locate(low);
@@ -308,7 +311,7 @@ void attend_block(const T* query, const T* keys, const T* values, T* out, const 
     std::copy(next_key, next_key + width, key);
     std::copy(next_value, next_value + width, value);
     locate(tile + kTile);
-    Scores<T>::tile(own, count, key, width, shape.key_dim, scores);
+    Scores<T>::tile(own, count, key, next_key, width, shape.key_dim, scores);
     const bool unmasked = tile + width <= plain && tile >= in_all_windows && !(shape.window && row.tree >= 0);
     for (int64_t q = 0; q < count; ++q) {
       float* score = scores + q * kTile;
@@ -331,7 +334,7 @@ void attend_block(const T* query, const T* keys, const T* values, T* out, const 
         for (int64_t d = 0; d < shape.value_dim; ++d) own_sums[d] *= shrink;
       }
     }
-    add_values<T>(scores, count, value, width, shape.value_dim, sums);
+    add_values<T>(scores, count, value, next_value, width, shape.value_dim, sums);
   }
   for (int64_t q = 0; q < count; ++q) {
     T* to = out + ((row.query + token[q]) * shape.heads + head[q]) * shape.value_dim;

@@ -41,8 +41,6 @@ inline void multiply_block(const bf16* x, int64_t stride, const bf16* panel, int
   }
   for (int64_t pair = begin; pair < end; ++pair) {
     const bf16* at = panel + pair * 2 * kPanel;
-    _mm_prefetch(reinterpret_cast<const char*>(at + 1024), _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(at + 1056), _MM_HINT_T0);
     const __m512i w0 = _mm512_loadu_si512(at), w1 = _mm512_loadu_si512(at + 32);
 #pragma GCC unroll 14
     for (int row = 0; row < Rows; ++row) {
