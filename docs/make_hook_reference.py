@@ -163,7 +163,7 @@ def _shown(signature: inspect.Signature, *, drop_self: bool = False, drop_return
         if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parts:
             parts.append("*")
         default = parameter.default
-        shown = "..." if isinstance(default, type(attrs.NOTHING)) else repr(default)
+        shown = "..." if isinstance(default, type(attrs.NOTHING)) else getattr(default, "__name__", repr(default))
         parts.append(
             f"{parameter.name}: {parameter.annotation}" + ("" if default is parameter.empty else f" = {shown}")
         )

@@ -75,11 +75,17 @@ def _head(root: Path, kind: str) -> Path:
     return save_eagle3(root / kind, draft_vocab=40) if kind == "reduced" else save_eagle3(root / kind)
 
 
-def check(root: Path, architecture: str, kind: str, tree: str) -> None:
+def check(root: Path, architecture: str, kind: str, tree: str, **extra: Any) -> None:
     folder, pairs = _target(root, architecture)
     prompts, expected = [prompt for prompt, _ in pairs], [output for _, output in pairs]
     method, keys = "eagle" if kind == "EAGLE-1" else "eagle3", TREES[tree]
-    common: dict[str, Any] = {"skip_tokenizer_init": True, "strict": True, "check_parity": False, "memory": "64MiB"}
+    common: dict[str, Any] = {
+        "skip_tokenizer_init": True,
+        "strict": True,
+        "check_parity": False,
+        "memory": "64MiB",
+        **extra,
+    }
     with LLM(folder, **common, **drafted_by_head(_head(root, kind), method=method, **keys)) as llm:
         assert [llm.generate([prompt], GREEDY)[0].outputs[0].token_ids for prompt in prompts[:1]] == expected[:1]
         assert llm.engine.stats.num_draft_tokens > 4
@@ -118,6 +124,15 @@ def test_equals_transformers_generate(root: Path, architecture: str, kind: str, 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_every_head_and_tree_equals_transformers_generate(root: Path, architecture: str, kind: str, tree: str) -> None:
     check(root, architecture, kind, tree)
+
+
+def test_compiled_heads_and_targets_draft_the_same(
+    root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SPECPLUG_CACHE", str(tmp_path))
+    check(root, "llama", "reduced", "dynamic", compile=True)
+    assert len(list((tmp_path / "forwards").glob("*.bin"))) == 2
+    assert "uncompiled" not in caplog.text
 
 
 @pytest.mark.parametrize("tree", ["chain", "authors", "dynamic"])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -12,6 +12,13 @@ if TYPE_CHECKING:
 
     from specplug.contract.traits import Boundary
     from specplug.model.kv_cache import KVCache
+
+StepCompiler = Callable[..., Any]
+
+
+def leave_as_it_is(step: Callable[..., Any], *_: Any) -> Callable[..., Any]:
+    """What compiles a step where the engine compiles nothing."""
+    return step
 
 
 @attrs.frozen(eq=False)
@@ -25,6 +32,11 @@ class Resources:
         kv_caches: the planned KV caches by region name.
         row_buckets: the numbers of rows that `propose` will be warmed for, ascending.
         hidden_states: the fixed buffers behind `batch.hidden_states`, [capacity, hidden] per declared boundary.
+        compile: `compile(step, module, kv_cache, inputs)` → your step as machine code where this engine compiles, else the
+            step itself. A step is a function `(batch, *inputs) -> tensors` that runs your module over a `PagedBatch`, of which
+            it may use `positions` and `attend`; all its weights are the module's parameters and buffers. `inputs` are examples
+            whose first dimension, the tokens, is free. It must depend on values only through tensor operations. The first
+            slots of the cache are overwritten.
     """
 
     device: torch.device
@@ -33,3 +45,4 @@ class Resources:
     kv_caches: Mapping[str, KVCache]
     row_buckets: tuple[int, ...]
     hidden_states: Mapping[Boundary, torch.Tensor] = attrs.field(factory=dict)
+    compile: StepCompiler = leave_as_it_is

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import torch
+
 from specplug.model.compiled import CompileError, compile_forward, measure_change
+from specplug.model.cuda_graphs import CudaGraphs
 from specplug.model.probe import TOLERANCE
 from specplug.model.runner import ModelRunner
 
@@ -18,18 +21,38 @@ def wants_compilation(choice: bool | str, weight_bytes: int) -> bool:
     return weight_bytes >= _SMALLEST_BYTES if choice == "auto" else bool(choice)
 
 
-def compile_forwards(runners: Sequence[ModelRunner], block_size: int) -> None:
-    """Compiles each runner's forward and checks it against the model's own.
+def compile_forwards(runners: Sequence[ModelRunner], block_size: int, most_tokens: int) -> None:
+    """Compiles each runner's forward, captures it where it runs on a GPU, and checks it against the model's own.
 
-    Where one cannot be compiled or computes something else, a warning of one line says so, and it runs as it is.
+    Where one cannot be compiled or captured or computes something else, a warning of one line says so, and it runs as it is.
+
+    Args:
+        runners: the target's and the drafts'.
+        block_size: tokens of a KV block.
+        most_tokens: of a batch in which every row decodes or verifies.
     """
     for runner in runners:
         try:
             runner.compiled = compile_forward(runner)
-            change = measure_change(runner, block_size)
-            limit = TOLERANCE[runner.cache.keys[0].dtype]
-            if not change <= limit:
-                raise CompileError(f"compiled, it gives other logits (relative difference {change:.2g})")
+            _check(runner, "compiled", measure_change(runner, block_size))
         except CompileError as error:
             runner.compiled = None
             logger.warning("%s runs uncompiled: %s", runner.architecture.name, error)
+        if runner.device.type == "cuda" and runner.attends_natively:
+            _capture(runner, block_size, most_tokens)
+
+
+def _capture(runner: ModelRunner, block_size: int, most_tokens: int) -> None:
+    try:
+        runner.graphs = CudaGraphs(runner, most_tokens)
+        _check(runner, "captured", measure_change(runner, block_size, "graphs"))
+    except (CompileError, RuntimeError) as error:
+        runner.graphs = None
+        torch.cuda.synchronize(runner.device)
+        reason = " ".join(str(error).split())[:300]
+        logger.warning("%s runs without CUDA graphs: %s", runner.architecture.name, reason)
+
+
+def _check(runner: ModelRunner, how: str, change: float) -> None:
+    if not change <= TOLERANCE[runner.cache.keys[0].dtype]:
+        raise CompileError(f"{how}, it gives other logits (relative difference {change:.2g})")

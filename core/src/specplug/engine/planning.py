@@ -98,25 +98,19 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
     regions = [_plan_regions(speculator, budget) for speculator in speculators]
     num_entries = min(config.max_num_batched_tokens, config.max_num_seqs * (1 + budget.num_speculative_tokens))
     most_captured = min(max(num_entries, _SHORT_PROMPT), config.max_num_batched_tokens)
+    buffers = StateStore.planned_bytes(channels, config.max_num_seqs, config.max_num_batched_tokens)
+    buffers += Workspace.planned_bytes(num_entries, architecture.vocab_size)
+    if device.type == "cuda":
+        tokens = config.max_num_batched_tokens
+        buffers += step_bytes(
+            architecture, model_config, dtype, tokens=tokens, entries=num_entries, captured=most_captured
+        )
     plan = solve(
         budget,
         target_weights=weight_bytes,
         target_kv_bytes_per_token=sum(layer.elements for layer in architecture.kv_layers) * dtype.itemsize,
         regions=[region for own in regions for region in own],
-        buffers=StateStore.planned_bytes(channels, config.max_num_seqs, config.max_num_batched_tokens)
-        + Workspace.planned_bytes(num_entries, architecture.vocab_size)
-        + (
-            step_bytes(
-                architecture,
-                model_config,
-                dtype,
-                tokens=config.max_num_batched_tokens,
-                entries=num_entries,
-                captured=most_captured,
-            )
-            if device.type == "cuda"
-            else 0
-        ),
+        buffers=buffers,
         context_length=architecture.context_length,
         wanted_model_len=config.max_model_len,
         device=device,

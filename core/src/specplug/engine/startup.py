@@ -19,6 +19,7 @@ from specplug.engine.intake import Intake
 from specplug.engine.planning import PlannedEngine, max_nodes_of, plan_engine
 from specplug.engine.scheduler import Scheduler
 from specplug.errors import CheckpointError, SpecplugError, StartupError
+from specplug.model.compiled_step import compile_step
 from specplug.model.kv_cache import KVCache
 from specplug.model.loading import load_model
 from specplug.model.probe import check_parity
@@ -168,6 +169,7 @@ def _assemble(
     tokenizer: Callable[[], Any],
 ) -> Engine:
     config, plan = planned.config, planned.plan
+    compiles = wants_compilation(config.compile, planned.architecture.weight_bytes)
     randomness = EngineRandomness(config.seed, planned.device)
     workspace = Workspace(planned.num_entries, planned.architecture.vocab_size, planned.device)
     planned.registry.register_verifier(LosslessVerifier(randomness, config.chain_verification, workspace))
@@ -190,6 +192,7 @@ def _assemble(
                 kv_caches=own,
                 row_buckets=_row_buckets(config.max_num_seqs),
                 hidden_states={b: states.delivery[b] for b in speculator.traits.hidden_states},
+                **({"compile": compile_step} if compiles else {}),
             )
             for speculator, own in zip(planned.speculators, caches, strict=True)
         ]

@@ -7,13 +7,14 @@ batch: nothing is global, and any number of runners can live side by side.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
     from specplug.model.forward import ForwardBatch
+    from specplug.model.trace import TracedBatch
 
 IMPLEMENTATION = "specplug"
 SITE = "specplug_attention_site"
@@ -27,7 +28,7 @@ class AttentionSite:
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.keys = keys
         self.values = values
-        self.batch: ForwardBatch | None = None
+        self.batch: ForwardBatch | TracedBatch | None = None
 
     def attend(
         self,
@@ -69,6 +70,7 @@ class AttentionSite:
                 softcap or 0.0,
                 sinks,
             )
+        batch = cast("ForwardBatch", batch)  # a traced one is native
         self.keys.index_copy_(1, batch.write_slots, key[0])
         self.values.index_copy_(1, batch.write_slots, value[0])
         heads = query.shape[1]

@@ -11,10 +11,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -70,49 +70,68 @@ def compile_forward(runner: ModelRunner) -> CompiledForward:
     folder = default_cache_folder() / "forwards"
     path = folder / f"{_key(runner)}.bin"
     fixed = [*(w.detach() for w in weights_of(runner.model).values()), *runner.cache_tensors]
-    with _compiler_settings(folder):
-        artifact = _load(path)
-        if artifact is None:
-            artifact = _compile(runner)
-            _save(artifact, path)
+    with compiler_settings(folder, runner.device):
+        artifact = load_artifact(path, lambda: _compile(runner))
     return CompiledForward(artifact, fixed, list(runner.taps.boundaries))
 
 
 @torch.inference_mode()
-def measure_change(runner: ModelRunner, block_size: int) -> float:
-    """The largest relative root-mean-square difference of logits and captured states that compiling made.
+def measure_change(runner: ModelRunner, block_size: int, part: Literal["compiled", "graphs"] = "compiled") -> float:
+    """The largest relative root-mean-square difference of logits and captured states that compiling or capturing made.
 
     Measured for forwards of one, two and seven tokens; the first blocks of the KV cache are overwritten.
     """
-    compiled, worst = runner.compiled, 0.0
+    faster, worst = getattr(runner, part), 0.0
     length = min(7, runner.architecture.context_length, runner.cache.num_slots)
     ids = torch.arange(length).mul(13).add(1).remainder(runner.architecture.vocab_size).tolist()
     for count in sorted({1, min(2, length), length}):
         table = BlockTable(block_size)
         table.extend(range(-(-count // block_size)))
         outputs = []
-        for runner.compiled in (compiled, None):
+        for with_or_without in (faster, None):
+            setattr(runner, part, with_or_without)
             logits = runner.forward([ForwardRow(ids[:count], 0, table)])
             outputs.append([logits, *(runner.taps.captured[boundary] for boundary in runner.taps.boundaries)])
         for ours, theirs in zip(*outputs, strict=True):
             scale = theirs.double().pow(2).mean().sqrt().clamp_min(1e-30)
             change = ((ours.double() - theirs.double()).pow(2).mean().sqrt() / scale).item()
             worst = max(worst, change if change == change else float("inf"))
-    runner.compiled = compiled
+    setattr(runner, part, faster)
     return worst
 
 
 def _compile(runner: ModelRunner) -> Any:
-    from torch._inductor import standalone_compile
-
     started = time.perf_counter()
     try:
-        graph = trace_forward(runner.model, runner.sites, runner.taps)
-        artifact = standalone_compile(graph.module, graph.inputs, dynamic_shapes="from_graph", options={})
+        with quiet_tracing():
+            graph = trace_forward(runner.model, runner.sites, runner.taps)
     except Exception as error:
-        summary = " ".join(str(error).split())[:300]
-        raise CompileError(f"{type(error).__name__}: {summary}") from error
+        raise CompileError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+    artifact = compile_graph(graph.module, graph.inputs)
     logger.debug("compiled %s in %.1f s", runner.architecture.name, time.perf_counter() - started)
+    return artifact
+
+
+def compile_graph(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """Machine code for a traced graph.
+
+    Raises:
+        CompileError: there is no compiler, or it fails.
+    """
+    from torch._inductor import standalone_compile
+
+    try:
+        return standalone_compile(module, list(inputs), dynamic_shapes="from_graph", options={})
+    except Exception as error:
+        raise CompileError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+
+def load_artifact(path: Path, make: Callable[[], Any]) -> Any:
+    """What is kept under a path; if nothing that can be read is, it is made, and kept."""
+    artifact = _load(path)
+    if artifact is None:
+        artifact = make()
+        _save(artifact, path)
     return artifact
 
 
@@ -142,19 +161,39 @@ def _save(artifact: Any, path: Path) -> None:
 
 
 @contextmanager
-def _compiler_settings(folder: Path) -> Iterator[None]:
-    """One call into machine code instead of one per kernel; the compiler's own cache beside ours, where it survives."""
+def quiet_tracing() -> Iterator[None]:
+    """PyTorch logs a traceback for an operation without a shapes-only form, before it raises the error that is reported."""
+    torch_logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = torch_logger.level
+    torch_logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        torch_logger.setLevel(level)
+
+
+@contextmanager
+def compiler_settings(folder: Path, device: torch.device) -> Iterator[None]:
+    """One call into machine code instead of one per kernel (a GPU's come from a graph); the compiler's own cache beside
+    ours, where it survives.
+    """
     from torch._inductor import config
 
     variable = "TORCHINDUCTOR_CACHE_DIR"
     before = os.environ.get(variable)
     os.environ.setdefault(variable, str(folder / "inductor"))
     try:
-        with config.patch(cpp_wrapper=True):
+        with config.patch(cpp_wrapper=device.type == "cpu"):
             yield
     finally:
         if before is None:
             del os.environ[variable]
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return device.type
+    return f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)}"
 
 
 def _key(runner: ModelRunner) -> str:
@@ -170,6 +209,7 @@ def _key(runner: ModelRunner) -> str:
         "boundaries": list(runner.taps.boundaries),
         "native": native.key(),
         "threads": torch.get_num_threads(),
+        "device": _device_name(runner.device),
         "versions": [__version__, torch.__version__, transformers.__version__],
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]

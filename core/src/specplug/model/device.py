@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from specplug.errors import ConfigurationError
@@ -24,3 +26,10 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigurationError(f"device='{name}' is not supported; use auto, cpu, cuda or cuda:N")
     return device
+
+
+def to_device(values: Sequence[int] | Sequence[float], device: torch.device) -> torch.Tensor:
+    """The numbers as a tensor there; the host does not wait for a GPU to fetch them."""
+    if device.type != "cuda":
+        return torch.tensor(values, device=device)
+    return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)

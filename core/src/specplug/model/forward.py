@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import attrs
+import numpy as np
 import torch
 
 from specplug import native
 from specplug.model.attention_plan import attention_plan
+from specplug.model.attention_schedule import add_schedule
 from specplug.model.blocks import BlockTable
 from specplug.model.kv_cache import KVCache
 from specplug.model.padded import PaddedRows, split_rows
+from specplug.model.staging import stage
+from specplug.native.triton_sizes import wanted_items
 
 
 @attrs.frozen(eq=False)
@@ -192,19 +196,19 @@ class ForwardBatch:
     Args:
         rows: the rows.
         cache: where their KV lies.
+        logits_index: the packed positions to compute logits for; None for all.
 
     Attributes:
         num_tokens: tokens of all rows, T.
-        input_ids: int64 [1, T].
-        position_ids: int64 [1, T].
-        write_slots: int64 [T], where the KV of each token goes.
+        wants_all: whether logits are computed for all positions.
         is_native: whether attention is native (see `specplug.native`), over `plan`; else it goes by `views` and `padded`.
     """
 
-    def __init__(self, rows: Sequence[ForwardRow], cache: KVCache) -> None:
+    def __init__(self, rows: Sequence[ForwardRow], cache: KVCache, logits_index: Sequence[int] | None = None) -> None:
         self._rows = rows
         self._device = cache.keys[0].device
         self._num_slots = cache.num_slots
+        self._kv_heads = cache.most_heads
         ids: list[int] = []
         positions: list[int] = []
         write: list[int] = []
@@ -213,16 +217,66 @@ class ForwardBatch:
             positions.extend(row.positions)
             write.extend(row.table.slots(row.start, row.start + len(row.tokens)))
         self.num_tokens = len(ids)
-        self.input_ids = torch.tensor([ids], device=self._device)
-        self.position_ids = torch.tensor([positions], device=self._device)
-        self.write_slots = torch.tensor(write, device=self._device)
+        index = range(len(ids)) if logits_index is None else list(logits_index) or [0]
+        self.wants_all = list(index) == list(range(len(ids)))
+        self._host = (ids, positions, write, index)
         self.is_native = can_attend_natively(cache)
         self._views: dict[tuple[int | None, torch.dtype], list[RowView]] = {}
 
-    @cached_property
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """int64 [1, T]."""
+        return self._tensors[0][None]
+
+    @property
+    def position_ids(self) -> torch.Tensor:
+        """int64 [1, T]."""
+        return self._tensors[1][None]
+
+    @property
+    def write_slots(self) -> torch.Tensor:
+        """int64 [T], where the KV of each token goes."""
+        return self._tensors[2]
+
+    @property
+    def logits_index(self) -> torch.Tensor:
+        """int64 [L], the packed positions to compute logits for; at least one."""
+        return self._tensors[3]
+
+    @property
+    def num_logits(self) -> int:
+        """L."""
+        return len(self._host[3])
+
+    @property
     def plan(self) -> torch.Tensor:
         """int32: the rows as native attention reads them (see `attention_plan`)."""
-        return torch.from_numpy(attention_plan(self._rows))
+        return self._tensors[4]
+
+    @cached_property
+    def _tensors(self) -> list[torch.Tensor]:
+        """Ids, positions, slots, logits index and plan, where the model is."""
+        return self._on_gpu() if self._device.type == "cuda" else self._on_cpu()
+
+    def _on_cpu(self) -> list[torch.Tensor]:
+        plan = torch.from_numpy(attention_plan(self._rows)) if self.is_native else torch.empty(0, dtype=torch.int32)
+        return [*(torch.tensor(values) for values in self._host), plan]
+
+    def _on_gpu(self) -> list[torch.Tensor]:
+        plan = self._scheduled(self.num_tokens) if self.is_native else np.empty(0, dtype=np.int32)
+        return stage(self._host, plan, self._device)
+
+    def stage(self, buffer: torch.Tensor, width: int, longest_plan: int) -> bool:
+        """Puts the same into a buffer on the GPU, lists padded to `width`; False if the plan is too long for it."""
+        plan = self._scheduled(width)
+        if len(plan) > longest_plan:
+            return False
+        stage(self._host, plan, self._device, buffer, width)
+        return True
+
+    def _scheduled(self, width: int) -> np.ndarray:
+        wanted = wanted_items(self._kv_heads, self._device)
+        return add_schedule(attention_plan(self._rows), self._rows, width, wanted)
 
     @cached_property
     def spans(self) -> list[RowSpan]:
@@ -253,4 +307,6 @@ class ForwardBatch:
 def can_attend_natively(cache: KVCache) -> bool:
     """Whether native attention serves this cache."""
     keys = cache.keys[0]
-    return keys.device.type == "cpu" and keys.dtype in (torch.float32, torch.bfloat16) and native.available()
+    if keys.device.type == "cuda":
+        return cache.suits_gpu_kernels
+    return keys.dtype in (torch.float32, torch.bfloat16) and native.available()

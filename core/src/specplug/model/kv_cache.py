@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
 from specplug.contract.memory import KVLayer
+from specplug.model.device import to_device
+from specplug.native import cuda
 
 
 class KVCache:
@@ -28,6 +31,16 @@ class KVCache:
         ]
 
     @property
+    def most_heads(self) -> int:
+        """KV heads of the layer that has most."""
+        return max(layer.num_heads for layer in self.layers)
+
+    @cached_property
+    def suits_gpu_kernels(self) -> bool:
+        """Whether it lies on a GPU, and our own kernels can attend to it."""
+        return self.keys[0].is_cuda and all(cuda.can_attend(tensor) for tensor in (*self.keys, *self.values))
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
@@ -37,7 +50,6 @@ class KVCache:
         if not sources:
             return
         device = self.keys[0].device
-        read = torch.tensor(sources, device=device)
-        write = torch.tensor(destinations, device=device)
+        read, write = to_device(sources, device), to_device(destinations, device)
         for tensor in (*self.keys, *self.values):
             tensor.index_copy_(1, write, tensor.index_select(1, read))

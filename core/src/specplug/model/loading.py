@@ -18,6 +18,7 @@ from specplug.model import attention
 from specplug.model.architecture import disable_padding_checks
 from specplug.model.checkpoint import read_headers
 from specplug.model.packing import pack_linears
+from specplug.native import cuda
 
 
 def load_model(
@@ -31,7 +32,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     attention.register()
-    native.load()
+    cuda.load() if device.type == "cuda" else native.load()
     read_headers(folder)
     try:
         with _quiet_transformers():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from specplug.model.attention import AttentionSite
+from specplug.model.device import to_device
 from specplug.model.forward import ForwardBatch, ForwardRow
 
 if TYPE_CHECKING:
@@ -39,7 +40,17 @@ class PagedBatch:
         self.input_ids = self._batch.input_ids[0]
         self.positions = self._batch.position_ids[0]
         counts = accumulate(len(row.tokens) for row in rows)
-        self.last = torch.tensor([end - 1 for end in counts], device=cache.keys[0].device)
+        self.last = to_device([end - 1 for end in counts], cache.keys[0].device)
+
+    @property
+    def plan(self) -> torch.Tensor:
+        """int32: the rows as native attention reads them."""
+        return self._batch.plan
+
+    @property
+    def write_slots(self) -> torch.Tensor:
+        """int64 [T]: where the KV of each token goes."""
+        return self._batch.write_slots
 
     def attend(
         self,

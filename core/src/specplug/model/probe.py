@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from specplug import native
 from specplug.cache import default_cache_folder
 from specplug.errors import UnsupportedModelError
 from specplug.model import attention
@@ -105,7 +104,7 @@ def _key(runner: ModelRunner, config: Any) -> str:
         "dtype": str(runner.cache.keys[0].dtype),
         "device": runner.device.type,
         "packed": sum(isinstance(module, PackedLinear) for module in runner.model.modules()),
-        "native": native.available(),
+        "native": runner.attends_natively,
         "versions": [__version__, torch.__version__, transformers.__version__],
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]

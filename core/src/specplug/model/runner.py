@@ -11,9 +11,11 @@ from specplug.model import attention
 from specplug.model.architecture import Architecture
 from specplug.model.attention import AttentionSite
 from specplug.model.compiled import CompiledForward
+from specplug.model.cuda_graphs import CudaGraphs
 from specplug.model.forward import ForwardBatch, ForwardRow, can_attend_natively
 from specplug.model.kv_cache import KVCache
 from specplug.model.taps import Taps
+from specplug.model.trace import TracedBatch
 
 
 class ModelRunner:
@@ -34,6 +36,7 @@ class ModelRunner:
         self.taps = Taps(model, architecture.layers, boundaries)
         self.sites: list[AttentionSite] = []
         self.compiled: CompiledForward | None = None
+        self.graphs: CudaGraphs | None = None
         for call, keys, values in zip(architecture.calls, cache.keys, cache.values, strict=True):
             site = AttentionSite(keys, values)
             model.get_submodule(call.module).__dict__[attention.SITE] = site
@@ -50,29 +53,46 @@ class ModelRunner:
         Returns:
             Logits [len(logits_index), vocabulary]. Captured states are in `taps.captured` until the next forward.
         """
-        batch = ForwardBatch(rows, self.cache)
-        if self.compiled is not None:
-            index = range(batch.num_tokens) if logits_index is None else list(logits_index) or [0]
+        batch = ForwardBatch(rows, self.cache, logits_index)
+        replayed = None if self.graphs is None else self.graphs.replay(batch)
+        if replayed is not None:
+            logits, self.taps.captured = replayed
+        elif self.compiled is not None:
             logits, self.taps.captured = self.compiled(
-                batch.input_ids, batch.position_ids, batch.plan, batch.write_slots, torch.tensor(index)
+                batch.input_ids, batch.position_ids, batch.plan, batch.write_slots, batch.logits_index
             )
         else:
-            logits = self._run_model(batch, logits_index)
+            keep: int | torch.Tensor = 0 if batch.wants_all else batch.logits_index
+            logits = self._run_model(batch, batch.input_ids, batch.position_ids, keep)
         return logits if logits_index is None else logits[: len(logits_index)]
 
-    def _run_model(self, batch: ForwardBatch, logits_index: Sequence[int] | None) -> torch.Tensor:
+    def run_tensors(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        plan: torch.Tensor,
+        write_slots: torch.Tensor,
+        logits_index: torch.Tensor,
+    ) -> tuple[torch.Tensor, dict[int | str, torch.Tensor]]:
+        """A forward with native attention over tensors alone, as a CUDA graph can hold it: logits and captured states."""
+        if self.compiled is not None:
+            return self.compiled(input_ids, position_ids, plan, write_slots, logits_index)
+        logits = self._run_model(TracedBatch(plan, write_slots), input_ids, position_ids, logits_index)
+        return logits, dict(self.taps.captured)
+
+    def _run_model(
+        self,
+        batch: ForwardBatch | TracedBatch,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        keep: int | torch.Tensor,
+    ) -> torch.Tensor:
         """The model's own code."""
-        if logits_index is None or list(logits_index) == list(range(batch.num_tokens)):
-            keep: int | torch.Tensor = 0
-        else:
-            keep = torch.tensor(list(logits_index) or [0], device=self.device)
         self.taps.captured.clear()
         for site in self.sites:
             site.batch = batch
         try:
-            output = self.model(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, logits_to_keep=keep
-            )
+            output = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=keep)
         finally:
             for site in self.sites:
                 site.batch = None
@@ -91,6 +111,7 @@ class ModelRunner:
     def close(self) -> None:
         """Takes hooks and cache references off the model."""
         self.compiled = None
+        self.graphs = None
         self.taps.remove()
         for call in self.architecture.calls:
             self.model.get_submodule(call.module).__dict__.pop(attention.SITE, None)

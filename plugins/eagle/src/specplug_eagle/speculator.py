@@ -102,7 +102,7 @@ class EagleSpeculator:
             logger.warning("%s: %s", self.weights.folder, warning)
         pack_linears(head)
         self.weights.release()
-        self._runner = HeadRunner(head, resources.kv_caches[_CACHE])
+        self._runner = HeadRunner(head, resources, resources.kv_caches[_CACHE])
         for count in resources.row_buckets if resources.device.type != "cpu" else (1,):
             rows = []
             for block in range(min(count, resources.num_blocks)):

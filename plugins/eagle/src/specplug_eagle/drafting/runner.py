@@ -7,16 +7,22 @@ from collections.abc import Sequence
 import attrs
 import torch
 
-from specplug import ForwardRow, KVCache, PagedBatch, ProposalRow
+from specplug import ForwardRow, KVCache, PagedBatch, ProposalRow, Resources
 from specplug_eagle.head import DraftHead, HeadOutput
 
 
 class HeadRunner:
     """A head bound to its KV cache. Slot i of a row holds the pair (state of token i, token i + 1)."""
 
-    def __init__(self, head: DraftHead, cache: KVCache) -> None:
+    def __init__(self, head: DraftHead, resources: Resources, cache: KVCache) -> None:
         self.head = head
         self._cache = cache
+        example = torch.zeros(1, head.spec.hidden_size, dtype=cache.keys[0].dtype, device=resources.device)
+        self._step = resources.compile(self._layers, head, cache, [example, example])
+
+    def _layers(self, batch: PagedBatch, embeddings: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        result = self.head(embeddings, hidden, batch.positions, batch.attend)
+        return result.output, result.feedback
 
     def run(self, rows: Sequence[ForwardRow], tokens: torch.Tensor | None, hidden: torch.Tensor) -> HeadOutput:
         """One draft step over all rows.
@@ -28,7 +34,7 @@ class HeadRunner:
         """
         batch = PagedBatch(rows, self._cache)
         ids = batch.input_ids if tokens is None else tokens
-        return self.head(self.head.embed(ids), hidden, batch.positions, batch.attend)
+        return HeadOutput(*self._step(batch, self.head.embed(ids), hidden))
 
     def log_probs(self, output: torch.Tensor) -> torch.Tensor:
         """[..., hidden] → float32 log-probabilities [..., draft vocabulary]."""

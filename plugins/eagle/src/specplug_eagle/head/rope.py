@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from specplug_eagle.head.spec import RopeSpec
 
 
-class RotaryEmbedding:
+class RotaryEmbedding(nn.Module):
     """Cosines and sines for token positions.
 
     With `dynamic` scaling a token at position p is rotated as the last token of a sequence of p + 1 tokens, which is what
@@ -20,14 +21,18 @@ class RotaryEmbedding:
         head_dim: width of a head.
     """
 
+    inverse: torch.Tensor
+
     def __init__(self, spec: RopeSpec, head_dim: int) -> None:
+        super().__init__()
         self.spec = spec
         self.rotary_dim = int(head_dim * spec.partial_rotary_factor)
         self._head_dim = head_dim
         self._frequencies: dict[torch.device, torch.Tensor] = {}
-        self._inverse, self.attention_scaling = self._initial_frequencies()
+        inverse, self.attention_scaling = self._initial_frequencies()
+        self.register_buffer("inverse", inverse, persistent=False)
 
-    def __call__(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions int64 [T] → cosine and sine, each [T, rotary_dim], computed in float32; YaRN's factor is in them."""
         angles = positions[:, None].float() * self._inverse_frequencies(positions)
         angles = torch.cat((angles, angles), dim=-1)
@@ -36,8 +41,10 @@ class RotaryEmbedding:
     def _inverse_frequencies(self, positions: torch.Tensor) -> torch.Tensor:
         if self.spec.rope_type == "dynamic":
             return self._dynamic_frequencies(positions)
+        if positions.device == self.inverse.device:
+            return self.inverse
         if positions.device not in self._frequencies:
-            self._frequencies[positions.device] = self._inverse.to(positions.device)
+            self._frequencies[positions.device] = self.inverse.to(positions.device)
         return self._frequencies[positions.device]
 
     def _dynamic_frequencies(self, positions: torch.Tensor) -> torch.Tensor:

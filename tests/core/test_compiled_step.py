@@ -1,0 +1,116 @@
+"""A speculator's own module, compiled: the same results at every size, kept by its operations, else left as it is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from specplug import native
+from specplug.contract.memory import KVLayer
+from specplug.model import compiled_step
+from specplug.model.blocks import BlockTable
+from specplug.model.compiled_step import CompiledStep, compile_step
+from specplug.model.forward import ForwardRow, TreeMask
+from specplug.model.kv_cache import KVCache
+from specplug.model.packing import pack_linears
+from specplug.model.paged import PagedBatch
+
+HEADS, KV_HEADS, DIM, WIDTH, BLOCK = 4, 2, 16, 64, 8
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    assert native.load()
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECPLUG_CACHE", str(folder))
+        yield folder
+
+
+class Layer(nn.Module):
+    """Attention between two linear layers, scaled by what is given."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query = nn.Linear(WIDTH, HEADS * DIM)
+        self.pair = nn.Linear(WIDTH, 2 * KV_HEADS * DIM, bias=False)
+        self.out = nn.Linear(HEADS * DIM, WIDTH)
+        self.scale = scale
+        self.requires_grad_(False)
+
+    def step(self, batch: Any, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        query = self.query(states).view(-1, HEADS, DIM).transpose(0, 1)
+        key, value = self.pair(states).view(-1, 2 * KV_HEADS, DIM).transpose(0, 1).chunk(2)
+        turned = query + batch.positions[:, None].to(query.dtype).cos()
+        attended = batch.attend(0, turned, key, value, 0.25, 6)
+        return self.out(attended.reshape(-1, HEADS * DIM)) * self.scale, states.square()
+
+    def looking(self, batch: Any, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (states * 2 if bool(states.sum() > 0) else states,)
+
+
+def new_cache(dtype: torch.dtype) -> KVCache:
+    return KVCache([KVLayer(KV_HEADS, DIM, DIM)], 20, BLOCK, dtype, CPU)
+
+
+def batch_of(cache: KVCache) -> PagedBatch:
+    rows = []
+    for first, (start, count, tree) in enumerate(
+        [(0, 5, None), (7, 1, None), (4, 3, TreeMask.from_parents(4, [-1, -1]))]
+    ):
+        table = BlockTable(BLOCK)
+        table.extend([1 + 2 * first, 8 + first])
+        rows.append(ForwardRow([0] * count, start, table, tree))
+    return PagedBatch(rows, cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_computes_what_the_module_does(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer().to(dtype)
+    pack_linears(layer)
+    cache, own = new_cache(dtype), new_cache(dtype)
+    made: list[Any] = []
+    compile_graph = compiled_step.compile_graph
+    monkeypatch.setattr(compiled_step, "compile_graph", lambda *a: (made.append(a), compile_graph(*a))[1])
+    for _ in range(2):
+        compiled = compile_step(layer.step, layer, cache, [torch.zeros(1, WIDTH, dtype=dtype)])
+        assert isinstance(compiled, CompiledStep)
+    assert len(made) == 1
+    for tensor, other in zip((*cache.keys, *cache.values), (*own.keys, *own.values), strict=True):
+        tensor.normal_()
+        other.copy_(tensor)
+    states = torch.randn(WIDTH, 9, dtype=dtype).t()
+    with torch.inference_mode():
+        ours, theirs = compiled(batch_of(cache), states), layer.step(batch_of(own), states)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for a, b in zip((*ours, *cache.keys, *cache.values), (*theirs, *own.keys, *own.values), strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+def test_other_operations_are_another_step() -> None:
+    cache = new_cache(torch.float32)
+    states = torch.randn(9, WIDTH)
+    results = []
+    for scale in (1.0, 3.0):
+        layer = Layer(scale)
+        compiled = compile_step(layer.step, layer, cache, [states[:1]])
+        results.append(compiled(batch_of(cache), states)[0])
+    torch.testing.assert_close(results[0] * 3, results[1])
+
+
+def test_what_depends_on_values_stays_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    layer = Layer()
+    with caplog.at_level(logging.WARNING):
+        step = compile_step(layer.looking, layer, new_cache(torch.float32), [torch.zeros(1, WIDTH)])
+    assert step == layer.looking
+    (record,) = caplog.records
+    assert record.getMessage().startswith("Layer.looking runs uncompiled: ")
+    assert "\n" not in record.getMessage()

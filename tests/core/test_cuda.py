@@ -1,0 +1,169 @@
+"""On a GPU: our kernels equal PyTorch's, captured forwards equal the model's own, and a step waits for the host once."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from core.test_native_kernels import BLOCK, BLOCKS, random_row
+from specplug import LLM, SamplingParams
+from specplug.contract.memory import KVLayer
+from specplug.model.attention import AttentionSite
+from specplug.model.blocks import BlockTable
+from specplug.model.forward import ForwardBatch, ForwardRow
+from specplug.model.kv_cache import KVCache
+from specplug.native import cuda
+from specplug.native.triton_linear import products
+from support.models import VOCABULARY, save_model
+from support.reference import decisive_prompts
+
+GPU = torch.device("cuda")
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (20, 24), (128, 128), (256, 192)])
+@pytest.mark.parametrize(("window", "softcap", "sinks"), [(None, None, False), (9, None, False), (40, 5.0, True)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (16, 1)])
+def test_attention_equals_pytorch(
+    dtype: torch.dtype,
+    key_dim: int,
+    value_dim: int,
+    window: int | None,
+    softcap: float | None,
+    sinks: bool,
+    heads: int,
+    kv_heads: int,
+) -> None:
+    assert cuda.load()
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        torch.manual_seed(seed)
+        cache = KVCache([KVLayer(kv_heads, key_dim, value_dim)], BLOCKS, BLOCK, dtype, GPU)
+        cache.keys[0].normal_()
+        cache.values[0].normal_()
+        free = list(range(BLOCKS)) if seed % 2 else rng.permutation(BLOCKS).tolist()
+        kinds = rng.choice(["decode", "prefill", "tree", "deep tree"], size=int(rng.integers(1, 4)))
+        rows = [random_row(rng, free, kind) for kind in kinds]
+        total = sum(len(row.tokens) for row in rows)
+        query = torch.randn(1, total, heads, key_dim, dtype=dtype, device=GPU).transpose(1, 2)
+        key = torch.randn(1, total, kv_heads, key_dim, dtype=dtype, device=GPU).transpose(1, 2)
+        value = torch.randn(1, kv_heads, total, value_dim, dtype=dtype, device=GPU)
+        extra = torch.randn(heads, dtype=dtype, device=GPU) if sinks else None
+        results = []
+        for is_native in (True, True, False):
+            kind = dtype if is_native else torch.float32  # half precision is measured against full
+            own = KVCache([KVLayer(kv_heads, key_dim, value_dim)], BLOCKS, BLOCK, kind, GPU)
+            own.keys[0].copy_(cache.keys[0])
+            own.values[0].copy_(cache.values[0])
+            site = AttentionSite(own.keys[0], own.values[0])
+            site.batch = ForwardBatch(rows, own)
+            assert site.batch.is_native
+            site.batch.is_native = is_native
+            new = (query.to(kind), key.to(kind), value.to(kind))
+            own_sinks = None if extra is None else extra.to(kind)
+            attended = site.attend(*new, key_dim**-0.5, window, softcap, own_sinks)
+            results.append((attended, own.keys[0], own.values[0]))
+        (ours, *our_cache), (again, *_), (theirs, *their_cache) = results
+        assert torch.equal(ours, again)
+        assert all(torch.equal(a.float(), b) for a, b in zip(our_cache, their_cache, strict=True))
+        torch.testing.assert_close(ours.float(), theirs, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("length", [1, 63, 1024, 5000])
+@pytest.mark.parametrize("count", [1, 2, 8, 16, 64, 300])
+def test_long_rows_are_cut_and_merged(length: int, count: int, dtype: torch.dtype) -> None:
+    """Repeated in one plan: every launch leaves the counters as it found them."""
+    heads, kv_heads, dim, block = 32, 8, 128, 16
+    blocks = -(-(length + count) // block)
+    cache = KVCache([KVLayer(kv_heads, dim, dim)], blocks, block, dtype, GPU)
+    cache.keys[0].normal_()
+    cache.values[0].normal_()
+    table = BlockTable(block)
+    table.extend(list(reversed(range(blocks))))
+    batch = ForwardBatch([ForwardRow([0] * count, length, table)], cache)
+    query = torch.randn(1, heads, count, dim, dtype=dtype, device=GPU)
+    key, value = (torch.randn(1, kv_heads, count, dim, dtype=dtype, device=GPU) for _ in range(2))
+    site = AttentionSite(cache.keys[0], cache.values[0])
+    site.batch = batch
+    plan = batch.plan.clone()
+    ours = [site.attend(query, key, value, dim**-0.5, None, None, None) for _ in range(20)]
+    assert torch.equal(plan, batch.plan)
+    assert all(torch.equal(ours[0], other) for other in ours[1:])
+    exact = KVCache([KVLayer(kv_heads, dim, dim)], blocks, block, torch.float32, GPU)
+    exact.keys[0].copy_(cache.keys[0])
+    exact.values[0].copy_(cache.values[0])
+    site = AttentionSite(exact.keys[0], exact.values[0])
+    site.batch = batch
+    batch.is_native = False
+    theirs = site.attend(query.float(), key.float(), value.float(), dim**-0.5, None, None, None)
+    torch.testing.assert_close(ours[0].float(), theirs, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 17, 40, 64, 65])
+@pytest.mark.parametrize(
+    ("inner", "outers"), [(64, (32, 96, 7)), (48, (5, 64)), (4096, (1024, 512, 512)), (1040, (40,))]
+)
+def test_products_equal_pytorch(rows: int, inner: int, outers: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(rows)
+    states = torch.randn(1, rows, inner, dtype=torch.bfloat16, device=GPU)
+    weights = [torch.randn(outer, inner, dtype=torch.bfloat16, device=GPU) / inner**0.5 for outer in outers]
+    biases = [torch.randn(outer, dtype=torch.bfloat16, device=GPU) if bias else None for outer in outers]
+    for weight, added, ours in zip(weights, biases, products(states, weights, biases), strict=True):
+        exact = torch.nn.functional.linear(states.double(), weight.double(), None if added is None else added.double())
+        torch.testing.assert_close(ours.double(), exact, atol=3e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "qwen2", "gpt_neox"])
+def test_captured_engines_are_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, architecture: str
+) -> None:
+    monkeypatch.setenv("SPECPLUG_CACHE", str(tmp_path / "cache"))
+    folder = save_model(tmp_path / architecture, architecture)
+    pairs = decisive_prompts(folder, 6, 18, VOCABULARY)
+    greedy = SamplingParams(temperature=0, max_tokens=18)
+    options = {"skip_tokenizer_init": True, "strict": True, "compile": True, "max_num_seqs": 4}
+    with caplog.at_level(logging.WARNING), LLM(folder, speculative_config=NGRAM, **options) as llm:
+        assert not caplog.records
+        assert llm.engine.runner.compiled is not None
+        assert llm.engine.runner.graphs is not None
+        outputs = llm.generate([prompt for prompt, _ in pairs], greedy)
+        assert [output.outputs[0].token_ids for output in outputs] == [output for _, output in pairs]
+
+
+def test_a_greedy_step_waits_once(tmp_path: Path) -> None:
+    """Only reading the accepted tokens makes the host wait."""
+    folder = save_model(tmp_path / "llama", "llama")
+    with LLM(folder, skip_tokenizer_init=True, compile=True, max_num_seqs=4) as llm:
+        engine = llm.engine
+        engine.add_request("a", [5, 6, 7, 8], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
+        for _ in range(5):
+            engine.step()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                for _ in range(10):
+                    engine.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert len([warning for warning in seen if "synchroniz" in str(warning.message)]) == 10
+
+
+def test_without_graphs_and_without_compilation_nothing_changes(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "llama", "llama")
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    prompts = [pair[0] for pair in decisive_prompts(folder, 3, 24, VOCABULARY)]
+    found = []
+    for compiled in (True, False):
+        with LLM(folder, skip_tokenizer_init=True, compile=compiled) as llm:
+            found.append([output.outputs[0].token_ids for output in llm.generate(prompts, params)])
+    assert found[0] == found[1]
