@@ -35,6 +35,23 @@ def load_speculator(config, target):
     print("noise from a plugin")
     return Faulty()
 """
+LENIENT = """
+from specplug import Verdict, hookimpl
+
+class Lenient:
+    @hookimpl
+    def propose(self, batch):
+        return None
+
+    @hookimpl
+    def verify(self, batch, proposal, target):
+        return Verdict([[] for _ in batch.rows], target.argmax(range(target.offsets[-1])))
+
+@hookimpl
+def load_speculator(config, target):
+    return Lenient()
+"""
+CONFIG_LENIENT = ("--speculative-config", '{"method": "lenient"}')
 CRASHING = "from specplug import hookimpl\n@hookimpl\ndef load_speculator(config, target):\n    1 / 0\n"
 PROMPT = "# Before:\ndef add(first, second):\n    return first + second\n\n# After renaming first to left:\n"
 ARGUMENTS = ("generate", "tiny", "--prompt", PROMPT, "--max-tokens", "24", "--dtype", "float32", "--device", "cpu")
@@ -109,6 +126,13 @@ def test_engine_options_reach_the_engine(run: Callable[..., Any], monkeypatch: p
 def test_the_prompt_can_come_from_standard_input(run: Callable[..., Any], expected: str) -> None:
     arguments = [*ARGUMENTS[:3], "-", *ARGUMENTS[4:], "--quiet"]
     assert run(*arguments, stdin=PROMPT).stdout == expected.rstrip("\n") + "\n"
+
+
+def test_a_method_with_a_rule_of_its_own_is_named(run: Callable[..., Any], installed: Callable[..., None]) -> None:
+    installed("acme-lenient", methods={"lenient": ""}, source=LENIENT)
+    notice = "lenient verifies by a rule of its own, which specplug does not check."
+    assert notice in " ".join(run(*ARGUMENTS, "--quiet", *CONFIG_LENIENT).stderr.split())
+    assert "rule of its own" not in run(*ARGUMENTS).stderr
 
 
 def test_a_fault_costs_a_warning_and_no_output(

@@ -82,6 +82,14 @@ def run_job(job: GenerateJob, out: Terminal, err: Terminal) -> None:
                 _stream(job, params[0], llm, out, err)
         except RequestError as error:
             raise _located(error, job) from error
+        _name_unverified(err, llm)
+
+
+def _name_unverified(err: Terminal, llm: LLM) -> None:
+    """Says, however little else is said, that core did not verify what a method with a rule of its own accepted."""
+    for speculator in llm.engine.chain.speculators:
+        if speculator.overrides_verify:
+            err.paragraph(f"{speculator.method} verifies by a rule of its own, which specplug does not check.")
 
 
 def _params(job: GenerateJob, llm: LLM, err: Terminal) -> list[SamplingParams]:
