@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -17,7 +18,7 @@ def tensor_bytes() -> int:
     gc.collect()
     storages: dict[int, int] = {}
     for thing in gc.get_objects():
-        if not isinstance(thing, torch.Tensor) or thing.device.type == "meta":
+        if not isinstance(thing, torch.Tensor) or isinstance(thing, FakeTensor) or thing.device.type == "meta":
             continue
         if thing.is_mkldnn:  # a packed weight, which has no storage to show
             storages[id(thing)] = int(torch.ops.mkldnn._nbytes(thing))

@@ -13,6 +13,7 @@ import attrs
 import torch
 
 from specplug.llm import LLM
+from specplug.speculation.policy import FixedBudget
 from specplug.testing.flags import Flags
 from specplug.testing.session import Session
 from specplug.testing.targets import Targets
@@ -83,6 +84,9 @@ class Subject:
         """An engine with the speculator. Its faults cost drafts and are counted; the checks that are about them look."""
         speculative = self.config(folder) if config is None else config
         with self._llm(folder, speculative_config=speculative, plugins=self.plugins, **options) as llm:
+            llm.engine.chain.policy = (
+                FixedBudget()
+            )  # automatic budgets follow the clock; a check sees the same every time
             yield Session(llm)
 
     @contextlib.contextmanager
