@@ -100,9 +100,10 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
     most_captured = min(max(num_entries, _SHORT_PROMPT), config.max_num_batched_tokens)
     buffers = StateStore.planned_bytes(channels, config.max_num_seqs, config.max_num_batched_tokens)
     buffers += Workspace.planned_bytes(num_entries, architecture.vocab_size)
+    passing = 0
     if device.type == "cuda":
         tokens = config.max_num_batched_tokens
-        buffers += step_bytes(
+        passing = step_bytes(
             architecture, model_config, dtype, tokens=tokens, entries=num_entries, captured=most_captured
         )
     plan = solve(
@@ -114,6 +115,7 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
         context_length=architecture.context_length,
         wanted_model_len=config.max_model_len,
         device=device,
+        step_bytes=passing,
     )
     return PlannedEngine(
         config=config,

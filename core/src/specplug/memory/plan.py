@@ -66,6 +66,7 @@ class MemoryPlan:
         draft_weights: bytes.
         draft_kv: bytes.
         buffers: bytes of step buffers, kept states and plugins' buffers.
+        step_bytes: of the buffers, what comes and goes with a step (activations, logits, CUDA graphs); 0 on a CPU.
         scratch_tokens_per_row: KV entries that a sequence takes beyond its own tokens while drafts are made and verified.
         elsewhere: what speculators hold on other devices; the parts above are those of the target's device.
     """
@@ -79,6 +80,7 @@ class MemoryPlan:
     draft_weights: int
     draft_kv: int
     buffers: int
+    step_bytes: int = 0
     scratch_tokens_per_row: int = 0
     elsewhere: tuple[OtherDevice, ...] = ()
 
@@ -92,6 +94,11 @@ class MemoryPlan:
     def total_bytes(self) -> int:
         """Bytes of all parts."""
         return sum(size for _, size in self.parts)
+
+    @property
+    def lasting_bytes(self) -> int:
+        """Bytes of what is held between steps too."""
+        return self.total_bytes - self.step_bytes
 
     @property
     def num_kv_tokens(self) -> int:
@@ -118,6 +125,7 @@ def solve(
     context_length: int,
     wanted_model_len: int | None,
     device: torch.device | None = None,
+    step_bytes: int = 0,
 ) -> MemoryPlan:
     """Finds the number of KV blocks.
 
@@ -128,10 +136,11 @@ def solve(
         target_weights: bytes of the target's weights.
         target_kv_bytes_per_token: bytes one cached token costs in the target.
         regions: what the speculators planned.
-        buffers: bytes of core's own step buffers.
+        buffers: bytes of core's own buffers that last.
         context_length: the longest sequence the target has positions for.
         wanted_model_len: the user's `max_model_len`; None lets the plan shorten it to what fits.
         device: the target's; regions on others get those devices' own budgets.
+        step_bytes: what comes and goes with a step.
 
     Raises:
         InsufficientMemoryError: weights and buffers alone do not fit, or not even one sequence of the wanted length.
@@ -140,7 +149,7 @@ def solve(
     regions = [region for region in regions if region.device in (None, device)]
     draft_weights = sum(region.fixed_bytes for region in regions if region.kind == "weights")
     draft_fixed_kv = sum(region.fixed_bytes for region in regions if region.kind == "kv_cache")
-    buffers += sum(region.fixed_bytes for region in regions if region.kind == "buffers")
+    buffers += step_bytes + sum(region.fixed_bytes for region in regions if region.kind == "buffers")
     draft_kv_per_token = sum(region.bytes_per_token for region in regions)
     scratch = max([budget.num_speculative_tokens + 1, *(region.scratch_tokens_per_row for region in regions)])
     per_block = (target_kv_bytes_per_token + draft_kv_per_token) * budget.block_size
@@ -186,6 +195,7 @@ def solve(
         draft_weights=draft_weights,
         draft_kv=draft_fixed_kv + tokens * draft_kv_per_token,
         buffers=buffers,
+        step_bytes=step_bytes,
         scratch_tokens_per_row=scratch,
         elsewhere=tuple(elsewhere),
     )

@@ -28,7 +28,7 @@ def run(subject: Subject) -> str:
         buffers = sum(region.fixed_bytes for region in regions if region.kind == "buffers")
         planned = plan.draft_weights + plan.draft_kv + buffers
         slack = _SLACK if subject.targets.given is None else _SLACK + int(_RELATIVE * plan.total_bytes)
-        own = plan.target_weights + plan.target_kv + plan.buffers - buffers
+        own = plan.target_weights + plan.target_kv + plan.buffers - plan.step_bytes - buffers
         warm = live_bytes() - own
         most = warm
 
