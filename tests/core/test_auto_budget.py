@@ -12,6 +12,7 @@ import torch
 from specplug import LLM, Proposal, SamplingParams, SpeculatorTraits, hookimpl
 from specplug.configuration.speculative import DEFAULT_MAX_SPECULATIVE_TOKENS, parse_speculative_config
 from specplug.errors import ConfigurationError, PluginError
+from specplug.speculation.asked import Asked
 from specplug.speculation.auto import AutoBudget
 from specplug.speculation.policy import FixedBudget
 from support.models import VOCABULARY, save_model
@@ -255,3 +256,21 @@ def test_what_cannot_be_meant_is_refused(keys: Options, message: str) -> None:
     with pytest.raises(ConfigurationError) as error:
         parse_speculative_config({"method": "ngram", **keys})
     assert message in str(error.value)
+
+
+def test_what_was_not_asked_teaches_nothing(folder: Path, small: Path) -> None:
+    """Prompts that are taken in beside drafts, rows that were given no room, and failed calls are no prices of drafts."""
+    _, llm = run(folder, **auto(lambda c, t: ModelSpeculator(t, small, c.num_speculative_tokens)))
+    policy = llm.engine.chain.policy
+    assert isinstance(policy, AutoBudget)
+    (link,) = policy.links
+    price, tokens = link.ask_seconds(1, 1), link.feed
+    assert price > 0
+    for _ in range(10):
+        policy.proposed(0, 100 * price, Asked({7: 1}, fed=512))
+    assert link.ask_seconds(1, 1) == price
+    assert link.feed > tokens
+    for asked in (None, Asked({})):
+        policy.proposed(0, 0.0, asked)
+    assert link.ask_seconds(1, 1) == price
+    llm.close()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import random
 
+import torch
+
+from specplug import DraftDistributions
 from specplug.speculation.draft import Draft, trim_drafts
 
 
@@ -47,3 +50,16 @@ def test_drafts_without_scores_lose_their_last_nodes_whatever_the_tokens() -> No
 def test_what_fits_is_left_alone() -> None:
     draft = Draft("m", [1, 2, 3])
     assert trim_drafts([draft, None], 3) == [draft, None]
+
+
+def test_how_many_tokens_a_sampled_draft_came_with_does_not_decide_what_is_kept() -> None:
+    """A draft that stops after a token that was drawn would else be kept to the end just because that token was drawn."""
+    probs = DraftDistributions(torch.full((4, 2), 0.5))
+    other = Draft("m", [1], probs=probs, allowed=4)
+    for total in range(2, 9):
+        kept = []
+        for length in range(1, 5):
+            trimmed = trim_drafts([other, Draft("m", [1] * length, probs=probs, allowed=4)], total)[1]
+            assert trimmed is not None
+            kept.append(len(trimmed))
+        assert kept == [min(length, total // 2) for length in range(1, 5)]

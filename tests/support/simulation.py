@@ -13,6 +13,7 @@ from specplug.contract.batch import Budget, Outcome
 from specplug.contract.settings import SpeculativeConfig
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
+from specplug.speculation.asked import SHORT_GAP, Asked
 from specplug.speculation.auto import AutoBudget
 from specplug.speculation.draft import Draft
 from specplug.speculation.policy import FixedBudget
@@ -176,30 +177,36 @@ class Simulation:
             else:
                 wishes = [self.policy.wish(request, self.speculators[index]) for request in left]
             asked = [(r, w) for r, w in zip(left, wishes, strict=True) if w]
-            spent = self._ask(index, link, asked) if asked else 0.0
+            spent, answer = self._ask(index, link, asked) if asked else (0.0, None)
             self.seconds += spent
             if auto is not None:
-                auto.proposed(index, self._jitter(spent))
+                auto.proposed(index, self._jitter(spent), answer)
         if auto is not None:
             drafts = auto.trim([request.draft for request in self.requests])
             for request, draft in zip(self.requests, drafts, strict=True):
                 request.draft = draft
             auto.end(self.requests)
 
-    def _ask(self, index: int, link: Link, asked: list[tuple[Request, int | Budget]]) -> float:
-        gap = deepest = 0
+    def _ask(self, index: int, link: Link, asked: list[tuple[Request, int | Budget]]) -> tuple[float, Asked]:
+        gap = fed = deepest = 0
+        depths = {}
         for request, wish in asked:
-            gap += request.num_computed - link.seen.get(request.number, 0)
+            missed = request.num_computed - link.seen.get(request.number, 0)
+            gap += missed
+            fed += missed if missed > SHORT_GAP else 0
             link.seen[request.number] = request.num_computed
             depth = wish.max_depth if isinstance(wish, Budget) else wish
             assert depth <= (self.fixed or link.num_tokens)
             depth = min(depth, self.length - request.num_output_tokens - 1)
             deepest = max(deepest, depth)
+            if depth > 0:
+                depths[request.number] = depth
             if depth > 0 and self.random.random() < link.asking.fill:
                 request.draft = Draft(f"link {index}", self._draft(request, link, depth), link=index)
         link.calls += 1
         link.rows_asked += len(asked)
-        return link.asking.seconds(len(asked), deepest, gap, self.steps)
+        answer = Asked(depths, 0 if link.traits.token_only else fed)
+        return link.asking.seconds(len(asked), deepest, gap, self.steps), answer
 
     def _draft(self, request: Request, link: Link, depth: int) -> list[int]:
         at = len(request.tokens)

@@ -11,6 +11,7 @@ from specplug.contract.batch import Budget
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
 from specplug.speculation.acceptance import RowAcceptance
+from specplug.speculation.asked import SHORT_GAP, Asked
 from specplug.speculation.curve import CostCurve
 from specplug.speculation.draft import Draft
 from specplug.speculation.estimates import LinkEstimate, RowEstimate, rows_class
@@ -20,7 +21,6 @@ from specplug.speculation.prospect import LEAST_SLOPE, VERIFY_SLOPE, Prospect
 from specplug.speculation.trimming import keep_what_pays
 
 _MARGIN = 1.02
-_GAP = 16
 _SETTLED_STEPS, _SETTLED_DRAFTS = 4, 6
 _PREFERENCE = 1.1
 
@@ -63,7 +63,6 @@ class AutoBudget:
         self._fixed = FixedBudget()
         self._prospect = Prospect(0, self.targets)
         self._asked: list[tuple[Request, RowEstimate, int]] = []
-        self._gaps = 0
 
     def wish(self, request: Request, speculator: RegisteredSpeculator) -> Wish:
         """The upper bound, as in `BudgetPolicy.wish`; what decides is `plan`."""
@@ -89,7 +88,6 @@ class AutoBudget:
         """
         link = self.links[index]
         self._asked = []
-        self._gaps = 0
         wishes: list[Wish] = [None] * len(requests)
         candidates: list[_Candidate] = []
         for place, request in enumerate(requests):
@@ -147,7 +145,7 @@ class AutoBudget:
         late = [
             number
             for number, (c, depth) in enumerate(zip(candidates, depths, strict=True))
-            if depth and c.gap > _GAP and not prospect.repays(link, c.gap, _tokens_left(c.request), rate)
+            if depth and c.gap > SHORT_GAP and not prospect.repays(link, c.gap, _tokens_left(c.request), rate)
         ]
         if late:
             for number in late:
@@ -178,7 +176,7 @@ class AutoBudget:
         while ready:
             cost = link.ask_seconds(asked + len(ready), max(deepest, 1))
             cost -= link.ask_seconds(asked, deepest) if asked else 0.0
-            cost += link.feed * sum(c.gap for c in ready if c.gap > _GAP)
+            cost += link.feed * sum(c.gap for c in ready if c.gap > SHORT_GAP)
             if not link.compares:
                 cost += target(nodes + math.ceil(len(ready) * link.width)) - target(nodes)
             goes_on = any(c.row.probes and not c.row.misses for c in ready)
@@ -193,19 +191,22 @@ class AutoBudget:
 
     # ---- after ----------------------------------------------------------------------------------------------------
 
-    def proposed(self, index: int, seconds: float) -> None:
-        """A speculator was asked; its drafts are in `request.draft`. Guesses that are not to be verified are taken out."""
-        link, prospect, asked = self.links[index], self._prospect, self._asked
-        if not asked:
+    def proposed(self, index: int, seconds: float, asked: Asked | None) -> None:
+        """A speculator was asked, or was to be; guesses that are not to be verified are taken out of `request.draft`.
+
+        Args:
+            index: its place in the chain.
+            seconds: what planning and asking took.
+            asked: what came of it; None where it was not called, or failed: then nothing is learned.
+        """
+        link, prospect = self.links[index], self._prospect
+        prospect.spent += seconds if asked is None else self._learn_cost(link, asked, seconds)
+        if asked is None:
             return
-        deepest = max(depth for _, _, depth in asked)
-        if not self._gaps:
-            link.observe_ask(len(asked), deepest, seconds)
-        elif link.asks:
-            link.observe_feed(self._gaps, seconds - link.ask_seconds(len(asked), deepest))
-        prospect.spent += seconds
         is_last = index + 1 == len(self.links)
-        for request, row, depth in asked:
+        for request, row, depth in self._asked:
+            if request.number not in asked.depths:
+                continue
             draft = request.draft
             if not row.probes or draft is not None:
                 link.observe_fill(draft is not None)
@@ -223,6 +224,19 @@ class AutoBudget:
             prospect.nodes += len(draft)
             if not is_last:
                 prospect.tokens += sum(row.acceptance.gains(link.acceptance, depth, 0.0)[: len(draft)])
+
+    @staticmethod
+    def _learn_cost(link: LinkEstimate, asked: Asked, seconds: float) -> float:
+        """Takes in what asking took; returns what of it was drafting: catching up serves later steps too."""
+        rows = len(asked.depths)
+        if not asked.fed:
+            if rows:
+                link.observe_ask(rows, asked.deepest, seconds)
+            return seconds
+        drafting = min(link.ask_seconds(rows, asked.deepest) if rows else 0.0, seconds)
+        if link.asks:
+            link.observe_feed(asked.fed, seconds - drafting)
+        return drafting
 
     def trim(self, drafts: Sequence[Draft | None]) -> list[Draft | None]:
         """Keeps the nodes of scored drafts that are worth verifying."""
@@ -303,8 +317,6 @@ class AutoBudget:
 
     def _ask(self, candidate: _Candidate, depth: int) -> None:
         self._asked.append((candidate.request, candidate.row, depth))
-        if candidate.gap > _GAP:
-            self._gaps += candidate.gap
 
     def _limit(self, link: LinkEstimate, request: Request) -> int:
         """The deepest draft that a row can use."""

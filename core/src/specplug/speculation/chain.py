@@ -18,6 +18,7 @@ from specplug.contract.resources import Resources
 from specplug.errors import PluginError
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
+from specplug.speculation.asked import SHORT_GAP, Asked
 from specplug.speculation.auto import AutoBudget
 from specplug.speculation.draft import trim_drafts
 from specplug.speculation.policy import NO_BUDGET, BudgetPolicy, plan_budgets
@@ -149,9 +150,9 @@ class SpeculatorChain:
                 if request.outcome is not None and self._links[request.outcome_link] is link:
                     link.outcomes[request.number] = request.outcome
             started = time.perf_counter()
-            self._ask(link, *self._wishes(index, requests), node_limit, reserve)
+            asked = self._ask(link, *self._wishes(index, requests), node_limit, reserve)
             if auto is not None:
-                auto.proposed(index, time.perf_counter() - started)
+                auto.proposed(index, time.perf_counter() - started, asked)
         self._keep_unseen_states(requests)
         total = node_limit * decoding
         if self._max_num_draft_tokens is not None:
@@ -189,7 +190,8 @@ class SpeculatorChain:
 
     def _ask(
         self, link: _Link, requests: list[Request], wishes: list[int | Budget], node_limit: int, reserve: Any
-    ) -> None:
+    ) -> Asked | None:
+        """Asks a speculator for drafts; returns what was asked, or None where there was nothing to ask or it failed."""
         traits = link.speculator.traits
         wishes = [0 if r.num_pending > 1 else w for r, w in zip(requests, wishes, strict=True)]
         budgets = plan_budgets(requests, wishes, traits, self._max_model_len, node_limit)
@@ -202,7 +204,7 @@ class SpeculatorChain:
             chosen = [i for i, budget in enumerate(budgets) if budget.max_nodes]
             requests, budgets = [requests[i] for i in chosen], [budgets[i] for i in chosen]
         if not requests and not link.ended:
-            return
+            return None
         batch = self._build_batch(link, requests, budgets)
         started = time.perf_counter()
         try:
@@ -210,17 +212,20 @@ class SpeculatorChain:
             drafts = check_proposal(proposal, budgets, link.speculator.method, self._vocab_size)
         except Exception as error:
             self._fault(link, requests, error)
-            return
+            return None
         finally:
             elapsed = time.perf_counter() - started
             link.seconds += elapsed
         if elapsed > _SLOW_SECONDS:
             logger.warning("speculator '%s' took %.1f s for one proposal", link.speculator.method, elapsed)
         link.faults_in_a_row = 0
-        for request, draft in zip(requests, drafts, strict=True):
+        place = self._links.index(link)
+        for request, draft, budget in zip(requests, drafts, budgets, strict=True):
             request.draft = draft
             if draft is not None:
-                draft.link = self._links.index(link)
+                draft.link, draft.allowed = place, budget.max_nodes
+        depths = {r.number: budget.max_depth for r, budget in zip(requests, budgets, strict=True) if budget.max_nodes}
+        return Asked(depths, 0 if traits.token_only else _fed(batch))
 
     def _build_batch(self, link: _Link, requests: Sequence[Request], budgets: Sequence[Budget]) -> ProposalBatch:
         traits = link.speculator.traits
@@ -311,3 +316,9 @@ class SpeculatorChain:
             if self._auto is not None:
                 self._auto.retire(self._links.index(link))
             logger.warning("speculator '%s' failed %d times in a row and is switched off", method, link.faults_in_a_row)
+
+
+def _fed(batch: ProposalBatch) -> int:
+    """Tokens that a speculator with a state takes in beside those of the last step."""
+    sizes = [(len(row.computed), row.budget.max_nodes) for row in batch.rows]
+    return sum(size for size, nodes in sizes if size > SHORT_GAP or not nodes)

@@ -20,6 +20,7 @@ class Draft:
         scores: scores of a deterministic tree's nodes, or None.
         probs: what the nodes were drawn from, or None for a deterministic draft.
         link: the proposer's place in the chain of speculators; a method may occur in it twice.
+        allowed: the most nodes that it was asked for.
     """
 
     method: str
@@ -28,6 +29,7 @@ class Draft:
     scores: list[float] | None = None
     probs: DraftDistributions | None = None
     link: int = 0
+    allowed: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -35,10 +37,6 @@ class Draft:
     def parent_list(self) -> list[int]:
         """Each node's parent, chains included."""
         return list(range(-1, len(self.tokens) - 1)) if self.parents is None else self.parents
-
-    def depths(self) -> list[int]:
-        """Each node's depth; a child of the root has depth 1."""
-        return depths_of(self.parent_list())
 
     def keep(self, nodes: Sequence[int]) -> Draft:
         """The draft of an ancestor-closed subset of nodes, given in ascending order."""
@@ -57,7 +55,13 @@ class Draft:
             scores=None if self.scores is None else [self.scores[node] for node in nodes],
             probs=probs,
             link=self.link,
+            allowed=self.allowed,
         )
+
+    @property
+    def weight(self) -> int:
+        """Nodes it counts for where drafts are cut: what was allowed if it was sampled, since their number may tell tokens."""
+        return len(self) if self.probs is None else max(self.allowed, len(self))
 
 
 def depths_of(parents: Sequence[int]) -> list[int]:
@@ -72,10 +76,11 @@ def trim_drafts(drafts: Sequence[Draft | None], total: int) -> list[Draft | None
     """Keeps at most `total` nodes over all rows.
 
     Deterministic trees with scores keep the best nodes of all rows together, which are ancestor-closed. Other drafts keep their
-    first nodes, up to an equal share of the total: which nodes go must not depend on the tokens that were sampled.
+    first nodes, up to an equal share of the total: which nodes go must not depend on the tokens that were sampled, nor on
+    how many came, since a speculator may stop where it is unsure.
     """
     count = sum(draft is not None for draft in drafts)
-    if sum(len(draft) for draft in drafts if draft is not None) <= total:
+    if sum(draft.weight for draft in drafts if draft is not None) <= total:
         return list(drafts)
     share = total // count
     cut = [

@@ -1,0 +1,28 @@
+"""What a speculator was really asked in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+
+SHORT_GAP = 16
+"""Tokens that a row may be behind without its catching up being worth a mention."""
+
+
+@attrs.frozen
+class Asked:
+    """One call of `propose` that went well; its drafts are in `request.draft`.
+
+    Attributes:
+        depths: request number → the deepest node it was allowed. Rows that might not draft are left out.
+        fed: tokens it had to take in beside those of the last step: prompts, and what rows missed while they slept.
+    """
+
+    depths: Mapping[int, int]
+    fed: int = 0
+
+    @property
+    def deepest(self) -> int:
+        """The deepest node of any row; 0 where none might draft."""
+        return max(self.depths.values(), default=0)
