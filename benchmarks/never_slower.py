@@ -5,8 +5,9 @@ fixed length with good ones.
 
 Within every repetition each batch of prompts is served by all contestants in turn, in an order that is drawn anew; reported
 are means of the ratios of the repetitions' times, with 95 % intervals (Student's t). Which fixed length is best is decided by
-one half of the repetitions and measured in the other, and the other way round: the best of several is else also the luckiest. *Adversarial* speculators are the shipped ones at their full cost, whose
-drafts are replaced by tokens that the target has least reason to say: `ngram` (it is made to draft always), `draft_model`,
+one half of the repetitions and measured in the other, and the other way round: the best of several is else also the luckiest.
+
+*Adversarial* speculators are the shipped ones at their full cost, whose drafts are replaced by tokens that the target has least reason to say: `ngram` (it is made to draft always), `draft_model`,
 `eagle3`. *Good* ones are the shipped ones as they are. Every engine first serves all prompts once, unmeasured; it then knows
 its costs, as an engine does that has been up for some seconds.
 """
@@ -99,7 +100,7 @@ def interval(ratios: list[float]) -> dict[str, float]:
 
 
 def against_best(seconds: Mapping[str, list[float]], lengths: Sequence[str]) -> list[float]:
-    """Ratios of the best fixed length's time to the automatic one's; each half of the repetitions is judged by the other's best."""
+    """Ratios of the best fixed length's time to the automatic one's, either half judged by the other's best length."""
     ratios = []
     for half in (0, 1):
         best = min(lengths, key=lambda name: sum(seconds[name][1 - half :: 2]))
