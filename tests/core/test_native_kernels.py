@@ -82,6 +82,69 @@ def test_attention_equals_pytorch(
         torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
 
 
+def attend_long_rows(is_native: bool, dtype: torch.dtype, window: int | None, sinks: bool) -> torch.Tensor:
+    """A decoding row that is cut into ranges, a short one, a tree behind a long prefix, and a prompt; one KV head of three."""
+    torch.manual_seed(0)
+    cache = KVCache([KVLayer(1, 32, 32)], 900, BLOCK, dtype, torch.device("cpu"))
+    cache.keys[0].normal_()
+    cache.values[0].normal_()
+    free = list(range(900))
+    rows = []
+    for start, count, tree, first in [
+        (2999, 1, None, 0),
+        (15, 1, None, 0),
+        (1530, 30, TreeMask.from_parents(1530, [-1, 0, -1] + [2] * 26), 0),
+        (700, 40, None, 600),
+        (1023, 2, None, 0),
+    ]:
+        table = BlockTable(BLOCK)
+        table.extend([free.pop() for _ in range(-(-(start + count) // BLOCK))])
+        rows.append(ForwardRow([0] * count, start, table, tree, first=first))
+    total = sum(len(row.tokens) for row in rows)
+    query, key, value = (torch.randn(1, heads, total, 32, dtype=dtype) for heads in (3, 1, 1))
+    site = AttentionSite(cache.keys[0], cache.values[0])
+    site.batch = ForwardBatch(rows, cache)
+    site.batch.is_native = is_native
+    return site.attend(query, key, value, 32**-0.5, window, None, torch.randn(3, dtype=dtype) if sinks else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 1100])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_rows_that_are_cut_into_ranges(dtype: torch.dtype, window: int | None, sinks: bool) -> None:
+    """The same as PyTorch's, and bit for bit the same with any number of threads."""
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(attend_long_rows(True, dtype, window, sinks))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    expected = attend_long_rows(False, dtype, window, sinks)
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(results[0], expected, atol=tolerance, rtol=tolerance)
+
+
+def test_a_range_more_or_less_changes_nothing_for_a_query() -> None:
+    """Where a row is cut depends on its entries' numbers: a longer draft leaves its first query bit for bit as it is."""
+    cache = KVCache([KVLayer(1, 32, 32)], 200, BLOCK, torch.float32, torch.device("cpu"))
+    torch.manual_seed(0)
+    cache.keys[0].normal_()
+    cache.values[0].normal_()
+    query, key, value = (torch.randn(1, heads, 9, 32) for heads in (3, 1, 1))
+    table = BlockTable(BLOCK)
+    table.extend(range(200))
+    results = []
+    for count in (1, 4, 9):  # entries up to 1021, 1024 and 1029
+        batch = ForwardBatch([ForwardRow([0] * count, 1020, table)], cache)
+        site = AttentionSite(cache.keys[0], cache.values[0])
+        site.batch = batch
+        results.append(site.attend(query[:, :, :count], key[:, :, :count], value[:, :, :count], 1.0, None, None, None))
+    assert all(torch.equal(results[0][:, 0], other[:, 0]) for other in results[1:])
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 5, 14, 15, 29, 230])
 @pytest.mark.parametrize(("inner", "outers"), [(64, (32, 96, 7)), (30, (5, 64)), (2, (1,)), (4200, (40,))])

@@ -12,6 +12,8 @@ namespace {
 
 using at::Tensor;
 
+constexpr int64_t kTooLittle = 16384;  // work that is over before another thread wakes up
+
 template <typename T>
 T* data_of(const Tensor& tensor) {
   return reinterpret_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
@@ -34,52 +36,72 @@ void attend_typed(const Tensor& query, const Tensor& key, const Tensor& value, c
                     new_values + head * value.stride(1) + token * value.stride(2), sizeof(T) * shape.value_dim);
       }
   });
-  struct Item {
-    int64_t row, head, first, last;
-  };
-  std::vector<Item> items;
-  const int64_t group = shape.heads / kv_heads;
+  Shares shares = share_out(plan, shape);
+  thread_local std::vector<float> partials;
+  if (static_cast<int64_t>(partials.size()) < shares.partials) partials.resize(shares.partials);
+  Attention<T> attention(data_of<T>(query), cached_keys, cached_values, data_of<T>(out), plan, shape, sinks, shares,
+                         partials.data());
   int64_t work = 0;
-  for (int64_t index = 0; index < plan.rows(); ++index) {
-    const Row row = plan.row(index);
-    for (int64_t first = 0; first < group * row.count; first += kQueryBlock)
-      for (int64_t head = 0; head < kv_heads; ++head)
-        items.push_back({index, head, first, std::min(first + kQueryBlock, group * row.count)});
-    work += row.length * row.count * group * kv_heads;
-  }
-  const T* queries = data_of<T>(query);
-  T* to = data_of<T>(out);
-  const auto run = [&](int64_t begin, int64_t end) {
-    thread_local std::vector<char> scratch;
-    for (int64_t index = begin; index < end; ++index) {
-      const Item& item = items[index];
-      attend_block<T>(queries, cached_keys, cached_values, to, plan, plan.row(item.row), item.head, item.first,
-                      item.last, shape, sinks, scratch);
-    }
-  };
-  const int64_t count = static_cast<int64_t>(items.size());
-  at::parallel_for(0, count, work < 2048 ? count : 1, run);
+  for (const Share& share : shares.items) work += share.work();
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), work < kTooLittle ? 1 : shares.items.size());
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { attention.work(); });
+}
+
+void check_slots(const Tensor& slots, int64_t tokens, int64_t most) {
+  TORCH_CHECK(slots.numel() >= tokens, "attend: ", slots.numel(), " slots for ", tokens, " tokens");
+  const int64_t* slot = slots.const_data_ptr<int64_t>();
+  for (int64_t token = 0; token < tokens; ++token)
+    TORCH_CHECK(slot[token] >= 0 && slot[token] < most, "attend: slot ", slot[token], " of a cache of ", most);
+}
+
+void check_attend(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& keys, const Tensor& values,
+                  const Tensor& plan, const Tensor& slots, const std::optional<Tensor>& sinks) {
+  const auto type = query.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16, "attend: runs in float32 or bfloat16, not ", type);
+  for (const auto& [name, other] : {std::pair<const char*, const Tensor&>{"key", key}, {"value", value},
+                                    {"cached keys", keys}, {"cached values", values}})
+    TORCH_CHECK(other.scalar_type() == type, "attend: the query is ", type, ", but the ", name, " ", other.scalar_type());
+  TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4 && query.size(0) == 1 && key.size(0) == 1 &&
+                  value.size(0) == 1,
+              "attend: expected query, key and value of shape [1, heads, tokens, dim], not ", query.sizes(), ", ",
+              key.sizes(), " and ", value.sizes());
+  const int64_t heads = key.size(1), tokens = query.size(2);
+  TORCH_CHECK(heads > 0 && query.size(1) % heads == 0 && value.size(1) == heads && key.size(2) == tokens &&
+                  value.size(2) == tokens && key.size(3) == query.size(3),
+              "attend: query ", query.sizes(), ", key ", key.sizes(), " and value ", value.sizes(), " do not go together");
+  for (const auto& [name, cached, own] : {std::tuple<const char*, const Tensor&, const Tensor&>{"keys", keys, key},
+                                          {"values", values, value}})
+    TORCH_CHECK(cached.dim() == 3 && cached.is_contiguous() && cached.size(0) == heads && cached.size(2) == own.size(3),
+                "attend: expected a dense cache of ", name, " of shape [", heads, ", slots, ", own.size(3), "], not ",
+                cached.sizes());
+  TORCH_CHECK(keys.size(1) == values.size(1), "attend: ", keys.size(1), " slots of keys, but ", values.size(1), " of values");
+  TORCH_CHECK(plan.scalar_type() == at::kInt && plan.dim() == 1 && plan.is_contiguous(),
+              "attend: expected a dense int32 plan, not ", plan.scalar_type(), " ", plan.sizes());
+  TORCH_CHECK(slots.scalar_type() == at::kLong && slots.dim() == 1 && slots.is_contiguous(),
+              "attend: expected dense int64 slots, not ", slots.scalar_type(), " ", slots.sizes());
+  TORCH_CHECK(!sinks.has_value() || sinks->numel() == query.size(1), "attend: expected ", query.size(1), " sinks");
 }
 
 // See `AttentionSite.attend`; `plan` and `slots` are those of the batch.
 Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& keys, const Tensor& values,
               const Tensor& plan, const Tensor& slots, double scaling, int64_t window, double softcap,
               const std::optional<Tensor>& sinks) {
+  check_attend(query, key, value, keys, values, plan, slots, sinks);
   const Tensor q = query.stride(3) == 1 ? query : query.contiguous(), k = key.stride(3) == 1 ? key : key.contiguous(),
                v = value.stride(3) == 1 ? value : value.contiguous();
+  const Plan view{plan.const_data_ptr<int32_t>(), plan.numel()};
+  view.check(q.size(2), keys.size(1));
+  check_slots(slots, view.tokens(), keys.size(1));
   Tensor out = at::empty({1, q.size(2), q.size(1), v.size(3)}, q.options());
+  if (view.tokens() < q.size(2)) out.zero_();
   const Shape shape{q.size(1), k.size(1), q.size(2), q.size(3), v.size(3), keys.size(1), q.stride(1), q.stride(2),
                     static_cast<float>(scaling), window, static_cast<float>(softcap)};
   Tensor float_sinks;
   if (sinks.has_value()) float_sinks = sinks->to(at::kFloat).contiguous();
   const float* sink = sinks.has_value() ? float_sinks.const_data_ptr<float>() : nullptr;
-  const Plan view{plan.const_data_ptr<int32_t>()};
-  TORCH_CHECK(view.tokens() <= q.size(2), "the plan describes more tokens than there are queries");
-  if (view.tokens() < q.size(2)) out.zero_();
   if (q.scalar_type() == at::kBFloat16) {
     attend_typed<bf16>(q, k, v, keys, values, view, slots, shape, sink, out);
   } else {
-    TORCH_CHECK(q.scalar_type() == at::kFloat, "attention runs in float32 or bfloat16, not ", q.scalar_type());
     attend_typed<float>(q, k, v, keys, values, view, slots, shape, sink, out);
   }
   return out;
@@ -88,6 +110,8 @@ Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, const
 #if SPECPLUG_BF16_DOT
 
 Tensor pack(const Tensor& weight) {
+  TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.dim() == 2 && weight.size(1) > 0,
+              "pack_weight: expected a bfloat16 matrix, not ", weight.scalar_type(), " ", weight.sizes());
   const Tensor dense = weight.contiguous();
   const int64_t outs = dense.size(0), ins = dense.size(1);
   TORCH_CHECK(ins % 2 == 0, "an odd number of inputs cannot be packed");
@@ -96,9 +120,20 @@ Tensor pack(const Tensor& weight) {
   return packed;
 }
 
+void check_product(const Tensor& packed, const std::optional<Tensor>& bias, int64_t ins, int64_t outs) {
+  const int64_t panels = (outs + kPanel - 1) / kPanel;
+  TORCH_CHECK(outs > 0 && ins % 2 == 0 && packed.scalar_type() == at::kBFloat16 && packed.dim() == 2 &&
+                  packed.is_contiguous() && packed.size(0) == panels && packed.size(1) == panel_elements(ins),
+              "linear: for ", ins, " inputs and ", outs, " outputs expected a packed bfloat16 weight of ", panels, " x ",
+              panel_elements(ins), ", not ", packed.scalar_type(), " ", packed.sizes());
+  TORCH_CHECK(!bias.has_value() || bias->numel() == outs, "linear: expected a bias of ", outs, ", not ", bias->sizes());
+}
+
 // Several products of the same rows, in one parallel region: each weight is [out_features, in], packed.
 std::vector<Tensor> linears(const Tensor& input, const std::vector<Tensor>& packed,
                             const std::vector<std::optional<Tensor>>& biases, const std::vector<int64_t>& out_features) {
+  TORCH_CHECK(input.scalar_type() == at::kBFloat16 && input.dim() > 0 && input.size(-1) > 0,
+              "linear: expected bfloat16 rows, not ", input.scalar_type(), " ", input.sizes());
   const Tensor x = input.contiguous();
   const int64_t ins = x.size(-1), rows = x.numel() / ins;
   struct Product {
@@ -111,6 +146,7 @@ std::vector<Tensor> linears(const Tensor& input, const std::vector<Tensor>& pack
   std::vector<Product> products;
   int64_t panels = 0;
   for (size_t index = 0; index < packed.size(); ++index) {
+    check_product(packed[index], biases[index], ins, out_features[index]);
     auto sizes = x.sizes().vec();
     sizes.back() = out_features[index];
     outs.push_back(at::empty(sizes, x.options()));
