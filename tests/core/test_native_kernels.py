@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from specplug.model.attention import AttentionSite
 from specplug.model.blocks import BlockTable
 from specplug.model.forward import ForwardBatch, ForwardRow, TreeMask
 from specplug.model.kv_cache import KVCache
+from specplug.native.build import find_compiler
 from specplug.native.operators import JOINED
 
 NATIVE = native.load()
@@ -200,11 +202,15 @@ def test_a_broken_compiler_and_a_damaged_library_are_survived(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert "no such thing" in done.stderr
     assert not list((tmp_path / "native").iterdir())
-    done = run_python(tmp_path, PROGRAM)
+    wrapper = tmp_path / "wrapper"
+    wrapper.write_text('#!/bin/sh\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    compiler = shlex.join([str(wrapper), *find_compiler()])
+    done = run_python(tmp_path, PROGRAM, CXX=compiler)
     assert done.stdout.rstrip().endswith("True"), done.stderr
     (library,) = (tmp_path / "native").iterdir()
     library.write_bytes(b"cut off")
-    done = run_python(tmp_path, PROGRAM)
+    done = run_python(tmp_path, PROGRAM, CXX=compiler)
     assert done.stdout.rstrip().endswith("True"), done.stderr
 
 

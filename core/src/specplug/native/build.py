@@ -8,12 +8,12 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from specplug.cache import default_cache_folder
+from specplug.cache import CacheError, check_private, new_file, private_folder
 
 _SOURCES = Path(__file__).parent / "kernels"
 _FLAGS = (
@@ -35,68 +35,95 @@ class BuildError(Exception):
     """The kernels cannot be compiled here; the message says why."""
 
 
-def find_compiler() -> str | None:
-    """The C++ compiler: `$CXX`, else the first of c++, g++ and clang++ on the path."""
-    named = os.environ.get("CXX")
-    for name in (named,) if named else ("c++", "g++", "clang++"):
-        found = shutil.which(shlex.split(name)[0]) if name else None
-        if found:
-            return found
-    return None
+def find_compiler() -> list[str]:
+    """The command that compiles C++: `$CXX`, with its arguments; else the first of c++, g++ and clang++ on the path.
+
+    Raises:
+        BuildError: there is none.
+    """
+    named = os.environ.get("CXX", "").strip()
+    if not named:
+        found = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+        if found is None:
+            raise BuildError("no C++ compiler was found (install g++, or name one in CXX)")
+        return [found]
+    try:
+        command = shlex.split(named)
+    except ValueError as error:
+        raise BuildError(f"CXX cannot be read as a command ({error}): {named}") from error
+    if not command or shutil.which(command[0]) is None:
+        raise BuildError(f"CXX names {named!r}, which is not there")
+    return command
 
 
 def build_library() -> Path:
     """Compiles the kernels unless that has been done; returns the shared library.
 
     Raises:
-        BuildError: there is no compiler, it fails, or the cache folder cannot be written.
+        BuildError: there is no compiler, it fails, the cache folder cannot be used, or the library could not be loaded before.
     """
     if platform.system() != "Linux":
         raise BuildError(f"native kernels are built on Linux only, not on {platform.system()}")
     compiler = find_compiler()
-    if compiler is None:
-        raise BuildError("no C++ compiler was found (install g++, or name one in CXX)")
-    folder = default_cache_folder() / "native"
-    library = folder / f"kernels-{_key(compiler)}.so"
-    if library.is_file():
-        return library
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
-        os.close(handle)
+        library = private_folder("native") / f"kernels-{_key(compiler)}.so"
+        if library.is_file():
+            check_private(library)
+            return library
+    except CacheError as error:
+        raise BuildError(str(error)) from error
+    _check_unloadable(library)
+    try:
+        with new_file(library) as temporary:
+            _compile(compiler, temporary)
     except OSError as error:
-        raise BuildError(f"the cache folder {folder} cannot be written: {error}") from error
-    try:
-        _compile(compiler, temporary)
-        os.replace(temporary, library)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        raise BuildError(f"the cache folder {library.parent} cannot be written: {error}") from error
     return library
 
 
-def _compile(compiler: str, output: str) -> None:
+def mark_unloadable(library: Path, reason: str) -> None:
+    """Remembers that a library that was just built could not be loaded: the next start does not build it again."""
+    library.unlink(missing_ok=True)
+    with suppress(OSError):
+        _marker(library).write_text(reason, encoding="utf-8")
+
+
+def _check_unloadable(library: Path) -> None:
+    marker = _marker(library)
+    try:
+        reason = marker.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return
+    raise BuildError(f"the library could not be loaded when it was built (delete {marker} to try again): {reason}")
+
+
+def _marker(library: Path) -> Path:
+    return library.with_suffix(".unloadable")
+
+
+def _compile(compiler: list[str], output: Path) -> None:
     root = Path(torch.__file__).parent
     includes = [root / "include", root / "include" / "torch" / "csrc" / "api" / "include"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    command = [compiler, *_FLAGS, abi, *(f"-I{path}" for path in includes), str(_SOURCES / "kernels.cpp")]
-    command += ["-o", output, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+    command = [*compiler, *_FLAGS, abi, *(f"-I{path}" for path in includes), str(_SOURCES / "kernels.cpp")]
+    command += ["-o", str(output), f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{compiler} failed: {error}") from error
+        raise BuildError(f"{shlex.join(compiler)} failed: {error}") from error
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [""]
-        raise BuildError(f"{compiler} failed: {lines[0].strip()[:300]}")
+        raise BuildError(f"{shlex.join(compiler)} failed: {lines[0].strip()[:300]}")
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: list[str]) -> str:
     """What a compiled library depends on: sources, flags, compiler, PyTorch and this processor's instructions."""
     digest = hashlib.sha256()
     for source in sorted(_SOURCES.iterdir()):
         digest.update(source.read_bytes())
-    status = Path(compiler).resolve().stat()
-    facts = (_FLAGS, torch.__version__, compiler, status.st_size, status.st_mtime_ns, _instructions())
-    digest.update(repr(facts).encode())
+    programs = [Path(found).resolve().stat() for found in map(shutil.which, compiler) if found]  # `ccache g++`: both
+    changes = [(status.st_size, status.st_mtime_ns) for status in programs]
+    digest.update(repr((_FLAGS, torch.__version__, compiler, changes, _instructions())).encode())
     return digest.hexdigest()[:24]
 
 

@@ -6,10 +6,11 @@ import ctypes
 import logging
 import os
 import threading
+from pathlib import Path
 
 import torch
 
-from specplug.native.build import BuildError, build_library
+from specplug.native.build import BuildError, build_library, mark_unloadable
 
 logger = logging.getLogger("specplug")
 _lock = threading.Lock()
@@ -40,18 +41,30 @@ def _try_to_load() -> bool:
     import specplug.native.operators  # noqa: F401 - the schemas that the library implements
 
     try:
-        path = build_library()
-        try:
-            torch.ops.load_library(str(path))
-        except OSError:  # cut off by a full disk, say: once more from the sources
-            path.unlink(missing_ok=True)
-            torch.ops.load_library(str(build_library()))
+        path = _load_library()
         _State.key = path.stem
         _State.has_bf16_dot = bool(ctypes.CDLL(str(path)).kernels_have_bf16_dot())
     except (BuildError, OSError) as error:
         logger.warning("native kernels are not used, PyTorch's are: %s", error)
         return False
     return True
+
+
+def _load_library() -> Path:
+    """Loads the library; from the sources once more if that fails: what lies there may be cut off by a full disk."""
+    path = build_library()
+    try:
+        torch.ops.load_library(str(path))
+        return path
+    except OSError:
+        path.unlink(missing_ok=True)
+    path = build_library()
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:  # a folder from which nothing may be executed, say
+        mark_unloadable(path, str(error))
+        raise
+    return path
 
 
 def available() -> bool:

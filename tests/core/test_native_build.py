@@ -1,0 +1,104 @@
+"""Which compiler is called, and what is done when a library cannot be loaded."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from specplug.native import build, library
+from specplug.native.build import BuildError, build_library, find_compiler
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SPECPLUG_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "native"
+
+
+def program(path: Path) -> Path:
+    path.write_text('#!/bin/sh\necho "$@" > "$0.called"\nexit 1\n')
+    path.chmod(0o755)
+    return path
+
+
+def test_all_words_of_cxx_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapper, compiler = program(tmp_path / "my cache"), program(tmp_path / "g++")
+    monkeypatch.setenv("CXX", f"'{wrapper}' {compiler} -pipe")
+    assert find_compiler() == [str(wrapper), str(compiler), "-pipe"]
+    key = build._key(find_compiler())
+    with pytest.raises(BuildError, match=r"my cache' .* failed"):
+        build_library()
+    assert (tmp_path / "my cache.called").read_text().startswith(f"{compiler} -pipe -O3 ")
+    compiler.write_text("another version")
+    assert build._key(find_compiler()) != key
+
+
+@pytest.mark.parametrize("named", ["", "  "])
+def test_an_empty_cxx_names_nothing(named: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", named)
+    program(tmp_path / "g++")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_compiler() == ["g++"]
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(BuildError, match=r"no C\+\+ compiler was found"):
+        find_compiler()
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [("no-such-compiler -O1", "CXX names 'no-such-compiler -O1', which is not there"), ("'", "CXX")],
+)
+def test_a_cxx_that_is_not_there_is_named(named: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", named)
+    with pytest.raises(BuildError, match=message):
+        build_library()
+
+
+def test_a_library_that_cannot_be_loaded_is_built_twice_and_never_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As from a file system on which nothing may be executed."""
+    built: list[Path] = []
+
+    def compile_(compiler: list[str], output: Path) -> None:
+        built.append(output)
+        output.write_text("a library")
+
+    def refuse(path: str) -> None:
+        raise OSError(f"{path}: failed to map segment")
+
+    monkeypatch.setattr(build, "_compile", compile_)
+    monkeypatch.setattr(torch.ops, "load_library", refuse)
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert not library._try_to_load()
+        (record,) = caplog.records
+        assert "failed to map segment" in record.getMessage()
+    assert len(built) == 2
+    (marker,) = folder.iterdir()
+    assert f"delete {marker} to try again" in record.getMessage()
+    marker.unlink()
+    library._try_to_load()
+    assert len(built) == 4
+
+
+def test_a_library_that_others_may_write_to_is_not_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr(build, "_compile", lambda compiler, output: output.write_text("a library"))
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    path = build_library()
+    path.chmod(0o722)
+    with caplog.at_level(logging.WARNING):
+        assert not library._try_to_load()
+    path.chmod(0o700)
+    folder.chmod(0o777)
+    with caplog.at_level(logging.WARNING):
+        assert not library._try_to_load()
+    assert [f"others may write to {part}" in caplog.text for part in (path, folder)] == [True, True]
+    assert not loaded
