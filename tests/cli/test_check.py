@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import attrs
 import pytest
 from fake_plugins import install, specplug
 
@@ -44,7 +45,7 @@ def test_a_part_of_the_kit_does_not_make_a_method_conformant(tmp_path: Path) -> 
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["CHECK", "VERDICT", "SECONDS", "EVIDENCE"]
     assert [line.split()[:2] for line in lines[1:4]] == [["startup", "ok"], ["budgets", "ok"], ["tokens", "ok"]]
-    assert lines[-1] == "fake (specplug-fake 1.2): the 3 checks that were chosen found nothing"
+    assert lines[-1] == "fake (specplug-fake 1.2): only 3 of 21 checks were run; none failed"
     assert result.stderr == ""
 
 
@@ -54,7 +55,7 @@ def test_a_method_that_fails(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "expected: at most row.budget.max_nodes nodes" in result.stdout
     assert "got: " in result.stdout
-    assert "see: docs/conformance.md#budgets" in result.stdout
+    assert "see: specplug check --explain budgets" in result.stdout
     assert result.stdout.splitlines()[-1] == "over (specplug-over 1.2): not conformant: budgets"
 
 
@@ -70,7 +71,9 @@ def test_json_is_one_object(tmp_path: Path) -> None:
         "version": "1.2",
         "target": None,
         "conformant": False,
+        "complete": False,
         "failed": ["budgets"],
+        "nothing_seen": [],
         "overrides_verify": False,
     }
     assert [(each["check"], each["verdict"]) for each in checks] == [
@@ -86,7 +89,7 @@ def test_a_given_target_and_an_observer(tmp_path: Path) -> None:
     result = specplug("check", "looker", "--target", "tiny", "--quick", "--only", "wrappers", path=path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "unchanged by wrappers of propose" in result.stdout
-    assert result.stdout.splitlines()[-1] == "looker (specplug-looker 1.2): the 2 checks that were chosen found nothing"
+    assert result.stdout.splitlines()[-1] == "looker (specplug-looker 1.2): only 2 of 6 checks were run; none failed"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +117,32 @@ def test_only_the_whole_kit_makes_a_method_conformant() -> None:
     from specplug.testing import CHECKS, CheckResult
 
     results = [CheckResult(check=check, verdict="ok", text="", seconds=0.0) for check in CHECKS]
-    whole = CheckReport("m", "p", "1", None, results)
-    part = CheckReport("m", "p", "1", None, results[:-1])
+    unseen = attrs.evolve(results[-1], verdict="nothing seen")
+    whole = CheckReport("m", "p", "1", None, CHECKS, results)
+    part = CheckReport("m", "p", "1", None, CHECKS, results[:-1])
+    quiet = CheckReport("m", "p", "1", None, CHECKS, [*results[:-1], unseen])
     assert (whole.is_conformant, whole.summary) == (True, "m (p 1): conformant")
-    assert (part.is_conformant, part.as_json()["conformant"]) == (False, False)
+    assert part.as_json()["conformant"] is None
+    assert quiet.as_json()["conformant"] is None
+    assert quiet.summary == f"m (p 1): it drafted nothing that these could judge: {CHECKS[-1].name}"
+
+
+def test_a_part_of_the_kit_leaves_it_open_whether_a_method_is_conformant(tmp_path: Path) -> None:
+    path = install(tmp_path, "specplug-fake", methods={"fake": ""})
+    result = specplug("check", "fake", "--quick", "--only", "startup", "--json", path=path)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["conformant"], report["complete"], report["failed"]) == (None, False, [])
+
+
+def test_what_a_message_refers_to_is_at_hand() -> None:
+    from specplug.testing import CHECKS
+
+    for check in (CHECKS[0], CHECKS[-1]):
+        arguments = check.see.split()[1:]
+        result = specplug(*arguments)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.strip() == check.explanation.replace("**", "")
+    result = specplug("check", "--explain", "budget")
+    assert result.returncode == 1
+    assert "no check named 'budget'; did you mean 'budgets'?" in result.stderr

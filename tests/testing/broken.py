@@ -9,10 +9,10 @@ from typing import Any
 
 import attrs
 import torch
-from good import Lookup, Reader, Sampler, Table
+from good import Learner, Lookup, Reader, Sampler, Table
 from safetensors.torch import load_file
 
-from specplug import MemoryRegion, Proposal, Verdict, hookimpl
+from specplug import MemoryRegion, Proposal, SpeculatorTraits, Verdict, hookimpl
 from specplug.sampling.randomness import Stream
 from specplug.speculation.verification.verifier import LosslessVerifier
 from specplug.testing import Flags
@@ -260,6 +260,10 @@ class WithWrapper:
         return self.make(config, target)
 
 
+class LearnsInSecret(Learner):
+    traits = SpeculatorTraits()
+
+
 class Trims(WithWrapper):
     @hookimpl(wrapper=True)
     def propose(self, batch: Any) -> Any:
@@ -306,6 +310,7 @@ def _model(cls: type) -> Callable[[Any, Any], Any]:
 GOOD: dict[str, Case] = {
     "lookup": Case(_plain(Lookup), set(), Flags(deterministic=True, samples=False, drafts=True)),
     "sampler": Case(_of_target(Sampler), set(), Flags(samples=True, drafts=True)),
+    "learner": Case(_plain(Learner), set(), Flags(samples=False, drafts=True)),
     "reader": Case(_of_target(Reader), set(), Flags(reads_states=True, deterministic=True, owns_kv=False)),
 }
 BROKEN: dict[str, Case] = {
@@ -313,6 +318,7 @@ BROKEN: dict[str, Case] = {
     "weights read at load": Case(_of_target(ReadsWeightsAtLoad), {"loading"}),
     "raising sometimes": Case(_plain(RaisesSometimes), {"validity"}),
     "ids outside the vocabulary": Case(_plain(UnknownToken), {"validity"}),
+    "learning without saying so": Case(_plain(LearnsInSecret), {"rollback", "rows", "leftovers"}),
     "NaN": Case(_of_target(NotANumber), {"validity"}),
     "ignoring budgets": Case(_plain(OverBudget), {"budgets"}),
     "drafting without a budget": Case(_of_target(DraftsWithoutBudget), {"budgets"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,29 @@ from specplug import (
 )
 from specplug.testing.lookup import Lookup
 
-__all__ = ["Lookup", "Reader", "Sampler", "Table"]
+__all__ = ["Learner", "Lookup", "Reader", "Sampler", "Table"]
+
+
+class Learner:
+    """Drafts what followed a pair of tokens in any request so far, and keeps all of it."""
+
+    traits = SpeculatorTraits(learns=True)
+
+    def __init__(self) -> None:
+        self.followed: dict[tuple[int, int], int] = {}
+
+    @hookimpl
+    def propose(self, batch: Any) -> Proposal:
+        for row in batch.rows:
+            tokens = row.tokens[:]
+            self.followed |= dict(zip(pairwise(tokens), tokens[2:], strict=False))
+        return Proposal([self.draft(row.tokens[-2:], row.budget.max_nodes) for row in batch.rows])
+
+    def draft(self, tokens: list[int], count: int) -> list[int]:
+        drafted = list(tokens)
+        while len(drafted) < count + len(tokens) and tuple(drafted[-2:]) in self.followed:
+            drafted.append(self.followed[drafted[-2], drafted[-1]])
+        return drafted[len(tokens) :]
 
 
 class Sampler:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from broken import BROKEN, GOOD, HELD, Case
 
-from specplug.testing import CHECKS, CheckResult, Subject, Targets, run_checks, tiny_draft
+from specplug import LLM, Proposal, SpeculatorTraits, hookimpl
+from specplug.testing import CHECKS, CheckResult, Flags, Subject, Targets, run_checks, tiny_draft
 
 NEIGHBOURS = {"startup", "validity", "counters"}  # all checks for all of them take minutes
 
@@ -63,3 +65,56 @@ def test_a_broken_promise_is_noticed(targets: Targets, name: str) -> None:
 
 def test_every_check_is_provoked() -> None:
     assert {name for case in BROKEN.values() for name in case.caught_by} == {each.name for each in CHECKS}
+
+
+class Silent:
+    """Drafts nothing, so that nearly every promise holds by itself."""
+
+    @hookimpl
+    def propose(self, batch: Any) -> Proposal:
+        return Proposal([[] for _ in batch.rows])
+
+
+_NEED_DRAFTS = {"validity", "budgets", "greedy", "sampling", "seeds", "parameters", "endings", "counters", "streams"}
+
+
+def test_a_check_that_saw_no_draft_says_so(targets: Targets) -> None:
+    silent = Case(lambda config, target: Silent(), set())
+    results = {result.check.name: result for result in check(silent, targets)}
+    unseen = {name for name, result in results.items() if result.verdict == "nothing seen"}
+    assert unseen == _NEED_DRAFTS | {"rollback", "rows", "progress"}
+    assert all("drafted nothing" in results[name].text for name in unseen)
+
+
+def test_nothing_seen_is_a_failure_for_one_that_promises_drafts(targets: Targets) -> None:
+    silent = Case(lambda config, target: Silent(), set(), Flags(drafts=True))
+    results = check(silent, targets, {"startup", "sampling"})
+    assert [result.verdict for result in results] == ["ok", "failed"]
+
+
+def test_nothing_of_other_packages_takes_part(targets: Targets, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrapper of a package that is not under test must not be blamed on what is."""
+    allowed = []
+    start = LLM.__init__
+
+    def look(self: LLM, *arguments: Any, **options: Any) -> None:
+        allowed.append(options["allowed_plugins"])
+        start(self, *arguments, **options)
+
+    monkeypatch.setattr(LLM, "__init__", look)
+    lookup = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3, "num_speculative_tokens": 3}
+    fallback = {"method": "draft_model", "model": str(tiny_draft(targets.get()))}
+    for config, expected in ((lookup, ("specplug-ngram",)), (lookup | {"fallback": fallback}, _BOTH)):
+        subject = Subject(make_config=lambda folder, config=config: config, targets=targets)
+        with subject.start(targets.get()):
+            assert allowed.pop() == expected
+        with subject.plain(targets.get()):
+            assert allowed.pop() == ()
+
+
+_BOTH = ("specplug-draft-model", "specplug-ngram")
+
+
+def test_traits_cannot_contradict_each_other() -> None:
+    with pytest.raises(ValueError, match="token_only=True and learns=True"):
+        SpeculatorTraits(token_only=True, learns=True)

@@ -79,7 +79,7 @@ def test_the_more_frequent_continuation_comes_first_and_the_others_are_drafted_t
 
 
 def test_earlier_outputs_are_used_where_they_promise_more() -> None:
-    drafter = Drafter(SuffixSettings())
+    drafter = Drafter(SuffixSettings(suffix_decoding_max_spec_factor=1.0))
     shared = make_tree(24, [[5, 1, 2, 3, 4, 5, 6, 7]], [])
     assert drafter.draft(make_tree(24, [], [9, 1, 2, 3]), shared, 8, 8).tokens == [4, 5, 6]
     assert drafter.draft(make_tree(24, [], [1, 2, 3, 0, 0, 0, 1, 2, 3]), shared, 8, 8).tokens == [0, 0, 0]

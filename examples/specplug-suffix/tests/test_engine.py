@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import specplug_suffix
 from specplug import LLM, SamplingParams
 from specplug_suffix import SuffixSpeculator, load_speculator
 
@@ -89,3 +90,11 @@ def test_a_seeded_request_samples_the_same_tokens_whatever_was_learnt() -> None:
         alone = token_ids(llm.generate(PROMPTS[1], params))
     assert first == second
     assert alone == first[1:2]
+
+
+def test_the_number_of_draft_tokens_is_chosen_up_to_a_bound_of_its_own() -> None:
+    with LLM("tiny", plugins={"suffix": specplug_suffix}, speculative_config={"method": "suffix"}, strict=True) as llm:
+        (speculator,) = llm.engine.chain.speculators
+        assert speculator.config.num_speculative_tokens == specplug_suffix.max_num_speculative_tokens == 16
+        assert speculator.traits.max_nodes == 16
+        assert speculator.traits.learns

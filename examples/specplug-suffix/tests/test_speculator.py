@@ -54,9 +54,9 @@ def run(speculator: SuffixSpeculator, tokens: list[int], reason: str = "finished
     propose(speculator, ended=[(0, reason)])
 
 
-def test_names_and_defaults_are_those_of_vllm() -> None:
+def test_names_are_those_of_vllm_and_so_are_defaults_but_for_the_factor() -> None:
     settings = load().settings
-    assert settings == SuffixSettings(24, 10_000, 1.0, 0.1)
+    assert settings == SuffixSettings(24, 10_000, 4.0, 0.1)
     assert load(max_tree_depth=8, max_spec_factor=2).settings.suffix_decoding_max_spec_factor == 2.0
 
 
@@ -114,7 +114,7 @@ def test_a_row_is_brought_up_to_date_without_a_budget() -> None:
     text += [1, 2]
     assert propose(speculator, make_row(text, budget=(0, 0))).tokens == [[]]
     assert speculator.rows[0].tree.text == text
-    assert propose(speculator, make_row(text)).tokens == [[3, 4]]
+    assert propose(speculator, make_row(text)).tokens == [[3, 4, 1, 2]]
 
 
 def test_a_new_row_in_a_slot_starts_anew() -> None:
@@ -139,7 +139,7 @@ def test_outputs_of_finished_requests_alone_are_learnt_complete_and_without_thei
     assert not speculator.finished.texts
     run(speculator, [7, 8, 9, 1, 2, 3], "finished", prompt=3)
     assert list(speculator.finished.texts) == [[1, 2, 3, -1]]
-    assert propose(speculator, make_row([0, 1], new=True)).tokens == [[2]]
+    assert propose(speculator, make_row([0, 1], new=True)).tokens == [[2, 3]]
     assert propose(speculator, make_row([0, 9], new=True)).tokens == [[]]
 
 
@@ -167,7 +167,7 @@ def test_the_oldest_outputs_are_evicted() -> None:
         run(speculator, [0, first, first + 1, first + 2])
     assert [text[0] for text in speculator.finished.texts] == [70, 80, 90]
     assert propose(speculator, make_row([0, 60], new=True)).tokens == [[]]
-    assert propose(speculator, make_row([0, 70], new=True)).tokens == [[71]]
+    assert propose(speculator, make_row([0, 70], new=True)).tokens == [[71, 72]]
 
 
 def test_the_tokens_that_are_kept_are_bounded() -> None:

@@ -12,13 +12,11 @@ from specplug_suffix import load_speculator
 
 class TestSuffix(SpeculatorConformance):
     plugins: ClassVar[Mapping[str, Any]] = {"suffix": load_speculator}
-    deterministic = True
     samples = False
     proposes_trees = True
     owns_kv = False
     reads_states = False
     drafts = True
-    learns = True
 
     def speculative_config(self, target_folder: Path) -> Mapping[str, Any]:
-        return {"method": "suffix", "num_speculative_tokens": 12, "suffix_decoding_max_spec_factor": 4.0}
+        return {"method": "suffix", "num_speculative_tokens": 12}

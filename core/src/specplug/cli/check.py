@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from specplug.testing.check import Check
 
 
+def _explain(ctx: click.Context, option: click.Parameter, name: str | None) -> None:
+    if name is None or ctx.resilient_parsing:
+        return
+    import_libraries()
+    from specplug.cli.check_run import find_check
+
+    Terminal.out().paragraph(find_check(name).explanation.replace("**", ""))
+    ctx.exit()
+
+
 @click.command("check", short_help="Check that a speculator keeps the contract.")
 @click.argument("method")
 @click.option("--target", metavar="MODEL", help="Check on this folder, hub name or tiny. [default: tiny random models]")
@@ -29,8 +39,15 @@ if TYPE_CHECKING:
     "--speculative-config", metavar="JSON", help="The method's keys, or a file with them; needed where it needs keys."
 )
 @click.option("--only", metavar="CHECK", multiple=True, help="Run this check, and startup. May be repeated.")
-@click.option("--learns", is_flag=True, help="Its drafts depend on requests that it served before.")
 @click.option("--quick", is_flag=True, help="Fewer trials and targets.")
+@click.option(
+    "--explain",
+    metavar="CHECK",
+    is_eager=True,
+    expose_value=False,
+    callback=_explain,
+    help="Say what a check proves and where to look when it fails, and run nothing.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one object; its keys are stable.")
 @click.pass_context
 def check(
@@ -39,33 +56,33 @@ def check(
     target: str | None,
     speculative_config: str | None,
     only: tuple[str, ...],
-    learns: bool,
     quick: bool,
     as_json: bool,
 ) -> None:
     """Run the conformance kit on the installed speculator METHOD.
 
-    Every check ends as ok, failed, or not applicable. The exit status is 1 if any failed. Without --target the kit makes
-    small random models of several architectures; a method that needs a draft or a head of its own is checked on the target
-    that it was made for. A plugin that only wraps hooks is checked under a small speculator of the kit's.
+    Every check ends as ok, failed, not applicable, or nothing seen. The exit status is 1 if any failed. Without --target
+    the kit makes small random models of several architectures; a method that needs a draft or a head of its own is checked
+    on the target that it was made for. A plugin that only wraps hooks is checked under a small speculator of the kit's.
 
     \b
     Examples:
       specplug check ngram
       specplug check draft_model --target tiny --quick
       specplug check mine --speculative-config '{"window": 3}' --json
+      specplug check --explain budgets
     """  # noqa: D301
     config = _method_config(method, read_speculative_config(speculative_config))
     out = Terminal.out()
     with contextlib.redirect_stdout(sys.stderr):  # standard output gets the verdicts, whatever a plugin may print
         import_libraries()
-        from specplug.cli.check_run import choose_checks, make_subject, preflight
+        from specplug.cli.check_run import choose_checks, make_subject, preflight, whole_kit
         from specplug.testing.runner import run_checks
 
         with tempfile.TemporaryDirectory(prefix="specplug-check-") as root:
-            subject, is_observer = make_subject(root, method, config, target, learns=learns, quick=quick)
+            subject, is_observer = make_subject(root, method, config, target, quick=quick)
             checks = choose_checks(only, is_observer=is_observer)
-            report = CheckReport.begin(method, target)
+            report = CheckReport.begin(method, target, whole_kit(is_observer=is_observer))
             report.overrides_verify = preflight(subject, method, has_target=target is not None)
             with _shown(out, report, checks, as_json=as_json):
                 run_checks(subject, checks, lambda result: report.add(result, None if as_json else out))

@@ -10,9 +10,10 @@ from specplug.plugins.finder import find_plugins
 
 if TYPE_CHECKING:
     from specplug.cli.terminal import Terminal
+    from specplug.testing.check import Check
     from specplug.testing.runner import CheckResult
 
-_STYLES = {"ok": "green", "failed": "red", "not applicable": "dim"}
+_STYLES = {"ok": "green", "failed": "red", "not applicable": "dim", "nothing seen": "yellow"}
 _VERDICT_WIDTH = len("not applicable")
 
 
@@ -25,6 +26,7 @@ class CheckReport:
         package: the distribution that brings it.
         version: of the distribution.
         target: the model it was checked on; None for the kit's own.
+        kit: the checks that make it conformant, all together.
         results: of every check.
         width: of the column of names.
         overrides_verify: whether the method verifies by a rule of its own.
@@ -34,44 +36,59 @@ class CheckReport:
     package: str
     version: str
     target: str | None
+    kit: tuple[Check, ...]
     results: list[CheckResult] = attrs.field(factory=list)
     width: int = 0
     overrides_verify: bool = False
 
     @classmethod
-    def begin(cls, method: str, target: str | None) -> CheckReport:
+    def begin(cls, method: str, target: str | None, kit: tuple[Check, ...]) -> CheckReport:
         """A report without results."""
         record = next((each for each in find_plugins() if each.method == method and each.status == "ok"), None)
-        return cls(method, record.distribution if record else "?", record.version if record else "?", target)
+        return cls(method, record.distribution if record else "?", record.version if record else "?", target, kit)
 
     @property
     def failed(self) -> list[str]:
         """The names of the checks that failed."""
-        return [result.check.name for result in self.results if result.verdict == "failed"]
+        return self._named("failed")
 
     @property
-    def is_conformant(self) -> bool:
-        """Whether every check of the kit ran and none failed."""
-        return not self.failed and self._is_complete
+    def unseen(self) -> list[str]:
+        """The names of the checks that had nothing to judge."""
+        return self._named("nothing seen")
 
     @property
-    def _is_complete(self) -> bool:
-        from specplug.testing.checks import CHECKS
+    def is_complete(self) -> bool:
+        """Whether every check of the kit ran."""
+        return {result.check.name for result in self.results} >= {check.name for check in self.kit}
 
-        return {result.check.name for result in self.results} == {check.name for check in CHECKS}
+    @property
+    def is_conformant(self) -> bool | None:
+        """Whether every check ran and none failed; None if none failed and not all of them could judge."""
+        if self.failed:
+            return False
+        return True if self.is_complete and not self.unseen else None
 
     @property
     def summary(self) -> str:
         """The last line."""
         if self.failed:
             verdict = f"not conformant: {', '.join(self.failed)}"
+        elif self.is_conformant:
+            verdict = "conformant"
         else:
-            verdict = (
-                "conformant" if self._is_complete else f"the {len(self.results)} checks that were chosen found nothing"
-            )
+            parts = []
+            if not self.is_complete:
+                parts.append(f"only {len(self.results)} of {len(self.kit)} checks were run; none failed")
+            if self.unseen:
+                parts.append(f"it drafted nothing that these could judge: {', '.join(self.unseen)}")
+            verdict = "; ".join(parts)
         if self.overrides_verify:
             verdict += "; it verifies by a rule of its own, which core does not check"
         return f"{self.method} ({self.package} {self.version}): {verdict}"
+
+    def _named(self, verdict: str) -> list[str]:
+        return [result.check.name for result in self.results if result.verdict == verdict]
 
     def show_header(self, out: Terminal) -> None:
         """The names of the columns."""
@@ -90,14 +107,14 @@ class CheckReport:
         if failed:
             for line in result.text.splitlines():
                 out.paragraph(f"    {line}", indent=" " * 14)
-            out.line(f"         see: {result.check.anchor}")
+            out.line(f"         see: {result.check.see}")
             if result.traceback:
                 out.line("\n".join(f"      {line}" for line in result.traceback.splitlines()[-8:]), "dim")
 
     def show_summary(self, out: Terminal) -> None:
         """The last line."""
         out.line()
-        out.line(self.summary, "red" if self.failed else "green")
+        out.line(self.summary, "red" if self.failed else "green" if self.is_conformant else "yellow")
 
     def as_json(self) -> dict[str, Any]:
         """The object of `specplug check --json`. Keys are only ever added."""
@@ -107,7 +124,9 @@ class CheckReport:
             "version": self.version,
             "target": self.target,
             "conformant": self.is_conformant,
+            "complete": self.is_complete,
             "failed": self.failed,
+            "nothing_seen": self.unseen,
             "overrides_verify": self.overrides_verify,
             "checks": [result.as_json() for result in self.results],
         }

@@ -11,7 +11,6 @@ from specplug.errors import ConfigurationError, SpecplugError, did_you_mean
 from specplug.plugins.registry import PluginRegistry
 from specplug.testing import lookup
 from specplug.testing.checks import CHECKS
-from specplug.testing.flags import Flags
 from specplug.testing.subject import Subject
 from specplug.testing.targets import Targets
 
@@ -22,7 +21,7 @@ _OF_OBSERVERS = ("startup", "validity", "greedy", "seeds", "counters", "wrappers
 
 
 def make_subject(
-    root: str, method: str, config: dict[str, Any], target: str | None, *, learns: bool, quick: bool
+    root: str, method: str, config: dict[str, Any], target: str | None, *, quick: bool
 ) -> tuple[Subject, bool]:
     """The subject, and whether it is a plugin that only wraps hooks."""
     targets = Targets(Path(root), target)
@@ -33,10 +32,15 @@ def make_subject(
         make_config=lambda folder: config,
         targets=targets,
         plugins={lookup.METHOD: lookup.load_lookup} if is_observer else {},
-        flags=Flags(learns=learns),
         quick=quick,
+        companions=(method,) if is_observer else (),
     )
     return subject, is_observer
+
+
+def whole_kit(*, is_observer: bool) -> tuple[Check, ...]:
+    """The checks that make a plugin conformant."""
+    return tuple(check for check in CHECKS if not is_observer or check.name in _OF_OBSERVERS)
 
 
 def choose_checks(only: tuple[str, ...], *, is_observer: bool) -> tuple[Check, ...]:
@@ -45,12 +49,22 @@ def choose_checks(only: tuple[str, ...], *, is_observer: bool) -> tuple[Check, .
     Raises:
         ConfigurationError: there is no such check.
     """
+    if not only:
+        return whole_kit(is_observer=is_observer)
+    wanted = {find_check("startup"), *map(find_check, only)}
+    return tuple(check for check in CHECKS if check in wanted)
+
+
+def find_check(name: str) -> Check:
+    """A check by its name.
+
+    Raises:
+        ConfigurationError: there is no such check.
+    """
     names = [check.name for check in CHECKS]
-    for name in only:
-        if name not in names:
-            raise ConfigurationError(f"no check named '{name}'{did_you_mean(name, names)} (checks: {', '.join(names)})")
-    wanted = only or (_OF_OBSERVERS if is_observer else names)
-    return tuple(check for check in CHECKS if check.name in ("startup", *wanted))
+    if name not in names:
+        raise ConfigurationError(f"no check named '{name}'{did_you_mean(name, names)} (checks: {', '.join(names)})")
+    return CHECKS[names.index(name)]
 
 
 def preflight(subject: Subject, method: str, *, has_target: bool) -> bool:
@@ -69,6 +83,7 @@ def preflight(subject: Subject, method: str, *, has_target: bool) -> bool:
                 subject.source(folder),
                 speculative_config=subject.config(folder),
                 plugins=subject.plugins,
+                allowed_plugins=subject.allowed_plugins(subject.config(folder)),
                 dtype="float32",
                 device="cpu",
                 skip_tokenizer_init=True,

@@ -18,10 +18,14 @@ class SpeculatorTraits:
         hidden_states: target states to receive for every computed position.
         top_k: how many of the target's most likely next tokens, with probabilities, to receive at every computed position.
         token_only: the proposal is a function of `row.tokens` (slots are only cache keys). Such a speculator is not
-            called for rows with a budget of zero, and keeps its rows after a fault. One that learns from earlier requests is
-            not token-only.
+            called for rows with a budget of zero, and keeps its rows after a fault.
         max_nodes: the most nodes of a row's draft tree, where that is not `num_speculative_tokens`; it may be more.
         max_depth: the deepest node of a row's draft tree, where that is not `num_speculative_tokens`.
+        learns: what it proposes may depend on other requests, those that ended included, and what it keeps of them may
+            grow. The conformance kit then does not compare it with a fresh speculator. Such a speculator is not token-only.
+
+    Raises:
+        ValueError: it cannot be `token_only` and one that `learns`.
     """
 
     hidden_states: tuple[Boundary, ...] = ()
@@ -29,6 +33,14 @@ class SpeculatorTraits:
     token_only: bool = False
     max_nodes: int | None = None
     max_depth: int | None = None
+    learns: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        if self.token_only and self.learns:
+            raise ValueError(
+                "traits: token_only=True and learns=True: a proposal that depends on other requests is no "
+                "function of the row's tokens"
+            )
 
     @property
     def needs_states(self) -> bool:

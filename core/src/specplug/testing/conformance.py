@@ -20,7 +20,8 @@ class SpeculatorConformance:
     """Subclass it in a test module, say how to configure the speculator, and pytest runs every check.
 
     A check that does not apply passes, and its reason is recorded as the property `not_applicable` (in JUnit reports), and
-    printed. To disagree with a check, override its method with `@pytest.mark.xfail(reason=…)`, never without a reason.
+    printed; so is one in which nothing was drafted, as `nothing_seen`, which fails where the flag `drafts` is set. To
+    disagree with a check, override its method with `@pytest.mark.xfail(reason=…)`, never without a reason.
 
     Attributes:
         plugins: method → plugin, for a speculator that is not installed: a module, or a function of (config, target).
@@ -38,7 +39,6 @@ class SpeculatorConformance:
     owns_kv: ClassVar[bool | None] = None
     reads_states: ClassVar[bool | None] = None
     drafts: ClassVar[bool | None] = None
-    learns: ClassVar[bool] = False
     _subjects: ClassVar[dict[type, Subject]] = {}
 
     def speculative_config(self, target_folder: Path) -> Mapping[str, Any]:
@@ -76,15 +76,15 @@ class SpeculatorConformance:
 def _test_of(check: Check) -> Callable[..., None]:
     def test(self: SpeculatorConformance, subject: Subject, record_property: Callable[[str, object], None]) -> None:
         result = run_check(check, subject)
-        record_property("not_applicable" if result.verdict == "not applicable" else "evidence", result.text)
+        record_property({"ok": "evidence"}.get(result.verdict, result.verdict.replace(" ", "_")), result.text)
         if result.verdict == "failed":
             trace = f"\n{result.traceback}" if result.traceback else ""
-            pytest.fail(f"{check.title}\n{result.text}\n     see: {check.anchor}{trace}", pytrace=False)
+            pytest.fail(f"{check.title}\n{result.text}\n     see: {check.see}{trace}", pytrace=False)
         print(f"{check.name}: {result.verdict}: {result.text}")
 
     test.__name__ = f"test_{check.name}"
     test.__qualname__ = f"SpeculatorConformance.{test.__name__}"
-    test.__doc__ = f"{check.title}. {check.proves}"
+    test.__doc__ = check.explanation
     return test
 
 

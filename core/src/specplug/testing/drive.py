@@ -23,13 +23,18 @@ from specplug.testing.targets import repetitive_prompt
 
 
 class RandomAcceptance:
-    """A verifier that walks down drafts at random and goes on with a random token: nothing lossless about it."""
+    """A verifier that walks down drafts at random and goes on with a token that it likes: nothing lossless about it.
+
+    Each row copies itself from some distance for a while, then goes on at random for a while: so methods that look for
+    many tokens in a row find some, and drafts for what is new are asked for too.
+    """
 
     def __init__(self, seed: int, vocabulary: int, go_on: float = 0.75) -> None:
         self.random = random.Random(seed)
         self.vocabulary = vocabulary
         self.go_on = go_on
         self.depths: list[int] = []
+        self._copies: dict[int, tuple[int, int]] = {}
 
     def __call__(self, requests: Sequence[Request], offsets: Sequence[int], logits: torch.Tensor) -> Verdict:
         """Decides at random."""
@@ -46,11 +51,20 @@ class RandomAcceptance:
                     path.append(self.random.choice(below))
                 self.depths.append(len(path))
             accepted.append(path)
-            again = self.random.random() < 0.6
-            following.append(
-                self.random.choice(request.tokens[-9:]) if again else self.random.randrange(self.vocabulary)
-            )
+            walked = [] if request.draft is None else [int(request.draft.tokens[node]) for node in path]
+            following.append(self._next(request, walked))
         return Verdict(accepted, following)
+
+    def _next(self, request: Request, walked: Sequence[int]) -> int:
+        distance, left = self._copies.get(request.number, (0, 0))
+        if not left:
+            distance = self.random.choice([0, 2, 3, 5])
+            left = self.random.randint(1, 6) if not distance else 4 * distance
+        self._copies[request.number] = (distance, left - 1)
+        tokens = [*request.tokens[-9:], *walked]
+        if 0 < distance <= len(tokens):
+            return tokens[-distance]
+        return self.random.choice([*tokens[-9:], *(self.random.randrange(self.vocabulary) for _ in range(6))])
 
 
 class RestlessPolicy:

@@ -16,7 +16,6 @@ class Flags:
         owns_kv: it plans a KV cache of its own.
         reads_states: it declares target states.
         drafts: it drafts something on the kit's targets, whose prompts and outputs repeat themselves.
-        learns: its drafts depend on requests that it served before, so that a fresh one may draft otherwise.
     """
 
     deterministic: bool | None = None
@@ -25,4 +24,3 @@ class Flags:
     owns_kv: bool | None = None
     reads_states: bool | None = None
     drafts: bool | None = None
-    learns: bool = False

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import attrs
 
-from specplug.testing.check import Check, CheckFailure, NotApplicable
+from specplug.testing.check import Check, CheckFailure, NotApplicable, NothingSeen
 from specplug.testing.subject import Subject
 
-Verdict = Literal["ok", "failed", "not applicable"]
+Verdict = Literal["ok", "failed", "not applicable", "nothing seen"]
 
 
 @attrs.frozen
@@ -21,7 +21,7 @@ class CheckResult:
 
     Attributes:
         check: which.
-        verdict: `ok`, `failed` or `not applicable`.
+        verdict: `ok`, `failed`, `not applicable`, or `nothing seen` where it drafted nothing that could be judged.
         text: the evidence, what is wrong, or why it does not apply.
         seconds: how long it took.
         traceback: of an error that the check did not expect; it counts as failed.
@@ -41,7 +41,7 @@ class CheckResult:
             "verdict": self.verdict,
             "text": self.text,
             "seconds": round(self.seconds, 3),
-            "see": self.check.anchor,
+            "see": self.check.see,
             "traceback": self.traceback,
         }
 
@@ -55,6 +55,11 @@ def run_check(check: Check, subject: Subject) -> CheckResult:
         text = check.run(subject)
     except NotApplicable as reason:
         verdict, text = "not applicable", str(reason)
+    except NothingSeen as reason:
+        if subject.flags.drafts:
+            verdict, text = "failed", str(CheckFailure("that it drafts, as its flags say", str(reason)))
+        else:
+            verdict, text = "nothing seen", str(reason)
     except CheckFailure as failure:
         verdict, text = "failed", str(failure)
     except Exception as error:

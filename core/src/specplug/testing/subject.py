@@ -13,6 +13,7 @@ import attrs
 import torch
 
 from specplug.llm import LLM
+from specplug.plugins.finder import find_plugins
 from specplug.speculation.policy import FixedBudget
 from specplug.testing.flags import Flags
 from specplug.testing.session import Session
@@ -36,6 +37,8 @@ class Subject:
         make_perfect: gives a config with which it must be right about a target, or None.
         architectures: of the targets it is run on.
         quick: fewer trials and targets.
+        companions: methods of installed plugins that are loaded too; all others are left out, so that no wrapper of theirs
+            is taken for what is under test.
     """
 
     make_config: Callable[[Path], Config]
@@ -45,6 +48,7 @@ class Subject:
     make_perfect: Callable[[Path], Config | None] = lambda folder: None
     architectures: tuple[str, ...] = ()
     quick: bool = False
+    companions: tuple[str, ...] = ()
     _configs: dict[Path, Config] = attrs.field(factory=dict, init=False)
     _memory: dict[str, Any] = attrs.field(factory=dict, init=False)
 
@@ -58,6 +62,23 @@ class Subject:
     def method(self) -> str:
         """The method's name."""
         return str(self.config(self.targets.get())["method"])
+
+    @property
+    def learns(self) -> bool:
+        """Whether it declares that its drafts may depend on other requests."""
+        return bool(self.remember("learns", self._declares_learning))
+
+    def _declares_learning(self) -> bool:
+        with self.start(self.targets.get()) as session:
+            return session.speculator.traits.learns
+
+    def allowed_plugins(self, config: Config) -> tuple[str, ...] | None:
+        """The installed packages that bring what a configuration names; None, for all, where one is not installed."""
+        wanted = {*self.companions, *(method for method in _methods(config) if method not in self.plugins)}
+        records = [record for record in find_plugins() if record.method in wanted]
+        if {record.method for record in records} != wanted:
+            return None  # the engine says what there is instead
+        return tuple(sorted({record.distribution for record in records}))
 
     def used_architectures(self) -> tuple[str, ...]:
         """The architectures to run on; a target that was given stands for all."""
@@ -83,16 +104,16 @@ class Subject:
     def start(self, folder: Path, *, config: Config | None = None, **options: Any) -> Iterator[Session]:
         """An engine with the speculator. Its faults cost drafts and are counted; the checks that are about them look."""
         speculative = self.config(folder) if config is None else config
-        with self._llm(folder, speculative_config=speculative, plugins=self.plugins, **options) as llm:
-            llm.engine.chain.policy = (
-                FixedBudget()
-            )  # automatic budgets follow the clock; a check sees the same every time
+        allowed = self.allowed_plugins(speculative)
+        options = {"speculative_config": speculative, "plugins": self.plugins, "allowed_plugins": allowed, **options}
+        with self._llm(folder, **options) as llm:
+            llm.engine.chain.policy = FixedBudget()  # automatic budgets follow the clock; a check always sees the same
             yield Session(llm)
 
     @contextlib.contextmanager
     def plain(self, folder: Path, **options: Any) -> Iterator[Session]:
         """An engine without any speculator."""
-        with self._llm(folder, **options) as llm:
+        with self._llm(folder, **{"allowed_plugins": (), **options}) as llm:
             yield Session(llm)
 
     @contextlib.contextmanager
@@ -106,6 +127,14 @@ class Subject:
         """What to call a target: a given one by the name it was given, which methods may know."""
         given = self.targets.given
         return given if given is not None and folder == self.targets.get() else str(folder)
+
+
+def _methods(config: Config) -> Iterator[str]:
+    """The methods of a configuration and of its fallbacks."""
+    part: Config | None = config
+    while part:
+        yield str(part.get("method"))
+        part = part.get("fallback")
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ from specplug.testing.models import quiet_transformers, save_tiny_model
 from specplug.testing.words import save_words
 from specplug.tiny import resolve_model
 
+NARROW = (3, 5)
+"""Rows that may use these tokens alone repeat themselves before long, whatever the target thinks of it."""
 MARGIN = 2e-4
 """Where the two best logits are closer, rounding may decide, and two correct programs may differ."""
 
@@ -108,3 +110,8 @@ def repetitive_prompt(length: int, vocabulary: int, seed: int) -> list[int]:
     for place in torch.randint(0, length, (length // 9,), generator=generator).tolist():
         tokens[place] = int(torch.randint(low, vocabulary, (1,), generator=generator))
     return tokens
+
+
+def narrow_prompt(length: int, seed: int) -> list[int]:
+    """The same of two tokens alone, for rows with `allowed_token_ids=NARROW`."""
+    return [NARROW[token % 2] for token in repetitive_prompt(length, 64, seed)]

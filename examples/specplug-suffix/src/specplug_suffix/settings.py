@@ -21,7 +21,10 @@ def _within(low: float, high: float, expected: str) -> Callable[[Any, attrs.Attr
 
 @attrs.frozen
 class SuffixSettings:
-    """The keys of the method; names and defaults are vLLM's where vLLM has them.
+    """The keys of the method; names are vLLM's where vLLM has them, and so are defaults, except that of the factor.
+
+    vLLM's factor is 1: after a match of one token it drafts one. Here core chooses how much of a draft is verified, from what
+    it costs and how often it is accepted, so the method offers more.
 
     Attributes:
         suffix_decoding_max_tree_depth: the most tokens of a match and its draft together.
@@ -39,7 +42,7 @@ class SuffixSettings:
         default=10_000, validator=_within(0, math.inf, "an integer of at least 0")
     )
     suffix_decoding_max_spec_factor: float = attrs.field(
-        default=1.0, validator=_within(0, math.inf, "a finite number of at least 0")
+        default=4.0, validator=_within(0, math.inf, "a finite number of at least 0")
     )
     suffix_decoding_min_token_prob: float = attrs.field(
         default=0.1, validator=_within(0, 1, "a probability from 0 to 1")

@@ -35,7 +35,7 @@ class Row:
 class SuffixSpeculator:
     """Drafts what most often followed the last tokens of a row, in the row itself or in earlier outputs.
 
-    Its proposals depend on the requests that finished before, so it is not `token_only`.
+    Its proposals depend on the requests that finished before.
 
     Attributes:
         settings: the user's.
@@ -108,4 +108,4 @@ def load_speculator(config: SpeculativeConfig, target: TargetModel) -> SuffixSpe
     settings = config.settings(SuffixSettings)
     most = config.num_speculative_tokens
     depth = min(most, settings.suffix_decoding_max_tree_depth - 1)
-    return SuffixSpeculator(settings, SpeculatorTraits(max_nodes=most, max_depth=depth))
+    return SuffixSpeculator(settings, SpeculatorTraits(max_nodes=most, max_depth=depth, learns=True))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from specplug.contract.batch import ProposalBatch
 from specplug.contract.proposal import Proposal
-from specplug.testing.check import Check, expect
+from specplug.testing.check import Check, expect, expect_drafts
 from specplug.testing.drafts import row_drafts
 from specplug.testing.drive import RandomAcceptance, RestlessPolicy, mixed_params
 from specplug.testing.subject import Subject
@@ -56,6 +56,7 @@ def run(subject: Subject) -> str:
         "at most row.budget.max_nodes nodes, none deeper than row.budget.max_depth, and none at all for a budget of zero",
         f"{len(over)} of {most['rows']} rows went over; the first: {over[0] if over else ''}",
     )
+    expect_drafts(most["nodes"])
     largest = f"at most {most['nodes']} nodes, {most['depth']} deep"
     return f"{most['rows']} rows, {most['zero']} of them with a budget of zero; {largest}"
 
@@ -64,5 +65,7 @@ CHECK = Check(
     "budgets",
     "no draft is larger or deeper than its budget",
     "A draft over its budget is refused, with all drafts of that call: they would not fit the target's next step.",
+    "`row.budget` changes from step to step: near the end of a request, in large batches, and it is zero while a "
+    "prompt is computed.",
     run,
 )

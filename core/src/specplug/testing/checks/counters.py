@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from specplug.sampling.params import SamplingParams
-from specplug.testing.check import Check, CheckFailure
+from specplug.testing.check import Check, CheckFailure, expect_drafts
 from specplug.testing.drive import mixed_params
 from specplug.testing.subject import Subject
-from specplug.testing.targets import repetitive_prompt
+from specplug.testing.targets import NARROW, narrow_prompt, repetitive_prompt
 
 
 def run(subject: Subject) -> str:
@@ -15,8 +15,14 @@ def run(subject: Subject) -> str:
     with subject.start(folder, max_num_seqs=5) as session:
         requests = []
         for number in range(subject.scaled(24, 10)):
-            prompt = repetitive_prompt(3 + 4 * (number % 6), session.vocabulary, number)
-            params = mixed_params(number, 1 + 3 * (number % 9)) if number % 4 else SamplingParams(temperature=0)
+            is_narrow = number % 3 == 1
+            length = 3 + 4 * (number % 6)
+            prompt = (
+                narrow_prompt(length, number) if is_narrow else repetitive_prompt(length, session.vocabulary, number)
+            )
+            allowed = NARROW if is_narrow else ()
+            params = mixed_params(number, 1 + 3 * (number % 9), allowed_token_ids=allowed)
+            params = params if number % 4 else SamplingParams(temperature=0, allowed_token_ids=allowed)
             requests += session.add(prompt, params)
         session.finish()
         engine = session.engine
@@ -51,12 +57,15 @@ def run(subject: Subject) -> str:
     for name, total, parts in totals:
         if total != parts:
             raise CheckFailure(f"{name} of the engine = the sum over its requests, {parts}", f"{total}")
-    return f"{len(requests)} requests"
+    drafted = engine.stats.num_draft_tokens
+    expect_drafts(drafted)
+    return f"{len(requests)} requests, {drafted} draft tokens"
 
 
 CHECK = Check(
     "counters",
     "the counters add up",
-    "accepted ≤ drafted; emitted = accepted + steps, less what was cut: nothing is committed behind the engine's back.",
+    "Accepted ≤ drafted; emitted = accepted + steps, less what was cut: nothing is committed behind the engine's back.",
+    "A `verify` of its own returns node indices and one next token per row, and nothing writes to a request.",
     run,
 )

@@ -99,5 +99,7 @@ CHECK = Check(
     "distributions",
     "reported draft probabilities are those that drafts are drawn from",
     "Rejection sampling is lossless only for the probabilities that were really used.",
+    "An argmax draft reports none. A draft restricted to some tokens reports the restricted, renormalised "
+    "distribution.",
     run,
 )

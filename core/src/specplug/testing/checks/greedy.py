@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from specplug.sampling.params import SamplingParams
-from specplug.testing.check import Check, CheckFailure
+from specplug.testing.check import Check, CheckFailure, expect_drafts
 from specplug.testing.session import Session
 from specplug.testing.subject import Subject
 
@@ -14,7 +14,7 @@ NEW_TOKENS = 24
 
 def run(subject: Subject) -> str:
     """On every architecture: alone, in a ragged batch, and in a tight engine with chunks, preemption, forks and aborts."""
-    compared = accepted = 0
+    compared = drafted = accepted = 0
     names = subject.used_architectures()
     for architecture in names:
         folder = subject.targets.get() if architecture == "given" else subject.targets.get(architecture)
@@ -26,8 +26,10 @@ def run(subject: Subject) -> str:
                 if options is tight:
                     session.limit_blocks(96)
                 compared += _compare(session, pairs, f"{architecture}, {name}", disturbed=options is tight)
+                drafted += session.engine.stats.num_draft_tokens
                 accepted += session.engine.stats.num_accepted_draft_tokens
     subject.targets.forget()
+    expect_drafts(drafted)
     return f"{compared} outputs on {', '.join(names)}; {accepted} draft tokens accepted"
 
 
@@ -61,5 +63,6 @@ CHECK = Check(
     "greedy",
     "greedy output is that of plain decoding, token for token",
     "Drafts are fixed before they are verified, rows are not mixed up, and a verify of its own is exact.",
+    "Look at `verify`, at anything that is changed in place in the batch, and at how rows are paired with drafts.",
     run,
 )

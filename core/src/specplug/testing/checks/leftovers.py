@@ -26,11 +26,11 @@ def run(subject: Subject) -> str:
     with only_what_is_new():
         reference, sizes, tensors = _come_and_go(subject, folder)
         left = live_bytes()
-    if not subject.flags.learns:
+    if not subject.learns:
         expect(
             max(sizes) - sizes[0] <= _SLACK_ITEMS + sizes[0] // 20,
             "that what is kept of a row is dropped when batch.ended names its slot (finished, aborted or preempted; one that "
-            "learns from earlier requests sets learns = True, or --learns)",
+            "learns from them declares traits.learns)",
             f"the speculator holds {sizes[0]:,} items when nothing runs at first, and {', '.join(f'{s:,}' for s in sizes[1:])} "
             "after more requests have come and gone",
         )
@@ -106,5 +106,6 @@ CHECK = Check(
     "leftovers",
     "nothing is left behind after finish, abort, preemption and the engine's end",
     "A server that runs for weeks holds what its live rows need, and closing an engine gives back all of it.",
+    "Forget a slot when it ends; keep no tensors of a batch beyond the call.",
     run,
 )

@@ -48,5 +48,7 @@ CHECK = Check(
     "loading",
     "load_speculator reads headers and no weights",
     "A plan, or a refusal for lack of memory, costs no weight loading.",
+    "Use `target.model(...)` and `target.weights(...)`: they read headers now, and core fills them once the plan "
+    "is accepted.",
     run,
 )

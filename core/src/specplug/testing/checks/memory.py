@@ -60,5 +60,6 @@ CHECK = Check(
     "memory",
     "plan_memory covers what it uses, and is close to it",
     "An engine that was accepted does not run out of memory, and gives rows the blocks there is room for.",
+    "Declare weights, KV and buffers in `plan_memory`, peaks while drafting included.",
     run,
 )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from specplug.sampling.params import SamplingParams
-from specplug.testing.check import Check, CheckFailure
+from specplug.testing.check import Check, CheckFailure, expect_drafts
 from specplug.testing.subject import Subject
-from specplug.testing.targets import repetitive_prompt
+from specplug.testing.targets import NARROW, narrow_prompt, repetitive_prompt
 from specplug.testing.words import word
 
 _LENGTH = 18
@@ -21,6 +21,8 @@ _CASES: tuple[dict[str, Any], ...] = (
     {"temperature": 1.2, "seed": 4, "top_p": 0.7, "frequency_penalty": 1.0},
     {"temperature": 1.0, "seed": 5, "min_p": 0.1, "allowed_token_ids": (3, 5, 8, 9, 11, 12)},
     {"temperature": 1.0, "top_k": 1, "presence_penalty": 1.5},
+    {"temperature": 0, "allowed_token_ids": NARROW, "frequency_penalty": 0.1},
+    {"temperature": 1.1, "seed": 7, "allowed_token_ids": NARROW, "repetition_penalty": 1.1},
 )
 
 
@@ -34,15 +36,19 @@ def run(subject: Subject) -> str:
         cases.append({"temperature": 0, "bad_words": [word(token) for token in (5, 7, 9)]})
         cases.append({"temperature": 0.8, "seed": 6, "bad_words": [f"{word(3)} {word(5)}"], "repetition_penalty": 0.8})
     params = [SamplingParams(max_tokens=_LENGTH, ignore_eos=True, **case) for case in cases]
-    accepted = 0
+    drafted = accepted = 0
     for variant in range(subject.scaled(4, 2)):
         prompts = [
-            repetitive_prompt(5 + 3 * number, vocabulary, number + 50 * variant) for number in range(len(params))
+            narrow_prompt(5 + 3 * number, number + 50 * variant)
+            if case.get("allowed_token_ids") == NARROW
+            else repetitive_prompt(5 + 3 * number, vocabulary, number + 50 * variant)
+            for number, case in enumerate(cases)
         ]
         with subject.plain(folder, skip_tokenizer_init=no_words) as session:
             expected = session.generate(prompts, params)
         with subject.start(folder, skip_tokenizer_init=no_words, max_num_seqs=6) as session:
             outputs = session.generate(prompts, params)
+            drafted += session.engine.stats.num_draft_tokens
             accepted += session.engine.stats.num_accepted_draft_tokens
         for case, output, wanted in zip(cases, outputs, expected, strict=True):
             if output != wanted:
@@ -50,6 +56,7 @@ def run(subject: Subject) -> str:
                 raise CheckFailure(
                     f"the tokens of plain decoding with {case}: {wanted[: place + 3]}…", f"{output[: place + 3]}…"
                 )
+    expect_drafts(drafted)
     return f"{len(cases)} combinations, {accepted} draft tokens accepted"
 
 
@@ -57,5 +64,6 @@ CHECK = Check(
     "parameters",
     "every sampling parameter holds at every draft position",
     "Penalties count the draft's earlier tokens, bans hold inside a draft, rows with different parameters are not mixed up.",
+    "A `verify` of its own compares with the target's processed distributions, never with raw logits.",
     run,
 )

@@ -39,5 +39,6 @@ CHECK = Check(
     "perfect",
     "a draft that must be right is accepted whole",
     "Positions, states and tokens are aligned: an offset by one shows here even where it is the same every time.",
+    "The last committed token has no target state yet; the state of position i predicts token i + 1.",
     run,
 )

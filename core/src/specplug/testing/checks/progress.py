@@ -8,7 +8,7 @@ import torch
 
 from specplug.contract.verdict import Verdict
 from specplug.request import Request
-from specplug.testing.check import Check, expect
+from specplug.testing.check import Check, expect, expect_drafts
 from specplug.testing.drive import mixed_params
 from specplug.testing.subject import Subject
 from specplug.testing.targets import repetitive_prompt
@@ -44,11 +44,13 @@ def run(subject: Subject) -> str:
         steps = session.finish(look)
         preemptions = session.engine.scheduler.num_preemptions
         seconds = chain.seconds[method] / steps
+        drafted = session.engine.stats.num_draft_tokens
     expect(
         steps <= 2 * _LENGTH + 8 and not preemptions,
         f"about {2 * _LENGTH} steps for 8 requests of {_LENGTH} tokens in 4 rows when every draft is rejected",
         f"{steps} steps and {preemptions} preemptions: scratch entries or tables take the rows' blocks",
     )
+    expect_drafts(drafted)
     return f"{steps} steps when all is rejected, {1000 * seconds:.1f} ms per propose"
 
 
@@ -56,5 +58,6 @@ CHECK = Check(
     "progress",
     "a useless draft still makes progress",
     "Rejected drafts cost neither tokens nor rows, and drafting takes no longer than it can be worth.",
+    "Rejected entries must not take the place of live ones; keep what is done in `propose` bounded per row.",
     run,
 )

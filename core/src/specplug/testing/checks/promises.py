@@ -36,5 +36,6 @@ CHECK = Check(
     "promises",
     "the flags of its test are what it does",
     "A flag that is set keeps the other checks from passing because nothing was drafted, sampled or branched.",
+    "Set what is true: a flag that does not hold is as wrong as a speculator that does not do it.",
     run,
 )

@@ -21,5 +21,6 @@ CHECK = Check(
     "startup",
     "the engine starts with it",
     "Hooks have the right names and arguments, the settings are accepted, and one request is served on every architecture.",
+    "Look at the names and arguments of your `@hookimpl` methods, and at the keys you read from the configuration.",
     run,
 )

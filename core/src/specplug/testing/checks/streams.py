@@ -8,7 +8,7 @@ from specplug.contract.batch import ProposalBatch
 from specplug.contract.proposal import Proposal
 from specplug.sampling.params import SamplingParams
 from specplug.sampling.randomness import Stream
-from specplug.testing.check import Check, expect
+from specplug.testing.check import Check, expect, expect_drafts
 from specplug.testing.drafts import row_drafts
 from specplug.testing.subject import Subject
 
@@ -34,6 +34,7 @@ def run(subject: Subject) -> str:
         "the same drafts whatever state the verifier's generators are in",
         f"{changed} of {len(first)} drafts change with them, and do not change otherwise",
     )
+    expect_drafts(sum(map(len, first)))
     note = f"; {unstable} change from run to run by themselves" if unstable else ""
     return f"{len(first)} drafts, verifying streams untouched{note}"
 
@@ -72,5 +73,6 @@ CHECK = Check(
     "streams",
     "drafts share no randomness with verification",
     "A draft that depends on the number that decides its acceptance biases the output, and wide vocabularies hide it.",
+    "Draw with `row.generator`, or `specplug.sample`, never with a global generator or a seed of your own.",
     run,
 )

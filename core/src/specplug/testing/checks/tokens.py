@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specplug.testing.check import Check, CheckFailure, NotApplicable
+from specplug.testing.check import Check, CheckFailure, NotApplicable, expect_drafts
 from specplug.testing.drive import Drive, drive_rollbacks
 from specplug.testing.fresh import choose, difference, fresh_drafts
 from specplug.testing.subject import Subject
@@ -13,10 +13,10 @@ def run(subject: Subject) -> str:
     folder = subject.targets.get()
     with subject.start(folder) as session:
         token_only = session.speculator.traits.token_only
+    if subject.learns:
+        raise NotApplicable("its drafts may depend on other requests, as traits.learns says")
     if not token_only and not subject.flags.deterministic:
         raise NotApplicable("it declares neither traits.token_only nor the flag deterministic")
-    if subject.flags.learns:
-        raise NotApplicable("its drafts depend on earlier requests, as its flags say")
     drive: Drive = subject.remember("rollbacks 0", lambda: drive_rollbacks(subject, folder, seed=0))
     records = [record for record in drive.records if token_only or record.params.greedy]
     records = choose(records, subject.scaled(80, 30), seed=2)
@@ -31,6 +31,7 @@ def run(subject: Subject) -> str:
             f"the same drafts for the same tokens, as {promise}: no global random numbers, no clock, no other rows",
             f"{len(different)} of {len(pairs)} differ from engine to engine; the first: {one.paths[:4]} and {other.paths[:4]}",
         )
+    expect_drafts(sum(len(one.tokens) for one, _ in pairs))
     return f"{len(pairs)} prefixes, alike in two engines"
 
 
@@ -38,5 +39,6 @@ CHECK = Check(
     "tokens",
     "a token-only or deterministic speculator drafts the same for the same tokens",
     "Such a speculator keeps its rows after a fault, may run in hosts without slots, and can be debugged.",
+    "No global random numbers, no clock, no other rows; one that learns from other requests declares `traits.learns`.",
     run,
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from specplug.contract.batch import Budget, ProposalBatch
 from specplug.contract.proposal import Proposal
 from specplug.speculation.validation import check_proposal
-from specplug.testing.check import Check, CheckFailure
+from specplug.testing.check import Check, CheckFailure, expect_drafts
 from specplug.testing.drive import RandomAcceptance, RestlessPolicy, mixed_params
 from specplug.testing.session import Session
 from specplug.testing.subject import Subject
@@ -51,6 +51,7 @@ def run(subject: Subject) -> str:
                 "parents before children, finite scores, probs that are distributions and allow their token",
                 f"{len(problems)} faults; {problems[0]}",
             )
+    expect_drafts(nodes)
     return f"{calls} calls, {rows} rows, {nodes} draft tokens"
 
 
@@ -66,5 +67,7 @@ CHECK = Check(
     "validity",
     "propose never raises, and every draft is well formed",
     "A fault costs only drafts, but costs all of them: after three in a row the speculator is switched off.",
+    "Ids below the vocabulary, at most the budget, parents before children, one entry per row of the batch, "
+    "probabilities that sum to one.",
     run,
 )

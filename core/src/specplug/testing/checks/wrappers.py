@@ -105,5 +105,6 @@ CHECK = Check(
     "wrappers",
     "a wrapper around propose or verify changes nothing",
     "Observers are harmless: what a tracer sees is what happens without it.",
+    "Return what `yield` gave, and change nothing in it.",
     run,
 )
