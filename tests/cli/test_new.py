@@ -138,6 +138,20 @@ def test_names_that_cannot_be_are_refused(name: str, tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("ngram", "the installed package specplug-ngram provides the method 'ngram': choose another name"),
+        ("Eagle3", "the installed package specplug-eagle provides the method 'eagle3': choose another name"),
+    ],
+)
+def test_what_is_installed_is_no_name_for_a_new_one(name: str, text: str, tmp_path: Path) -> None:
+    result = specplug("new", name, "--out", str(tmp_path))
+    assert result.returncode == 1
+    assert text in result.stderr
+    assert not any(tmp_path.iterdir())
+
+
 def test_nothing_is_written_over(tmp_path: Path) -> None:
     (tmp_path / "specplug-mine").mkdir()
     result = specplug("new", "mine", "--out", str(tmp_path))

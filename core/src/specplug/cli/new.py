@@ -26,7 +26,7 @@ def new(name: str, kind: str, out: Path) -> None:
     """Write a package that provides the method NAME: it installs, and passes the conformance kit, as it is.
 
     NAME is what users will write as "method": a letter, then letters, digits, - or _. The package is a new folder,
-    specplug-NAME; nothing that exists is written over.
+    specplug-NAME; nothing that exists is written over, and no name of an installed method is taken.
 
     \b
     Examples:

@@ -19,6 +19,13 @@ from specplug.plugins.finder import PluginRecord, find_plugins
 from specplug.plugins.hooks import HOOKS, check_hooks, has_hook, is_wrapper
 
 logger = logging.getLogger("specplug")
+_SHIPPED = {
+    "draft_model": "specplug-draft-model",
+    "eagle": "specplug-eagle",
+    "eagle3": "specplug-eagle",
+    "ngram": "specplug-ngram",
+}
+"""The packages of the methods that come with core's releases."""
 
 
 @attrs.define(eq=False)
@@ -216,8 +223,9 @@ class PluginRegistry:
         if record is None:
             names = sorted({*self._modules, *(record.method for record in self.records if record.status == "ok")})
             installed = f"installed: {', '.join(names)}" if names else "no speculator is installed"
-            near = did_you_mean(method, names)
-            hint = near or f"; if a package provides it: pip install specplug-{method.replace('_', '-')}"
+            package = _SHIPPED.get(method, f"specplug-{method.replace('_', '-')}")
+            near = "" if method in _SHIPPED else did_you_mean(method, names)
+            hint = near or f"; if a package provides it: pip install {package}"
             raise PluginError(f"no speculator named '{method}'{hint} ({installed})")
         if method in self.failures:
             last = self.failures[method].strip().splitlines()[-1]

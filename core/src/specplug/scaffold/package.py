@@ -11,7 +11,10 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
+from packaging.utils import canonicalize_name
+
 from specplug.errors import ConfigurationError
+from specplug.plugins.finder import find_plugins
 from specplug.version import __version__
 
 CORE = "specplug"
@@ -32,10 +35,12 @@ def write_package(name: str, kind: str, out: Path) -> tuple[Path, list[str]]:
         The new folder, and the files in it.
 
     Raises:
-        ConfigurationError: the name cannot be a method's and a distribution's, or the folder exists or cannot be written.
+        ConfigurationError: the name cannot be a method's and a distribution's, an installed package has it, or the folder
+            exists or cannot be written.
     """
     method = method_name(name)
-    folder = out.expanduser() / f"specplug-{method.replace('_', '-')}"
+    _refuse_taken(method)
+    folder = out.expanduser() / distribution_name(method)
     if folder.exists() or folder.is_symlink():
         raise ConfigurationError(f"{folder} exists; nothing is written over: choose another name or --out")
     values = _values(method)
@@ -70,11 +75,26 @@ def method_name(name: str) -> str:
     return method
 
 
+def distribution_name(method: str) -> str:
+    """The name of the package of a method."""
+    return f"{CORE}-{method.replace('_', '-')}"
+
+
+def _refuse_taken(method: str) -> None:
+    """Two packages with one method are both unusable, and a package of the same name would replace the installed one."""
+    for record in find_plugins():
+        if record.method == method or canonicalize_name(record.distribution) == distribution_name(method):
+            raise ConfigurationError(
+                f"the installed package {record.distribution} provides the method '{record.method}': choose another name, or "
+                f"uninstall it first (pip uninstall {record.distribution})"
+            )
+
+
 def _values(method: str) -> dict[str, str]:
     major, minor = __version__.split(".")[:2]
     return {
         "method": method,
-        "distribution": f"specplug-{method.replace('_', '-')}",
+        "distribution": distribution_name(method),
         "module": f"{CORE}_{method}",
         "speculator": "".join(word.capitalize() for word in method.split("_")) + "Speculator",
         "lower": f"{major}.{minor}",
