@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 from specplug import LLM, SamplingParams
 from specplug.engine import compilation, startup
 from specplug.model import compiled
-from specplug.model.compiled import measure_change
+from specplug.model.compiled import measure_change, over_rows
 from support.models import VOCABULARY, save_model
 from support.reference import decisive_prompts
 from support.speculators import Oracle, TreeSpeculator, provide
@@ -40,6 +42,13 @@ def count_compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
+def change_by_compiling(runner: Any) -> float:
+    forward, runner.compiled = runner.compiled, None
+    change = measure_change(runner, 16, over_rows(runner, forward), over_rows(runner, runner.run_tensors))
+    runner.compiled = forward
+    return change
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "opt"])
 def test_output_is_that_of_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, caplog: pytest.LogCaptureFixture
@@ -62,7 +71,7 @@ def test_output_is_that_of_transformers(
     for memory in ("64MiB", "48MiB"):  # another size of the cache: nothing is compiled anew
         with LLM(folder, **{**options, "memory": memory}) as llm:
             assert llm.engine.runner.compiled is not None, caplog.text
-            assert measure_change(llm.engine.runner, 16) < 1e-5
+            assert change_by_compiling(llm.engine.runner) < 1e-5
             alone = llm.generate([pairs[0][0]], greedy)[0].outputs[0].token_ids
             together = llm.generate([prompt for prompt, _ in pairs], greedy)
             assert llm.engine.stats.num_accepted_draft_tokens > 10
@@ -97,35 +106,116 @@ def test_draft_models_are_compiled_too_and_weights_are_there_once(
     assert held[True] <= held[False] * 1.01
 
 
-def test_a_damaged_file_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
-    folder = save_model(tmp_path, "llama", hidden_size=48)
+def written_by(cache: Path, folder: Path, **options: Any) -> Path:
+    """The file that compiling a model leaves."""
+    before = set((cache / "forwards").glob("*.bin"))
+    LLM(folder, **options).close()
+    (written,) = set((cache / "forwards").glob("*.bin")) - before
+    return written
+
+
+def raising(*inputs: Any) -> Any:
+    raise KeyError("no such thing\nin the artifact")
+
+
+def wrong(artifact: Any) -> Any:
+    def call(*inputs: Any) -> Any:
+        logits, *states = artifact(*inputs)
+        return logits * 1.5, *states
+
+    return call
+
+
+@pytest.mark.parametrize("fault", ["cut off", "raises", "other results"])
+def test_a_file_that_does_not_work_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Compiled anew, once, without a word; the next start finds what works."""
+    from torch._inductor import CompiledArtifact
+
+    sizes = {"cut off": 36, "raises": 40, "other results": 44}
+    folder = save_model(tmp_path, "llama", hidden_size=sizes[fault])
     options = {"skip_tokenizer_init": True, "memory": "64MiB", "compile": True}
     made = count_compilations(monkeypatch)
-    before = set((own_cache / "forwards").glob("*.bin")) if (own_cache / "forwards").exists() else set()
-    LLM(folder, **options).close()
-    (written,) = set((own_cache / "forwards").glob("*.bin")) - before
-    written.write_bytes(written.read_bytes()[:1000])
+    written = written_by(own_cache, folder, **options)
+    good = written.read_bytes()
+    with monkeypatch.context() as patch:
+        if fault == "cut off":
+            written.write_bytes(good[:1000])
+        else:
+            load = CompiledArtifact.load
+            patch.setattr(CompiledArtifact, "load", lambda **how: wrong(load(**how)) if fault != "raises" else raising)
+        with caplog.at_level(logging.WARNING), LLM(folder, **options) as llm:
+            assert llm.engine.runner.compiled is not None
+            assert change_by_compiling(llm.engine.runner) < 1e-5
+    assert not [record for record in caplog.records if record.name == "specplug" and record.levelno > logging.INFO]
+    assert len(made) == 2
+    assert written.is_file()
     with LLM(folder, **options) as llm:
         assert llm.engine.runner.compiled is not None
     assert len(made) == 2
 
 
-def test_what_computes_something_else_is_not_used(
+@pytest.mark.parametrize(("fault", "message"), [("raises", "KeyError: "), ("other results", "it gives other logits")])
+def test_what_does_not_work_when_new_is_not_used(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own_cache: Path,
+    fault: str,
+    message: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One line of warning, an engine that runs, and nothing on disk."""
+    own = compiled._compile
+    monkeypatch.setattr(compiled, "_compile", lambda runner: raising if fault == "raises" else wrong(own(runner)))
+    before = set((own_cache / "forwards").glob("*.bin"))
+    folder = save_model(tmp_path, "llama", hidden_size=28)
+    with caplog.at_level(logging.WARNING):
+        llm = LLM(folder, skip_tokenizer_init=True, memory="64MiB", compile=True)
+    assert llm.engine.runner.compiled is None
+    assert len(llm.generate([[3, 4, 5]], SamplingParams(max_tokens=3))[0].outputs[0].token_ids) == 3
+    llm.close()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("LlamaForCausalLM runs uncompiled: ")
+    assert message in record.getMessage()
+    assert "\n" not in record.getMessage()
+    assert set((own_cache / "forwards").glob("*.bin")) == before
+
+
+def test_the_compiler_works_in_our_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    """Not in a predictable one below /tmp, neither when it compiles nor when what it made is loaded."""
+    elsewhere = tmp_path / "elsewhere"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(elsewhere))
+    folder = save_model(tmp_path, "llama", hidden_size=56)
+    options = {"skip_tokenizer_init": True, "memory": "64MiB", "compile": True}
+    made = count_compilations(monkeypatch)
+    written = written_by(own_cache, folder, **options)
+    work = own_cache / "forwards" / "inductor" / written.stem
+    assert list(work.rglob("*.so"))
+    assert sum(file.stat().st_size for file in work.rglob("*")) < 16 << 20, "precompiled headers are not kept"
+    shutil.rmtree(work)
+    with LLM(folder, **options) as llm:
+        assert llm.engine.runner.compiled is not None
+    assert len(made) == 1
+    assert list(work.rglob("*.so"))
+    assert not elsewhere.exists()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(elsewhere)
+
+
+def test_a_cache_that_others_may_write_to_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    own = compilation.compile_forward
-
-    def wrong(runner: Any) -> Any:
-        forward = own(runner)
-        return lambda *inputs: (forward(*inputs)[0] * 1.5, forward(*inputs)[1])
-
-    monkeypatch.setattr(compilation, "compile_forward", wrong)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    monkeypatch.setenv("SPECPLUG_CACHE", str(shared))
     with caplog.at_level(logging.WARNING):
         llm = LLM(save_model(tmp_path, "llama"), skip_tokenizer_init=True, memory="64MiB", compile=True)
     assert llm.engine.runner.compiled is None
-    (record,) = caplog.records
-    assert "it gives other logits" in record.getMessage()
     llm.close()
+    (record,) = caplog.records
+    assert "others may write to" in record.getMessage()
+    assert not list(shared.iterdir())
 
 
 def test_a_model_that_cannot_be_traced_runs_as_it_is(

@@ -57,6 +57,28 @@ class Layer(nn.Module):
         return (states * 2 if bool(states.sum() > 0) else states,)
 
 
+class Constant(nn.Module):
+    """Adds numbers that stand in its code."""
+
+    def __init__(self, numbers: list[float]) -> None:
+        super().__init__()
+        self.numbers = numbers
+
+    def step(self, batch: Any, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (states[:, :2] + torch.tensor(self.numbers),)
+
+
+class Embedding(nn.Module):
+    """Ids in, and their rows of a table out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, WIDTH).requires_grad_(False)
+
+    def step(self, batch: Any, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (self.table(ids) * 2,)
+
+
 def new_cache(dtype: torch.dtype) -> KVCache:
     return KVCache([KVLayer(KV_HEADS, DIM, DIM)], 20, BLOCK, dtype, CPU)
 
@@ -114,3 +136,47 @@ def test_what_depends_on_values_stays_as_it_is(caplog: pytest.LogCaptureFixture)
     (record,) = caplog.records
     assert record.getMessage().startswith("Layer.looking runs uncompiled: ")
     assert "\n" not in record.getMessage()
+
+
+def test_other_constants_are_another_step(caplog: pytest.LogCaptureFixture) -> None:
+    cache = new_cache(torch.float32)
+    states = torch.randn(9, WIDTH)
+    for numbers in ([1.0, 2.0], [30.0, 40.0]):
+        module = Constant(numbers)
+        step = compile_step(module.step, module, cache, [states[:1]])
+        assert isinstance(step, CompiledStep), caplog.text
+        torch.testing.assert_close(step(batch_of(cache), states)[0], states[:, :2] + torch.tensor(numbers))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_integers_are_tried_as_they_are_given(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    """Random ones would be no ids."""
+    module, cache = Embedding(), new_cache(torch.float32)
+    ids = torch.tensor([3, 10, 0], dtype=dtype)
+    step = compile_step(module.step, module, cache, [ids])
+    assert isinstance(step, CompiledStep), caplog.text
+    torch.testing.assert_close(step(batch_of(cache), ids.repeat(3))[0], module.table(ids.repeat(3)) * 2)
+
+
+def test_a_file_that_raises_is_replaced(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    from torch._inductor import CompiledArtifact
+
+    def raising(*inputs: Any) -> Any:
+        raise KeyError("no such thing")
+
+    module, cache = Embedding(), new_cache(torch.float32)
+    ids = torch.tensor([1])
+    made: list[Any] = []
+    compile_graph = compiled_step.compile_graph
+    monkeypatch.setattr(compiled_step, "compile_graph", lambda *a: (made.append(a), compile_graph(*a))[1])
+    module.table = nn.Embedding(13, WIDTH).requires_grad_(False)
+    assert isinstance(compile_step(module.step, module, cache, [ids]), CompiledStep)
+    monkeypatch.setattr(CompiledArtifact, "load", lambda **how: raising)
+    assert isinstance(compile_step(module.step, module, cache, [ids]), CompiledStep)
+    assert len(made) == 2
+    monkeypatch.setattr(compiled_step, "compile_graph", lambda *a: raising)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert compile_step(module.step, module, cache, [ids]) == module.step
+    (record,) = caplog.records
+    assert record.getMessage() == "Embedding.step runs uncompiled: KeyError: 'no such thing'"

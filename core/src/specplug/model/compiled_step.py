@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,23 +12,29 @@ import torch
 from torch import fx
 
 from specplug import native
-from specplug.cache import default_cache_folder
+from specplug.model.artifacts import (
+    Artifact,
+    CompileError,
+    as_compile_error,
+    compile_graph,
+    obtain_artifact,
+    quiet_tracing,
+)
 from specplug.model.blocks import BlockTable
-from specplug.model.compiled import CompileError, compile_graph, compiler_settings, load_artifact, quiet_tracing
-from specplug.model.fake_inputs import FakeInputs
+from specplug.model.cache_key import cache_key
+from specplug.model.difference import TOLERANCE, relative_difference
+from specplug.model.fake_inputs import EXAMPLE_PLAN, EXAMPLE_TOKENS, FakeInputs
 from specplug.model.forward import ForwardRow, can_attend_natively
 from specplug.model.packing import PackedLinear
 from specplug.model.paged import PagedBatch
-from specplug.model.trace import join_products, weights_of
-from specplug.version import __version__
+from specplug.model.products import join_products
+from specplug.model.trace import weights_of
 
 if TYPE_CHECKING:
     from specplug.model.kv_cache import KVCache
 
 logger = logging.getLogger("specplug")
 Step = Callable[..., Sequence[torch.Tensor]]
-_EXAMPLE_TOKENS, _EXAMPLE_PLAN = 7, 93
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08}
 
 
 class _TracedBatch:
@@ -67,7 +74,7 @@ class _TracedBatch:
 class CompiledStep:
     """Callable in place of the step it was made of."""
 
-    def __init__(self, artifact: Any, fixed: Sequence[torch.Tensor]) -> None:
+    def __init__(self, artifact: Artifact, fixed: Sequence[torch.Tensor]) -> None:
         self._artifact = artifact
         self._fixed = list(fixed)
 
@@ -80,27 +87,30 @@ class CompiledStep:
 def compile_step(step: Step, module: torch.nn.Module, cache: KVCache, inputs: Sequence[torch.Tensor]) -> Step:
     """See `Resources.compile`; where the step cannot be compiled, one line of warning says why, and it stays as it is."""
     try:
-        if not can_attend_natively(cache) or cache.keys[0].device.type != "cpu":
-            raise CompileError("the native kernels are not there")
-        if any(isinstance(part, PackedLinear) and not part.is_native for part in module.modules()):
-            raise CompileError("its weights are packed for a library that compiled code cannot call")
-        caches = [tensor for pair in zip(cache.keys, cache.values, strict=True) for tensor in pair]
-        try:
-            with quiet_tracing():
-                graph, fakes = _trace(step, module, caches, inputs)
-        except Exception as error:
-            raise CompileError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
-        folder = default_cache_folder() / "forwards"
-        with compiler_settings(folder, cache.keys[0].device):
-            artifact = load_artifact(folder / f"{_key(step, graph, fakes)}.bin", lambda: compile_graph(graph, fakes))
-        compiled = CompiledStep(artifact, [*(w.detach() for w in weights_of(module).values()), *caches])
-        change = _measure_change(step, compiled, cache, inputs)
-        if not change <= _TOLERANCE[cache.keys[0].dtype]:
-            raise CompileError(f"compiled, it gives other results (relative difference {change:.2g})")
+        return _compile(step, module, cache, inputs)
     except CompileError as error:
         logger.warning("%s runs uncompiled: %s", _name(step), error)
         return step
-    return compiled
+
+
+def _compile(step: Step, module: torch.nn.Module, cache: KVCache, inputs: Sequence[torch.Tensor]) -> CompiledStep:
+    device = cache.keys[0].device
+    if not can_attend_natively(cache) or device.type != "cpu":
+        raise CompileError("the native kernels are not there")
+    if any(isinstance(part, PackedLinear) and not part.is_native for part in module.modules()):
+        raise CompileError("its weights are packed for a library that compiled code cannot call")
+    caches = [tensor for pair in zip(cache.keys, cache.values, strict=True) for tensor in pair]
+    fixed = [*(weight.detach() for weight in weights_of(module).values()), *caches]
+    with as_compile_error(), quiet_tracing():
+        graph, fakes = _trace(step, module, caches, inputs)
+
+    def check(artifact: Artifact) -> None:
+        change = _measure_change(step, CompiledStep(artifact, fixed), cache, inputs)
+        if not change <= TOLERANCE[cache.keys[0].dtype]:
+            raise CompileError(f"compiled, it gives other results (relative difference {change:.2g})")
+
+    key = _key(step, graph, fakes)
+    return CompiledStep(obtain_artifact(key, device, lambda: compile_graph(graph, fakes), check), fixed)
 
 
 def _trace(
@@ -115,14 +125,11 @@ def _trace(
     fakes = [fake.fixed(tensor) for tensor in weights.values()]
     fakes += [fake.free(tensor, 1) for tensor in caches]
     fakes += [
-        fake.free(torch.zeros(_EXAMPLE_TOKENS, dtype=torch.long, device=device), 0),
-        fake.free(torch.zeros(_EXAMPLE_PLAN, dtype=torch.int32, device=device), 0),
-        fake.free(torch.zeros(_EXAMPLE_TOKENS, dtype=torch.long, device=device), 0),
+        fake.free(torch.zeros(EXAMPLE_TOKENS, dtype=torch.long, device=device), 0),
+        fake.free(torch.zeros(EXAMPLE_PLAN, dtype=torch.int32, device=device), 0),
+        fake.free(torch.zeros(EXAMPLE_TOKENS, dtype=torch.long, device=device), 0),
     ]
-    fakes += [
-        fake.free(tensor.new_zeros(_EXAMPLE_TOKENS, *tensor.shape[1:], device=device), 0).to(tensor.dtype)
-        for tensor in inputs
-    ]
+    fakes += [fake.free(tensor.new_zeros(EXAMPLE_TOKENS, *tensor.shape[1:], device=device), 0) for tensor in inputs]
 
     def run(*flat: Any) -> list[Any]:
         own_weights = dict(zip(weights, flat[: len(weights)], strict=True))
@@ -141,29 +148,45 @@ def _trace(
 @torch.inference_mode()
 def _measure_change(step: Step, compiled: Step, cache: KVCache, inputs: Sequence[torch.Tensor]) -> float:
     """The largest relative root-mean-square difference for 1, 2 and 7 tokens; the first slots are overwritten."""
-    generator = torch.Generator().manual_seed(0)
     worst = 0.0
-    for count in (1, 2, 7):
-        table = BlockTable(max(count, 1))
+    for count in sorted({min(size, cache.num_slots) for size in (1, 2, 7)}):
+        table = BlockTable(count)
         table.extend([0])
-        values = [
-            torch.randn(count, *tensor.shape[1:], generator=generator).to(tensor.device, tensor.dtype)
-            for tensor in inputs
-        ]
-        results = [run(PagedBatch([ForwardRow([0] * count, 0, table)], cache), *values) for run in (step, compiled)]
-        for theirs, ours in zip(*results, strict=True):
-            scale = theirs.double().pow(2).mean().sqrt().clamp_min(1e-30)
-            change = ((ours.double() - theirs.double()).pow(2).mean().sqrt() / scale).item()
-            worst = max(worst, change if change == change else float("inf"))
+        values = [_probe(tensor, count) for tensor in inputs]
+        results = [run(PagedBatch([ForwardRow([0] * count, 0, table)], cache), *values) for run in (compiled, step)]
+        worst = max(worst, *(relative_difference(ours, theirs) for ours, theirs in zip(*results, strict=True)))
     return worst
 
 
+def _probe(example: torch.Tensor, count: int) -> torch.Tensor:
+    """An input for so many tokens: the example's own, over and over, since they are known to be allowed.
+
+    Zeros of a floating dtype, which stand for any numbers and would prove little, become random.
+    """
+    if example.is_floating_point() and not bool(example.any()):
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(count, *example.shape[1:], generator=generator).to(example.device, example.dtype)
+    if not len(example):
+        return example.new_zeros(count, *example.shape[1:])
+    return example[torch.arange(count, device=example.device) % len(example)]
+
+
 def _key(step: Step, graph: fx.GraphModule, fakes: Sequence[Any]) -> str:
-    """What a compiled step depends on: the traced operations themselves, and what compiles them."""
-    digest = hashlib.sha256(graph.code.encode())
-    shapes = [(str(tuple(fake.shape)), str(fake.dtype)) for fake in fakes]
-    digest.update(repr((shapes, native.key(), torch.get_num_threads(), torch.__version__, __version__)).encode())
-    return f"{_name(step).rsplit('.', 1)[-1]}-{digest.hexdigest()[:32]}"
+    """What a compiled step depends on: the traced operations, the tensors among them, and what compiles them."""
+    constants = [str(node.target) for node in graph.graph.nodes if node.op == "get_attr"]
+    facts = {
+        "operations": graph.code,
+        "constants": [_digest(operator.attrgetter(name)(graph)) for name in constants],
+        "shapes": [(str(tuple(fake.shape)), str(fake.dtype)) for fake in fakes],
+        "native": native.key(),
+        "threads": torch.get_num_threads(),
+    }
+    return cache_key(_name(step).rsplit(".", 1)[-1], facts)
+
+
+def _digest(constant: torch.Tensor) -> tuple[str, str, str]:
+    content = constant.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return str(constant.dtype), str(tuple(constant.shape)), hashlib.sha256(content).hexdigest()
 
 
 def _name(step: Step) -> str:

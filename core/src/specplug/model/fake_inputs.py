@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+# Sizes of free dimensions while code is traced: no two alike, and none that is a size of a model.
+EXAMPLE_TOKENS, EXAMPLE_LOGITS, EXAMPLE_PLAN = 7, 5, 93
+
 
 class FakeInputs:
     """Makes fake tensors of one tracing."""

@@ -6,23 +6,25 @@ disk. "Any architecture" is thereby a checked fact and not a hope.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from specplug.cache import default_cache_folder
+from specplug import native
+from specplug.cache import CacheError, check_private, new_file, private_folder
 from specplug.errors import UnsupportedModelError
 from specplug.model import attention
 from specplug.model.blocks import BlockTable
+from specplug.model.cache_key import cache_key, config_facts, device_name
+from specplug.model.difference import TOLERANCE, relative_difference
 from specplug.model.forward import ForwardRow
 from specplug.model.packing import PackedLinear
 from specplug.model.runner import ModelRunner
 
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}
+logger = logging.getLogger("specplug")
 _SHORT, _LONG = 5, 9
 
 
@@ -41,9 +43,9 @@ def check_parity(runner: ModelRunner, config: Any, block_size: int, *, cache_fol
     Raises:
         UnsupportedModelError: the two disagree.
     """
-    record = (cache_folder or default_cache_folder()) / "parity.json"
+    record = _record(cache_folder)
     key = _key(runner, config)
-    if _load(record).get(key):
+    if record is not None and _load(record).get(key):
         return False
     difference = measure_difference(runner, block_size)
     limit = TOLERANCE[runner.cache.keys[0].dtype]
@@ -52,7 +54,8 @@ def check_parity(runner: ModelRunner, config: Any, block_size: int, *, cache_fol
             f"{runner.architecture.name} gives other logits packed and paged than by its own attention (relative difference "
             f"{difference:.2g}, at most {limit:g} is rounding): its attention does something the interface does not show"
         )
-    _save(record, key)
+    if record is not None:
+        _save(record, key)
     return True
 
 
@@ -78,11 +81,7 @@ def measure_difference(runner: ModelRunner, block_size: int) -> float:
         torch.cat([logits[:cut] for logits, cut in zip(expected, cuts, strict=True)]),
         torch.cat([logits[cut:] for logits, cut in zip(expected, cuts, strict=True)]),
     ]
-    ratios = []
-    for ours, theirs in zip(packed, reference, strict=True):
-        scale = theirs.double().pow(2).mean().sqrt().clamp_min(1e-30)
-        ratios.append(((ours.double() - theirs.double()).pow(2).mean().sqrt() / scale).item())
-    return max(ratios)
+    return max(relative_difference(ours, theirs) for ours, theirs in zip(packed, reference, strict=True))
 
 
 def _own_logits(model: Any, ids: list[int], device: torch.device) -> torch.Tensor:
@@ -95,20 +94,26 @@ def _own_logits(model: Any, ids: list[int], device: torch.device) -> torch.Tenso
 
 
 def _key(runner: ModelRunner, config: Any) -> str:
-    import transformers
-
-    from specplug.version import __version__
-
     facts = {
-        "config": {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")},
+        "config": config_facts(config),
         "dtype": str(runner.cache.keys[0].dtype),
-        "device": runner.device.type,
+        "device": device_name(runner.device),
         "packed": sum(isinstance(module, PackedLinear) for module in runner.model.modules()),
-        "native": runner.attends_natively,
-        "versions": [__version__, torch.__version__, transformers.__version__],
+        "native": native.key() if runner.attends_natively else None,
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-    return f"{runner.architecture.name}-{digest}"
+    return cache_key(runner.architecture.name, facts)
+
+
+def _record(folder: Path | None) -> Path | None:
+    """Where verdicts are kept; None where no folder can be trusted: then every start probes."""
+    try:
+        record = (folder or private_folder()) / "parity.json"
+        if record.exists():
+            check_private(record)
+    except CacheError as error:
+        logger.debug("no parity verdicts are kept: %s", error)
+        return None
+    return record
 
 
 def _load(record: Path) -> dict[str, bool]:
@@ -122,9 +127,8 @@ def _load(record: Path) -> dict[str, bool]:
 def _save(record: Path, key: str) -> None:
     """Adds a verdict; a cache folder that cannot be written only means probing again next time."""
     try:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        temporary = record.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({**_load(record), key: True}, indent=1), encoding="utf-8")
-        temporary.replace(record)
+        record.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with new_file(record) as temporary:
+            temporary.write_text(json.dumps({**_load(record), key: True}, indent=1), encoding="utf-8")
     except OSError:
         return

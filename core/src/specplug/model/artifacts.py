@@ -1,0 +1,125 @@
+"""Machine code for traced graphs: made once, kept on disk, and tried before it is used."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specplug.cache import CacheError, check_private, new_file, private_folder
+
+logger = logging.getLogger("specplug")
+Artifact = Callable[..., Any]
+
+
+class CompileError(Exception):
+    """Something cannot be compiled here; the message says why."""
+
+
+@contextmanager
+def as_compile_error() -> Iterator[None]:
+    """Whatever goes wrong in tracing, compiling or trying becomes a `CompileError` of one line."""
+    try:
+        yield
+    except CompileError:
+        raise
+    except Exception as error:
+        raise CompileError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+
+def obtain_artifact(
+    name: str, device: torch.device, make: Callable[[], Artifact], check: Callable[[Artifact], None]
+) -> Artifact:
+    """What is kept under a name; if nothing is, or it does not work, what is made now.
+
+    Args:
+        name: says everything that it depends on.
+        device: where it runs.
+        make: compiles it.
+        check: calls it, and raises if it does not do what it should.
+
+    Raises:
+        CompileError: it cannot be compiled here, or does not pass the check.
+    """
+    try:
+        folder = private_folder("forwards")
+        own = private_folder("forwards/inductor") / name
+    except CacheError as error:
+        raise CompileError(str(error)) from error
+    path = folder / f"{name}.bin"
+    with as_compile_error(), _compiler_settings(own, device):
+        kept = _load(path, own, check)
+        if kept is not None:
+            return kept
+        made = make()
+        check(made)
+        _save(made, path)
+        return made
+
+
+def compile_graph(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Artifact:
+    """Machine code for a traced graph, for `obtain_artifact`."""
+    from torch._inductor import standalone_compile
+
+    return standalone_compile(module, list(inputs), dynamic_shapes="from_graph", options={})
+
+
+def _load(path: Path, own: Path, check: Callable[[Artifact], None]) -> Artifact | None:
+    """What lies on disk and works; None if nothing does, and then nothing lies there any more."""
+    from torch._inductor import CompiledArtifact
+
+    if not path.is_file():
+        return None
+    try:
+        check_private(path)
+        artifact = CompiledArtifact.load(path=str(path), format="binary")
+        check(artifact)
+        return artifact
+    except Exception as error:
+        logger.debug("the compiled %s cannot be used: %s", path, error)
+        path.unlink(missing_ok=True)
+        shutil.rmtree(own, ignore_errors=True)  # what the compiler kept of it may be what is broken
+        return None
+
+
+def _save(artifact: Any, path: Path) -> None:
+    """Keeps machine code; where the cache folder cannot be written, it is compiled again next time."""
+    try:
+        with new_file(path) as temporary:
+            artifact.save(path=str(temporary), format="binary")
+    except (OSError, RuntimeError) as error:
+        logger.debug("the compiled %s is not kept: %s", path, error)
+
+
+@contextmanager
+def quiet_tracing() -> Iterator[None]:
+    """PyTorch logs a traceback for an operation without a shapes-only form, before it raises the error that is reported."""
+    torch_logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = torch_logger.level
+    torch_logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        torch_logger.setLevel(level)
+
+
+@contextmanager
+def _compiler_settings(own: Path, device: torch.device) -> Iterator[None]:
+    """One call into machine code instead of one per kernel (a GPU's come from a graph).
+
+    What the compiler itself writes, and loads libraries from, goes to a folder of this artifact's own, and not to a predictable
+    one below /tmp. Precompiled headers (150 MB each) would pay after many compilations only.
+    """
+    from torch._inductor import config
+    from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
+
+    with (
+        temporary_cache_dir(str(own)),
+        config.patch(cpp_wrapper=device.type == "cpu", cpp_cache_precompile_headers=False),
+    ):
+        yield
