@@ -1,22 +1,18 @@
-"""Every Python snippet and every specplug command in README and docs runs; every hook is documented and exercised."""
+"""Every Python snippet in README and docs runs; every hook is documented and exercised."""
 
 from __future__ import annotations
 
 import re
 import runpy
-import shlex
 import tomllib
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 from support.environment import ROOT
-from support.pages import DOCS, EXAMPLES, PAGES, TUTORIALS, Block, blocks_of, commands_in
+from support.pages import DOCS, EXAMPLES, MAKERS, PAGES, TUTORIALS, Block, blocks_of
 
 LANGUAGES = {"python", "sh", "toml", "json", "text"}
-MEASURED_BY_HAND = {"benchmarks.md"}
-SHORTER = ("--quick", "--only", "startup")  # for `specplug check`: its whole run takes minutes
 
 
 def blocks(language: str) -> list[Block]:
@@ -37,19 +33,8 @@ def snippet_groups() -> list[tuple[str, str]]:
     return groups
 
 
-def commands() -> list[tuple[str, str]]:
-    found = []
-    for block in blocks("sh"):
-        for line in commands_in(block):
-            line = line.partition("  #")[0].strip()
-            if line.startswith("specplug "):
-                found.append((f"{block.name}: {line}", line))
-    return found
-
-
 def test_there_is_something_to_run() -> None:
     assert len(snippet_groups()) >= 15
-    assert len(commands()) >= 10
 
 
 @pytest.mark.parametrize(("name", "code"), [pytest.param(*each, id=each[0]) for each in snippet_groups()])
@@ -57,24 +42,11 @@ def test_snippet(name: str, code: str) -> None:
     exec(compile(code, name, "exec"), {"__name__": "snippet"})
 
 
-@pytest.mark.parametrize(("name", "line"), [pytest.param(*each, id=each[0]) for each in commands()])
-def test_command(name: str, line: str) -> None:
-    from specplug.cli.main import cli
-
-    arguments = shlex.split(line)[1:]
-    if arguments[0] == "check" and "--only" not in arguments:
-        arguments += SHORTER
-    result = CliRunner().invoke(cli, arguments, prog_name="specplug")
-    assert result.exit_code == 0, result.output
-    assert result.output.strip()
-
-
 def test_every_fence_says_what_is_in_it() -> None:
     """A fence without a language would be a command that nothing runs."""
-    for page in DOCS:
-        if page.name not in MEASURED_BY_HAND:
-            for block in blocks_of(page):
-                assert block.language in LANGUAGES, block.name
+    for page in (*PAGES, *EXAMPLES, *MAKERS):
+        for block in blocks_of(page):
+            assert block.language in LANGUAGES, block.name
 
 
 def test_toml_can_be_read() -> None:

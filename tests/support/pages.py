@@ -13,6 +13,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 TUTORIALS = [ROOT / "docs" / name for name in ("quickstart.md", "write-a-speculator.md")]
 PAGES = [ROOT / "README.md", ROOT / "core/README.md", *DOCS, *sorted(ROOT.glob("plugins/*/README.md"))]
 EXAMPLES = sorted(ROOT.glob("examples/*/README.md"))
+MAKERS = sorted([*ROOT.glob("core/*/README.md"), *ROOT.glob("plugins/*/*/README.md")])
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _FILE = re.compile(r"# (\S+\.(?:py|toml))\n")
 
