@@ -14,11 +14,12 @@ from core.test_native_kernels import BLOCK, BLOCKS, random_row
 from specplug import LLM, SamplingParams
 from specplug.contract.memory import KVLayer
 from specplug.model.attention import AttentionSite
-from specplug.model.blocks import BlockTable
+from specplug.model.blocks import BlockAllocator, BlockTable
 from specplug.model.forward import ForwardBatch, ForwardRow
 from specplug.model.kv_cache import KVCache
 from specplug.native import cuda
 from specplug.native.triton_linear import products
+from specplug.sampling.distributions import most_likely
 from support.models import VOCABULARY, save_model
 from support.reference import decisive_prompts
 
@@ -120,6 +121,45 @@ def test_products_equal_pytorch(rows: int, inner: int, outers: tuple[int, ...], 
     for weight, added, ours in zip(weights, biases, products(states, weights, biases), strict=True):
         exact = torch.nn.functional.linear(states.double(), weight.double(), None if added is None else added.double())
         torch.testing.assert_close(ours.double(), exact, atol=3e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 128_256), (3, 2048), (64, 50_257), (2, 7)])
+def test_the_most_likely_token_is_pytorchs(rows: int, vocabulary: int, dtype: torch.dtype) -> None:
+    """The first of equals, which half precision has many of; NaN is found wherever it stands."""
+    torch.manual_seed(rows)
+    logits = torch.randn(rows, vocabulary, device=GPU).to(dtype)
+    assert most_likely(logits) == (logits.cpu().float().argmax(dim=-1).tolist(), None)
+    for value in (0.0, -0.0, float("-inf"), -3.0):
+        logits = torch.full((rows, vocabulary), value, dtype=dtype, device=GPU)
+        assert most_likely(logits) == ([0] * rows, None)
+    logits[:, 1::2] = 0.0
+    logits[:, 2::2] = -0.0
+    assert most_likely(logits)[0] == [1] * rows
+    logits[rows - 1, vocabulary - 2] = float("nan")
+    assert most_likely(logits)[1] == rows - 1
+
+
+def test_a_plan_longer_than_usual_is_copied_too(tmp_path: Path) -> None:
+    """Many rows, none of them one slice: their tables and parts are more than a graph copies by itself."""
+    folder = save_model(tmp_path / "llama", "llama", max_position_embeddings=4096)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, VOCABULARY, (700,), generator=generator).tolist() for _ in range(24)]
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    found = []
+    for compiled in (True, False):
+        with LLM(folder, skip_tokenizer_init=True, compile=compiled, max_num_seqs=24, block_size=1) as llm:
+            allocator = llm.engine.scheduler.allocator
+            allocator.allocate = lambda count, _take=allocator, **_: _scattered(_take, count)  # type: ignore[method-assign]
+            found.append([output.outputs[0].token_ids for output in llm.generate(prompts, params)])
+    agreeing = sum(a == b for a, b in zip(*found, strict=True))
+    assert agreeing == len(prompts)
+
+
+def _scattered(allocator: BlockAllocator, count: int) -> list[int] | None:
+    """Every second free block first."""
+    free = np.flatnonzero(allocator._free)
+    return allocator._take(np.concatenate([free[::2], free[1::2]])[:count].tolist()) if count <= len(free) else None
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "qwen2", "gpt_neox"])

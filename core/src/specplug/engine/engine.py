@@ -17,11 +17,13 @@ from specplug.engine.scheduler import ScheduledRow, Scheduler
 from specplug.engine.verification import Verification
 from specplug.errors import RequestError
 from specplug.memory.plan import MemoryPlan
+from specplug.model.device import to_device
 from specplug.model.forward import ForwardRow, TreeMask
 from specplug.model.kv_cache import KVCache
 from specplug.model.runner import ModelRunner
 from specplug.plugins.registry import PluginRegistry
 from specplug.request import Request
+from specplug.sampling.distributions import top_probs
 from specplug.sampling.logprobs import gather_logprobs
 from specplug.sampling.params import SamplingParams
 from specplug.sampling.workspace import Workspace
@@ -190,12 +192,12 @@ class Engine:
                 scored.append((row.request, len(logits_index), count))
                 logits_index.extend(range(begin + skipped, begin + skipped + count))
         wants_top_k = TOP_IDS in self._states.specs
-        logits = self.runner.forward(forward_rows, None if wants_top_k else logits_index)
+        logits = self.runner.forward(forward_rows, None if wants_top_k else logits_index, lasting=False)
         captured: dict[Channel, torch.Tensor] = {**self.runner.taps.captured}
         if wants_top_k:
-            probs, ids = logits.float().softmax(dim=-1).topk(self._states.specs[TOP_IDS].width, dim=-1)
+            ids, probs = top_probs(logits, self._states.specs[TOP_IDS].width)
             captured |= {TOP_IDS: ids, TOP_PROBS: probs}
-            logits = logits[torch.tensor(logits_index, dtype=torch.long, device=logits.device)]
+            logits = logits[to_device(logits_index or [0], logits.device)]
         return _TargetStep(rows, first, sampling, offsets, logits, scored, captured)
 
     def _commit(self, target: _TargetStep, verdict: Verdict) -> list[StepOutput]:

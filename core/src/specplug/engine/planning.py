@@ -12,18 +12,19 @@ import torch
 from specplug.configuration.engine import EngineConfig
 from specplug.contract.memory import MemoryBudget, MemoryRegion
 from specplug.contract.settings import SpeculativeConfig
+from specplug.engine.compilation import wants_compilation
 from specplug.errors import CheckpointError, ConfigurationError, PluginError
 from specplug.memory.available import default_budget
 from specplug.memory.plan import MemoryPlan, solve
 from specplug.model.architecture import Architecture, inspect_architecture
 from specplug.model.checkpoint import choose_dtype, load_config, read_headers, resolve_checkpoint
 from specplug.model.device import choose_device
-from specplug.model.step_memory import step_bytes
+from specplug.model.step_memory import StepModel, step_bytes
 from specplug.model.tokenizer import load_tokenizer
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
 from specplug.sampling.workspace import Workspace
 from specplug.speculation.states import ChannelSpec, StateStore, channels_for
-from specplug.speculation.target import TargetFacade
+from specplug.speculation.target import LazyModel, TargetFacade
 from specplug.tiny import resolve_model
 
 _SHORT_PROMPT = 64  # tokens; prompts up to here run in CUDA graphs too
@@ -102,9 +103,18 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
     buffers += Workspace.planned_bytes(num_entries, architecture.vocab_size)
     passing = 0
     if device.type == "cuda":
-        tokens = config.max_num_batched_tokens
+        boundaries = {b for speculator in speculators for b in speculator.traits.hidden_states}
+        target = StepModel(
+            model_config, architecture.kv_layers, architecture.vocab_size, dtype, num_states=len(boundaries)
+        )
         passing = step_bytes(
-            architecture, model_config, dtype, tokens=tokens, entries=num_entries, captured=most_captured
+            target,
+            _drafts(facade, regions, device),
+            device,
+            tokens=config.max_num_batched_tokens,
+            entries=num_entries,
+            captured=most_captured,
+            is_captured=wants_compilation(config.compile, architecture.weight_bytes),
         )
     plan = solve(
         budget,
@@ -133,6 +143,14 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
         num_entries=num_entries,
         most_captured=most_captured,
     )
+
+
+def _drafts(facade: TargetFacade, regions: Sequence[Sequence[MemoryRegion]], device: torch.device) -> list[StepModel]:
+    """The speculators' models that run on the target's device."""
+    planned = {region.name for own in regions for region in own if region.layers}
+    models = [handle for handle in facade.handles if isinstance(handle, LazyModel) and handle.device == device]
+    caches = [(model, region) for model in models for region in model.regions() if region.name in planned]
+    return [StepModel(model.config, region.layers, model.vocab_size, model.dtype) for model, region in caches]
 
 
 def _target_tokenizer(tokenizer: Callable[[], Any], folder: Path, trust_remote_code: bool) -> Any:

@@ -15,6 +15,7 @@ from specplug.contract.batch import VerificationBatch, VerificationRow
 from specplug.contract.proposal import Proposal
 from specplug.contract.verdict import Verdict
 from specplug.errors import ModelOutputError, PluginError
+from specplug.model.device import to_device
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
 from specplug.request import Request
 from specplug.sampling.distributions import DistributionRow, StepDistributions, most_likely, nan_message
@@ -64,7 +65,7 @@ class Verification:
             groups.setdefault(method if method in self._overriders else None, []).append(index)
         for method, rows in groups.items():
             entries = [list(range(offsets[row], offsets[row + 1])) for row in rows]
-            selection = torch.tensor(list(itertools.chain(*entries)), dtype=torch.long, device=logits.device)
+            selection = to_device(list(itertools.chain(*entries)), logits.device)
             verdict = self._ask(
                 self._core if method is None else self._overriders[method],
                 [requests[row] for row in rows],

@@ -21,6 +21,13 @@ _ROW = ("query", "count", "length", "base", "table", "hidden", "tree", "prefix")
 
 def attention_plan(rows: Sequence[ForwardRow]) -> np.ndarray:
     """Writes the plan of a batch; see the module."""
+    fields, extras = plan_pieces(rows)
+    head = np.array(fields, dtype=np.int32)
+    return np.concatenate([head, *extras]) if extras else head
+
+
+def plan_pieces(rows: Sequence[ForwardRow]) -> tuple[list[int], list[np.ndarray]]:
+    """The same in pieces: header and rows, then tables and trees."""
     block_size = rows[0].table.block_size if rows else 1
     fields: list[int] = [len(rows), 0, block_size, 0]
     extras: list[np.ndarray] = []
@@ -43,8 +50,7 @@ def attention_plan(rows: Sequence[ForwardRow]) -> np.ndarray:
         fields += (query, count, length, base, table, row.first, tree, prefix)
         query += count
     fields[1] = query
-    head = np.array(fields, dtype=np.int32)
-    return np.concatenate([head, *extras]) if extras else head
+    return fields, extras
 
 
 def _tree(tree: TreeMask, count: int) -> tuple[np.ndarray, np.ndarray]:

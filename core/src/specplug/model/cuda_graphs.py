@@ -1,8 +1,9 @@
-"""A model's forward as CUDA graphs, one per number of tokens: a step is one copy and one launch.
+"""A model's forward as CUDA graphs, one per number of tokens: a step is one launch.
 
-A graph replays the kernels that were captured, over the memory they were captured with. Inputs therefore lie in one buffer at
-a fixed address; the batch is padded to the next captured number of tokens, and the attention plan says how many are real:
-padding is attended to by nobody and stored nowhere. Outputs are copied out, since the next replay overwrites them.
+A graph replays what was captured, over the memory it was captured with. Inputs therefore lie in one buffer at a fixed address,
+and the copy that fills it is the graph's first part. The batch is padded to the next captured number of tokens, and the
+attention plan says how many are real: padding is attended to by nobody and stored nowhere. The next replay overwrites outputs:
+who keeps them longer gets copies.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import numpy as np
 import torch
 
-from specplug.model.staging import split_buffer, stage, staged_length
+from specplug.model.staging import StagedInputs, staged_length
 
 if TYPE_CHECKING:
     from specplug.model.forward import ForwardBatch
@@ -53,8 +53,7 @@ class CudaGraphs:
     def __init__(self, runner: ModelRunner, most_tokens: int) -> None:
         self._buckets = token_buckets(min(most_tokens, MOST_TOKENS))
         self._device = runner.device
-        length = staged_length(self._buckets[-1], self._buckets[-1], _LONGEST_PLAN)
-        self._buffer = torch.zeros(length, dtype=torch.int32, device=runner.device)
+        self._inputs = StagedInputs(self._buckets[-1], _LONGEST_PLAN, runner.device)
         self._captured: dict[int, _Captured] = {}
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(runner.device)
@@ -64,44 +63,52 @@ class CudaGraphs:
 
     @torch.inference_mode()
     def _capture(self, runner: ModelRunner, bucket: int, pool: Any, stream: torch.cuda.Stream) -> _Captured:
-        empty = np.array([0, 0, 1, 4, 0, 0, 0, 0], dtype=np.int32)  # no rows, no work
-        stage([[], [], [], []], empty, self._device, self._buffer, bucket)
-        inputs = self._inputs(bucket)
+        self._inputs.write([[], [], [], []], bucket, [[0, 0, 1, 4, 0, 0, 0, 0]])  # no rows, no work
+        ids, positions, slots, index, plan = self._inputs.tensors(bucket)
+        inputs = (ids[None], positions[None], plan, slots, index)
+        self._inputs.copy(bucket)
         torch.cuda.synchronize(self._device)
         with torch.cuda.stream(stream):  # compiles kernels and fills libraries' workspaces, which a capture must not
             runner.run_tensors(*inputs)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream):
+            self._inputs.copy(bucket)
             outputs = runner.run_tensors(*inputs)
         return _Captured(graph, outputs)
 
-    def _inputs(self, bucket: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        ids, positions, slots, index, plan = split_buffer(self._buffer, [bucket] * 4)
-        return ids[None], positions[None], plan[:_LONGEST_PLAN], slots, index
+    def replay(self, batch: ForwardBatch, *, lasting: bool) -> Outputs | None:
+        """Logits [L, vocabulary] and captured states [T, hidden] of a batch; None if it is too large.
 
-    def replay(self, batch: ForwardBatch) -> Outputs | None:
-        """Logits [L, vocabulary] and captured states [T, hidden] of a batch; None if it is too large."""
+        Args:
+            batch: the batch.
+            lasting: whether the outputs are to outlive the next replay.
+        """
         tokens = batch.num_tokens
         if tokens > self._buckets[-1] or batch.num_logits > tokens:
             return None
         bucket = next(size for size in self._buckets if size >= tokens)
-        if not batch.stage(self._buffer, bucket, _LONGEST_PLAN):
+        if not batch.stage(self._inputs, bucket):
             return None
         captured = self._captured[bucket]
         captured.graph.replay()
+        self._inputs.mark_read()
         logits, states = captured.outputs
-        copies = {boundary: state[:tokens].clone() for boundary, state in states.items()}
-        return logits[: batch.num_logits].clone(), copies
+        logits, states = logits[: batch.num_logits], {boundary: state[:tokens] for boundary, state in states.items()}
+        if lasting:
+            return logits.clone(), {boundary: state.clone() for boundary, state in states.items()}
+        return logits, states
 
     @staticmethod
-    def planned_bytes(most_tokens: int, token_bytes: int, output_bytes: int) -> int:
-        """Bytes of the graphs' memory.
+    def planned_bytes(most_tokens: int, token_bytes: int, output_bytes: int, scratch_bytes: int) -> int:
+        """Bytes of one model's graphs; a pool serves all of its graphs, and no other's.
 
         Args:
             most_tokens: as above.
             token_bytes: what a token takes while a forward runs.
             output_bytes: what it leaves: logits and captured states.
+            scratch_bytes: what the largest forward takes besides.
         """
         buckets = token_buckets(min(most_tokens, MOST_TOKENS))
-        return buckets[-1] * token_bytes + sum(buckets) * output_bytes
+        inputs = staged_length(buckets[-1], _LONGEST_PLAN) * torch.int32.itemsize
+        return inputs + scratch_bytes + buckets[-1] * token_bytes + sum(buckets) * output_bytes

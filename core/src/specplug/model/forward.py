@@ -11,11 +11,12 @@ import torch
 
 from specplug import native
 from specplug.model.attention_plan import attention_plan
-from specplug.model.attention_schedule import add_schedule
+from specplug.model.attention_schedule import PlanPiece, scheduled_plan
 from specplug.model.blocks import BlockTable
 from specplug.model.kv_cache import KVCache
 from specplug.model.padded import PaddedRows, split_rows
-from specplug.model.staging import stage
+from specplug.model.row_span import RowSpan, RowView
+from specplug.model.staging import StagedInputs, stage
 from specplug.native.triton_sizes import wanted_items
 
 
@@ -42,14 +43,14 @@ class TreeMask:
             parents: each node's parent as a node index, -1 for the root; parents come before their children.
         """
         count = len(parents) + 1
-        visible = torch.zeros(count, count, dtype=torch.bool)
-        visible[0, 0] = True
-        positions = [prefix]
+        seen, positions = [1], [prefix]  # whom a node sees is a set of bits: a torch call per node would take longer
         for node, parent in enumerate(parents, start=1):
-            visible[node] = visible[parent + 1]
-            visible[node, node] = True
+            seen.append(seen[parent + 1] | 1 << node)
             positions.append(positions[parent + 1] + 1)
-        return TreeMask(prefix, visible, positions)
+        width = -(-count // 8)
+        packed = np.frombuffer(b"".join(bits.to_bytes(width, "little") for bits in seen), dtype=np.uint8)
+        visible = np.unpackbits(packed.reshape(count, width), axis=1, count=count, bitorder="little").view(np.bool_)
+        return TreeMask(prefix, torch.from_numpy(visible), positions)
 
 
 @attrs.frozen(eq=False)
@@ -76,118 +77,6 @@ class ForwardRow:
         if self.tree is None:
             return range(self.start, self.start + len(self.tokens))
         return self.tree.positions[len(self.tree.positions) - len(self.tokens) :]
-
-
-@attrs.frozen(eq=False)
-class RowView:
-    """One row in one kind of layer: its queries, the KV entries they may see, and the mask over them.
-
-    Attributes:
-        first: the packed index of its first query.
-        last: one behind its last query.
-        begin: the first slot it sees, where its slots are one slice.
-        end: one behind the last.
-        slots: int64, the slots it sees, where they are not one slice; then `begin` and `end` say nothing.
-        mask: additive [queries, entries], or None when all are seen.
-        causal: whether the mask is SDPA's own causal one.
-    """
-
-    first: int
-    last: int
-    begin: int
-    end: int
-    slots: torch.Tensor | None
-    mask: torch.Tensor | None
-    causal: bool
-
-
-class RowSpan:
-    """One row of a forward as attention sees it: queries [first, last) of the packed batch against `length` KV entries."""
-
-    def __init__(self, row: ForwardRow, first: int, device: torch.device) -> None:
-        self.first = first
-        self.count = len(row.tokens)
-        self.last = first + self.count
-        self.start = row.start
-        self.length = row.start + self.count
-        self._row = row
-        self._device = device
-        self._masks: dict[tuple[int | None, torch.dtype], tuple[int, torch.Tensor | None]] = {}
-
-    @property
-    def causal(self) -> bool:
-        """Whether the row is a whole prefix: SDPA's own causal mask is then right."""
-        return self.start == 0 and self._row.tree is None
-
-    @property
-    def hidden_before(self) -> int:
-        """The first KV entry that was stored."""
-        return self._row.first
-
-    @property
-    def is_tree(self) -> bool:
-        """Whether the queries are not a plain continuation."""
-        return self._row.tree is not None
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Whether the row is one slice of the cache."""
-        return self._row.table.contiguous
-
-    @property
-    def slot_numbers(self) -> Sequence[int]:
-        """The slots of all entries."""
-        return self._row.table.slots(0, self.length)
-
-    def view(self, window: int | None, dtype: torch.dtype) -> RowView:
-        """What attention needs of this row in layers with this window."""
-        low, mask = self.mask(window, dtype)
-        table = self._row.table
-        begin = table.blocks[0] * table.block_size if table.contiguous else 0
-        return RowView(
-            first=self.first,
-            last=self.last,
-            begin=begin + low,
-            end=begin + self.length,
-            slots=None if table.contiguous else torch.tensor(list(self.slot_numbers)[low:], device=self._device),
-            mask=mask,
-            causal=self.causal and low == 0 and self.count > 1 and not (window and window < self.length),
-        )
-
-    def mask(self, window: int | None, dtype: torch.dtype) -> tuple[int, torch.Tensor | None]:
-        """What the queries may see, shared by all layers with the same window.
-
-        Returns:
-            (first visible entry, additive mask [queries, length - first] or None when everything there is visible).
-        """
-        key = (window, dtype)
-        if key not in self._masks:
-            self._masks[key] = self._build_mask(window, dtype)
-        return self._masks[key]
-
-    def _build_mask(self, window: int | None, dtype: torch.dtype) -> tuple[int, torch.Tensor | None]:
-        row = self._row
-        oldest = min(row.positions)
-        low = max(row.first, oldest + 1 - window) if window else row.first
-        if row.tree is None and self.count == 1:
-            return low, None
-        queries = torch.tensor(list(row.positions))[:, None]
-        prefix = row.start if row.tree is None else row.tree.prefix
-        low = min(low, prefix)
-        keys = torch.arange(low, prefix)
-        if row.tree is None:
-            tail = torch.arange(row.start, self.length)
-            behind = torch.ones(self.count, self.count, dtype=torch.bool).tril()
-        else:
-            tail = torch.tensor(list(row.tree.positions))
-            behind = row.tree.visible
-        allowed = torch.cat([torch.ones(self.count, len(keys), dtype=torch.bool), behind], dim=1)
-        if window:
-            allowed &= queries - torch.cat([keys, tail])[None, :] < window
-        if bool(allowed.all()):
-            return low, None
-        mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf"))
-        return low, mask.to(self._device, non_blocking=True)
 
 
 class ForwardBatch:
@@ -263,20 +152,14 @@ class ForwardBatch:
         return [*(torch.tensor(values) for values in self._host), plan]
 
     def _on_gpu(self) -> list[torch.Tensor]:
-        plan = self._scheduled(self.num_tokens) if self.is_native else np.empty(0, dtype=np.int32)
-        return stage(self._host, plan, self._device)
+        return stage(self._host, self._scheduled(self.num_tokens) if self.is_native else [], self._device)
 
-    def stage(self, buffer: torch.Tensor, width: int, longest_plan: int) -> bool:
-        """Puts the same into a buffer on the GPU, lists padded to `width`; False if the plan is too long for it."""
-        plan = self._scheduled(width)
-        if len(plan) > longest_plan:
-            return False
-        stage(self._host, plan, self._device, buffer, width)
-        return True
+    def stage(self, inputs: StagedInputs, width: int) -> bool:
+        """Writes the same to where a captured forward takes it from, lists padded to `width`; False if it does not fit."""
+        return inputs.write(self._host, width, self._scheduled(width))
 
-    def _scheduled(self, width: int) -> np.ndarray:
-        wanted = wanted_items(self._kv_heads, self._device)
-        return add_schedule(attention_plan(self._rows), self._rows, width, wanted)
+    def _scheduled(self, width: int) -> list[PlanPiece]:
+        return scheduled_plan(self._rows, width, wanted_items(self._kv_heads, self._device))
 
     @cached_property
     def spans(self) -> list[RowSpan]:

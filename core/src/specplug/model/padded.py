@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from specplug.model.forward import RowSpan
+    from specplug.model.row_span import RowSpan
 
 LONGEST_QUERY = 128
 _ROW_COST_TOKENS = 600  # one kernel call costs about as much as attending to so many cached tokens of a small model

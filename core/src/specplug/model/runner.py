@@ -43,18 +43,21 @@ class ModelRunner:
             self.sites.append(site)
 
     @torch.inference_mode()
-    def forward(self, rows: Sequence[ForwardRow], logits_index: Sequence[int] | None = None) -> torch.Tensor:
+    def forward(
+        self, rows: Sequence[ForwardRow], logits_index: Sequence[int] | None = None, *, lasting: bool = True
+    ) -> torch.Tensor:
         """Runs the rows' new tokens and stores their KV.
 
         Args:
             rows: the rows; each one's table must hold its new tokens.
             logits_index: the packed positions to compute logits for; None for all.
+            lasting: whether anybody keeps logits or captured states beyond the next forward.
 
         Returns:
             Logits [len(logits_index), vocabulary]. Captured states are in `taps.captured` until the next forward.
         """
         batch = ForwardBatch(rows, self.cache, logits_index)
-        replayed = None if self.graphs is None else self.graphs.replay(batch)
+        replayed = None if self.graphs is None else self.graphs.replay(batch, lasting=lasting)
         if replayed is not None:
             logits, self.taps.captured = replayed
         elif self.compiled is not None:

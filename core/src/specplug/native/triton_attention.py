@@ -20,8 +20,9 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
+from triton.language.extra.cuda import gdc_wait
 
-from specplug.native.triton_sizes import attention_sizes, num_programs
+from specplug.native.triton_sizes import attention_sizes, num_programs, overlaps, shared_memory
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -87,6 +88,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     share = tl.program_id(1)
     shares = tl.num_programs(1)
@@ -114,7 +116,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         parts = tl.load(fields + 4)
         part = tl.load(fields + 5)
         first_part = tl.load(fields + 6)
-        counter = plan + tl.load(fields + 7) + share
+        counter = schedule + tl.load(fields + 7) + share
         packed = tl.load(row)
         count = tl.load(row + 1)
         length = tl.load(row + 2)
@@ -126,6 +128,9 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         tail = length - prefix
         words = (tail + 31) // 32
         is_tree = tree >= 0
+        end = tl.minimum(end, tl.where(is_tree, length, start + tl.minimum(first_query + QUERIES, count)))
+        if OVERLAPS:  # the plan is older than the kernel before this one, whose results are needed from here on
+            gdc_wait()
 
         # the block's own new entries go into the cache; nobody reads them from there in this launch
         if (part == first_part) & (chunk == 0):
@@ -280,6 +285,8 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
                 result.to(out.dtype.element_ty),
                 mask=is_lane[:, None] & (of_value < VALUE_DIM)[None, :],
             )
+    if OVERLAPS:
+        gdc_wait()  # a program without items waits too: who follows relies on it
 
 
 def attend(
@@ -299,54 +306,60 @@ def attend(
     query, key, value = _dense(query), _dense(key), _dense(value)
     heads, tokens = query.shape[1], query.shape[2]
     kv_heads = keys.shape[0]
-    sizes = attention_sizes(tokens, heads // kv_heads, keys.shape[2], values.shape[2], query.dtype)
+    device = query.device
+    sizes = attention_sizes(
+        tokens, heads // kv_heads, kv_heads, keys.shape[2], values.shape[2], query.dtype, shared_memory(device)
+    )
     shares = kv_heads * sizes.chunks
-    grid, most_parts = num_programs(tokens, len(plan), kv_heads, shares, query.device)
+    grid, most_parts = num_programs(tokens, len(plan), kv_heads, shares, device)
     out = query.new_empty(1, tokens, heads, values.shape[2])
     cells = most_parts * shares * sizes.lanes
-    part_sums = torch.empty(cells * sizes.value_block, dtype=torch.float32, device=query.device)
-    part_stats = torch.empty(cells * 2, dtype=torch.float32, device=query.device)
+    part_sums = torch.empty(cells * sizes.value_block, dtype=torch.float32, device=device)
+    part_stats = torch.empty(cells * 2, dtype=torch.float32, device=device)
     launch: Any = _attend_kernel[(grid, shares)]
-    launch(
-        query,
-        key,
-        value,
-        keys,
-        values,
-        plan,
-        slots,
-        query if sinks is None else sinks,
-        out,
-        part_sums,
-        part_stats,
-        query.stride(1),
-        query.stride(2),
-        key.stride(1),
-        key.stride(2),
-        value.stride(1),
-        value.stride(2),
-        keys.stride(0),
-        values.stride(0),
-        heads,
-        scaling,
-        window,
-        softcap,
-        GROUP=heads // kv_heads,
-        CHUNK=sizes.chunk,
-        CHUNKS=sizes.chunks,
-        QUERIES=sizes.queries,
-        LANES=sizes.lanes,
-        TILE=sizes.tile,
-        KEY_DIM=keys.shape[2],
-        VALUE_DIM=values.shape[2],
-        KEY_BLOCK=sizes.key_block,
-        VALUE_BLOCK=sizes.value_block,
-        HAS_WINDOW=window > 0,
-        HAS_SOFTCAP=softcap > 0,
-        HAS_SINKS=sinks is not None,
-        STAGES=sizes.stages,
-        num_warps=sizes.warps,
-    )
+    with torch.cuda.device(device):
+        launch(
+            query,
+            key,
+            value,
+            keys,
+            values,
+            plan,
+            slots,
+            query if sinks is None else sinks,
+            out,
+            part_sums,
+            part_stats,
+            query.stride(1),
+            query.stride(2),
+            key.stride(1),
+            key.stride(2),
+            value.stride(1),
+            value.stride(2),
+            keys.stride(0),
+            values.stride(0),
+            heads,
+            scaling,
+            window,
+            softcap,
+            GROUP=heads // kv_heads,
+            CHUNK=sizes.chunk,
+            CHUNKS=sizes.chunks,
+            QUERIES=sizes.queries,
+            LANES=sizes.lanes,
+            TILE=sizes.tile,
+            KEY_DIM=keys.shape[2],
+            VALUE_DIM=values.shape[2],
+            KEY_BLOCK=sizes.key_block,
+            VALUE_BLOCK=sizes.value_block,
+            HAS_WINDOW=window > 0,
+            HAS_SOFTCAP=softcap > 0,
+            HAS_SINKS=sinks is not None,
+            STAGES=sizes.stages,
+            OVERLAPS=overlaps(device),
+            num_warps=sizes.warps,
+            launch_pdl=overlaps(device),
+        )
     return out
 
 

@@ -15,23 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-MOST_ROWS = 64
-Shape = tuple[int, int, int, int]  # columns of a program, inner elements at once, loads under way, warps
-_FEW_COLUMNS, _LONG_SUM = 16384, 8192
-# by rows: for many columns and for few; the fastest of a sweep over the weights of an 8B model on an H100
-SHAPES: dict[int, tuple[Shape, Shape]] = {
-    16: ((64, 256, 4, 4), (16, 512, 3, 2)),
-    32: ((128, 128, 4, 4), (32, 128, 6, 4)),
-    64: ((128, 128, 4, 4), (32, 128, 6, 4)),
-}
-
-
-def shape_for(padded: int, columns: int, inner: int) -> Shape:
-    """How a product is cut, for a number of rows padded to 16, 32 or 64."""
-    many, few = SHAPES[padded]
-    if columns > _FEW_COLUMNS or (padded == 16 and inner <= _LONG_SUM):
-        return many
-    return few
+from specplug.native.triton_sizes import MOST_ROWS, linear_sizes, shared_memory
 
 
 @triton.jit
@@ -104,34 +88,34 @@ def products(
         )
     states = states.contiguous()
     outs = tuple(states.new_empty(*states.shape[:-1], len(weight)) for weight in weights)
-    padded = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    columns, step, stages, warps = shape_for(padded, sum(len(weight) for weight in weights), inner)
-    blocks = [-(-len(weight) // columns) for weight in weights]
+    cut = linear_sizes(rows, sum(len(weight) for weight in weights), shared_memory(states.device))
+    blocks = [-(-len(weight) // cut.columns) for weight in weights]
     ends = [sum(blocks[: index + 1]) for index in range(len(blocks))]
     sizes = [len(weight) for weight in weights] + [0, 0]
     launch: Any = _linear_kernel[(ends[-1],)]
-    launch(
-        states,
-        weights[0],
-        weights[0] if biases[0] is None else biases[0],
-        outs[0],
-        outs[1] if len(outs) > 1 else outs[0],
-        outs[2] if len(outs) > 2 else outs[0],
-        *(_distances(weights)),
-        *(_distances(biases)),
-        ends[0],
-        ends[1] if len(ends) > 2 else ends[-1],
-        *sizes[:3],
-        rows,
-        inner,
-        ROWS=padded,
-        COLUMNS=columns,
-        INNER=step,
-        HAS_BIAS=biases[0] is not None,
-        IS_EVEN=inner % step == 0,
-        STAGES=stages,
-        num_warps=warps,
-    )
+    with torch.cuda.device(states.device):
+        launch(
+            states,
+            weights[0],
+            weights[0] if biases[0] is None else biases[0],
+            outs[0],
+            outs[1] if len(outs) > 1 else outs[0],
+            outs[2] if len(outs) > 2 else outs[0],
+            *(_distances(weights)),
+            *(_distances(biases)),
+            ends[0],
+            ends[1] if len(ends) > 2 else ends[-1],
+            *sizes[:3],
+            rows,
+            inner,
+            ROWS=cut.rows,
+            COLUMNS=cut.columns,
+            INNER=cut.inner,
+            HAS_BIAS=biases[0] is not None,
+            IS_EVEN=inner % cut.inner == 0,
+            STAGES=cut.stages,
+            num_warps=cut.warps,
+        )
     return outs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -9,12 +10,15 @@ import attrs
 import torch
 
 from specplug.errors import ModelOutputError
+from specplug.model.device import to_device
+from specplug.native import cuda
 from specplug.sampling.params import SamplingParams
 from specplug.sampling.rules import LogitsRules
 from specplug.sampling.workspace import Workspace
 
 # As good as greedy, and still a divisor that leaves float32 logits finite.
 _LOWEST_TEMPERATURE = 1e-30
+MOST_AT_ONCE = 1 << 22  # logits that are processed together
 
 
 def truncate(
@@ -31,25 +35,24 @@ def truncate(
     Returns:
         float32 [N, V]. At least the most likely token of every row stays.
     """
-    vocabulary = logits.shape[-1]
+    vocabulary, device = logits.shape[-1], logits.device
     if min_p is not None and any(p > 0 for p in min_p):
-        margin = torch.tensor([max(p, 1e-300) for p in min_p], dtype=torch.float64, device=logits.device).log()
-        least = logits.amax(dim=-1, keepdim=True) + margin[:, None].float()
+        margin = to_device([math.log(max(p, 1e-300)) for p in min_p], device)
+        least = logits.amax(dim=-1, keepdim=True) + margin[:, None]
         logits = logits.masked_fill(logits < least, float("-inf"))
     if all(k <= 0 for k in top_k) and all(p >= 1 for p in top_p):
         return logits
     ordered, order = logits.sort(dim=-1, descending=True)
     if any(0 < k < vocabulary for k in top_k):
         last = [min(k, vocabulary) - 1 if k > 0 else vocabulary - 1 for k in top_k]
-        threshold = ordered.gather(-1, torch.tensor(last, device=logits.device)[:, None])
-        ordered = ordered.masked_fill(ordered < threshold, float("-inf"))
+        threshold = ordered.gather(-1, to_device(last, device)[:, None])
+        ordered.masked_fill_(ordered < threshold, float("-inf"))
     if any(p < 1 for p in top_p):
         probs = ordered.softmax(dim=-1)
-        before = probs.cumsum(dim=-1) - probs
-        limit = torch.tensor([p if p < 1 else 2.0 for p in top_p], device=logits.device)[:, None]
-        outside = before >= limit
+        before = probs.cumsum(dim=-1).sub_(probs)
+        outside = before >= to_device([p if p < 1 else 2.0 for p in top_p], device)[:, None]
         outside[:, 0] = False
-        ordered = ordered.masked_fill(outside, float("-inf"))
+        ordered.masked_fill_(outside, float("-inf"))
     return torch.full_like(logits, float("-inf")).scatter_(-1, order, ordered)
 
 
@@ -64,10 +67,22 @@ def process(logits: torch.Tensor, params: Sequence[SamplingParams], out: torch.T
     Returns:
         float32 [N, V], rows sum to one.
     """
+    step = rows_at_once(logits.shape[-1])
+    if len(logits) <= step:
+        return torch.softmax(_scaled(logits, params), dim=-1, out=out)
+    if out is None:
+        out = torch.empty(logits.shape, device=logits.device)
+    for begin in range(0, len(logits), step):
+        part = slice(begin, begin + step)
+        torch.softmax(_scaled(logits[part], params[part]), dim=-1, out=out[part])
+    return out
+
+
+def _scaled(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     scaled = logits.float()
     if any(param.temperature != 1 for param in params):
         divisors = [max(float(param.temperature), _LOWEST_TEMPERATURE) for param in params]
-        scaled = scaled / torch.tensor(divisors, device=logits.device)[:, None]
+        scaled = scaled / to_device(divisors, logits.device)[:, None]
     if any(param.truncates for param in params):
         scaled = truncate(
             scaled,
@@ -75,11 +90,27 @@ def process(logits: torch.Tensor, params: Sequence[SamplingParams], out: torch.T
             [param.top_p for param in params],
             [param.min_p for param in params],
         )
-    return torch.softmax(scaled, dim=-1, out=out)
+    return scaled
+
+
+def rows_at_once(vocabulary: int) -> int:
+    """How many rows of logits are processed together: a step's memory is to depend on that, not on its tokens."""
+    return max(1, MOST_AT_ONCE // vocabulary)
+
+
+def top_probs(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most likely tokens of each row of [N, V]: ids int64 and probabilities float32, both [N, count]."""
+    pieces = [part.float().softmax(dim=-1).topk(count, dim=-1) for part in logits.split(rows_at_once(logits.shape[-1]))]
+    return torch.cat([piece.indices for piece in pieces]), torch.cat([piece.values for piece in pieces])
 
 
 def most_likely(logits: torch.Tensor) -> tuple[list[int], int | None]:
     """The most likely token of each row of [N, V] (the first of equals), and the first row that holds NaN, if one does."""
+    if logits.is_cuda and cuda.works_on(logits.device):
+        from specplug.native.triton_argmax import argmax
+
+        tokens, broken = argmax(logits)
+        return tokens, next((row for row, is_broken in enumerate(broken) if is_broken), None)
     values, indices = logits.max(dim=-1)
     if logits.device.type == "cpu":
         highest, tokens = values.tolist(), indices.tolist()
@@ -152,7 +183,7 @@ class StepDistributions:
     def _apply_rules(self) -> torch.Tensor:
         if all(row.rules is None for row in self._rows):
             return self.logits
-        ruled = self.logits.float().clone()
+        ruled = self.logits.to(torch.float32, copy=True)
         for index, row in enumerate(self._rows):
             if row.rules is not None:
                 span = slice(self.offsets[index], self.offsets[index + 1])
@@ -162,7 +193,7 @@ class StepDistributions:
     def _select(self, entries: Sequence[int]) -> torch.Tensor:
         if len(entries) == len(self._ruled) and list(entries) == list(range(len(entries))):
             return self._ruled
-        return self._ruled[torch.tensor(list(entries), device=self._ruled.device)]
+        return self._ruled[to_device(list(entries), self._ruled.device)]
 
     def _refuse(self, entry: int) -> NoReturn:
         row = self._rows[self._row_of_entry[entry]]

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import attrs
 import torch
 
+from specplug.model.device import to_device
+from specplug.sampling.distributions import rows_at_once
+
 
 @attrs.define
 class Logprob:
@@ -36,11 +39,19 @@ def gather_logprobs(logits: torch.Tensor, tokens: Sequence[int], count: int) -> 
     """
     if not tokens:
         return []
+    vocabulary = logits.shape[-1]
+    count = vocabulary if count == -1 else min(count, vocabulary)
+    step = rows_at_once(vocabulary)
+    result: list[PositionLogprobs] = []
+    for begin in range(0, len(tokens), step):
+        result += _gather(logits[begin : begin + step], tokens[begin : begin + step], count)
+    return result
+
+
+def _gather(logits: torch.Tensor, tokens: Sequence[int], count: int) -> list[PositionLogprobs]:
     logprobs = logits.float().log_softmax(dim=-1)
-    chosen = torch.tensor(list(tokens), device=logits.device)[:, None]
-    own = logprobs.gather(1, chosen)
+    own = logprobs.gather(1, to_device(list(tokens), logits.device)[:, None])
     ranks = (logprobs > own).sum(dim=-1) + 1
-    count = logprobs.shape[-1] if count == -1 else min(count, logprobs.shape[-1])
     values, ids = logprobs.topk(count, dim=-1)
     result: list[PositionLogprobs] = []
     for token, logprob, rank, top_values, top_ids in zip(

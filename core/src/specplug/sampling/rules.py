@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from specplug.model.device import to_device
 from specplug.sampling.params import SamplingParams
 
 
@@ -68,7 +69,7 @@ class LogitsRules:
             if num_output + len(path) < self._params.min_tokens:
                 ruled[entry, self._stop_ids] = float("-inf")
             if banned := self._completing(tokens, path):
-                ruled[entry, torch.tensor(banned, device=self._device)] = float("-inf")
+                ruled[entry, to_device(banned, self._device)] = float("-inf")
         if len(self._bias_ids):
             ruled[:, self._bias_ids] += self._bias
         if self._params.penalizes:
@@ -104,12 +105,12 @@ class LogitsRules:
         """float32 [V]: how often each token stands in the output; only new tokens are counted."""
         if self._in_prompt is None or self._output_counts is None:
             self._in_prompt = torch.zeros(self._vocab_size, dtype=torch.bool, device=self._device)
-            self._in_prompt[torch.tensor(list(tokens[:num_prompt_tokens]), device=self._device)] = True
+            self._in_prompt[to_device(list(tokens[:num_prompt_tokens]), self._device)] = True
             self._output_counts = torch.zeros(self._vocab_size, device=self._device)
             self._num_counted = num_prompt_tokens
         new = list(tokens[self._num_counted :])
         if new:
-            index = torch.tensor(new, device=self._device)
+            index = to_device(new, self._device)
             self._output_counts.index_add_(0, index, torch.ones(len(new), device=self._device))
             self._num_counted = len(tokens)
         return self._output_counts

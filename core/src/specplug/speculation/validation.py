@@ -12,6 +12,7 @@ import torch
 from specplug.contract.batch import Budget
 from specplug.contract.proposal import DraftDistributions, Proposal
 from specplug.errors import PluginError
+from specplug.model.device import to_device
 from specplug.speculation.draft import Draft, depths_of
 
 _SUM_TOLERANCE = 1e-3
@@ -54,6 +55,7 @@ def check_proposal(
                 raise PluginError(f"{where}: scores are for deterministic trees; this row has probs")
             reported.append(_check_probs(probs, tokens, parent_list, vocab_size, where))
         drafts.append(Draft(method, tokens, parent_list, score_list, probs))
+    _check_places(reported)
     _check_numbers(reported)
     return drafts
 
@@ -118,17 +120,29 @@ def _check_scores(
 
 @attrs.define(eq=False)
 class _Reported:
-    """What one row says its nodes were drawn from, cut down to what the numeric checks need."""
+    """What one row says its nodes were drawn from, cut down to what the numeric checks need.
+
+    Attributes:
+        where: the row, for messages.
+        values: [M, draft vocabulary].
+        index: each node's row of `values`.
+        tokens: each node's token.
+        vocabulary: the target ids of the columns; None where these are the ids themselves.
+        columns: each node's column.
+    """
 
     where: str
-    used: torch.Tensor
+    values: torch.Tensor
+    index: list[int]
+    tokens: list[int]
+    vocabulary: torch.Tensor | None
     columns: list[int]
 
 
 def _check_probs(
     probs: DraftDistributions, tokens: list[int], parents: list[int] | None, vocab_size: int, where: str
 ) -> _Reported:
-    """Checks shapes and indices; the numbers are checked for all rows together by `_check_numbers`."""
+    """Checks shapes and indices; what a device holds is checked for all rows together."""
     values = probs.values
     if not isinstance(values, torch.Tensor) or values.dim() != 2 or not values.is_floating_point():
         raise PluginError(f"{where}: probs.values must be a floating tensor [M, draft vocabulary]")
@@ -138,13 +152,6 @@ def _check_probs(
     index = list(range(len(tokens))) if probs.index is None else [int(i) for i in probs.index]
     if len(index) != len(tokens) or any(not 0 <= i < len(values) for i in index):
         raise PluginError(f"{where}: probs.index must name one of {len(values)} rows for each of {len(tokens)} nodes")
-    columns = tokens
-    if probs.token_ids is not None:
-        found = probs.token_ids[None, :] == torch.tensor(tokens, device=probs.token_ids.device)[:, None]
-        place, is_there = found.int().argmax(dim=1).tolist(), found.any(dim=1).tolist()
-        if not all(is_there):
-            raise PluginError(f"{where}: a draft token is not among probs.token_ids")
-        columns = place
     by_parent: dict[int, int] = {}
     siblings: set[tuple[int, int]] = set()
     for node, row in enumerate(index):
@@ -156,18 +163,35 @@ def _check_probs(
         siblings.add((parent, tokens[node]))
         if by_parent.setdefault(parent, row) != row:
             raise PluginError(f"{where}: the children of node {parent} name different rows of probs.values")
-    whole = index == list(range(len(values)))
-    return _Reported(where, values if whole else values[torch.tensor(index, device=values.device)], columns)
+    return _Reported(where, values, index, tokens, probs.token_ids, tokens)
+
+
+def _check_places(reported: Sequence[_Reported]) -> None:
+    """Finds the drafts' columns in reduced vocabularies, with one read from the device for each vocabulary."""
+    alike: dict[int, list[_Reported]] = {}
+    for entry in reported:
+        if entry.vocabulary is not None:
+            alike.setdefault(id(entry.vocabulary), []).append(entry)
+    for entries in alike.values():
+        vocabulary = entries[0].vocabulary
+        assert vocabulary is not None
+        tokens = to_device([token for entry in entries for token in entry.tokens], vocabulary.device)
+        found = vocabulary[None, :] == tokens[:, None]
+        places = torch.where(found.any(dim=1), found.int().argmax(dim=1), -1).tolist()
+        for entry in entries:
+            entry.columns, places = places[: len(entry.tokens)], places[len(entry.tokens) :]
+            if min(entry.columns) < 0:
+                raise PluginError(f"{entry.where}: a draft token is not among probs.token_ids")
 
 
 def _check_numbers(reported: Sequence[_Reported]) -> None:
     """Checks, with one read from the device per width, that all reported rows are distributions that allow their token."""
     alike: dict[tuple[int, torch.device], list[_Reported]] = {}
     for entry in reported:
-        alike.setdefault((entry.used.shape[1], entry.used.device), []).append(entry)
+        alike.setdefault((entry.values.shape[1], entry.values.device), []).append(entry)
     for entries in alike.values():
-        used = torch.cat([entry.used for entry in entries])
-        columns = torch.tensor([column for entry in entries for column in entry.columns], device=used.device)
+        used = _used(entries)
+        columns = to_device([column for entry in entries for column in entry.columns], used.device)
         normal = (used.amin(dim=-1) >= 0) & ((used.sum(dim=-1) - 1).abs() < _SUM_TOLERANCE)
         possible = used.gather(1, columns[:, None])[:, 0] > 0
         if bool((normal & possible).all()):
@@ -180,3 +204,16 @@ def _check_numbers(reported: Sequence[_Reported]) -> None:
             )
         row = where[int((~possible).int().argmax())]
         raise PluginError(f"{row}: a draft token has probability 0 in the distribution it is said to be drawn from")
+
+
+def _used(entries: Sequence[_Reported]) -> torch.Tensor:
+    """For every node of these rows, in order, what it was drawn from."""
+    values: list[torch.Tensor] = []
+    index: list[int] = []
+    start = 0
+    for entry in entries:
+        values.append(entry.values)
+        index += [start + row for row in entry.index]
+        start += len(entry.values)
+    together = torch.cat(values) if len(values) > 1 else values[0]
+    return together if index == list(range(start)) else together[to_device(index, together.device)]

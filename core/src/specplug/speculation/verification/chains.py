@@ -6,7 +6,9 @@ All rows are padded to the longest chain and verified together.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import cast
 
 import attrs
 import torch
@@ -14,6 +16,7 @@ import torch
 from specplug.contract.batch import VerificationBatch
 from specplug.contract.proposal import Proposal
 from specplug.contract.verdict import TargetDistributions
+from specplug.model.device import to_device
 from specplug.sampling.randomness import EngineRandomness, Stream
 from specplug.speculation.verification.distributions import draft_distributions, sample_residual
 
@@ -22,7 +25,8 @@ from specplug.speculation.verification.distributions import draft_distributions,
 class _Chains:
     """R chains of at most K tokens.
 
-    p: [R, K + 1, V]; q: [R, K, V], zero behind a chain's end; ratio: [R, K] p_i(x) / q_i(x), zero behind the end; lengths: [R].
+    p: [R, K + 1, V]; q: [R, K + 1, V], zero at a chain's end and behind it; ratio: [R, K] p_i(x) / q_i(x), zero behind the
+    end; lengths: [R].
     """
 
     p: torch.Tensor
@@ -69,8 +73,9 @@ def block(
     for i in range(longest):
         weights.append((weights[-1] * chains.ratio[:, i]).clamp(max=1.0))
     weight = torch.stack(weights, dim=1)  # [R, K + 1]
-    q_after = torch.cat([chains.q, torch.zeros_like(chains.q[:, :1])], dim=1)  # [R, K + 1, V]
-    surplus = (weight[..., None] * chains.p - q_after).clamp_min_(0).sum(dim=-1)
+    # position by position, since all at once would be copies as large as p
+    surpluses = [_surplus(weight[:, i], chains, i).sum(dim=-1) for i in range(longest + 1)]
+    surplus = torch.stack(surpluses, dim=1)  # [R, K + 1]
     denominator = surplus + 1 - weight
     inner = torch.where(denominator > 0, surplus / denominator, torch.ones_like(surplus))
     position = torch.arange(longest + 1, device=weight.device)[None, :]
@@ -80,6 +85,11 @@ def block(
     return _finish(rows, chains, kept, weight.gather(1, kept[:, None])[:, 0], randomness)
 
 
+def _surplus(weight: torch.Tensor, chains: _Chains, position: int) -> torch.Tensor:
+    """(w p - q)+ at one position, [R, V]."""
+    return torch.sub(weight[:, None] * chains.p[:, position], chains.q[:, position]).clamp_min_(0)
+
+
 def _gather(rows: Sequence[int], proposal: Proposal, target: TargetDistributions) -> _Chains:
     counts = [len(proposal.tokens[row]) for row in rows]
     longest = max(counts)
@@ -87,15 +97,16 @@ def _gather(rows: Sequence[int], proposal: Proposal, target: TargetDistributions
     p = target.probs(entries)
     vocabulary = p.shape[-1]
     p = p.view(len(rows), longest + 1, vocabulary)
-    q = torch.zeros(len(rows), longest, vocabulary, device=p.device)
-    tokens = torch.zeros(len(rows), longest, dtype=torch.long, device=p.device)
+    q = torch.zeros(len(rows), longest + 1, vocabulary, device=p.device)
+    padded: list[list[int]] = []
     for lane, (row, count) in enumerate(zip(rows, counts, strict=True)):
         q[lane, :count] = draft_distributions(proposal, row, vocabulary)
-        tokens[lane, :count] = torch.tensor(list(proposal.tokens[row]), device=p.device)
-    lengths = torch.tensor(counts, device=p.device)
+        padded.append([*cast(Sequence[int], proposal.tokens[row]), *[0] * (longest - count)])
+    tokens = to_device(list(itertools.chain(*padded)), p.device).view(len(rows), longest)
+    lengths = to_device(counts, p.device)
     inside = torch.arange(longest, device=p.device)[None, :] < lengths[:, None]
     p_token = p[:, :-1].gather(2, tokens[..., None])[..., 0]
-    q_token = q.gather(2, tokens[..., None])[..., 0]
+    q_token = q[:, :-1].gather(2, tokens[..., None])[..., 0]
     ratio = torch.where(inside, p_token / q_token.clamp_min(torch.finfo(q.dtype).tiny), torch.zeros_like(p_token))
     return _Chains(p, q, ratio, lengths)
 
@@ -111,8 +122,8 @@ def _finish(
     """Draws the next token after `kept` tokens of each chain: the bonus token at its end, else from the residual."""
     lane = torch.arange(len(rows), device=kept.device)
     p = chains.p[lane, kept]
-    q = torch.cat([chains.q, torch.zeros_like(chains.q[:, :1])], dim=1)[lane, kept]
+    q = chains.q[lane, kept]
     complete = (kept == chains.lengths)[:, None]
     residual = torch.where(complete, p, (weight[:, None] * p - q).clamp_min(0))
-    following = sample_residual(residual, p, randomness).tolist()
-    return [(row, list(range(count)), token) for row, count, token in zip(rows, kept.tolist(), following, strict=True)]
+    found = torch.stack([kept, sample_residual(residual, p, randomness)]).tolist()  # one copy from the device
+    return [(row, list(range(count)), token) for row, count, token in zip(rows, *found, strict=True)]

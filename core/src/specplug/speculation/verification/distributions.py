@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from specplug.contract.proposal import DraftDistributions, Proposal
+from specplug.model.device import to_device
 from specplug.sampling.randomness import EngineRandomness, Stream, race
 
 
@@ -15,7 +16,7 @@ def draft_distributions(proposal: Proposal, row: int, vocabulary: int) -> torch.
     assert isinstance(probs, DraftDistributions)
     values = probs.values.float()
     if probs.index is not None:
-        values = values[torch.tensor(list(probs.index), device=values.device)]
+        values = values[to_device([int(i) for i in probs.index], values.device)]
     else:
         values = values[: len(proposal.tokens[row])]
     if probs.token_ids is None:

@@ -15,6 +15,7 @@ import torch
 from specplug.contract.batch import VerificationBatch
 from specplug.contract.proposal import Proposal
 from specplug.contract.verdict import TargetDistributions
+from specplug.model.device import to_device
 from specplug.sampling.randomness import EngineRandomness, Stream
 from specplug.speculation.verification.distributions import draft_distributions, sample_residual
 
@@ -66,14 +67,14 @@ def recursive_rejection(
         _Walk(row, lane, proposal.parents[row] or (), cast(Sequence[int], proposal.tokens[row]))
         for lane, row in enumerate(rows)
     ]
-    remaining = p_all[first_entry].clone()  # R, [rows, V]
+    remaining = p_all[to_device(first_entry, p_all.device)]  # R, [rows, V]
     proposed = torch.zeros_like(remaining)  # Q, [rows, V]
     for walk in walks:
         _enter(walk, proposed, drafts)
     while active := [walk for walk in walks if walk.pending]:
-        lanes = torch.tensor([walk.lane for walk in active], device=p_all.device)
         children = [walk.pending.pop(0) for walk in active]
-        tokens = torch.tensor([walk.tokens[c] for walk, c in zip(active, children, strict=True)], device=p_all.device)
+        chosen = [walk.tokens[child] for walk, child in zip(active, children, strict=True)]
+        lanes, tokens = to_device([*(walk.lane for walk in active), *chosen], p_all.device).view(2, -1)
         ours, theirs = remaining[lanes], proposed[lanes]
         r_token = ours.gather(1, tokens[:, None])[:, 0]
         q_token = theirs.gather(1, tokens[:, None])[:, 0]
@@ -90,7 +91,7 @@ def recursive_rejection(
                 remaining[walk.lane] = p_all[first_entry[walk.lane] + 1 + child]
                 _enter(walk, proposed, drafts)
     at_node = [first_entry[walk.lane] + 1 + walk.node for walk in walks]
-    following = sample_residual(remaining, p_all[at_node], randomness).tolist()
+    following = sample_residual(remaining, p_all[to_device(at_node, p_all.device)], randomness).tolist()
     return [(walk.row, walk.path, token) for walk, token in zip(walks, following, strict=True)]
 
 

@@ -1,0 +1,126 @@
+"""One row of a forward as PyTorch's attention is called for it: its slice of the cache, and the mask over it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+
+from specplug.model.device import to_device
+
+if TYPE_CHECKING:
+    from specplug.model.forward import ForwardRow
+
+
+@attrs.frozen(eq=False)
+class RowView:
+    """One row in one kind of layer: its queries, the KV entries they may see, and the mask over them.
+
+    Attributes:
+        first: the packed index of its first query.
+        last: one behind its last query.
+        begin: the first slot it sees, where its slots are one slice.
+        end: one behind the last.
+        slots: int64, the slots it sees, where they are not one slice; then `begin` and `end` say nothing.
+        mask: additive [queries, entries], or None when all are seen.
+        causal: whether the mask is SDPA's own causal one.
+    """
+
+    first: int
+    last: int
+    begin: int
+    end: int
+    slots: torch.Tensor | None
+    mask: torch.Tensor | None
+    causal: bool
+
+
+class RowSpan:
+    """One row of a forward as attention sees it: queries [first, last) of the packed batch against `length` KV entries."""
+
+    def __init__(self, row: ForwardRow, first: int, device: torch.device) -> None:
+        self.first = first
+        self.count = len(row.tokens)
+        self.last = first + self.count
+        self.start = row.start
+        self.length = row.start + self.count
+        self._row = row
+        self._device = device
+        self._masks: dict[tuple[int | None, torch.dtype], tuple[int, torch.Tensor | None]] = {}
+
+    @property
+    def causal(self) -> bool:
+        """Whether the row is a whole prefix: SDPA's own causal mask is then right."""
+        return self.start == 0 and self._row.tree is None
+
+    @property
+    def hidden_before(self) -> int:
+        """The first KV entry that was stored."""
+        return self._row.first
+
+    @property
+    def is_tree(self) -> bool:
+        """Whether the queries are not a plain continuation."""
+        return self._row.tree is not None
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the row is one slice of the cache."""
+        return self._row.table.contiguous
+
+    @property
+    def slot_numbers(self) -> Sequence[int]:
+        """The slots of all entries."""
+        return self._row.table.slots(0, self.length)
+
+    def view(self, window: int | None, dtype: torch.dtype) -> RowView:
+        """What attention needs of this row in layers with this window."""
+        low, mask = self.mask(window, dtype)
+        table = self._row.table
+        begin = table.blocks[0] * table.block_size if table.contiguous else 0
+        return RowView(
+            first=self.first,
+            last=self.last,
+            begin=begin + low,
+            end=begin + self.length,
+            slots=None if table.contiguous else to_device(self.slot_numbers[low:], self._device),
+            mask=mask,
+            causal=self.causal and low == 0 and self.count > 1 and not (window and window < self.length),
+        )
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> tuple[int, torch.Tensor | None]:
+        """What the queries may see, shared by all layers with the same window.
+
+        Returns:
+            (first visible entry, additive mask [queries, length - first] or None when everything there is visible).
+        """
+        key = (window, dtype)
+        if key not in self._masks:
+            self._masks[key] = self._build_mask(window, dtype)
+        return self._masks[key]
+
+    def _build_mask(self, window: int | None, dtype: torch.dtype) -> tuple[int, torch.Tensor | None]:
+        row = self._row
+        oldest = min(row.positions)
+        low = max(row.first, oldest + 1 - window) if window else row.first
+        if row.tree is None and self.count == 1:
+            return low, None
+        queries = torch.tensor(list(row.positions))[:, None]
+        prefix = row.start if row.tree is None else row.tree.prefix
+        low = min(low, prefix)
+        keys = torch.arange(low, prefix)
+        if row.tree is None:
+            tail = torch.arange(row.start, self.length)
+            behind = torch.ones(self.count, self.count, dtype=torch.bool).tril()
+        else:
+            tail = torch.tensor(list(row.tree.positions))
+            behind = row.tree.visible
+        allowed = torch.cat([torch.ones(self.count, len(keys), dtype=torch.bool), behind], dim=1)
+        if window:
+            allowed &= queries - torch.cat([keys, tail])[None, :] < window
+        if bool(allowed.all()):
+            return low, None
+        mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf"))
+        return low, mask.to(self._device, non_blocking=True)
