@@ -185,7 +185,7 @@ def compare_kv(llm: LLM, draft: Path, atol: float = 3e-4) -> int:
         assert request.table is not None
         slots = torch.tensor(list(request.table.slots(0, count)), dtype=torch.long)
         for layer, stored in enumerate(past.layers):
-            torch.testing.assert_close(cache.keys[layer][:, slots], stored.keys[0], atol=atol, rtol=1e-3)
-            torch.testing.assert_close(cache.values[layer][:, slots], stored.values[0], atol=atol, rtol=1e-3)
+            torch.testing.assert_close(cache.keys[layer].cpu()[:, slots], stored.keys[0], atol=atol, rtol=1e-3)
+            torch.testing.assert_close(cache.values[layer].cpu()[:, slots], stored.values[0], atol=atol, rtol=1e-3)
         compared += count
     return compared

@@ -165,7 +165,7 @@ def test_reported_distributions_are_the_empirical_ones(
                 for depth in range(3):
                     values = np.zeros(V)
                     ids = range(V) if probs.token_ids is None else probs.token_ids.tolist()
-                    values[list(ids)] = probs.values[depth].numpy()
+                    values[list(ids)] = probs.values[depth].cpu().numpy()
                     known = reports.setdefault(tuple(tokens[:depth]), values)
                     assert np.allclose(known, values, atol=1e-5)
                 reports[tuple(tokens)] = values

@@ -137,7 +137,7 @@ def test_drafted_siblings_are_drawn_from_what_is_reported(
     with engine(reference, heads[which], max_model_len=32, block_size=32, **options) as llm:
         speculator = head_speculator_of(llm)
         states = torch.randn(len(PROMPT) - 1, 32, generator=generator).repeat(400, 1)
-        hidden = dict.fromkeys(speculator.traits.hidden_states, states)
+        hidden = dict.fromkeys(speculator.traits.hidden_states, states.to(llm.engine.runner.device))
         for seed in range(20):
             rows = rows_of(llm, 400, sampling, seed, Budget(len(TREE), 3))
             proposal = speculator.propose(ProposalBatch(rows, hidden_states=hidden))
@@ -156,13 +156,13 @@ def test_drafted_siblings_are_drawn_from_what_is_reported(
                     if parent == -1 or parents[parent] != -1:
                         continue
                     token, values = tokens[parent], np.zeros(V)
-                    values[ids] = probs.values[probs.index[node]].numpy()
+                    values[ids] = probs.values[probs.index[node]].cpu().numpy()
                     assert np.allclose(reports.setdefault(token, values), values, atol=1e-5)
                 first = [node for node, parent in enumerate(parents) if parent == 0]
                 below[tokens[0], tokens[first[0]], tokens[first[1]]] += 1
                 if -1 not in reports:
                     reports[-1] = np.zeros(V)
-                    reports[-1][ids] = probs.values[0].numpy()
+                    reports[-1][ids] = probs.values[0].cpu().numpy()
     assert drafts == 8000
     q = reports[-1]
     expected = np.zeros((V, V, V))
@@ -191,7 +191,7 @@ def test_only_what_can_use_it_is_sampled(reference: Stepwise, heads: dict[str, P
         for row, params in zip(rows, kinds, strict=True):
             row.sampling = params
         states = torch.randn(len(PROMPT) - 1, 32, generator=torch.Generator().manual_seed(0)).repeat(6, 1)
-        hidden = dict.fromkeys(speculator.traits.hidden_states, states)
+        hidden = dict.fromkeys(speculator.traits.hidden_states, states.to(llm.engine.runner.device))
         proposal = speculator.propose(ProposalBatch(rows, hidden_states=hidden))
     assert proposal.probs is not None
     assert proposal.scores is not None

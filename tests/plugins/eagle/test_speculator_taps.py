@@ -42,5 +42,5 @@ def test_delivered_states_are_those_of_transformers(tmp_path: Path, architecture
             delivered = channels[boundary]
             assert sorted(delivered) == list(range(len(tokens) - 1))[: len(delivered)]
             assert len(delivered) > 3
-            stacked = torch.stack([delivered[position] for position in sorted(delivered)])
+            stacked = torch.stack([delivered[position] for position in sorted(delivered)]).cpu()
             torch.testing.assert_close(stacked, expected[boundary][: len(stacked)], atol=5e-4, rtol=1e-3)
