@@ -92,6 +92,15 @@ def test_a_given_target_and_an_observer(tmp_path: Path) -> None:
     assert result.stdout.splitlines()[-1] == "looker (specplug-looker 1.2): only 2 of 6 checks were run; none failed"
 
 
+def test_another_packages_wrapper_is_not_blamed_on_the_method(tmp_path: Path) -> None:
+    raising = OBSERVER.replace("return (yield)", "yield\n    raise RuntimeError('of another package')")
+    install(tmp_path, "specplug-looker", methods={"looker": ""}, source=raising)
+    path = install(tmp_path, "specplug-fake", methods={"fake": ""})
+    result = specplug("check", "fake", "--quick", "--only", "validity", "--only", "wrappers", path=path)
+    assert result.returncode == 0, result.stdout
+    assert "no plugin here wraps propose or verify" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

@@ -9,7 +9,8 @@ from specplug.contract.batch import ProposalBatch
 from specplug.contract.hookspecs import hookimpl
 from specplug.contract.proposal import Proposal
 from specplug.contract.verdict import Verdict
-from specplug.testing.check import Check, NotApplicable, expect
+from specplug.errors import PluginError
+from specplug.testing.check import Check, CheckFailure, NotApplicable, expect
 from specplug.testing.drafts import row_drafts
 from specplug.testing.drive import mixed_params
 from specplug.testing.subject import Subject
@@ -43,7 +44,7 @@ def run(subject: Subject) -> str:
     """What goes into the outermost wrapper is what comes out of it."""
     folder = subject.targets.get()
     outside: tuple[list[Any], list[Any]] = ([], [])
-    with subject.start(folder) as session:
+    with subject.start(folder, strict=True) as session:
         manager = session.engine.registry.manager
         wrapped = [
             hook
@@ -74,7 +75,12 @@ def run(subject: Subject) -> str:
         verification._overriders = {name: looking(verify) for name, verify in verification._overriders.items()}
         for number in range(6):
             session.add(repetitive_prompt(12, session.vocabulary, number), mixed_params(number, 16))
-        session.finish()
+        try:
+            session.finish()
+        except PluginError as error:
+            raise CheckFailure(
+                "wrappers that yield once, raise nothing and return what `yield` gave", str(error)
+            ) from error
     for name, before, after in (("proposal", inner.proposals, outside[0]), ("verdict", inner.verdicts, outside[1])):
         changed = sum(one != other for one, other in zip(before, after, strict=False)) + abs(len(before) - len(after))
         expect(
