@@ -8,7 +8,6 @@ from typing import Any
 import attrs
 import torch
 
-ITEM_FIELDS = 8
 SCHEDULE_HEADER = 4
 SPLIT = 128  # KV entries are shared out between programs by so many; merging more and smaller parts costs more than it gains
 MOST_SHARES = 256  # counters of one block of queries
