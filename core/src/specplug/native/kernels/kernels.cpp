@@ -12,7 +12,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kTooLittle = 16384;  // work that is over before another thread wakes up
+constexpr int64_t kTooLittle = 8192;  // work that is over before another thread wakes up
 
 template <typename T>
 T* data_of(const Tensor& tensor) {

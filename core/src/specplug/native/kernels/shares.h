@@ -1,7 +1,7 @@
 // How the attention of a batch is cut into shares of work.
 //
-// A share is a block of one row's queries for one KV head, against a range of its entries: long rows are cut into several ranges.
-// Where the cuts are depends on the batch alone, so that results do not change with the number of threads.
+// A share is a block of one row's queries for one KV head, against a range of its entries: long rows are cut into several
+// ranges. Where the cuts are depends on the batch alone, so that results do not change with the number of threads.
 #pragma once
 
 #include <limits>
@@ -12,7 +12,8 @@
 
 namespace specplug {
 
-constexpr int64_t kShareEntries = 512;
+constexpr int64_t kShareEntries = 1024;       // at least; a range's first tile is not fetched ahead
+constexpr int64_t kHeadEntries = 256;         // with many heads, ranges of so many entries times heads are enough
 constexpr int64_t kEnoughShares = 64;         // a row of so many blocks and heads is not cut
 constexpr int64_t kMostPartials = 2 << 20;    // floats of the ranges' softmaxes, of all rows
 constexpr int64_t kReading = 32;              // reading an entry costs as much as computing with this many queries
@@ -39,8 +40,8 @@ struct Share {
   int64_t work() const { return (end - begin) * (last - first + kReading); }
 };
 
-// A block of queries whose entries are cut into ranges: `partials` holds, range by range, the highest score and the total weight
-// of each query, then the sums of its values.
+// A block of queries whose entries are cut into ranges: `partials` holds, range by range, the highest score and the total
+// weight of each query, then the sums of its values.
 struct Split {
   int64_t first_share, ranges, partials;
   int32_t left;
@@ -93,7 +94,7 @@ inline Shares share_out(const Plan& plan, const Shape& shape) {
       blocks.push_back({index, 0, first, last, reach.low, reach.end, reach, is_cut ? 0 : -1});
     }
   }
-  int64_t size = kShareEntries, needed;
+  int64_t size = std::clamp(kHeadEntries * shape.kv_heads, kShareEntries, 4 * kShareEntries) / kTile * kTile, needed;
   do {
     needed = 0;
     for (const Share& block : blocks)
