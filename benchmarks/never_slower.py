@@ -7,9 +7,10 @@ Within every repetition each batch of prompts is served by all contestants in tu
 are means of the ratios of the repetitions' times, with 95 % intervals (Student's t). Which fixed length is best is decided by
 one half of the repetitions and measured in the other, and the other way round: the best of several is else also the luckiest.
 
-*Adversarial* speculators are the shipped ones at their full cost, whose drafts are replaced by tokens that the target has least reason to say: `ngram` (it is made to draft always), `draft_model`,
-`eagle3`. *Good* ones are the shipped ones as they are. Every engine first serves all prompts once, unmeasured; it then knows
-its costs, as an engine does that has been up for some seconds.
+*Adversarial* speculators are the shipped ones at their full cost, whose drafts are replaced by tokens that the target has
+least reason to say: `ngram` (it is made to draft always), `draft_model`, `eagle3`. *Good* ones are the shipped ones as they
+are. Every engine first serves all prompts once, unmeasured; it then knows its costs, as an engine does that has been up for
+some seconds.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ def install(
     version: str = "1.2",
     requires: str = "specplug>=0.1,<0.2",
     summary: str = "",
+    group: str = "specplug",
 ) -> Path:
     """Writes a package: one module of its name with `source`, and a dist-info folder.
 
@@ -53,6 +54,7 @@ def install(
         version: of the distribution.
         requires: its requirement on core; empty for none.
         summary: its one-line description.
+        group: of its entry points.
     """
     module = package.replace("-", "_")
     (folder / f"{module}.py").write_text(source, encoding="utf-8")
@@ -65,7 +67,7 @@ def install(
         encoding="utf-8",
     )
     lines = [f"{name} = {value or module}" for name, value in methods.items()]
-    (info / "entry_points.txt").write_text("\n".join(["[specplug]", *lines, ""]), encoding="utf-8")
+    (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines, ""]), encoding="utf-8")
     return folder
 
 

@@ -85,7 +85,7 @@ def test_json_is_one_object(tmp_path: Path) -> None:
 
 
 def test_a_given_target_and_an_observer(tmp_path: Path) -> None:
-    path = install(tmp_path, "specplug-looker", methods={"looker": ""}, source=OBSERVER)
+    path = install(tmp_path, "specplug-looker", methods={"looker": ""}, source=OBSERVER, group="specplug.observers")
     result = specplug("check", "looker", "--target", "tiny", "--quick", "--only", "wrappers", path=path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "unchanged by wrappers of propose" in result.stdout
@@ -94,7 +94,7 @@ def test_a_given_target_and_an_observer(tmp_path: Path) -> None:
 
 def test_another_packages_wrapper_is_not_blamed_on_the_method(tmp_path: Path) -> None:
     raising = OBSERVER.replace("return (yield)", "yield\n    raise RuntimeError('of another package')")
-    install(tmp_path, "specplug-looker", methods={"looker": ""}, source=raising)
+    install(tmp_path, "specplug-looker", methods={"looker": ""}, source=raising, group="specplug.observers")
     path = install(tmp_path, "specplug-fake", methods={"fake": ""})
     result = specplug("check", "fake", "--quick", "--only", "validity", "--only", "wrappers", path=path)
     assert result.returncode == 0, result.stdout

@@ -33,7 +33,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     install(folder, "acme-broken", methods={"broken": ""}, source=BROKEN)
     install(folder, "acme-empty", methods={"empty": ""}, source=NO_HOOKS)
     install(folder, "acme-wrong", methods={"wrong": ""}, source=WRONG_SIGNATURE)
-    install(folder, "acme-observer", methods={"observer": ""}, source=OBSERVER, requires="")
+    install(folder, "acme-observer", methods={"observer": ""}, source=OBSERVER, requires="", group="specplug.observers")
     install(folder, "acme-future", methods={"future": ""}, requires="specplug>=9")
     install(folder, "twin-b", methods={"twin": ""})
     install(folder, "twin-a", methods={"twin": ""})
@@ -102,6 +102,7 @@ def test_json_keys_are_stable(site: Path) -> None:
                 "wraps",
                 "traceback",
                 "overrides_verify",
+                "kind",
             ]
 
 

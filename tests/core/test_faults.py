@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from specplug import LLM, DraftDistributions, Proposal, SamplingParams, SpeculatorTraits, Verdict, hookimpl
-from specplug.errors import PluginError, SpecplugError, StartupError
+from specplug.errors import PluginError, SpecplugError
 from support.models import VOCABULARY, save_model
 from support.speculators import Oracle, TokenSpeculator, provide
 
@@ -318,7 +318,7 @@ class Unhashable(Faulty):
         (lambda c, t: BadTraits(raising), PluginError, "no SpeculatorTraits"),
         (lambda c, t: BadBoundary(raising), PluginError, "boundary 99"),
         (lambda c, t: BadPlan(raising), PluginError, "expected MemoryRegions"),
-        (lambda c, t: BadWarmup(raising), StartupError, "no such shape"),
+        (lambda c, t: BadWarmup(raising), PluginError, "'throwaway' failed in warmup: ValueError: no such shape"),
         (lambda c, t: Unhashable(raising), PluginError, "eq=False"),
         (lambda c, t: Faulty, PluginError, "register an instance"),
         (lambda c, t: None, PluginError, "returned no speculator"),

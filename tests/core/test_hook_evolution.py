@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import types
 from typing import Any
 
-import attrs
-import pluggy
 import pytest
 
-from specplug import LLM, Proposal, SamplingParams, SpeculativeConfig, hookimpl
+from specplug import LLM, Proposal, SamplingParams, hookimpl
 from specplug.contract.hookspecs import SpeculatorHooks, hookspec
 from specplug.errors import PluginError
 from specplug.plugins import hooks as hooks_module
 from specplug.plugins import registry as registry_module
+from specplug.plugins.calls import HookCall
 from specplug.plugins.hooks import HOOKS
-from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 PROMPT = "x = [0, 0, 0, 0,"
@@ -93,31 +89,13 @@ class Newer:
         return Proposal([[] for _ in batch.rows])
 
 
-class LaterManager(pluggy.PluginManager):
-    """Passes the argument to `load_speculator`; the other hooks are called through what the fixture replaces."""
-
-    def subset_hook_caller(self, name: str, remove_plugins: Any) -> Any:
-        caller = super().subset_hook_caller(name, remove_plugins)
-        return functools.partial(caller, host="later") if name == "load_speculator" else caller
-
-
 @pytest.fixture
 def later_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """A core whose hooks have one argument more, and which passes it at every call."""
     for module in (registry_module, hooks_module):
         monkeypatch.setattr(module, "SpeculatorHooks", LaterHooks)
-    add_speculator, core_verify = PluginRegistry.add_speculator, PluginRegistry.core_verify
-
-    def add(self: PluginRegistry, config: SpeculativeConfig, instance: Any) -> RegisteredSpeculator:
-        registered = add_speculator(self, config, instance)
-        hooks = ("plan_memory", "warmup", "propose", "verify")
-        return attrs.evolve(
-            registered, **{hook: functools.partial(getattr(registered, hook), host="later") for hook in hooks}
-        )
-
-    monkeypatch.setattr(PluginRegistry, "add_speculator", add)
-    monkeypatch.setattr(PluginRegistry, "core_verify", lambda self: functools.partial(core_verify(self), host="later"))
-    monkeypatch.setattr(registry_module, "pluggy", types.SimpleNamespace(PluginManager=LaterManager))
+    call = HookCall.__call__
+    monkeypatch.setattr(HookCall, "__call__", lambda self, **arguments: call(self, host="later", **arguments))
 
 
 def generate(plugins: dict[str, Any], method: str | None) -> list[int]:

@@ -50,6 +50,25 @@ def verify(batch, proposal, target):
     yield
     raise RuntimeError("verify is not observed")
 """
+LYING_WRAPPER = """
+from specplug import Verdict, hookimpl
+
+@hookimpl(wrapper=True)
+def verify(batch, proposal, target):
+    verdict = yield
+    try:
+        verdict.next_tokens[0] = 7
+    except TypeError:
+        pass
+    return Verdict([[] for _ in batch.rows], [7 for _ in batch.rows])
+"""
+HIJACKING_VERIFY = """
+from specplug import Verdict
+
+@hookimpl
+def verify(batch, proposal, target):
+    return Verdict([[] for _ in batch.rows], [7 for _ in batch.rows])
+"""
 PYPROJECT = """[build-system]
 requires = ["hatchling"]
 build-backend = "hatchling.build"
@@ -61,7 +80,7 @@ description = "{summary}"
 requires-python = ">=3.11"
 dependencies = ["{requires}"]
 
-[project.entry-points.specplug]
+[project.entry-points.{group}]
 {method} = "{entry}"
 
 [tool.hatch.build.targets.wheel]
@@ -80,6 +99,7 @@ class Package:
         requires: its requirement on core.
         attribute: what the entry point names in the module; nothing for the module itself.
         version: of the distribution.
+        group: of the entry point.
     """
 
     name: str
@@ -88,6 +108,7 @@ class Package:
     requires: str = "specplug>=0.1,<0.2"
     attribute: str = ""
     version: str = "1.0"
+    group: str = "specplug"
 
     def write(self, root: Path) -> Path:
         """Writes its sources below a folder; returns the project's."""
@@ -100,6 +121,7 @@ class Package:
             version=self.version,
             summary=f"The method {self.method}.",
             requires=self.requires,
+            group=f'"{self.group}"',
             method=self.method,
             module=module,
             entry=f"{module}:{self.attribute}" if self.attribute else module,
@@ -125,6 +147,9 @@ PACKAGES = [
     Package("acme-future", "future", source="from specplug import TokenTrie\n", requires="specplug>=99"),
     Package("acme-twin-a", "twin"),
     Package("acme-twin-b", "twin"),
-    Package("acme-observer", "observer", source=RAISING_WRAPPERS),
+    Package("acme-observer", "observer", source=RAISING_WRAPPERS, group="specplug.observers"),
+    Package("acme-liar", "liar", source=LYING_WRAPPER, group="specplug.observers"),
+    Package("acme-hijacker", "hijacker", source=GOOD + HIJACKING_VERIFY),
+    Package("acme-vandal", "vandal", source="import os\nos._exit(0)\n"),
     Package("acme-damaged", "damaged"),
 ]

@@ -63,6 +63,9 @@ def test_metadata_alone_tells_what_can_be_loaded(installed: Environment) -> None
         "misspelt": "ok",
         "hookless": "ok",
         "observer": "ok",
+        "liar": "ok",
+        "hijacker": "ok",
+        "vandal": "ok",
         "old": "incompatible",
         "future": "incompatible",
         "twin-a": "ambiguous",
@@ -101,14 +104,17 @@ def test_check_loads_each_and_says_what_is_wrong(installed: Environment) -> None
         "object": False,
         "lossy": True,
         "observer": False,
+        "liar": False,
     }
     for name, reason in {
         "missing": "ModuleNotFoundError: No module named 'a_module_that_is_missing'",
         "exits": "SystemExit: 3",
-        "panics": "acme_panics.Panic: from a native extension",
+        "panics": "Panic: from a native extension",
+        "vandal": "its import ended the process (exit status 0)",
+        "hijacker": "implements 'verify' in its module; make it a method of the object that load_speculator returns",
         "signature": "argument 'target' has a default, so it is never passed; remove it",
         "misspelt": "hook 'propse': there is no such hook; did you mean 'propose'?",
-        "hookless": "its module implements no hook (load_speculator is needed)",
+        "hookless": "implements no hook (load_speculator is needed)",
         "damaged": "its metadata cannot be read",
     }.items():
         assert found[name]["status"] == "failed"
@@ -165,9 +171,8 @@ def test_selection_by_configuration(installed: Environment) -> None:
     assert "'good': DraftCounts" in used
     assert "is blocked: on the deny-list" in denied
     assert "is blocked: not on the allow-list" in not_allowed
-    # Every engine imports what it may: nothing but what an allow-list names, and what a deny-list does not.
-    assert "acme_good" in imported
-    assert "acme_future" not in imported
+    # An engine imports the methods it is configured with, and observers that it may.
+    assert imported == "['acme_good', 'acme_liar', 'acme_observer']"
 
 
 def test_what_is_blocked_is_not_imported(installed: Environment) -> None:
@@ -176,24 +181,35 @@ def test_what_is_blocked_is_not_imported(installed: Environment) -> None:
     assert "leaving" in installed.specplug("list", "--check").stderr
 
 
-def test_nothing_stops_plain_decoding(installed: Environment, plain: str) -> None:
-    done = installed.specplug(*GENERATE)
+SAMPLED = ("generate", "tiny", "--prompt", PROMPT, "--max-tokens", "16", "--temperature", "0.8", "--seed", "1")
+
+
+@pytest.mark.parametrize("arguments", [GENERATE, SAMPLED])
+def test_nothing_stops_or_alters_plain_decoding(installed: Environment, arguments: tuple[str, ...]) -> None:
+    alone = installed.specplug(*arguments, SPECPLUG_ALLOW_PLUGINS="none")
+    done = installed.specplug(*arguments)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == plain
+    assert done.stdout == alone.stdout
+    assert done.stderr.count("it is switched off") == 2, "the observer that raises and the one that lies, each once"
+    assert (
+        "observer 'acme-observer' raised RuntimeError: verify is not observed in its wrapper of verify" in done.stderr
+    )
+    assert "observer 'acme-liar' returned something else (Verdict) than `yield` gave" in done.stderr
 
 
-def test_nothing_stops_another_plugin(installed: Environment, plain: str) -> None:
-    done = installed.specplug(*speculative("good"), SPECPLUG_DENY_PLUGINS="observer")
+def test_nothing_stops_or_alters_another_plugin(installed: Environment, plain: str) -> None:
+    done = installed.specplug(*speculative("good"))
     assert done.returncode == 0, done.stderr
     assert plain.strip() in done.stdout
     assert "accepted of" in done.stdout + done.stderr
+    assert "speculator 'good' failed" not in done.stderr
 
 
 @pytest.mark.parametrize(
     ("method", "text"),
     [
         ("missing", "cannot be loaded: ModuleNotFoundError: No module named 'a_module_that_is_missing'"),
-        ("panics", "cannot be loaded: acme_panics.Panic: from a native extension"),
+        ("panics", "cannot be loaded: Panic: from a native extension"),
         ("old", "is incompatible: needs specplug<0.1"),
         ("future", "is incompatible: needs specplug>=99"),
         ("twin", "is ambiguous: 2 packages provide 'twin'"),
@@ -210,7 +226,7 @@ def test_those_who_ask_for_it_are_told_in_one_line(installed: Environment, metho
 
 
 def test_results_of_a_rule_of_its_own_are_marked_everywhere(installed: Environment) -> None:
-    deny = {"SPECPLUG_DENY_PLUGINS": "observer"}
+    deny = {"SPECPLUG_DENY_PLUGINS": "observer,liar"}
     shown = installed.specplug(*speculative("lossy"), **deny)
     assert "verified by its own rule, which specplug does not check" in shown.stdout + shown.stderr
     as_json = json.loads(installed.specplug(*speculative("lossy"), "--json", **deny).stdout)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from specplug.configuration.engine import EngineConfig
 from specplug.engine.planning import plan_engine
 from specplug.errors import ConfigurationError, SpecplugError, did_you_mean
-from specplug.plugins.registry import PluginRegistry
+from specplug.plugins.finder import find_plugins
 from specplug.testing import lookup
 from specplug.testing.checks import CHECKS
 from specplug.testing.subject import Subject
@@ -101,10 +101,6 @@ def preflight(subject: Subject, method: str, *, has_target: bool) -> bool:
 
 
 def _is_observer(method: str) -> bool:
-    """Whether an installed plugin implements wrappers and no speculator."""
-    registry = PluginRegistry()
-    module = registry.plugin(method)
-    if module is None:
-        return False
-    hooks = [caller.name for caller in registry.manager.get_hookcallers(module) or []]
-    return bool(hooks) and "load_speculator" not in hooks
+    """Whether what is installed under a name only observes."""
+    kinds = {record.kind for record in find_plugins() if record.method == method}
+    return kinds == {"observer"}

@@ -33,7 +33,7 @@ _STATUS_COLUMN = 3
 def list_command(
     ctx: click.Context, verbose: bool, check: bool, as_json: bool, allow: tuple[str, ...], deny: tuple[str, ...]
 ) -> None:
-    """List the installed speculators.
+    """List the installed speculators and observers.
 
     METHOD is the name that "method" takes in a speculative config. STATUS is ok, or why the plugin cannot be used:
     blocked (by --allow, --deny, $SPECPLUG_ALLOW_PLUGINS or $SPECPLUG_DENY_PLUGINS), incompatible (made for another
@@ -59,7 +59,16 @@ def list_command(
 
 def _show(terminal: Terminal, reports: Sequence[PluginReport], *, verbose: bool, check: bool) -> None:
     records = [report.record for report in reports]
-    rows = [(r.method, r.distribution, r.version, r.status, r.summary) for r in records]
+    rows = [
+        (
+            r.method,
+            r.distribution,
+            r.version,
+            r.status,
+            f"(observer) {r.summary}" if r.kind == "observer" else r.summary,
+        )
+        for r in records
+    ]
     Table(("METHOD", "PACKAGE", "VERSION", "STATUS", "SUMMARY"), rows).show(
         terminal,
         style=lambda row, column: _STYLES[records[row].status] if column == _STATUS_COLUMN else "",

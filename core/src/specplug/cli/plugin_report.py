@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
+import json
+import os
+import queue
+import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+import threading
+from typing import IO, TYPE_CHECKING, Any
 
 import attrs
 
+from specplug.errors import StartupError
 from specplug.plugins.finder import PluginRecord, find_plugins
-from specplug.plugins.verifiers import own_verifiers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
-    from specplug.plugins.registry import PluginRegistry
+_PATIENCE = 60.0  # seconds for one import; PyTorch and Transformers are imported before
 
 
 @attrs.frozen
@@ -58,6 +61,7 @@ class PluginReport:
             "wraps": None if self.wraps is None else list(self.wraps),
             "traceback": self.traceback,
             "overrides_verify": None if self.verifiers is None else bool(self.verifiers),
+            "kind": record.kind,
         }
 
 
@@ -67,39 +71,59 @@ def report_plugins(allowed: Iterable[str] | None, denied: Iterable[str]) -> list
 
 
 def check_plugins(allowed: Iterable[str] | None, denied: Iterable[str]) -> list[PluginReport]:
-    """Reports every installed plugin; those that may be loaded are imported, one at a time."""
-    from specplug.plugins.registry import PluginRegistry
+    """Reports every installed plugin; those that may be loaded are imported, in a process that they may end or hang."""
+    records = _sorted(find_plugins(allowed, denied))
+    usable = [record for record in records if record.status == "ok"]
+    answers: list[dict[str, Any]] = []
+    while len(answers) < len(usable):
+        answers += _import(usable[len(answers) :])
+    found = iter(answers)
+    return [_checked(record, next(found)) if record.status == "ok" else PluginReport(record) for record in records]
 
-    logger = logging.getLogger("specplug")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)  # what failed is in the reports
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            registry = PluginRegistry(allowed, denied)
-    finally:
-        logger.setLevel(level)
-    return [_checked(record, registry) for record in _sorted(registry.records)]
+
+def _import(records: Sequence[PluginRecord]) -> list[dict[str, Any]]:
+    """What came of importing plugins one after the other, up to the first that ends or hangs the process."""
+    command = [sys.executable, "-m", "specplug.cli.plugin_import", json.dumps([attrs.asdict(each) for each in records])]
+    path = os.pathsep.join(each for each in sys.path if each)
+    lines: queue.Queue[str] = queue.Queue()
+    answers: list[dict[str, Any]] = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}, encoding="utf-8"
+    ) as process:
+        assert process.stdout is not None
+        reader = threading.Thread(target=_read, args=(process.stdout, lines), daemon=True)
+        reader.start()
+        try:
+            if lines.get() != "ready\n":
+                process.wait()
+                raise StartupError("the process that imports plugins did not start; its message is above")
+            while len(answers) < len(records):
+                line = lines.get(timeout=_PATIENCE)
+                if not line:
+                    answers.append({"reason": f"its import ended the process (exit status {process.wait()})"})
+                    break
+                answers.append(json.loads(line))
+        except queue.Empty:
+            answers.append({"reason": f"its import did not end within {_PATIENCE:.0f} seconds"})
+        finally:
+            process.kill()
+            reader.join()
+    return answers
+
+
+def _read(stream: IO[str], lines: queue.Queue[str]) -> None:
+    for line in stream:
+        lines.put(line)
+    lines.put("")
 
 
 def _sorted(records: Iterable[PluginRecord]) -> list[PluginRecord]:
-    return sorted(records, key=lambda record: (record.method, record.distribution))
+    return sorted(records, key=lambda record: (record.kind == "observer", record.method, record.distribution))
 
 
-def _checked(record: PluginRecord, registry: PluginRegistry) -> PluginReport:
-    if record.status != "ok":
-        return PluginReport(record)
-    failure = registry.failures.get(record.method)
-    if failure is not None:
-        reason = failure.strip().splitlines()[-1].strip().removeprefix("specplug.errors.PluginError: ")
-        return PluginReport(attrs.evolve(record, status="failed", reason=reason), traceback=failure)
-    module = registry.plugin(record.method)
-    hooks: list[str] = []
-    wraps: list[str] = []
-    for caller in registry.manager.get_hookcallers(module) or []:
-        own = [implementation for implementation in caller.get_hookimpls() if implementation.plugin is module]
-        (wraps if all(implementation.wrapper for implementation in own) else hooks).append(caller.name)
-    if not hooks and not wraps:
-        record = attrs.evolve(
-            record, status="failed", reason="its module implements no hook (load_speculator is needed)"
-        )
-    return PluginReport(record, hooks=tuple(sorted(hooks)), wraps=tuple(sorted(wraps)), verifiers=own_verifiers(module))
+def _checked(record: PluginRecord, answer: dict[str, Any]) -> PluginReport:
+    if answer["reason"]:
+        record = attrs.evolve(record, status="failed", reason=answer["reason"])
+    if "hooks" not in answer:
+        return PluginReport(record, traceback=answer.get("traceback"))
+    return PluginReport(record, tuple(answer["hooks"]), tuple(answer["wraps"]), verifiers=tuple(answer["verifiers"]))

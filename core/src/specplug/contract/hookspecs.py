@@ -20,7 +20,8 @@ Core calls the hooks in this order:
     load_speculator → plan_memory → (weights are loaded, memory is allocated) → warmup → (propose → verify)*
 
 A hook may take fewer arguments than its specification names; later versions may only add arguments. A module may also
-implement *wrappers* (`@hookimpl(wrapper=True)`) around any hook to observe it: look, but return what `yield` gave.
+implement *wrappers* (`@hookimpl(wrapper=True)`) around any hook to observe it: look, but return what `yield` gave. Under an
+entry point of group `specplug.observers` such a module observes every engine.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from specplug.configuration.engine import EngineConfig
 from specplug.contract.memory import MemoryBudget, MemoryRegion
 from specplug.contract.settings import SpeculativeConfig
 from specplug.engine.compilation import wants_compilation
-from specplug.errors import CheckpointError, ConfigurationError, PluginError
+from specplug.errors import CheckpointError, ConfigurationError, PluginError, SpecplugError
 from specplug.memory.available import default_budget
 from specplug.memory.plan import MemoryPlan, solve
 from specplug.model.architecture import Architecture, inspect_architecture
@@ -52,7 +52,7 @@ class PlannedEngine:
 
 def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: None) -> PlannedEngine:
     """Step 1: everything that can be known and refused from configuration and headers alone."""
-    registry = PluginRegistry(config.allowed_plugins, config.denied_plugins, config.plugins)
+    registry = PluginRegistry(config.allowed_plugins, config.denied_plugins, config.plugins, strict=config.strict)
     folder = resolve_checkpoint(resolve_model(config.model), config.revision)
     model_config = load_config(folder, trust_remote_code=config.trust_remote_code)
     read_headers(folder)
@@ -200,7 +200,13 @@ def _check_boundaries(speculators: Sequence[RegisteredSpeculator], num_layers: i
 
 
 def _plan_regions(speculator: RegisteredSpeculator, budget: MemoryBudget) -> list[MemoryRegion]:
-    regions = speculator.plan_memory(budget=budget) or []
+    try:
+        regions = speculator.plan_memory(budget=budget) or []
+    except SpecplugError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise PluginError(f"speculator '{speculator.method}' failed in plan_memory: {what}") from error
     for region in regions:
         if not isinstance(region, MemoryRegion):
             raise PluginError(

@@ -154,7 +154,7 @@ class Verification:
         except ModelOutputError:
             raise  # the model's fault, not a plugin's
         except Exception as error:
-            if verify is self._core and not self._registry.observes("verify"):
+            if verify is self._core:
                 raise
             if self._strict:
                 raise PluginError(f"verify: {type(error).__name__}: {error}") from error

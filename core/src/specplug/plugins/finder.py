@@ -1,20 +1,32 @@
-"""Which speculators are installed, from package metadata alone: nothing is imported here."""
+"""Which plugins are installed, from package metadata alone: nothing is imported here.
+
+Two groups of entry points: `specplug` names speculators, of which an engine imports those it is configured with;
+`specplug.observers` names modules that only wrap hooks, which every engine imports. So a speculator that nobody asked for
+cannot do any harm, whatever its import does.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from typing import Literal
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import attrs
+from packaging.markers import UndefinedComparison, UndefinedEnvironmentName
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from specplug.version import __version__
 
-GROUP = "specplug"
+Kind = Literal["speculator", "observer"]
+GROUP, OBSERVERS = "specplug", "specplug.observers"
+_KINDS: dict[str, Kind] = {GROUP: "speculator", OBSERVERS: "observer"}
 CORE = "specplug"
 ALLOW_VARIABLE = "SPECPLUG_ALLOW_PLUGINS"
 DENY_VARIABLE = "SPECPLUG_DENY_PLUGINS"
@@ -24,18 +36,19 @@ Status = Literal["ok", "blocked", "failed", "incompatible", "ambiguous"]
 
 @attrs.frozen
 class PluginRecord:
-    """One entry point of group `specplug`.
+    """One entry point.
 
     Attributes:
-        method: the entry point's name, which users put in their configuration.
+        method: the entry point's name; of a speculator, what users put in their configuration.
         module: what the entry point names.
         distribution: the package that brings it.
         version: of the package.
         summary: the package's one-line description.
         requirement: what the package asks of core, or an empty string.
-        location: the folder the package is installed in.
+        location: the folder the package is installed in; of an editable installation, that of its sources.
         status: whether it can be loaded, as far as metadata tells.
         reason: why not.
+        kind: by the entry point's group.
     """
 
     method: str
@@ -47,10 +60,11 @@ class PluginRecord:
     location: str
     status: Status = "ok"
     reason: str = ""
+    kind: Kind = "speculator"
 
 
 def find_plugins(allowed: Iterable[str] | None = None, denied: Iterable[str] = ()) -> list[PluginRecord]:
-    """Lists every installed speculator with its status, sorted by method.
+    """Lists every installed plugin with its status, sorted by method.
 
     Args:
         allowed: methods or distributions that may be loaded; None allows all. `$SPECPLUG_ALLOW_PLUGINS` (comma-separated)
@@ -61,17 +75,19 @@ def find_plugins(allowed: Iterable[str] | None = None, denied: Iterable[str] = (
     if os.environ.get(ALLOW_VARIABLE):
         allow_lists.append(set(_names(os.environ[ALLOW_VARIABLE].split(","))))
     deny_list = set(_names(denied)) | set(_names(os.environ.get(DENY_VARIABLE, "").split(",")))
-    by_method: dict[str, list[PluginRecord]] = {}
+    by_method: dict[tuple[str, Kind], list[PluginRecord]] = {}
     for record in dict.fromkeys(_records()):
-        by_method.setdefault(record.method, []).append(record)
+        by_method.setdefault((record.method, record.kind), []).append(record)
     judged: list[PluginRecord] = []
-    for method in sorted(by_method):
-        rivals = sorted(by_method[method], key=lambda record: record.distribution)
+    for method, kind in sorted(by_method):
+        rivals = sorted(by_method[method, kind], key=lambda record: record.distribution)
         rivals = [_judge(record, allow_lists, deny_list) for record in rivals]
         loadable = [record for record in rivals if record.status == "ok"]
+        names = sorted({record.distribution for record in loadable})
         if len(loadable) > 1:
-            names = ", ".join(sorted(record.distribution for record in loadable))
-            reason = f"{len(loadable)} packages provide '{method}': {names}; uninstall or deny all but one"
+            reason = f"{len(names)} packages provide '{method}': {', '.join(names)}; uninstall or deny all but one"
+            if len(names) == 1:
+                reason = f"package {names[0]} names '{method}' more than once; tell its author"
             rivals = [attrs.evolve(r, status="ambiguous", reason=reason) if r.status == "ok" else r for r in rivals]
         judged.extend(rivals)
     return judged
@@ -90,7 +106,7 @@ def _records() -> Iterator[PluginRecord]:
             continue  # a stale copy further down the path
         seen.add(name)
         try:
-            yield from [_record(entry, dist) for entry in dist.entry_points if entry.group == GROUP]
+            yield from [_record(entry, dist) for entry in dist.entry_points if entry.group in _KINDS]
         except Exception as error:
             if _mentions_group(dist):
                 yield _unreadable("?", "?", name, dist, f"{type(error).__name__}: {error}")
@@ -104,13 +120,22 @@ def _name_of(dist: metadata.Distribution) -> str:
 
 
 def _mentions_group(dist: metadata.Distribution) -> bool:
+    """Whether damaged metadata is a plugin's."""
     try:
-        return f"[{GROUP}]" in (dist.read_text("entry_points.txt") or "")
+        path = getattr(dist, "_path", None)
+        raw = (path / "entry_points.txt").read_bytes() if path else (dist.read_text("entry_points.txt") or "").encode()
     except Exception:
         return False
+    return f"[{GROUP}".encode() in raw
 
 
 def _location(dist: metadata.Distribution) -> str:
+    try:
+        origin = json.loads(dist.read_text("direct_url.json") or "{}")
+        if origin.get("dir_info", {}).get("editable"):
+            return url2pathname(urlparse(origin["url"]).path)
+    except Exception:
+        pass  # written by another tool, in another way
     return str(dist.locate_file(""))
 
 
@@ -118,14 +143,20 @@ def _record(entry: metadata.EntryPoint, dist: metadata.Distribution) -> PluginRe
     name = dist.metadata["Name"]
     if not name:  # nor is anything known of what it requires
         return _unreadable(entry.name, entry.value, _name_of(dist), dist, "METADATA is missing, or names nothing")
+    try:
+        requirement = _core_requirement(dist.requires or [])
+    except (InvalidRequirement, UndefinedComparison, UndefinedEnvironmentName) as error:
+        what = " ".join(str(error).split())
+        return _unreadable(entry.name, entry.value, name, dist, f"what it requires of {CORE} is not valid: {what}")
     return PluginRecord(
         method=entry.name,
         module=entry.value,
         distribution=name,
         version=dist.version or "?",
-        summary=dist.metadata["Summary"] or "",
-        requirement=_core_requirement(dist.requires or []),
+        summary="".join(letter for letter in dist.metadata["Summary"] or "" if letter.isprintable()),
+        requirement=requirement,
         location=_location(dist),
+        kind=_KINDS[entry.group],
     )
 
 
@@ -138,10 +169,9 @@ def _core_requirement(requirements: Iterable[str]) -> str:
     """What a package asks of core, all such requirements together; those of extras and of other platforms do not count."""
     specifiers = SpecifierSet()
     for text in requirements:
-        try:
-            requirement = Requirement(text)
-        except InvalidRequirement:
+        if not re.match(rf"\s*{CORE}(?![\w.-])", text, re.IGNORECASE):
             continue
+        requirement = Requirement(text)
         applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         if applies and canonicalize_name(requirement.name) == CORE:
             specifiers &= requirement.specifier

@@ -75,10 +75,20 @@ def has_hook(plugin: Any, hook: str) -> bool:
     return any((options.get("specname") or name) == hook for name, _, options in hook_functions(plugin))
 
 
-def is_wrapper(plugin: Any, hook: str) -> bool:
-    """Whether the plugin only observes the hook (or has nothing to do with it)."""
-    return all(
-        options.get("wrapper")
-        for name, _, options in hook_functions(plugin)
-        if (options.get("specname") or name) == hook
-    )
+def check_module(plugin: Any, name: str) -> None:
+    """Refuses a module, or an object in its place, whose hooks nobody would call.
+
+    Raises:
+        PluginError: it implements a hook that belongs to the object that `load_speculator` returns, or nothing at all.
+    """
+    check_hooks(plugin, name)
+    found = hook_functions(plugin)
+    for attribute, _, options in found:
+        hook = options.get("specname") or attribute
+        if hook in HOOKS and hook != "load_speculator" and not options.get("wrapper"):
+            raise PluginError(
+                f"plugin '{name}' implements '{hook}' in its module; make it a method of the object that "
+                f"load_speculator returns, or a wrapper (wrapper=True) to observe"
+            )
+    if not any((options.get("specname") or attribute) in HOOKS for attribute, _, options in found):
+        raise PluginError(f"plugin '{name}' implements no hook (load_speculator is needed)")

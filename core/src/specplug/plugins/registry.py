@@ -1,11 +1,10 @@
-"""The plugins of one engine: every module is imported and checked on its own, and a failure stops only those who ask."""
+"""The plugins of one engine: modules are imported when they are asked for, each on its own, and a failure stops nobody else."""
 
 from __future__ import annotations
 
 import importlib
 import logging
-import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -14,9 +13,11 @@ import pluggy
 from specplug.contract.hookspecs import PROJECT, SpeculatorHooks, hookimpl
 from specplug.contract.settings import SpeculativeConfig
 from specplug.contract.traits import SpeculatorTraits
+from specplug.contract.verdict import Verdict
 from specplug.errors import PluginError, SpecplugError, did_you_mean
+from specplug.plugins.calls import HookCall, Observers
 from specplug.plugins.finder import PluginRecord, find_plugins
-from specplug.plugins.hooks import HOOKS, check_hooks, has_hook, is_wrapper
+from specplug.plugins.hooks import HOOKS, check_hooks, check_module, has_hook
 
 logger = logging.getLogger("specplug")
 _SHIPPED = {
@@ -75,8 +76,10 @@ class PluginRegistry:
         allowed: Iterable[str] | None = None,
         denied: Iterable[str] = (),
         provided: Mapping[str, Any] | None = None,
+        *,
+        strict: bool = False,
     ) -> None:
-        """Finds and loads plugins.
+        """Finds plugins, and loads those that observe.
 
         Args:
             allowed: see `find_plugins`.
@@ -84,46 +87,62 @@ class PluginRegistry:
             provided: method → plugin that is not installed: an object that implements `load_speculator`, a plain function
                 of (config, target), or an object with wrappers alone. It takes precedence over an installed one of the
                 same name.
+            strict: whether an observer's fault raises; else it is switched off.
         """
         self.manager = pluggy.PluginManager(PROJECT)
         self.manager.add_hookspecs(SpeculatorHooks)
         self.records = find_plugins(allowed, denied)
-        self.failures: dict[str, str] = {}
+        self.failures: dict[str, BaseException] = {}
+        self.observers = Observers(self.manager, strict=strict)
         self._modules: dict[str, Any] = {}
-        self._speculators: list[Any] = []
         self.verifier: Any = None
         for record in self.records:
-            if record.status == "ok":
-                self._load(record)
+            if record.status == "ok" and record.kind == "observer":
+                self.load(record)
         for method, plugin in (provided or {}).items():
             is_plugin = any(has_hook(plugin, hook) for hook in HOOKS)
             self._modules[method] = plugin if is_plugin else _Loader(plugin)
-            self.register(self._modules[method], f"provided {method}")
+            self._register_module(self._modules[method], f"provided {method}")
 
-    def _load(self, record: PluginRecord) -> None:
+    def load(self, record: PluginRecord) -> Any | None:
+        """Imports and registers what an entry point names; None if that fails (see `failures`)."""
         try:
             path, _, attribute = record.module.partition(":")
             module: Any = importlib.import_module(path)
             for name in filter(None, attribute.split(".")):
                 module = getattr(module, name)
-            if not any(module is known for known in self._modules.values()):
-                self.register(module, record.distribution)
-            self._modules[record.method] = module
+            if not self.manager.is_registered(module):
+                self._register_module(module, record.distribution)
+            return module
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # sys.exit, and what extension modules and test libraries derive from it
-            self.failures[record.method] = traceback.format_exc()
-            logger.info(  # whoever asks for it gets the error
-                "plugin '%s' of package %s cannot be loaded: %s: %s",
+            self.failures[record.method] = error
+            tell = (
+                logger.warning if record.kind == "observer" else logger.info
+            )  # who asks for a speculator gets the error
+            tell(
+                "%s '%s' of package %s cannot be loaded: %s",
+                "observer" if record.kind == "observer" else "plugin",
                 record.method,
                 record.distribution,
-                type(error).__name__,
-                error,
+                first_line(error),
             )
+            return None
 
     def plugin(self, method: str) -> Any | None:
         """The plugin behind a method, as it was registered: a module, or what its entry point names; None if not loaded."""
+        if method not in self._modules and method not in self.failures:
+            usable = (r for r in self.records if (r.method, r.status, r.kind) == (method, "ok", "speculator"))
+            record = next(usable, None)
+            module = None if record is None else self.load(record)
+            if module is not None:
+                self._modules[method] = module
         return self._modules.get(method)
+
+    def _register_module(self, plugin: Any, name: str) -> None:
+        check_module(plugin, name)
+        self.register(plugin, name)
 
     def register(self, plugin: Any, name: str) -> None:
         """Registers a module or object after checking its hooks; nothing stays behind when a check fails.
@@ -155,16 +174,10 @@ class PluginRegistry:
             ConfigurationError: the plugin does not accept its settings.
         """
         module = self._module(config.method)
-        others = [
-            plugin
-            for plugin in dict.fromkeys(self._modules.values())
-            if plugin is not module and not is_wrapper(plugin, "load_speculator")
-        ]
-        caller = self.manager.subset_hook_caller("load_speculator", others)
         if not has_hook(module, "load_speculator"):
             raise PluginError(f"plugin '{config.method}' has no @hookimpl function 'load_speculator'")
         try:
-            instance = caller(config=config, target=target)
+            instance = self._call("load_speculator", config.method, module)(config=config, target=target)
         except SpecplugError:
             raise
         except Exception as error:
@@ -186,52 +199,76 @@ class PluginRegistry:
         if not isinstance(traits, SpeculatorTraits):
             raise PluginError(f"plugin '{config.method}': its speculator's traits are no SpeculatorTraits: {traits!r}")
         self.register(instance, name)
-        self._speculators.append(instance)
-
-        def caller(hook: str) -> Callable[..., Any]:
-            def call(**kwargs: Any) -> Any:
-                rest = [other for other in self._speculators if other is not instance]
-                return self.manager.subset_hook_caller(hook, rest)(**kwargs)
-
-            return call
-
         return RegisteredSpeculator(
             method=config.method,
             config=config,
             instance=instance,
             traits=traits,
-            plan_memory=caller("plan_memory"),
-            warmup=caller("warmup"),
-            propose=caller("propose"),
-            verify=caller("verify"),
+            plan_memory=self._call("plan_memory", config.method, instance),
+            warmup=self._call("warmup", config.method, instance),
+            propose=self._call("propose", config.method, instance),
+            verify=self._call("verify", config.method, instance),
             overrides_verify=has_hook(instance, "verify"),
         )
 
     def core_verify(self) -> Callable[..., Any]:
         """A caller of `verify` that reaches core's verifier and observers, and no speculator."""
-        return self.manager.subset_hook_caller("verify", list(self._speculators))
+        return self._call("verify", "core verifier", self.verifier)
 
     def observes(self, hook: str) -> bool:
-        """Whether any module wraps a hook."""
-        return any(implementation.wrapper for implementation in getattr(self.manager.hook, hook).get_hookimpls())
+        """Whether anybody wraps a hook."""
+        return bool(self.observers.around(hook))
+
+    def _call(self, hook: str, name: str, plugin: Any) -> HookCall:
+        own = self._implementations(hook, plugin)
+        if hook != "verify":
+            return HookCall(hook, name, lambda: own, self.observers)
+
+        def answering() -> Sequence[pluggy.HookImpl]:  # core's verifier comes last, and is registered last
+            return own if plugin is self.verifier else [*own, *self._implementations(hook, self.verifier)]
+
+        return HookCall(hook, name, answering, self.observers, freeze=_frozen)
+
+    def _implementations(self, hook: str, plugin: Any) -> Sequence[pluggy.HookImpl]:
+        found = getattr(self.manager.hook, hook).get_hookimpls()
+        return [each for each in found if each.plugin is plugin and not each.wrapper]
 
     def _module(self, method: str) -> Any:
-        if method in self._modules:
+        if self.plugin(method) is not None:
             return self._modules[method]
-        rivals = [record for record in self.records if record.method == method]
+        rivals = [record for record in self.records if (record.method, record.kind) == (method, "speculator")]
         record = next((record for record in rivals if record.status == "ok"), rivals[0] if rivals else None)
         if record is None:
-            names = sorted({*self._modules, *(record.method for record in self.records if record.status == "ok")})
+            usable = (r.method for r in self.records if (r.status, r.kind) == ("ok", "speculator"))
+            names = sorted({*self._modules, *usable})
             installed = f"installed: {', '.join(names)}" if names else "no speculator is installed"
             package = _SHIPPED.get(method, f"specplug-{method.replace('_', '-')}")
             near = "" if method in _SHIPPED else did_you_mean(method, names)
             hint = near or f"; if a package provides it: pip install {package}"
             raise PluginError(f"no speculator named '{method}'{hint} ({installed})")
         if method in self.failures:
-            last = self.failures[method].strip().splitlines()[-1]
             raise PluginError(
-                f"speculator '{method}' of package {record.distribution} cannot be loaded: {last} (details: specplug list -v "
-                "--check)"
+                f"speculator '{method}' of package {record.distribution} cannot be loaded: "
+                f"{first_line(self.failures[method])} (details: specplug list -v --check)"
             )
         status = "is unusable" if record.status == "failed" else f"is {record.status}"
         raise PluginError(f"speculator '{method}' of package {record.distribution} {status}: {record.reason}")
+
+
+def _frozen(verdict: Any) -> Any:
+    """A verdict that nobody can alter."""
+    if not isinstance(verdict, Verdict):
+        return verdict
+    return Verdict(tuple(tuple(path) for path in verdict.accepted), tuple(verdict.next_tokens))
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one line: its kind, unless it is one of ours, and the first line of what it says."""
+    try:
+        lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    except Exception:  # there are errors that cannot be printed
+        lines = []
+    text = "".join(letter for letter in lines[0].strip() if letter.isprintable()) if lines else ""
+    if isinstance(error, SpecplugError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

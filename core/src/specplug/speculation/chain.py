@@ -15,7 +15,7 @@ import attrs
 
 from specplug.contract.batch import Budget, EndReason, Outcome, ProposalBatch, ProposalRow
 from specplug.contract.resources import Resources
-from specplug.errors import PluginError
+from specplug.errors import PluginError, SpecplugError
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
 from specplug.speculation.asked import SHORT_GAP, Asked
@@ -108,7 +108,13 @@ class SpeculatorChain:
     def warmup(self, resources: Sequence[Resources]) -> None:
         """Runs every speculator's `warmup` with its own resources."""
         for link, own in zip(self._links, resources, strict=True):
-            link.speculator.warmup(resources=own)
+            try:
+                link.speculator.warmup(resources=own)
+            except SpecplugError:
+                raise
+            except Exception as error:
+                what = f"{type(error).__name__}: {error}"
+                raise PluginError(f"speculator '{link.speculator.method}' failed in warmup: {what}") from error
 
     def fork(self, parent: Request, child: Request) -> None:
         """Notes how much of a fork's shared part each speculator has been given; what it stored for that, the fork has too."""

@@ -1,0 +1,63 @@
+"""Imports plugins and says what came of each: run by `specplug list --check`, in a process that a plugin may well end.
+
+python -m specplug.cli.plugin_import '["observer good-package name", …]'
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from typing import Any
+
+
+def main() -> None:
+    """Writes one JSON line per plugin to what was standard output; plugins' own output goes to standard error."""
+    with os.fdopen(os.dup(1), "w", encoding="utf-8", closefd=True) as answers:
+        os.dup2(2, 1)
+        logging.getLogger("specplug").setLevel(logging.CRITICAL)  # what fails is in the answers
+        from specplug.plugins.finder import PluginRecord
+        from specplug.plugins.registry import PluginRegistry
+
+        registry = PluginRegistry(allowed=())
+        answers.write("ready\n")
+        answers.flush()
+        for fields in json.loads(sys.argv[1]):
+            answer = _judge(registry, PluginRecord(**fields))
+            sys.stdout.flush()
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+
+
+def _judge(registry: Any, record: Any) -> dict[str, Any]:
+    from specplug.plugins.registry import first_line
+    from specplug.plugins.verifiers import own_verifiers
+
+    registry.failures.pop(record.method, None)
+    module = registry.load(record)
+    if module is None:
+        error = registry.failures[record.method]
+        trace = "".join(traceback.format_exception(error))
+        return {"reason": first_line(error), "traceback": trace}
+    hooks: list[str] = []
+    wraps: list[str] = []
+    for caller in registry.manager.get_hookcallers(module) or []:
+        own = [implementation for implementation in caller.get_hookimpls() if implementation.plugin is module]
+        (wraps if all(implementation.wrapper for implementation in own) else hooks).append(caller.name)
+    reason = ""
+    if record.kind == "speculator" and "load_speculator" not in hooks:
+        reason = "its module has no load_speculator; one that only observes belongs to the group specplug.observers"
+    if record.kind == "observer" and hooks:
+        reason = f"its module implements {', '.join(hooks)}; an observer has wrappers alone"
+    return {
+        "reason": reason,
+        "hooks": sorted(hooks),
+        "wraps": sorted(wraps),
+        "verifiers": own_verifiers(module),
+    }
+
+
+if __name__ == "__main__":
+    main()
