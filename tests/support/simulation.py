@@ -169,6 +169,8 @@ class Simulation:
 
     def _propose(self, auto: AutoBudget | None) -> None:
         if auto is not None:
+            if auto.rests(self.requests):
+                return
             auto.begin(self.requests)
         for index, link in enumerate(self.links):
             left = [request for request in self.requests if request.draft is None]

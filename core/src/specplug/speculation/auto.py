@@ -23,6 +23,7 @@ from specplug.speculation.trimming import keep_what_pays
 _MARGIN = 1.02
 _SETTLED_STEPS, _SETTLED_DRAFTS = 4, 6
 _PREFERENCE = 1.1
+_LONGEST_REST, _MISSES_TO_REST = 6, 3
 
 
 @attrs.define(eq=False)
@@ -63,6 +64,9 @@ class AutoBudget:
         self._fixed = FixedBudget()
         self._prospect = Prospect(0, self.targets)
         self._asked: list[tuple[Request, RowEstimate, int]] = []
+        self._resting: list[int] = []
+        self._rests_until = 0
+        self._has_rested = False
 
     def wish(self, request: Request, speculator: RegisteredSpeculator) -> Wish:
         """The upper bound, as in `BudgetPolicy.wish`; what decides is `plan`."""
@@ -74,8 +78,18 @@ class AutoBudget:
 
     # ---- before the speculators are asked -------------------------------------------------------------------------
 
+    def rests(self, requests: Sequence[Request]) -> bool:
+        """Whether this step needs no budgets: every row sleeps, as it did before, and none is to be woken yet."""
+        self._has_rested = (
+            self.step < self._rests_until
+            and self._resting == [request.number for request in requests]
+            and all(request.num_pending == 1 for request in requests)
+        )
+        return self._has_rested
+
     def begin(self, requests: Sequence[Request]) -> None:
         """Begins a step's budgets."""
+        self._rests_until = self.step + _LONGEST_REST
         self._prospect = Prospect(sum(request.num_pending == 1 for request in requests), self.targets)
 
     def plan(self, index: int, requests: Sequence[Request], seen: Mapping[int, int]) -> list[Wish]:
@@ -245,13 +259,20 @@ class AutoBudget:
         return keep_what_pays(drafts, self.links, self._prospect)
 
     def end(self, requests: Sequence[Request]) -> None:
-        """Notes what the next step will verify."""
+        """Notes what the next step will verify, and how long rows that all sleep are left alone."""
         for request in requests:
             draft = request.draft
             if draft is not None:
                 row = self._row(request, draft.link)
                 row.draft = draft
                 row.predicted = 0.0 if draft.scores is None else sum(math.exp(min(s, 0.0)) for s in draft.scores)
+        if self._rests_until:
+            rows = [row for request in requests for row in request.estimates]
+            wakes = [row.wake_at for row in rows if row.wake_at > self.step]
+            if any(row.depth or row.misses < _MISSES_TO_REST for row in rows):
+                self._rests_until = 0
+            self._rests_until = min([self._rests_until, *wakes])
+            self._resting = [request.number for request in requests]
 
     def observe(self, requests: Sequence[Request], seconds: float, *, decoding: bool) -> None:
         """Takes in a step: its time, and what became of drafts.
@@ -263,7 +284,7 @@ class AutoBudget:
         """
         self.step += 1
         nodes = 0
-        for request in requests:
+        for request in () if self._has_rested else requests:
             outcome = request.outcome
             if outcome is not None:
                 nodes += outcome.num_nodes
@@ -317,6 +338,7 @@ class AutoBudget:
 
     def _ask(self, candidate: _Candidate, depth: int) -> None:
         self._asked.append((candidate.request, candidate.row, depth))
+        self._rests_until = 0
 
     def _limit(self, link: LinkEstimate, request: Request) -> int:
         """The deepest draft that a row can use."""

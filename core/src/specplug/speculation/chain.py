@@ -143,10 +143,13 @@ class SpeculatorChain:
             reserve: `(request, tokens) -> bool`, grows a row's blocks.
             contended: whether other requests wait for a share of the next step's tokens.
         """
+        auto = self._auto
+        if auto is not None and auto.rests(requests):
+            self._keep_unseen_states(requests)
+            return
         decoding = max(1, sum(request.num_pending == 1 for request in requests))
         tokens = self._max_num_batched_tokens // (2 if contended else 1)
         node_limit = tokens // decoding - 1
-        auto = self._auto
         if auto is not None:
             auto.begin(requests)
         for index, link in enumerate(self._links):
