@@ -265,7 +265,9 @@ def test_nan_logits_are_not_blamed_on_a_plugin(folder: Path, monkeypatch: pytest
         follow.known = [[3, 4, *llm.generate([3, 4], GREEDY)[0].outputs[0].token_ids]]
         forward, calls = llm.engine.runner.forward, itertools.count()
         monkeypatch.setattr(
-            llm.engine.runner, "forward", lambda *args: forward(*args) + (float("nan") if next(calls) else 0)
+            llm.engine.runner,
+            "forward",
+            lambda *args, **options: forward(*args, **options) + (float("nan") if next(calls) else 0),
         )
         with pytest.raises(ModelOutputError):
             llm.generate([3, 4], GREEDY)

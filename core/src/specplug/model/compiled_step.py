@@ -95,7 +95,9 @@ def compile_step(step: Step, module: torch.nn.Module, cache: KVCache, inputs: Se
 
 def _compile(step: Step, module: torch.nn.Module, cache: KVCache, inputs: Sequence[torch.Tensor]) -> CompiledStep:
     device = cache.keys[0].device
-    if not can_attend_natively(cache) or device.type != "cpu":
+    if device.type != "cpu":
+        raise CompileError("a speculator's own module is compiled on CPUs alone")
+    if not can_attend_natively(cache):
         raise CompileError("the native kernels are not there")
     if any(isinstance(part, PackedLinear) and not part.is_native for part in module.modules()):
         raise CompileError("its weights are packed for a library that compiled code cannot call")

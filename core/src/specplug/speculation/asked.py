@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import attrs
 
+from specplug.contract.batch import ProposalBatch
+
 SHORT_GAP = 16
 """Tokens that a row may be behind without its catching up being worth a mention."""
 
@@ -26,3 +28,9 @@ class Asked:
     def deepest(self) -> int:
         """The deepest node of any row; 0 where none might draft."""
         return max(self.depths.values(), default=0)
+
+
+def fed_tokens(batch: ProposalBatch) -> int:
+    """Tokens that a speculator with a state takes in beside those of the last step."""
+    sizes = [(len(row.computed), row.budget.max_nodes) for row in batch.rows]
+    return sum(size for size, nodes in sizes if size > SHORT_GAP or not nodes)

@@ -5,44 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-import attrs
-
-from specplug.contract.batch import Budget
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
 from specplug.speculation.acceptance import RowAcceptance
 from specplug.speculation.asked import SHORT_GAP, Asked
+from specplug.speculation.candidate import Candidate, budget_of, deepest_useful, tokens_left
 from specplug.speculation.curve import CostCurve
 from specplug.speculation.draft import Draft
 from specplug.speculation.estimates import LinkEstimate, RowEstimate, rows_class
 from specplug.speculation.policy import FixedBudget, Wish
-from specplug.speculation.probing import Probing, is_urgent, rest, vary
+from specplug.speculation.probing import Probing, is_urgent, vary
 from specplug.speculation.prospect import LEAST_SLOPE, VERIFY_SLOPE, Prospect
+from specplug.speculation.resting import Resting
 from specplug.speculation.trimming import keep_what_pays
 
 _MARGIN = 1.02
 _SETTLED_STEPS, _SETTLED_DRAFTS = 4, 6
 _PREFERENCE = 1.1
-_LONGEST_REST, _MISSES_TO_REST = 6, 3
-
-
-@attrs.define(eq=False)
-class _Candidate:
-    """A row that may be given a draft.
-
-    Attributes:
-        place: in the list of wishes.
-        request: the row.
-        row: what is known of it.
-        limit: the deepest draft it can use.
-        gap: tokens that a speculator with a state has not taken in.
-    """
-
-    place: int
-    request: Request
-    row: RowEstimate
-    limit: int
-    gap: int
 
 
 class AutoBudget:
@@ -64,9 +43,8 @@ class AutoBudget:
         self._fixed = FixedBudget()
         self._prospect = Prospect(0, self.targets)
         self._asked: list[tuple[Request, RowEstimate, int]] = []
-        self._resting: list[int] = []
-        self._rests_until = 0
-        self._has_rested = False
+        self._resting = Resting()
+        self._is_idle = True
 
     def wish(self, request: Request, speculator: RegisteredSpeculator) -> Wish:
         """The upper bound, as in `BudgetPolicy.wish`; what decides is `plan`."""
@@ -80,16 +58,11 @@ class AutoBudget:
 
     def rests(self, requests: Sequence[Request]) -> bool:
         """Whether this step needs no budgets: every row sleeps, as it did before, and none is to be woken yet."""
-        self._has_rested = (
-            self.step < self._rests_until
-            and self._resting == [request.number for request in requests]
-            and all(request.num_pending == 1 for request in requests)
-        )
-        return self._has_rested
+        return self._resting.begin(requests, self.step)
 
     def begin(self, requests: Sequence[Request]) -> None:
         """Begins a step's budgets."""
-        self._rests_until = self.step + _LONGEST_REST
+        self._is_idle = True
         self._prospect = Prospect(sum(request.num_pending == 1 for request in requests), self.targets)
 
     def plan(self, index: int, requests: Sequence[Request], seen: Mapping[int, int]) -> list[Wish]:
@@ -103,14 +76,14 @@ class AutoBudget:
         link = self.links[index]
         self._asked = []
         wishes: list[Wish] = [None] * len(requests)
-        candidates: list[_Candidate] = []
+        candidates: list[Candidate] = []
         for place, request in enumerate(requests):
             gap = 0 if link.token_only else request.num_computed - seen.get(request.number, 0)
             if request.num_pending > 1:
                 if self._follows(link, request, request.number in seen):
                     wishes[place] = 0
-            elif limit := self._limit(link, request):
-                candidate = _Candidate(place, request, self._row(request, index), limit, gap)
+            elif limit := deepest_useful(link, request):
+                candidate = Candidate(place, request, self._row(request, index), limit, gap)
                 candidates.append(candidate)
                 if not link.is_auto:
                     wishes[place] = self._fixed.wish(request, link.speculator)
@@ -119,7 +92,7 @@ class AutoBudget:
             self._divide(index, candidates, wishes)
         return wishes
 
-    def _divide(self, index: int, candidates: list[_Candidate], wishes: list[Wish]) -> None:
+    def _divide(self, index: int, candidates: list[Candidate], wishes: list[Wish]) -> None:
         """Gives a budget to every row that it pays for, and to some others a probe."""
         link, prospect = self.links[index], self._prospect
         gain = 1.0
@@ -133,19 +106,19 @@ class AutoBudget:
         for candidate, depth in zip(candidates, depths, strict=True):
             if depth:
                 candidate.row.probes, candidate.row.guess = False, None
-                wishes[candidate.place] = _budget(link, depth)
+                wishes[candidate.place] = budget_of(link, depth)
                 self._ask(candidate, depth)
             elif not candidate.row.depth:
                 idle.append(candidate)
         if idle:
             self._probe(index, idle, wishes)
 
-    def _is_settled(self, link: LinkEstimate, candidates: Iterable[_Candidate]) -> bool:
+    def _is_settled(self, link: LinkEstimate, candidates: Iterable[Candidate]) -> bool:
         """Whether the depths that were found best a few steps ago still hold."""
         at = link.settled_at
         return self.step - at < _SETTLED_STEPS and all(c.row.settled_at == at for c in candidates)
 
-    def _settle(self, index: int, candidates: list[_Candidate]) -> float:
+    def _settle(self, index: int, candidates: list[Candidate]) -> float:
         """Looks for the best depths; returns by what factor they are expected to beat no drafts."""
         link, prospect = self.links[index], self._prospect
         least, base = prospect.least_gain, prospect.rate
@@ -159,7 +132,7 @@ class AutoBudget:
         late = [
             number
             for number, (c, depth) in enumerate(zip(candidates, depths, strict=True))
-            if depth and c.gap > SHORT_GAP and not prospect.repays(link, c.gap, _tokens_left(c.request), rate)
+            if depth and c.gap > SHORT_GAP and not prospect.repays(link, c.gap, tokens_left(c.request), rate)
         ]
         if late:
             for number in late:
@@ -174,7 +147,7 @@ class AutoBudget:
             row.settled_at = self.step if row.acceptance.first_reached > _SETTLED_DRAFTS else -1
         return rate / base
 
-    def _probe(self, index: int, idle: list[_Candidate], wishes: list[Wish]) -> None:
+    def _probe(self, index: int, idle: list[Candidate], wishes: list[Wish]) -> None:
         """Tries rows that sleep, as many as the account affords: those whose last probe was accepted, then the cheapest first.
 
         Other rows profit from what is found out, since what is known of all rows is where each of them begins.
@@ -200,7 +173,7 @@ class AutoBudget:
         for candidate in ready:
             candidate.row.probes = True
             candidate.row.wake_at = self.step + 1
-            wishes[candidate.place] = _budget(link, 1)
+            wishes[candidate.place] = budget_of(link, 1)
             self._ask(candidate, 1)
 
     # ---- after ----------------------------------------------------------------------------------------------------
@@ -214,7 +187,7 @@ class AutoBudget:
             asked: what came of it; None where it was not called, or failed: then nothing is learned.
         """
         link, prospect = self.links[index], self._prospect
-        prospect.spent += seconds if asked is None else self._learn_cost(link, asked, seconds)
+        prospect.spent += seconds if asked is None else link.observe_proposal(asked, seconds)
         if asked is None:
             return
         is_last = index + 1 == len(self.links)
@@ -227,7 +200,7 @@ class AutoBudget:
             if draft is None:
                 if row.probes and not prospect.is_negligible(seconds):
                     row.misses += 1
-                    row.wake_at = self.step + rest(link, row.misses)
+                    row.wake_at = self.step + link.rest(row.misses)
                 continue
             link.samples = link.samples or draft.probs is not None
             if row.probes and link.compares:
@@ -238,19 +211,6 @@ class AutoBudget:
             prospect.nodes += len(draft)
             if not is_last:
                 prospect.tokens += sum(row.acceptance.gains(link.acceptance, depth, 0.0)[: len(draft)])
-
-    @staticmethod
-    def _learn_cost(link: LinkEstimate, asked: Asked, seconds: float) -> float:
-        """Takes in what asking took; returns what of it was drafting: catching up serves later steps too."""
-        rows = len(asked.depths)
-        if not asked.fed:
-            if rows:
-                link.observe_ask(rows, asked.deepest, seconds)
-            return seconds
-        drafting = min(link.ask_seconds(rows, asked.deepest) if rows else 0.0, seconds)
-        if link.asks:
-            link.observe_feed(asked.fed, seconds - drafting)
-        return drafting
 
     def trim(self, drafts: Sequence[Draft | None]) -> list[Draft | None]:
         """Keeps the nodes of scored drafts that are worth verifying."""
@@ -266,13 +226,7 @@ class AutoBudget:
                 row = self._row(request, draft.link)
                 row.draft = draft
                 row.predicted = 0.0 if draft.scores is None else sum(math.exp(min(s, 0.0)) for s in draft.scores)
-        if self._rests_until:
-            rows = [row for request in requests for row in request.estimates]
-            wakes = [row.wake_at for row in rows if row.wake_at > self.step]
-            if any(row.depth or row.misses < _MISSES_TO_REST for row in rows):
-                self._rests_until = 0
-            self._rests_until = min([self._rests_until, *wakes])
-            self._resting = [request.number for request in requests]
+        self._resting.plan(requests, self.step, is_idle=self._is_idle)
 
     def observe(self, requests: Sequence[Request], seconds: float, *, decoding: bool) -> None:
         """Takes in a step: its time, and what became of drafts.
@@ -284,7 +238,7 @@ class AutoBudget:
         """
         self.step += 1
         nodes = 0
-        for request in () if self._has_rested else requests:
+        for request in () if self._resting.is_resting else requests:
             outcome = request.outcome
             if outcome is not None:
                 nodes += outcome.num_nodes
@@ -307,7 +261,7 @@ class AutoBudget:
         rejected = count < nodes
         if rejected and draft is not None and draft.parents is not None:
             rejected = (accepted[-1] if count else -1) in draft.parents
-        self._learn(link, row, count, rejected=rejected)
+        link.learn(row, count, rejected=rejected, step=self.step)
         if row.predicted:
             link.predicted = 0.97 * link.predicted + row.predicted
             link.accepted = 0.97 * link.accepted + count
@@ -319,15 +273,7 @@ class AutoBudget:
         if len(request.tokens) > length:
             row.guess = None
             hit = request.tokens[length] in candidates
-            self._learn(self.links[index], row, int(hit), rejected=not hit)
-
-    def _learn(self, link: LinkEstimate, row: RowEstimate, count: int, *, rejected: bool) -> None:
-        if link.acceptance.record(row.acceptance, count, rejected=rejected):
-            row.settled_at = -1
-        if row.probes:
-            row.misses = 0 if count else row.misses + 1
-            row.wake_at = self.step + (0 if count else rest(link, row.misses))
-            row.settled_at = -1 if count else row.settled_at
+            self.links[index].learn(row, int(hit), rejected=not hit, step=self.step)
 
     # ---- details --------------------------------------------------------------------------------------------------
 
@@ -336,15 +282,9 @@ class AutoBudget:
             request.estimates = [RowEstimate() for _ in self.links]
         return request.estimates[index]
 
-    def _ask(self, candidate: _Candidate, depth: int) -> None:
+    def _ask(self, candidate: Candidate, depth: int) -> None:
         self._asked.append((candidate.request, candidate.row, depth))
-        self._rests_until = 0
-
-    def _limit(self, link: LinkEstimate, request: Request) -> int:
-        """The deepest draft that a row can use."""
-        depth = min(link.depth_to_try, _tokens_left(request) - 1)
-        cap = request.params.num_speculative_tokens
-        return depth if cap is None else min(depth, math.ceil(cap / link.width))
+        self._is_idle = False
 
     def _follows(self, link: LinkEstimate, request: Request, has_begun: bool) -> bool:
         """Whether a speculator with a state takes in a prompt while it is computed."""
@@ -356,7 +296,7 @@ class AutoBudget:
         gains = RowAcceptance().gains(link.acceptance, link.depth_to_try, prospect.least_gain)
         _, rate = prospect.divide(link, [gains] * prospect.rows)
         length = request.num_prompt_tokens
-        if prospect.repays(link, length, _tokens_left(request), rate):
+        if prospect.repays(link, length, tokens_left(request), rate):
             return True
         return self.probing.affords(link.feed * length)
 
@@ -365,19 +305,10 @@ class AutoBudget:
         own = None
         for later in range(index + 1, len(self.links)):
             link = self.links[later]
-            limit = 0 if link.retired else self._limit(link, request)
+            limit = 0 if link.retired else deepest_useful(link, request)
             others = self._row(request, later).acceptance.gains(link.acceptance, limit, 0.002) if limit > 0 else []
             if others:
                 own = self._prospect.worth(self.links[index], gains) if own is None else own
                 if self._prospect.worth(link, others) > _PREFERENCE * own:
                     return True
         return False
-
-
-def _budget(link: LinkEstimate, depth: int) -> Budget:
-    return Budget(math.ceil(depth * link.width), depth)
-
-
-def _tokens_left(request: Request) -> int:
-    assert request.params.max_tokens is not None
-    return request.params.max_tokens - request.num_output_tokens

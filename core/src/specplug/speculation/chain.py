@@ -11,16 +11,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import attrs
-
 from specplug.contract.batch import Budget, EndReason, Outcome, ProposalBatch, ProposalRow
 from specplug.contract.resources import Resources
 from specplug.errors import PluginError, SpecplugError
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
-from specplug.speculation.asked import SHORT_GAP, Asked
+from specplug.speculation.asked import Asked, fed_tokens
 from specplug.speculation.auto import AutoBudget
 from specplug.speculation.draft import trim_drafts
+from specplug.speculation.link import ChainLink
 from specplug.speculation.policy import NO_BUDGET, BudgetPolicy, plan_budgets
 from specplug.speculation.states import TOP_IDS, TOP_PROBS, StateStore
 from specplug.speculation.validation import check_proposal
@@ -28,37 +27,6 @@ from specplug.speculation.validation import check_proposal
 logger = logging.getLogger("specplug")
 _FAULTS_TO_STOP = 3
 _SLOW_SECONDS = 5.0
-
-
-@attrs.define(eq=False)
-class _Link:
-    """One speculator of the chain and what the engine remembers about it.
-
-    Attributes:
-        speculator: the plugin's object and hooks.
-        delivered: request number → first position whose state it has not seen. A request not in here is new to it.
-        forked: number of a fork → first position whose state its speculator had not been given at the fork.
-        parents: number of a fork that it has not seen → number of the request it was forked from, while that keeps its slot.
-        outcomes: request number → what became of its own last proposal, until it is told.
-        banned: numbers of requests that do not return to it after a fault.
-        ended: (slot, reason) it has not been told of.
-        faults: faults in all.
-        faults_in_a_row: since its last good call.
-        enabled: whether it is still asked.
-        seconds: spent in its `propose`.
-    """
-
-    speculator: RegisteredSpeculator
-    delivered: dict[int, int] = attrs.field(factory=dict)
-    forked: dict[int, int] = attrs.field(factory=dict)
-    parents: dict[int, int] = attrs.field(factory=dict)
-    outcomes: dict[int, Outcome] = attrs.field(factory=dict)
-    banned: set[int] = attrs.field(factory=set)
-    ended: list[tuple[int, EndReason]] = attrs.field(factory=list)
-    faults: int = 0
-    faults_in_a_row: int = 0
-    enabled: bool = True
-    seconds: float = 0.0
 
 
 class SpeculatorChain:
@@ -76,7 +44,7 @@ class SpeculatorChain:
         max_num_draft_tokens: int | None,
         strict: bool,
     ) -> None:
-        self._links = [_Link(speculator) for speculator in speculators]
+        self._links = [ChainLink(speculator) for speculator in speculators]
         self._states = states
         self.policy = policy
         self._vocab_size = vocab_size
@@ -198,7 +166,7 @@ class SpeculatorChain:
         return [request for request, _ in chosen], [wish for _, wish in chosen]
 
     def _ask(
-        self, link: _Link, requests: list[Request], wishes: list[int | Budget], node_limit: int, reserve: Any
+        self, link: ChainLink, requests: list[Request], wishes: list[int | Budget], node_limit: int, reserve: Any
     ) -> Asked | None:
         """Asks a speculator for drafts; returns what was asked, or None where there was nothing to ask or it failed."""
         traits = link.speculator.traits
@@ -234,9 +202,9 @@ class SpeculatorChain:
             if draft is not None:
                 draft.link, draft.allowed = place, budget.max_nodes
         depths = {r.number: budget.max_depth for r, budget in zip(requests, budgets, strict=True) if budget.max_nodes}
-        return Asked(depths, 0 if traits.token_only else _fed(batch))
+        return Asked(depths, 0 if traits.token_only else fed_tokens(batch))
 
-    def _build_batch(self, link: _Link, requests: Sequence[Request], budgets: Sequence[Budget]) -> ProposalBatch:
+    def _build_batch(self, link: ChainLink, requests: Sequence[Request], budgets: Sequence[Budget]) -> ProposalBatch:
         traits = link.speculator.traits
         spans: list[tuple[int, range]] = []
         new: list[bool] = []
@@ -286,7 +254,7 @@ class SpeculatorChain:
         )
 
     @staticmethod
-    def _outcome_of_another(link: _Link, request: Request) -> Outcome | None:
+    def _outcome_of_another(link: ChainLink, request: Request) -> Outcome | None:
         """What became of another speculator's proposal; one of the same method would be taken for the speculator's own."""
         outcome = request.outcome
         return None if outcome is None or outcome.method == link.speculator.method else outcome
@@ -304,7 +272,7 @@ class SpeculatorChain:
             self._states.keep(unseen)
         self._states.end_step()
 
-    def _fault(self, link: _Link, requests: Sequence[Request], error: Exception) -> None:
+    def _fault(self, link: ChainLink, requests: Sequence[Request], error: Exception) -> None:
         method = link.speculator.method
         if self._strict:
             raise PluginError(f"speculator '{method}': {type(error).__name__}: {error}") from error
@@ -325,9 +293,3 @@ class SpeculatorChain:
             if self._auto is not None:
                 self._auto.retire(self._links.index(link))
             logger.warning("speculator '%s' failed %d times in a row and is switched off", method, link.faults_in_a_row)
-
-
-def _fed(batch: ProposalBatch) -> int:
-    """Tokens that a speculator with a state takes in beside those of the last step."""
-    sizes = [(len(row.computed), row.budget.max_nodes) for row in batch.rows]
-    return sum(size for size, nodes in sizes if size > SHORT_GAP or not nodes)

@@ -6,12 +6,14 @@ import attrs
 
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.speculation.acceptance import EngineAcceptance, RowAcceptance
+from specplug.speculation.asked import Asked
 from specplug.speculation.curve import CostCurve
 from specplug.speculation.draft import Draft
 
 _FILL_FORGETS = 0.9
 _FEED_FORGETS = 0.8
 _FIRST_DEPTH = 3
+_LONGEST_COMPARED, _LONGEST_DRAFTED = 8, 32
 
 
 @attrs.define(eq=False)
@@ -116,6 +118,31 @@ class LinkEstimate:
             self.asks[key] = CostCurve(proportional=not self.token_only)
         self.asks[key].observe(depth, seconds)
         self.deepest = max(self.deepest, depth)
+
+    def observe_proposal(self, asked: Asked, seconds: float) -> float:
+        """Takes in what asking took; returns what of it was drafting: catching up serves later steps too."""
+        rows = len(asked.depths)
+        if not asked.fed:
+            if rows:
+                self.observe_ask(rows, asked.deepest, seconds)
+            return seconds
+        drafting = min(self.ask_seconds(rows, asked.deepest) if rows else 0.0, seconds)
+        if self.asks:
+            self.observe_feed(asked.fed, seconds - drafting)
+        return drafting
+
+    def learn(self, row: RowEstimate, count: int, *, rejected: bool, step: int) -> None:
+        """Takes in what became of a draft of a row, or of a guess: nodes accepted, and whether the next was rejected."""
+        if self.acceptance.record(row.acceptance, count, rejected=rejected):
+            row.settled_at = -1
+        if row.probes:
+            row.misses = 0 if count else row.misses + 1
+            row.wake_at = step + (0 if count else self.rest(row.misses))
+            row.settled_at = -1 if count else row.settled_at
+
+    def rest(self, misses: int) -> int:
+        """Steps until a row is probed again after so many failed probes in a row."""
+        return min(1 << min(misses, 16), _LONGEST_COMPARED if self.token_only else _LONGEST_DRAFTED)
 
     def observe_feed(self, tokens: int, seconds: float) -> None:
         """Takes in the time of catching up with a gap."""

@@ -9,7 +9,6 @@ from specplug.speculation.states import WINDOW
 
 _SHARE = 0.015
 _SAVED_STEPS = 4.0
-_LONGEST_COMPARED, _LONGEST_DRAFTED = 8, 32
 _WINDOW_END = 8
 _OFTEN, _NOW_AND_THEN, _RARELY = 2, 8, 32
 _NEW, _KNOWN = 24, 256
@@ -39,11 +38,6 @@ class Probing:
             return True
         self._wanted = max(cost, 0.999 * self._wanted)
         return False
-
-
-def rest(link: LinkEstimate, misses: int) -> int:
-    """Steps until a row is probed again after so many failed probes in a row."""
-    return min(1 << min(misses, 16), _LONGEST_COMPARED if link.token_only else _LONGEST_DRAFTED)
 
 
 def is_urgent(link: LinkEstimate, gap: int) -> bool:

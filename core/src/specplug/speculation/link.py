@@ -1,0 +1,39 @@
+"""One speculator of an engine's chain, and what the engine remembers of its dealings with it."""
+
+from __future__ import annotations
+
+import attrs
+
+from specplug.contract.batch import EndReason, Outcome
+from specplug.plugins.registry import RegisteredSpeculator
+
+
+@attrs.define(eq=False)
+class ChainLink:
+    """One speculator of the chain and what the engine remembers about it.
+
+    Attributes:
+        speculator: the plugin's object and hooks.
+        delivered: request number → first position whose state it has not seen. A request not in here is new to it.
+        forked: number of a fork → first position whose state its speculator had not been given at the fork.
+        parents: number of a fork that it has not seen → number of the request it was forked from, while that keeps its slot.
+        outcomes: request number → what became of its own last proposal, until it is told.
+        banned: numbers of requests that do not return to it after a fault.
+        ended: (slot, reason) it has not been told of.
+        faults: faults in all.
+        faults_in_a_row: since its last good call.
+        enabled: whether it is still asked.
+        seconds: spent in its `propose`.
+    """
+
+    speculator: RegisteredSpeculator
+    delivered: dict[int, int] = attrs.field(factory=dict)
+    forked: dict[int, int] = attrs.field(factory=dict)
+    parents: dict[int, int] = attrs.field(factory=dict)
+    outcomes: dict[int, Outcome] = attrs.field(factory=dict)
+    banned: set[int] = attrs.field(factory=set)
+    ended: list[tuple[int, EndReason]] = attrs.field(factory=list)
+    faults: int = 0
+    faults_in_a_row: int = 0
+    enabled: bool = True
+    seconds: float = 0.0
