@@ -6,6 +6,7 @@ step computed lies in that step's tensors; rows that are not shown it at once ke
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import attrs
@@ -153,7 +154,19 @@ class StateStore:
     ) -> None:
         if not read:
             return
+        if _is_run(read) and _is_run(
+            write
+        ):  # a slice takes a third of the time of an index, and one row is the usual case
+            first, to, count = read[0], write[0], len(read)
+            for channel, spec in self.specs.items():
+                destination[channel][to : to + count].copy_(source[channel][first : first + count, : spec.width])
+            return
         read_index, write_index = to_device(read, self._device), to_device(write, self._device)
         for channel, spec in self.specs.items():
             rows = source[channel].index_select(0, read_index)[:, : spec.width]
             destination[channel].index_copy_(0, write_index, rows.to(spec.dtype))
+
+
+def _is_run(numbers: Sequence[int]) -> bool:
+    """Whether each number is one more than the one before."""
+    return all(after == before + 1 for before, after in itertools.pairwise(numbers))
