@@ -4,12 +4,15 @@ fixed length with good ones.
     python benchmarks/never_slower.py --target build/33m --batches 1 4 16 --json build/never-slower.json
 
 Within every repetition each batch of prompts is served by all contestants in turn, in an order that is drawn anew; reported
-are means of the ratios of the repetitions' times, with 95 % intervals (Student's t). Which fixed length is best is decided by
-one half of the repetitions and measured in the other, and the other way round: the best of several is else also the luckiest.
+are means of the ratios of the repetitions' times, with 95 % intervals (Student's t). All lengths, auto's included, are
+drafted for by one and the same engine, whose policy is exchanged: two copies of the same weights differ in speed by some per
+cent, by where they lie in memory. Plain decoding has an engine of its own, so its ratio carries that difference; run the
+benchmark several times to see it. Which fixed length is best is decided by one half of the repetitions and measured in the
+other, and the other way round: the best of several is else also the luckiest.
 
 *Adversarial* speculators are the shipped ones at their full cost, whose drafts are replaced by tokens that the target has
 least reason to say: `ngram` (it is made to draft always), `draft_model`, `eagle3`. *Good* ones are the shipped ones as they
-are. Every engine first serves all prompts once, unmeasured; it then knows its costs, as an engine does that has been up for
+are. All prompts are first served once, unmeasured; the policy then knows its costs, as an engine's does that has been up for
 some seconds.
 """
 
@@ -35,6 +38,8 @@ from workloads import WORKLOADS
 
 from specplug import LLM, SamplingParams, SpeculativeConfig, __version__, hookimpl, resolve_model
 from specplug.plugins.registry import PluginRegistry
+from specplug.speculation.policy import FixedBudget
+from specplug.stats import SpeculationStats
 
 PLAIN, AUTO = "plain", "auto"
 METHODS: Mapping[str, dict[str, Any]] = {
@@ -126,30 +131,37 @@ def measure(
     if spoiled:
         keys["method"] = "spoiled"
         options["plugins"] = {"spoiled": adversary(method, args.token)}
-    configs: dict[str, dict[str, Any] | None] = {PLAIN: None, AUTO: keys}
-    if not spoiled:
-        configs |= {str(length): {**keys, "num_speculative_tokens": length} for length in args.lengths}
     params = SamplingParams(temperature=args.temperature, max_tokens=args.tokens, ignore_eos=True)
+    groups = [prompts[first : first + batch] for first in range(0, len(prompts), batch)]
+    stats: dict[str, SpeculationStats] = {}
     with ExitStack() as stack:
-        engines = {
-            name: stack.enter_context(
-                LLM(args.target, speculative_config=config, **(options if config else {**options, "plugins": {}}))
-            )
-            for name, config in configs.items()
+        plain = stack.enter_context(LLM(args.target, **{**options, "plugins": {}}))
+        drafting = stack.enter_context(LLM(args.target, speculative_config=keys, **options))
+        auto, fixed = drafting.engine.chain.policy, FixedBudget()
+        contestants: dict[str, tuple[LLM, Any, SamplingParams]] = {
+            PLAIN: (plain, None, params),
+            AUTO: (drafting, auto, params),
         }
-        groups = [prompts[first : first + batch] for first in range(0, len(prompts), batch)]
-        for llm in engines.values():
-            for group in groups:
-                serve(llm, group, params)
-            llm.engine.stats = type(llm.engine.stats)()
-        seconds: dict[str, list[float]] = {name: [0.0] * args.repeats for name in engines}
-        order = list(engines)
-        for repeat in range(args.repeats):
+        if not spoiled:
+            for length in args.lengths:
+                capped = attrs.evolve(params, num_speculative_tokens=length)
+                contestants[str(length)] = (drafting, fixed, capped)
+        order = list(contestants)
+        seconds: dict[str, list[float]] = {name: [0.0] * args.repeats for name in contestants}
+        for repeat in range(-1, args.repeats):  # the first one does not count
             for group in groups:
                 random.shuffle(order)
                 for name in order:
-                    seconds[name][repeat] += serve(engines[name], group, params)
-        counts = engines[AUTO].engine.stats
+                    llm, policy, own = contestants[name]
+                    llm.engine.chain.policy = policy or llm.engine.chain.policy
+                    llm.engine.stats, before = stats.get(name, SpeculationStats()), llm.engine.stats
+                    took = serve(llm, group, own)
+                    stats[name], llm.engine.stats = llm.engine.stats, before
+                    if repeat >= 0:
+                        seconds[name][repeat] += took
+            if repeat < 0:
+                stats.clear()
+        counts = stats[AUTO]
         row: dict[str, Any] = {
             "method": method,
             "drafts": "never accepted" if spoiled else "as they are",
