@@ -139,19 +139,21 @@ def measure(target: Path, positions: int | None, repeats: int, dtype: str) -> di
             }
             for n, times in by_tokens.items()
         }
-        report["by_context"] = {}
-        for context in contexts:
-            pairs = [
-                (median_seconds(lambda c=context: steps.decode(1, 1, c), 5), machine.read_bandwidth())
-                for _ in range(repeats)
-            ]
-            seconds = statistics.median(pair[0] for pair in pairs)
-            added = (context - 128) * steps.kv_bytes / statistics.median(pair[1] for pair in pairs)
-            report["by_context"][str(context)] = {
-                "ms": seconds * 1e3,
-                "added_ms": (seconds - first) * 1e3,
-                "kv_read_ms": added * 1e3,
+        by_context: dict[int, list[float]] = {context: [] for context in contexts}
+        bandwidths = []
+        for _ in range(repeats):
+            for context in contexts:
+                by_context[context].append(median_seconds(lambda c=context: steps.decode(1, 1, c), 5))
+            bandwidths.append(machine.read_bandwidth())
+        report["read_gb_s"] = statistics.median(bandwidths) / 1e9
+        report["by_context"] = {
+            str(context): {
+                "ms": statistics.median(times) * 1e3,
+                "added_ms": statistics.median(t - o for t, o in zip(times, by_context[contexts[0]], strict=True)) * 1e3,
+                "kv_read_ms": (context - contexts[0]) * steps.kv_bytes / statistics.median(bandwidths) * 1e3,
             }
+            for context, times in by_context.items()
+        }
         many = min(16, len(steps.tables))
         report["rows"] = {"rows": many, "ms": median_seconds(lambda: steps.decode(many, 1, 128), 5 * repeats) * 1e3}
         rates = []
@@ -172,9 +174,9 @@ def outside_the_forward(llm: LLM, rows: int) -> float:
     engine, spent, others = llm.engine, [0.0], []
     forward = engine.runner.forward
 
-    def timed(*arguments: Any) -> torch.Tensor:
+    def timed(*arguments: Any, **options: Any) -> torch.Tensor:
         started = time.thread_time()
-        logits = forward(*arguments)
+        logits = forward(*arguments, **options)
         spent[0] = time.thread_time() - started
         return logits
 

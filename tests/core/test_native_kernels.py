@@ -129,6 +129,29 @@ def test_rows_that_are_cut_into_ranges(dtype: torch.dtype, window: int | None, s
     torch.testing.assert_close(results[0], expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("dim", [32, 64, 96, 128, 256, 512])
+@pytest.mark.parametrize("heads", range(1, 10))
+def test_any_number_of_queries_of_a_decoding_row(heads: int, dim: int) -> None:
+    """Up to eight per KV head go through the cache in the order in which it lies; what no entry uses is not looked at."""
+    torch.manual_seed(heads)
+    for length in (1, 2, 15, 16, 33, 130):
+        cache = KVCache([KVLayer(1, dim, dim)], 20, BLOCK, torch.bfloat16, torch.device("cpu"))
+        cache.keys[0].fill_(float("nan"))
+        cache.values[0].fill_(float("nan"))
+        for tensor in (cache.keys[0], cache.values[0]):
+            tensor.view(-1, dim)[: length - 1].normal_()
+        table = BlockTable(BLOCK)
+        table.extend(range(-(-length // BLOCK)))
+        query, key, value = (torch.randn(1, n, 1, dim, dtype=torch.bfloat16) for n in (heads, 1, 1))
+        results = []
+        for is_native in (True, False):
+            site = AttentionSite(cache.keys[0], cache.values[0])
+            site.batch = ForwardBatch([ForwardRow([0], length - 1, table)], cache)
+            site.batch.is_native = is_native
+            results.append(site.attend(query, key, value, dim**-0.5, None, None, None))
+        torch.testing.assert_close(*results, atol=2e-2, rtol=2e-2)
+
+
 def test_a_range_more_or_less_changes_nothing_for_a_query() -> None:
     """Where a row is cut depends on its entries' numbers: a longer draft leaves its first query bit for bit as it is."""
     cache = KVCache([KVLayer(1, 32, 32)], 200, BLOCK, torch.float32, torch.device("cpu"))

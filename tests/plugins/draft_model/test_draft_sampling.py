@@ -12,7 +12,7 @@ import torch
 from specplug import LLM, BlockTable, Budget, ProposalBatch, ProposalRow, SamplingParams, TokenView
 from support.drafting import drafted_by, perturbed_copy, speculator_of
 from support.models import save_model
-from support.reference import load_reference
+from support.reference import MARGIN, load_reference
 from support.statistics import THRESHOLD, worst_p_value
 from support.stepwise import Stepwise, distributions, save_words, word
 
@@ -76,6 +76,26 @@ def samples_of(llm: LLM, params: list[SamplingParams]) -> np.ndarray:
     return np.array([output.outputs[0].token_ids[:3] for output in outputs])
 
 
+def accepted_of_greedy(samples: np.ndarray, draft: Path) -> tuple[int, int]:
+    """How many of the second and third tokens a greedy draft must have got right, whatever was sampled: (least, most).
+
+    A draft reaches no further with four tokens wanted, and each of the two is drafted from what is committed. The bounds
+    differ where the draft's two likeliest tokens are closer than rounding.
+    """
+    least = most = 0
+    for length in (1, 2):
+        prefixes, places = np.unique(samples[:, :length], axis=0, return_inverse=True)
+        history = torch.tensor([[*PROMPT, *prefix] for prefix in prefixes.tolist()])
+        with torch.no_grad():
+            logits = load_reference(draft)(history).logits[:, -1]
+        right = torch.from_numpy(samples[:, length])[:, None]
+        own = logits[torch.from_numpy(places.ravel())].gather(1, right)[:, 0]
+        others = logits[torch.from_numpy(places.ravel())].scatter(1, right, float("-inf")).amax(dim=-1)
+        least += int((own > others + MARGIN).sum())
+        most += int((own > others - MARGIN).sum())
+    return least, most
+
+
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
 def test_joint_of_three_tokens(
     reference: Stepwise, joints: dict[str, np.ndarray], drafts: dict[str, Path], method: str
@@ -84,7 +104,14 @@ def test_joint_of_three_tokens(
     names = list(PARAMS) * 2000
     with engine(reference.folder, **drafted_by(drafts["same"], 3, draft_sample_method=method)) as llm:
         samples = samples_of(llm, [PARAMS[name] for name in names])
-        assert len(names) / 8 < llm.engine.stats.num_accepted_draft_tokens < llm.engine.stats.num_draft_tokens
+        accepted, drafted = llm.engine.stats.num_accepted_draft_tokens, llm.engine.stats.num_draft_tokens
+        if method == "greedy":
+            least, most = accepted_of_greedy(samples, drafts["same"])
+            assert least <= accepted <= most
+            assert 500 < least <= most < 1.01 * least
+        else:
+            assert len(names) / 8 < accepted
+        assert accepted < drafted
     for place, name in enumerate(PARAMS):
         assert worst_p_value(samples[place :: len(PARAMS)], joints[name]) > THRESHOLD, name
 

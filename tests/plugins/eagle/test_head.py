@@ -40,7 +40,9 @@ SPECS = {
 
 def random_head(spec: HeadSpec, dtype: torch.dtype = torch.float32) -> DraftHead:
     torch.manual_seed(0)
-    output = torch.randn(spec.vocab_size, spec.hidden_size, dtype=dtype) / 4
+    output = (
+        torch.randn(spec.vocab_size, spec.hidden_size).to(dtype) / 4
+    )  # its stream differs by dtype in some versions
     head = DraftHead(spec, dtype=dtype, logits=lambda states: states @ output.T)
     head.reset_parameters(0.2)
     return head

@@ -20,7 +20,8 @@ from support.peak import PeakBytes, tensor_bytes
 from support.reference import decisive_prompts
 
 WIDE, MANY = 64, 2048
-SIZES: dict[str, Any] = {"memory": "8MiB", "max_num_seqs": 4, "max_num_batched_tokens": 64}
+BUDGET = 16 << 20  # a GPU's activations and logits take most of it
+SIZES: dict[str, Any] = {"memory": BUDGET, "max_num_seqs": 4, "max_num_batched_tokens": 64}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_planned_and_allocated_differ_by_less_than_two_percent(root: Path, head:
         root / "target", strict=True, **options, **SIZES, **drafted_by_head(root / head, method=method, **TREES[tree])
     )
     assert llm.engine.plan == planned.plan
-    assert planned.plan.total_bytes <= 8 << 20
+    assert planned.plan.total_bytes <= BUDGET
     assert tensor_bytes() - before == pytest.approx(lasting, rel=0.02)
     speculator = head_speculator_of(llm)
     params = [SamplingParams(temperature=t, max_tokens=20, ignore_eos=True) for t in (0.0, 1.0)] * 2

@@ -12,11 +12,11 @@
 
 namespace specplug {
 
-constexpr int64_t kShareEntries = 1024;       // at least; a range's first tile is not fetched ahead
+constexpr int64_t kShareEntries = 1024;       // at least; fetching ahead begins anew with each range
 constexpr int64_t kHeadEntries = 256;         // with many heads, ranges of so many entries times heads are enough
 constexpr int64_t kEnoughShares = 64;         // a row of so many blocks and heads is not cut
 constexpr int64_t kMostPartials = 2 << 20;    // floats of the ranges' softmaxes, of all rows
-constexpr int64_t kReading = 32;              // reading an entry costs as much as computing with this many queries
+constexpr int64_t kReading = 8;               // reading an entry costs as much as computing with this many queries
 
 struct Shape {
   int64_t heads, kv_heads, tokens, key_dim, value_dim, slots;

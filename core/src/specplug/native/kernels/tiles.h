@@ -1,4 +1,4 @@
-// Scores, softmax and values of one tile: up to 64 keys against a block of queries.
+// Scores and values of one tile: up to 64 keys against a block of queries.
 #pragma once
 
 #include <algorithm>
@@ -12,10 +12,10 @@ constexpr int64_t kTile = 64;
 constexpr int64_t kLanes = 16;
 constexpr int64_t kQueryBlock = 64;
 
-// Scores of `count` queries against a tile of up to 64 keys; the keys of the `next` tile are fetched on the way.
+// Scores of `count` queries against a tile of up to 64 keys.
 template <typename T>
 struct Scores {
-  static void tile(const T* queries, int64_t count, const T* const* keys, const T* const*, int64_t width, int64_t dim,
+  static void tile(const T* queries, int64_t count, const T* const* keys, int64_t width, int64_t dim,
                    float* scores) {
     for (int64_t q = 0; q < count; ++q)
       for (int64_t k = 0; k < width; ++k) {
@@ -28,10 +28,9 @@ struct Scores {
   }
 };
 
-// Adds probabilities [count][64] times the tile's values to `sums` [count][dim], and fetches those of the next.
+// Adds probabilities [count][64] times the tile's values to `sums` [count][dim].
 template <typename T>
-inline void add_values(const float* probs, int64_t count, const T* const* values, const T* const*, int64_t width, int64_t dim,
-                       float* sums) {
+inline void add_values(const float* probs, int64_t count, const T* const* values, int64_t width, int64_t dim, float* sums) {
   for (int64_t q = 0; q < count; ++q) {
     float* sum = sums + q * dim;
     for (int64_t k = 0; k < width; ++k) {
@@ -46,10 +45,17 @@ inline void add_values(const float* probs, int64_t count, const T* const* values
 
 #if SPECPLUG_BF16_DOT
 
+// Reads rows in the order in which they lie, which is what the hardware's own fetching ahead keeps up with.
+inline void touch(const bf16* const* rows, int64_t count, int64_t dim) {
+  for (int64_t row = 0; row < count; ++row)
+    for (int64_t d = 0; d < dim; d += 32) {
+      bf16 first = *static_cast<const volatile bf16*>(rows[row] + d);
+      static_cast<void>(first);
+    }
+}
+
 // Turns 16 keys of 32 elements each into 16 vectors, one per pair of elements, each holding that pair of all keys.
-inline void transpose_pairs(const bf16* const* keys, const bf16* const* next, int64_t width, int64_t offset,
-                            __m512i* out) {
-  for (int k = 0; k < 16; ++k) __builtin_prefetch(next[k] + offset);
+inline void transpose_pairs(const bf16* const* keys, int64_t width, int64_t offset, __m512i* out) {
   __m512i r[16], t[16];
   for (int k = 0; k < 16; ++k)
     r[k] = k < width ? _mm512_loadu_si512(keys[k] + offset) : _mm512_setzero_si512();
@@ -83,8 +89,7 @@ inline void transpose_pairs(const bf16* const* keys, const bf16* const* next, in
 
 template <>
 struct Scores<bf16> {
-  static void tile(const bf16* queries, int64_t count, const bf16* const* keys, const bf16* const* next, int64_t width,
-                   int64_t dim, float* scores) {
+  static void tile(const bf16* queries, int64_t count, const bf16* const* keys, int64_t width, int64_t dim, float* scores) {
     if (dim % 32) {
       for (int64_t q = 0; q < count; ++q)
         for (int64_t k = 0; k < width; ++k) {
@@ -97,7 +102,8 @@ struct Scores<bf16> {
     __m512i pairs[kLanes];
     for (int64_t begin = 0; begin < width; begin += kLanes)
       for (int64_t offset = 0; offset < dim; offset += 32) {
-        transpose_pairs(keys + begin, next + begin, std::min(kLanes, width - begin), offset, pairs);
+        if (offset == 0) touch(keys + begin, std::min(kLanes, width - begin), dim);
+        transpose_pairs(keys + begin, std::min(kLanes, width - begin), offset, pairs);
         for (int64_t q = 0; q < count; ++q) {
           const bf16* at = queries + q * dim + offset;
           float* sum = scores + q * kTile + begin;
@@ -113,11 +119,20 @@ struct Scores<bf16> {
   }
 };
 
+// The order that interleaves the first halves of two rows.
+alignas(64) inline constexpr int16_t kInterleave[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+
+// 16 probabilities, as 8 pairs of bfloat16.
+inline void round_weights(const float* probs, uint32_t* pairs) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(pairs), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(probs)));
+}
+
 // Values go two by two: their elements are interleaved, and one instruction adds both, weighted. Probabilities are rounded
 // to bfloat16 for it, as PyTorch's own kernels do.
 template <>
-inline void add_values<bf16>(const float* probs, int64_t count, const bf16* const* values, const bf16* const* next,
-                             int64_t width, int64_t dim, float* sums) {
+inline void add_values<bf16>(const float* probs, int64_t count, const bf16* const* values, int64_t width, int64_t dim,
+                             float* sums) {
   if (dim % 32) {
     for (int64_t q = 0; q < count; ++q)
       for (int64_t k = 0; k < width; ++k)
@@ -126,19 +141,13 @@ inline void add_values<bf16>(const float* probs, int64_t count, const bf16* cons
   }
   alignas(64) uint32_t weights[kQueryBlock][kTile / 2];
   for (int64_t q = 0; q < count; ++q)
-    for (int64_t k = 0; k < kTile; k += kLanes) {
-      const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(probs + q * kTile + k));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(weights[q] + k / 2), rounded);
-    }
-  alignas(64) static const int16_t order[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
-                                                8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  const __m512i first = _mm512_load_si512(order), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    for (int64_t k = 0; k < kTile; k += kLanes) round_weights(probs + q * kTile + k, weights[q] + k / 2);
+  const __m512i first = _mm512_load_si512(kInterleave), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
   const int64_t pairs = (width + 1) / 2;
   alignas(64) __m512i low[kTile / 2], high[kTile / 2];
   for (int64_t offset = 0; offset < dim; offset += 32) {
     for (int64_t pair = 0; pair < pairs; ++pair) {
-      __builtin_prefetch(next[2 * pair] + offset);
-      __builtin_prefetch(next[2 * pair + 1] + offset);
+      if (offset == 0) touch(values + 2 * pair, 2 * pair + 1 < width ? 2 : 1, dim);
       const __m512i a = _mm512_loadu_si512(values[2 * pair] + offset);
       const __m512i b = 2 * pair + 1 < width ? _mm512_loadu_si512(values[2 * pair + 1] + offset) : _mm512_setzero_si512();
       low[pair] = _mm512_permutex2var_epi16(a, first, b);
@@ -166,40 +175,5 @@ inline void add_values<bf16>(const float* probs, int64_t count, const bf16* cons
 }
 
 #endif
-
-// Takes the scores of one query against a tile into its softmax: scores become weights relative to the highest score so
-// far, `highest` and `total` go on, and the return value is what earlier weights shrink by.
-inline float softmax_tile(float* score, float& highest, float& total) {
-  constexpr float kNone = -std::numeric_limits<float>::infinity();
-#if SPECPLUG_VECTOR
-  __m512 part[kTile / kLanes];
-  __m512 most = _mm512_set1_ps(highest);
-  for (int64_t i = 0; i < kTile / kLanes; ++i) {
-    part[i] = _mm512_loadu_ps(score + i * kLanes);
-    most = _mm512_max_ps(most, part[i]);
-  }
-  const float top = _mm512_reduce_max_ps(most);
-  const __m512 base = _mm512_set1_ps(top == kNone ? 0.0f : top);
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t i = 0; i < kTile / kLanes; ++i) {
-    part[i] = exp_nonpositive(_mm512_sub_ps(part[i], base));
-    sum = _mm512_add_ps(sum, part[i]);
-    _mm512_storeu_ps(score + i * kLanes, part[i]);
-  }
-  const float added = _mm512_reduce_add_ps(sum);
-#else
-  float top = highest, added = 0.0f;
-  for (int64_t k = 0; k < kTile; ++k) top = score[k] > top ? score[k] : top;
-  const float base = top == kNone ? 0.0f : top;
-  for (int64_t k = 0; k < kTile; ++k) {
-    score[k] = exp_nonpositive(score[k] - base);
-    added += score[k];
-  }
-#endif
-  const float shrink = top == highest ? 1.0f : exp_nonpositive(highest - top);
-  highest = top;
-  total = total * shrink + added;
-  return shrink;
-}
 
 }  // namespace specplug

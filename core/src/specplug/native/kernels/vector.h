@@ -1,6 +1,7 @@
 // Small pieces that both kernels share: bfloat16 conversion, dot products of bfloat16 pairs, and exp.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -39,38 +40,26 @@ inline bf16 to_bf16(float value) {
 inline void store(float* at, float value) { *at = value; }
 inline void store(bf16* at, float value) { *at = to_bf16(value); }
 
-// exp for x <= 0 (softmax arguments): range reduction to 2^n * e^r, |r| <= ln(2)/2, and a polynomial; 2 ulp.
-inline float exp_nonpositive(float x) {
-  const float clamped = x < -87.0f ? -87.0f : x;
-  const float n = std::nearbyint(clamped * 1.44269504088896341f);
-  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, sizeof(scale));
-  return x < -87.0f ? 0.0f : p * scale;
+// 2^x for x <= 0 (softmax arguments): 2^n * 2^r, |r| <= 1/2, and a polynomial; 2 ulp. NaN stays NaN, and -inf becomes 0.
+constexpr float kExp2[] = {1.0f, 0.6931469440f, 0.2402212024f, 0.0555071309f, 0.0096755410f, 0.0013276471f};
+constexpr float kLeastExponent = -200.0f;
+
+inline float exp2_nonpositive(float x) {
+  const float clamped = x < kLeastExponent ? kLeastExponent : x;
+  const float n = std::nearbyint(clamped), r = clamped - n;
+  float p = kExp2[5];
+  for (int i = 4; i >= 0; --i) p = p * r + kExp2[i];
+  return std::ldexp(p, static_cast<int>(n));
 }
 
 #if SPECPLUG_VECTOR
-inline __m512 exp_nonpositive(__m512 x) {
-  const __mmask16 vanishes = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_LT_OQ);
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-  p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r), _mm512_set1_ps(1.0f));
-  return _mm512_maskz_scalef_ps(static_cast<__mmask16>(~vanishes), p, n);
+inline __m512 exp2_nonpositive(__m512 x) {
+  const __m512 clamped = _mm512_max_ps(_mm512_set1_ps(kLeastExponent), x);  // of a NaN and a number the second is taken
+  const __m512 n = _mm512_roundscale_ps(clamped, 8), r = _mm512_sub_ps(clamped, n);
+  __m512 p = _mm512_set1_ps(kExp2[5]);
+#pragma GCC unroll 5
+  for (int i = 4; i >= 0; --i) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(kExp2[i]));
+  return _mm512_scalef_ps(p, n);
 }
 #endif
 

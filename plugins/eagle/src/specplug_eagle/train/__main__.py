@@ -6,7 +6,8 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the trainer; returns the exit status."""
     args = make_parser().parse_args(arguments)
     try:
-        with Reporter() as reporter:
+        with Reporter() as reporter, _fast_products():
             return train(args, reporter)
     except SpecplugError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+@contextmanager
+def _fast_products() -> Iterator[None]:
+    """TensorFloat-32 while training, and only then: what else runs in the process is to stay exact."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def train(args: argparse.Namespace, reporter: Reporter) -> int:
@@ -47,7 +59,6 @@ def train(args: argparse.Namespace, reporter: Reporter) -> int:
     if args.resume and not (out / NAME).is_file() and (out / RECORD).is_file():
         reporter.line(f"the run in {out} is complete")
         return 0
-    torch.set_float32_matmul_precision("high")
     target = Target.load(args.target, dtype=args.dtype, device=args.device)
     head_options, run_options = _options(args, HeadOptions), _options(args, RunOptions)
     spec = head_spec(head_options, target)

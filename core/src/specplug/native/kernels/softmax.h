@@ -1,0 +1,44 @@
+// The softmax of one query, taken in tile by tile; in base 2, since that is what exponents are.
+#pragma once
+
+#include <limits>
+
+#include "vector.h"
+
+namespace specplug {
+
+constexpr float kLog2E = 1.44269504088896341f;
+
+// Takes in the scores of `width` keys (a multiple of 16): they become weights relative to the highest score so far.
+// `factor` makes exponents of 2 of the scores; `highest`, such an exponent, and `total`, the sum of all weights, go on.
+// Returns what earlier weights shrink by.
+inline float softmax_tile(float* score, int64_t width, float factor, float& highest, float& total) {
+  constexpr float kNone = -std::numeric_limits<float>::infinity();
+#if SPECPLUG_VECTOR
+  __m512 most = _mm512_set1_ps(kNone);
+  for (int64_t k = 0; k < width; k += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(score + k));
+  const float top = std::max(highest, _mm512_reduce_max_ps(most) * factor);
+  const __m512 base = _mm512_set1_ps(top == kNone ? 0.0f : top), factors = _mm512_set1_ps(factor);
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t k = 0; k < width; k += 16) {
+    const __m512 weight = exp2_nonpositive(_mm512_fmsub_ps(_mm512_loadu_ps(score + k), factors, base));
+    sum = _mm512_add_ps(sum, weight);
+    _mm512_storeu_ps(score + k, weight);
+  }
+  const float added = _mm512_reduce_add_ps(sum);
+#else
+  float most = kNone, added = 0.0f;
+  for (int64_t k = 0; k < width; ++k) most = score[k] > most ? score[k] : most;
+  const float top = std::max(highest, most * factor), base = top == kNone ? 0.0f : top;
+  for (int64_t k = 0; k < width; ++k) {
+    score[k] = exp2_nonpositive(score[k] * factor - base);
+    added += score[k];
+  }
+#endif
+  const float shrink = top == highest ? 1.0f : exp2_nonpositive(highest - top);
+  highest = top;
+  total = total * shrink + added;
+  return shrink;
+}
+
+}  // namespace specplug
