@@ -3,8 +3,8 @@ fixed length with good ones.
 
     python benchmarks/never_slower.py --target build/33m --batches 1 4 16 --json build/never-slower.json
 
-Within every repetition each batch of prompts is served by all contestants in turn, in an order that is drawn anew; reported
-are means of the ratios of the repetitions' times, with 95 % intervals (Student's t). All lengths, auto's included, are
+Within every repetition the prompts are served by all contestants in turn, in an order that is drawn anew: one by one, or from
+a queue that keeps as many rows busy as the batch has until all have been taken. Reported are means of the ratios of the repetitions' times, with 95 % intervals (Student's t). All lengths, auto's included, are
 drafted for by one and the same engine, whose policy is exchanged: two copies of the same weights differ in speed by some per
 cent, by where they lie in memory. Plain decoding has an engine of its own, so its ratio carries that difference; run the
 benchmark several times to see it. Which fixed length is best is decided by one half of the repetitions and measured in the
@@ -42,6 +42,7 @@ from specplug.speculation.policy import FixedBudget
 from specplug.stats import SpeculationStats
 
 PLAIN, AUTO = "plain", "auto"
+_QUEUE = 3  # prompts for every row, at least
 METHODS: Mapping[str, dict[str, Any]] = {
     "ngram": {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 1},
     "draft_model": {"method": "draft_model"},
@@ -132,7 +133,7 @@ def measure(
         keys["method"] = "spoiled"
         options["plugins"] = {"spoiled": adversary(method, args.token)}
     params = SamplingParams(temperature=args.temperature, max_tokens=args.tokens, ignore_eos=True)
-    groups = [prompts[first : first + batch] for first in range(0, len(prompts), batch)]
+    groups = [[prompt] for prompt in prompts] if batch == 1 else [prompts]
     stats: dict[str, SpeculationStats] = {}
     with ExitStack() as stack:
         plain = stack.enter_context(LLM(args.target, **{**options, "plugins": {}}))
@@ -206,8 +207,8 @@ def main() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(resolve_model(args.target))
     rows = []
     for workload in args.workloads:
-        prompts = WORKLOADS[workload](tokenizer, args.prompts)
         for batch in args.batches:
+            prompts = WORKLOADS[workload](tokenizer, max(args.prompts, _QUEUE * batch))
             for method in args.methods:
                 for spoiled in (True, False):
                     if args.only and spoiled != (args.only == "adversarial"):
@@ -218,7 +219,7 @@ def main() -> None:
         "target": args.target,
         "dtype": args.dtype,
         "temperature": args.temperature,
-        "prompts": f"{args.prompts} of each workload, {args.tokens} tokens each",
+        "prompts": f"at least {args.prompts} of each workload and {_QUEUE} for every row, {args.tokens} tokens each",
         "repeats": args.repeats,
         "threads": args.threads,
         "versions": f"specplug {__version__}, torch {torch.__version__}, {platform.machine()}",

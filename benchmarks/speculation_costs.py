@@ -2,13 +2,15 @@
 
     python benchmarks/speculation_costs.py --target tiny --method draft_model --gammas 1 2 3 4 5 6 7 8 --json build/costs.json
 
-For every draft length γ, with temperature 0 and one request at a time, interleaved with plain decoding:
+For every draft length γ, with temperature 0 and one request at a time, interleaved with plain decoding by the same engine (two
+copies of the same weights differ in speed by some per cent); prompts, which take the same either way, are not counted:
 
 * τ: tokens per target forward that verified a draft, the bonus token included;
 * t₁, t_verify: the target's bare forward over 1 and over 1 + γ tokens, in the same engine at the same context;
 * t_draft: the speculator's `propose`, the whole hook;
-* the speed-up against plain decoding (all tokens of all prompts, median of the ratios within repetitions);
-* the cost model τ · t₁ / (t_verify + t_draft), and Leviathan's (1 − α^(γ+1)) / ((1 − α)(γc + 1)) with α from the measured τ
+* the speed-up against plain decoding (all tokens but each request's first, median of the ratios within repetitions);
+* the cost model, τ · t₁ / (t_verify + t_draft) where every step verifies a full draft: plain decoding's forwards, divided by
+  the forwards of as many tokens as were really verified, and the drafting. And Leviathan's (1 − α^(γ+1)) / ((1 − α)(γc + 1)) with α from the measured τ
   and c = t_draft / (γ t₁) (2211.17192, theorem 3.8).
 
 A grown target (benchmarks/grow.py) has a big model's costs and the small model's acceptance.
@@ -21,6 +23,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +32,20 @@ import transformers
 from workloads import CODE, WORKLOADS
 
 from specplug import LLM, ForwardRow, SamplingParams, __version__, resolve_model
+from specplug.stats import SpeculationStats
 
-PLAIN = "plain"
 
-
-def run(llm: LLM, prompts: list[list[int]], tokens: int) -> float:
-    """Seconds to generate for every prompt, one request at a time."""
-    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    started = time.perf_counter()
+def run(llm: LLM, prompts: list[list[int]], tokens: int, *, plain: bool = False) -> float:
+    """Seconds from every prompt's first token to its last, one request at a time."""
+    params = SamplingParams(
+        temperature=0, max_tokens=tokens, ignore_eos=True, num_speculative_tokens=0 if plain else None
+    )
+    seconds = 0.0
     for prompt in prompts:
-        llm.generate([prompt], params, use_tqdm=False)
-    return time.perf_counter() - started
+        metrics = llm.generate([prompt], params, use_tqdm=False)[0].metrics
+        assert metrics.finished_time is not None and metrics.first_token_time is not None
+        seconds += metrics.finished_time - metrics.first_token_time
+    return seconds
 
 
 def forward_seconds(llm: LLM, count: int, context: int, repeats: int) -> float:
@@ -71,15 +77,30 @@ def solve_alpha(tau: float, gamma: int) -> float:
 
 
 def describe(
-    llm: LLM, gamma: int, costs: dict[str, list[float]], plain: list[float], own: list[float]
+    gamma: int,
+    stats: SpeculationStats,
+    costs: Mapping[str, Sequence[float]],
+    ratios: Sequence[float],
+    num_requests: int,
+    num_tokens: int,
 ) -> dict[str, Any]:
-    """One line of the table."""
-    stats = llm.engine.stats
+    """One line of the table.
+
+    Args:
+        gamma: the draft length.
+        stats: of the steps that drafted or might have.
+        costs: medians of the repetitions: `t1`, `t_verify`, `t_draft`.
+        ratios: the speed-ups.
+        num_requests: that were served; each began with a step that computed its prompt, and is not counted.
+        num_tokens: that each of them brought.
+    """
     tau = 1 + stats.num_accepted_draft_tokens / max(1, stats.num_spec_steps)
     t1, verify, draft = (statistics.median(costs[name]) for name in ("t1", "t_verify", "t_draft"))
     alpha, share = solve_alpha(tau, gamma), draft / gamma / t1
-    speed_up = statistics.median(p / o for p, o in zip(plain, own, strict=True))
-    model = tau * t1 / (verify + draft)
+    speed_up = statistics.median(ratios)
+    filled = stats.num_draft_tokens / gamma  # shorter drafts, at the ends of requests say, take shorter forwards
+    steps = stats.num_steps - num_requests
+    model = num_requests * (num_tokens - 1) * t1 / (steps * (t1 + draft) + filled * (verify - t1))
     return {
         "gamma": gamma,
         "tau": round(tau, 3),
@@ -119,29 +140,30 @@ def main() -> None:
         "memory": "8GiB",
     }
     extra = json.loads(args.config)
-    if args.target != "tiny" and "model" not in extra:
+    if args.target != "tiny" and "model" not in extra and args.method != "ngram":
         extra["model"] = "tiny"
     rows = []
-    with LLM(args.target, **options) as plain:
-        run(plain, prompts[:1], 16)
-        for gamma in args.gammas:
-            config = {"method": args.method, "num_speculative_tokens": gamma, **extra}
-            with LLM(args.target, speculative_config=config, **options) as llm:
-                run(llm, prompts[:1], 16)
-                context = len(prompts[0]) + args.tokens // 2
-                costs: dict[str, list[float]] = {"t1": [], "t_verify": [], "t_draft": []}
-                times: dict[str, list[float]] = {PLAIN: [], args.method: []}
-                llm.engine.stats = type(llm.engine.stats)()
-                for _ in range(args.repeats):
-                    costs["t1"].append(forward_seconds(llm, 1, context, 15))
-                    costs["t_verify"].append(forward_seconds(llm, 1 + gamma, context, 15))
-                    times[PLAIN].append(run(plain, prompts, args.tokens))
-                    before, steps = llm.engine.chain.seconds[args.method], llm.engine.num_steps
-                    times[args.method].append(run(llm, prompts, args.tokens))
-                    asked = llm.engine.num_steps - steps
-                    costs["t_draft"].append((llm.engine.chain.seconds[args.method] - before) / max(1, asked))
-                rows.append(describe(llm, gamma, costs, times[PLAIN], times[args.method]))
-                print(" ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    for gamma in args.gammas:
+        config = {"method": args.method, "num_speculative_tokens": gamma, **extra}
+        with LLM(args.target, speculative_config=config, **options) as llm:
+            for is_plain in (True, False):
+                run(llm, prompts[:1], 16, plain=is_plain)
+            context = len(prompts[0]) + args.tokens // 2
+            costs: dict[str, list[float]] = {"t1": [], "t_verify": [], "t_draft": []}
+            ratios = []
+            engine, drafting = llm.engine, SpeculationStats()
+            for _ in range(args.repeats):
+                costs["t1"].append(forward_seconds(llm, 1, context, 15))
+                costs["t_verify"].append(forward_seconds(llm, 1 + gamma, context, 15))
+                plain = run(llm, prompts, args.tokens, plain=True)
+                engine.stats, others = drafting, engine.stats
+                before, steps = engine.chain.seconds[args.method], engine.num_steps
+                ratios.append(plain / run(llm, prompts, args.tokens))
+                asked = engine.num_steps - steps
+                costs["t_draft"].append((engine.chain.seconds[args.method] - before) / max(1, asked))
+                engine.stats = others
+            rows.append(describe(gamma, drafting, costs, ratios, args.repeats * len(prompts), args.tokens))
+            print(" ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     about = {
         "target": args.target,
         "method": args.method,

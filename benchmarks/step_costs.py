@@ -44,13 +44,13 @@ def median_seconds(run: Callable[[], Any], repeats: int) -> float:
 class Machine:
     """What the hardware gives at the moment it is asked."""
 
-    def __init__(self) -> None:
-        self._memory = torch.ones(1 << 27, dtype=torch.int64)
+    def __init__(self, read_bytes: int = 1 << 30) -> None:
+        self._memory = torch.ones(read_bytes // 8, dtype=torch.int64)
         self._left = torch.randn(512, 4096, dtype=torch.bfloat16)
         self._right = torch.randn(4096, 4096, dtype=torch.bfloat16)
 
     def read_bandwidth(self) -> float:
-        """Bytes per second of a sum over a gigabyte."""
+        """Bytes per second of going through more memory than any cache holds."""
         return self._memory.nbytes / median_seconds(self._memory.max, 3)
 
     def matrix_rate(self) -> float:
@@ -102,12 +102,12 @@ class Steps:
         self.runner.forward([ForwardRow(self._ids[:tokens], 0, self.tables[0])], [tokens - 1])
 
 
-def measure(target: Path, positions: int | None, repeats: int, dtype: str) -> dict[str, Any]:
+def measure(target: Path, positions: int | None, repeats: int, dtype: str, memory: str) -> dict[str, Any]:
     folder = target if positions is None else with_positions(target, positions)
     machine = Machine()
     started = time.perf_counter()
     llm = LLM(
-        folder, dtype=dtype, skip_tokenizer_init=True, memory="9GiB", max_num_seqs=16, max_num_batched_tokens=1024
+        folder, dtype=dtype, skip_tokenizer_init=True, memory=memory, max_num_seqs=16, max_num_batched_tokens=1024
     )
     seconds_to_start = time.perf_counter() - started
     longest = min(llm.engine.plan.max_model_len, max(_CONTEXTS) + 64)
@@ -183,7 +183,7 @@ def outside_the_forward(llm: LLM, rows: int) -> float:
     engine.runner.forward = timed  # type: ignore[method-assign]
     params = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True, detokenize=False)
     for row in range(rows):
-        engine.add_request(str(row), list(range(20 + row, 60 + row)), params)
+        engine.add_request(str(row), list(range(3 + row, 43 + row)), params)
     while engine.has_unfinished_requests:
         started = time.thread_time()
         engine.step()
@@ -198,11 +198,12 @@ def main() -> None:
     parser.add_argument("--positions", type=int, help="more positions than the checkpoint has")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--memory", default="9GiB", help="of the engine")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    report = measure(arguments.target, arguments.positions, arguments.repeats, arguments.dtype)
+    report = measure(arguments.target, arguments.positions, arguments.repeats, arguments.dtype, arguments.memory)
     print(json.dumps(report, indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1), encoding="utf-8")

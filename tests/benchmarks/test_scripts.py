@@ -1,0 +1,75 @@
+"""The benchmarks run as their commands say, in small, and what they measured can be drawn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import acceptance
+import never_slower
+import ngram_index
+import plot_costs
+import plot_never_slower
+import pytest
+import speculation_costs
+import step_costs
+
+from support.models import save_model
+
+Run = Callable[..., None]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a script's `main` with a command line."""
+
+    def start(script: Any, *words: object) -> None:
+        monkeypatch.setattr("sys.argv", [script.__file__, *map(str, words)])
+        script.main()
+
+    return start
+
+
+def test_costs_of_steps(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_model(tmp_path / "target", "llama")
+    monkeypatch.setattr(step_costs, "Machine", partial(step_costs.Machine, 1 << 22))
+    out = tmp_path / "steps.json"
+    run(step_costs, folder, "--positions", 1200, "--repeats", 1, "--memory", "64MiB", "--threads", 1, "--json", out)
+    report = json.loads(out.read_text())
+    assert set(report["by_tokens"]) == {"1", "2", "4", "6", "8", "16", "32", "64"}
+    assert set(report["by_context"]) == {"128", "1024"}
+    assert all(0 < us < 1e6 for us in report["outside_the_forward_us"].values())
+
+
+def test_never_slower(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, picture = tmp_path / "never.json", tmp_path / "never.svg"
+    small = ["--prompts", 2, "--tokens", 8, "--repeats", 2, "--lengths", 1, 2, "--memory", "96MiB"]
+    run(never_slower, "--methods", "ngram", "--batches", 2, "--workloads", "editing", *small, "--json", out)
+    adversarial, good = json.loads(out.read_text())["rows"]
+    assert adversarial["tau"] == 1.0
+    assert set(good["fixed"]) == {"1", "2"}
+    run(plot_never_slower, out, "--out", picture)
+    assert "<svg" in picture.read_text()
+
+
+def test_costs_of_speculation(run: Run, tmp_path: Path) -> None:
+    out, picture = tmp_path / "costs.json", tmp_path / "costs.svg"
+    small = ["--gammas", 1, 2, "--prompts", 2, "--tokens", 8, "--repeats", 1]
+    run(speculation_costs, "--method", "draft_model", *small, "--json", out)
+    run(plot_costs, out, "--out", picture)
+    assert "<svg" in picture.read_text()
+
+
+def test_acceptance(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "acceptance.json"
+    config = '{"method": "draft_model", "num_speculative_tokens": 2}'
+    run(acceptance, config, "--temperatures", 0, "--prompts", 2, "--tokens", 8, "--batch", 2, "--json", out)
+    assert out.stat().st_size
+
+
+def test_the_ngram_index(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run(ngram_index, "--context", 64, "--rows", 2, "--steps", 3, "--json")
+    assert json.loads(capsys.readouterr().out)
