@@ -35,9 +35,12 @@ def allocate(
     Returns:
         The depth of every row, 0 for none; and the expected tokens per second.
     """
-    deep = _best_depth(gains, tokens, nodes, width, target, ask, spent) if len(gains) > 1 else None
-    order = sorted(((gain, row) for row, own in enumerate(gains) for gain in own[:deep]), reverse=True)
     rate = tokens / (target(nodes) + spent)
+    if len(gains) == 1:
+        depth, best = _best_depth(gains, tokens, nodes, width, target, ask, spent, rate * margin)
+        return [depth], best if depth else rate
+    deep, _ = _best_depth(gains, tokens, nodes, width, target, ask, spent)
+    order = sorted(((gain, row) for row, own in enumerate(gains) for gain in own[:deep]), reverse=True)
     best, best_count = rate * margin, 0
     depths = [0] * len(gains)
     rows = deepest = 0
@@ -69,10 +72,11 @@ def _best_depth(
     target: Callable[[int], float],
     ask: Callable[[int, int], float],
     spent: float,
-) -> int:
-    """The depth that is best where every row drafts as deep."""
+    least: float = 0.0,
+) -> tuple[int, float]:
+    """The depth that is best where every row drafts as deep, and its rate; 0 where none has more than the least rate."""
     rows = sum(1 for own in gains if own)
-    best, best_depth = 0.0, 1
+    best, best_depth = least, 0
     count = 0
     for depth in range(max(map(len, gains), default=0)):
         level = [own[depth] for own in gains if len(own) > depth]
@@ -81,4 +85,4 @@ def _best_depth(
         rate = tokens / (target(nodes + int(count * width + 0.5)) + spent + ask(rows, depth + 1))
         if rate > best:
             best, best_depth = rate, depth + 1
-    return best_depth
+    return best_depth, best

@@ -20,7 +20,7 @@ from specplug.speculation.resting import Resting
 from specplug.speculation.trimming import keep_what_pays
 
 _MARGIN = 1.02
-_SETTLED_STEPS, _SETTLED_DRAFTS = 4, 6
+_LONGEST_SETTLED = 8
 _PREFERENCE = 1.1
 
 
@@ -105,7 +105,7 @@ class AutoBudget:
         idle = []
         for candidate, depth in zip(candidates, depths, strict=True):
             if depth:
-                candidate.row.probes, candidate.row.guess = False, None
+                candidate.row.probes, candidate.row.hits, candidate.row.guess = False, 0, None
                 wishes[candidate.place] = budget_of(link, depth)
                 self._ask(candidate, depth)
             elif not candidate.row.depth:
@@ -115,8 +115,7 @@ class AutoBudget:
 
     def _is_settled(self, link: LinkEstimate, candidates: Iterable[Candidate]) -> bool:
         """Whether the depths that were found best a few steps ago still hold."""
-        at = link.settled_at
-        return self.step - at < _SETTLED_STEPS and all(c.row.settled_at == at for c in candidates)
+        return self.step < link.settled_until and all(c.row.settled_at == link.settled_at for c in candidates)
 
     def _settle(self, index: int, candidates: list[Candidate]) -> float:
         """Looks for the best depths; returns by what factor they are expected to beat no drafts."""
@@ -138,13 +137,14 @@ class AutoBudget:
             for number in late:
                 gains[number] = []
             depths, rate = prospect.divide(link, gains, margin)
-        link.settled_at = self.step
+        known = _LONGEST_SETTLED
         for candidate, depth in zip(candidates, depths, strict=True):
             row = candidate.row
             if row.depth and not depth:
                 row.misses, row.wake_at = 1, self.step + 2
-            row.depth = depth
-            row.settled_at = self.step if row.acceptance.first_reached > _SETTLED_DRAFTS else -1
+            row.depth, row.settled_at = depth, self.step
+            known = min(known, 1 + int(row.acceptance.first_reached) // 2)
+        link.settled_at, link.settled_until = self.step, self.step + known
         return rate / base
 
     def _probe(self, index: int, idle: list[Candidate], wishes: list[Wish]) -> None:
@@ -242,7 +242,7 @@ class AutoBudget:
             outcome = request.outcome
             if outcome is not None:
                 nodes += outcome.num_nodes
-                self._record(request, outcome.accepted, outcome.num_nodes)
+                self._record(request, outcome.accepted, outcome.num_nodes, seconds / len(requests))
             for index, row in enumerate(request.estimates):
                 if row.guess is not None:
                     self._compare(request, row, index)
@@ -253,14 +253,16 @@ class AutoBudget:
             self.targets[key].observe(nodes, seconds)
         self.probing.earn(seconds)
 
-    def _record(self, request: Request, accepted: Sequence[int], nodes: int) -> None:
-        """Takes in what became of a draft that was verified."""
+    def _record(self, request: Request, accepted: Sequence[int], nodes: int, seconds: float) -> None:
+        """Takes in what became of a draft that was verified; a token takes so many seconds without."""
         link, row = self.links[request.outcome_link], self._row(request, request.outcome_link)
         draft, row.draft = row.draft, None
         count = len(accepted)
         rejected = count < nodes
         if rejected and draft is not None and draft.parents is not None:
             rejected = (accepted[-1] if count else -1) in draft.parents
+        if row.probes:
+            self.probing.repay(count * seconds)
         link.learn(row, count, rejected=rejected, step=self.step)
         if row.predicted:
             link.predicted = 0.97 * link.predicted + row.predicted

@@ -13,6 +13,7 @@ from specplug.speculation.draft import Draft
 _FILL_FORGETS = 0.9
 _FEED_FORGETS = 0.8
 _FIRST_DEPTH = 3
+_CONVINCING = 2
 _LONGEST_COMPARED, _LONGEST_DRAFTED = 8, 32
 
 
@@ -26,6 +27,7 @@ class RowEstimate:
         settled_at: the step in which that was; -1 when it must be looked for again.
         probes: whether its last budget was only to see whether drafts would be accepted by now.
         misses: probes in a row that were not accepted.
+        hits: probes in a row that were.
         wake_at: the step from which on it may be probed again.
         guess: (tokens it had, candidates for the next one) of a proposal that is compared with the text and not verified.
         draft: what is being verified.
@@ -37,6 +39,7 @@ class RowEstimate:
     settled_at: int = -1
     probes: bool = False
     misses: int = 0
+    hits: int = 0
     wake_at: int = 0
     guess: tuple[int, frozenset[int]] | None = None
     draft: Draft | None = None
@@ -59,7 +62,8 @@ class LinkEstimate:
         deepest: the deepest draft that was timed.
         samples: whether it reported distributions: then a mere comparison with the text would count too little.
         predicted: accepted nodes that scores promised, lately; `accepted`: those that came.
-        settled_at: the step in which the budgets of its rows were last divided.
+        settled_at: the step in which the budgets of its rows were last divided; `settled_until`: when they are again, since
+            the less is known of a row, the more the next draft says.
         retired: whether it is not asked any more.
     """
 
@@ -76,6 +80,7 @@ class LinkEstimate:
     predicted: float = 2.0
     accepted: float = 2.0
     settled_at: int = -1
+    settled_until: int = 0
     retired: bool = False
 
     @classmethod
@@ -137,7 +142,9 @@ class LinkEstimate:
             row.settled_at = -1
         if row.probes:
             row.misses = 0 if count else row.misses + 1
-            row.wake_at = step + (0 if count else self.rest(row.misses))
+            row.hits = row.hits + 1 if count else 0
+            convinced = max(0, row.hits - _CONVINCING)  # it does not pay alone; now it is others that are to be found out
+            row.wake_at = step + (self.rest(row.misses + convinced) if row.misses or convinced else 0)
             row.settled_at = -1 if count else row.settled_at
 
     def rest(self, misses: int) -> int:

@@ -31,6 +31,10 @@ class Probing:
         self._step_seconds += 0.1 * (min(seconds, 4 * self._step_seconds or seconds) - self._step_seconds)
         self.credit = min(self.credit + _SHARE * seconds, max(_SAVED_STEPS * self._step_seconds, self._wanted))
 
+    def repay(self, seconds: float) -> None:
+        """A probe saved so much by what of it was accepted."""
+        self.credit += seconds
+
     def affords(self, cost: float, overdraft: float = 0.0) -> bool:
         """Draws the cost of a probe, if it is there; a row whose last probe was accepted may overdraw."""
         if cost <= self.credit + overdraft:
