@@ -17,6 +17,7 @@ from specplug.model.attention import AttentionSite
 from specplug.model.blocks import BlockTable
 from specplug.model.forward import ForwardBatch, ForwardRow, TreeMask
 from specplug.model.kv_cache import KVCache
+from specplug.model.packing import packed_shape
 from specplug.native.build import find_compiler
 from specplug.native.operators import JOINED
 
@@ -181,7 +182,9 @@ def test_products_equal_pytorch(rows: int, inner: int, outers: tuple[int, ...], 
     states = torch.randn(1, rows, inner, dtype=torch.bfloat16)
     weights = [torch.randn(outer, inner, dtype=torch.bfloat16) / inner**0.5 for outer in outers]
     biases = [torch.randn(outer, dtype=torch.bfloat16) if bias else None for outer in outers]
-    packed = [torch.ops.specplug.pack_weight(weight) for weight in weights]
+    packed = [weight.new_empty(packed_shape(*weight.shape)) for weight in weights]
+    for weight, room in zip(weights, packed, strict=True):
+        torch.ops.specplug.pack_weight(weight, room)
     together = JOINED[len(outers)](states, *packed, *biases, *outers) if len(outers) > 1 else None
     for index, outer in enumerate(outers):
         alone = torch.ops.specplug.linear(states, packed[index], biases[index], outer)
@@ -190,6 +193,22 @@ def test_products_equal_pytorch(rows: int, inner: int, outers: tuple[int, ...], 
         added = None if biases[index] is None else biases[index].double()
         exact = torch.nn.functional.linear(states.double(), weights[index].double(), added)
         torch.testing.assert_close(alone.double(), exact, atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("inner", [64, 1024, 2560])
+def test_a_row_does_not_depend_on_the_rows_beside_it(inner: int) -> None:
+    """Bit for bit, where the processor has matrix units: a token is verified as it would have been decoded."""
+    if not native.has_matrix_units():
+        return
+    torch.manual_seed(0)
+    weight = torch.randn(96, inner, dtype=torch.bfloat16)
+    packed = weight.new_empty(packed_shape(*weight.shape))
+    torch.ops.specplug.pack_weight(weight, packed)
+    states = torch.randn(700, inner, dtype=torch.bfloat16)
+    whole = torch.ops.specplug.linear(states, packed, None, 96)
+    for count in (1, 2, 15, 16, 17, 32, 33, 200):
+        assert torch.equal(torch.ops.specplug.linear(states[:count], packed, None, 96), whole[:count])
+        assert torch.equal(torch.ops.specplug.linear(states[-count:], packed, None, 96), whole[-count:])
 
 
 def run_python(tmp_path: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:

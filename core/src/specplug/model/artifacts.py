@@ -120,6 +120,11 @@ def _compiler_settings(own: Path, device: torch.device) -> Iterator[None]:
 
     with (
         temporary_cache_dir(str(own)),
-        config.patch(cpp_wrapper=device.type == "cpu", cpp_cache_precompile_headers=False),
+        config.patch(
+            cpp_wrapper=device.type == "cpu",
+            cpp_cache_precompile_headers=False,
+            size_asserts=False,  # hundreds of checks a step that our own operators' shapes are as they were traced
+            scalar_asserts=False,
+        ),
     ):
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -9,6 +10,7 @@ import torch
 
 from specplug.contract.memory import KVLayer
 from specplug.model.device import to_device
+from specplug.model.large_memory import allocate
 from specplug.native import cuda
 
 
@@ -25,10 +27,8 @@ class KVCache:
         slots = num_blocks * block_size
         self.layers = tuple(layers)
         self.num_slots = slots
-        self.keys = [torch.zeros(layer.num_heads, slots, layer.key_dim, dtype=dtype, device=device) for layer in layers]
-        self.values = [
-            torch.zeros(layer.num_heads, slots, layer.value_dim, dtype=dtype, device=device) for layer in layers
-        ]
+        self.keys = [_zeros((layer.num_heads, slots, layer.key_dim), dtype, device) for layer in layers]
+        self.values = [_zeros((layer.num_heads, slots, layer.value_dim), dtype, device) for layer in layers]
 
     @property
     def most_heads(self) -> int:
@@ -53,3 +53,9 @@ class KVCache:
         read, write = to_device(sources, device), to_device(destinations, device)
         for tensor in (*self.keys, *self.values):
             tensor.index_copy_(1, write, tensor.index_select(1, read))
+
+
+def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return allocate(math.prod(shape), dtype).view(shape)
+    return torch.zeros(shape, dtype=dtype, device=device)

@@ -8,11 +8,16 @@ exists twice.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from specplug import native
+from specplug.model.large_memory import allocate
 
+_PANEL = 32
 _ROWS_HINT = 1
 _MOST_PADDING = 0.03  # blocks are 32 by 64 or so; a small layer that they would blow up stays plain, and the plan exact
 
@@ -27,22 +32,36 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     )
 
 
+def packed_shape(out_features: int, in_features: int) -> tuple[int, int]:
+    """Of a weight in our own kernel's panels; see `linear.h`."""
+    return -(-out_features // _PANEL), in_features * _PANEL
+
+
+def is_native(linear: nn.Linear) -> bool:
+    """Whether our own kernel takes a layer; else oneDNN does."""
+    return native.packs_bfloat16() and linear.in_features % 2 == 0
+
+
 class PackedLinear(nn.Module):
     """A linear layer whose weight lies in panels, as the matrix kernels read it.
 
     Args:
         linear: the layer to take over; its weight is let go unless something else holds it.
+        room: where the native kernel's panels are to lie, of `packed_shape`; by itself some memory of their own.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, room: torch.Tensor | None = None) -> None:
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        self.is_native = native.packs_bfloat16() and linear.in_features % 2 == 0
+        self.is_native = is_native(linear)
         weight = linear.weight.detach()
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
         if self.is_native:
-            self.register_buffer("packed", torch.ops.specplug.pack_weight(weight), persistent=False)
+            if room is None:
+                room = weight.new_empty(packed_shape(self.out_features, self.in_features))
+            torch.ops.specplug.pack_weight(weight, room)
+            self.register_buffer("packed", room, persistent=False)
         else:  # oneDNN's own kind of tensor, which no buffer can be
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
         self._stand_in = torch.empty((), dtype=weight.dtype)
@@ -71,12 +90,37 @@ def pack_linears(model: nn.Module) -> int:
     happens on a GPU, in float32, or on a CPU without such kernels. Subclasses of `nn.Linear` may compute something else, and
     stay as they are. A packed layer has no `weight` that could be read: call the layer.
     """
+    chosen = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear and can_pack(child.weight.dtype, child.weight.device)
+    ]
+    rooms = _rooms([child for _, _, child in chosen])
     count = 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and can_pack(child.weight.dtype, child.weight.device):
-                packed = PackedLinear(child)
-                if packed.num_bytes <= child.weight.nbytes * (1 + _MOST_PADDING):
-                    setattr(parent, name, packed)
-                    count += 1
+    while chosen:  # which lets go of each layer, and so of its weight, before the next is packed
+        parent, name, child = chosen.pop()
+        room = rooms.pop()
+        if room is None and is_native(child):
+            continue
+        packed = PackedLinear(child, room)
+        if packed.num_bytes <= _most_bytes(child):
+            setattr(parent, name, packed)
+            count += 1
+        del child
     return count
+
+
+def _rooms(layers: Sequence[nn.Linear]) -> list[torch.Tensor | None]:
+    """Parts of one piece of memory for weights that our own kernel takes; None for others, and where padding costs too much."""
+    shapes = [packed_shape(layer.out_features, layer.in_features) for layer in layers]
+    sizes = [
+        math.prod(shape) if is_native(layer) and math.prod(shape) * layer.weight.itemsize <= _most_bytes(layer) else 0
+        for layer, shape in zip(layers, shapes, strict=True)
+    ]
+    parts = allocate(sum(sizes), torch.bfloat16).split(sizes)
+    return [part.view(shape) if len(part) else None for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _most_bytes(layer: nn.Linear) -> int:
+    return int(layer.weight.nbytes * (1 + _MOST_PADDING))

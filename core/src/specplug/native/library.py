@@ -21,6 +21,7 @@ class _State:
 
     loaded: bool | None = None
     has_bf16_dot = False
+    has_matrix_units = False
     key = ""
 
 
@@ -43,7 +44,9 @@ def _try_to_load() -> bool:
     try:
         path = _load_library()
         _State.key = path.stem
-        _State.has_bf16_dot = bool(ctypes.CDLL(str(path)).kernels_have_bf16_dot())
+        library = ctypes.CDLL(str(path))
+        _State.has_bf16_dot = bool(library.kernels_have_bf16_dot())
+        _State.has_matrix_units = bool(library.kernels_have_matrix_units())
     except (BuildError, OSError) as error:
         logger.warning("native kernels are not used, PyTorch's are: %s", error)
         return False
@@ -75,6 +78,11 @@ def available() -> bool:
 def packs_bfloat16() -> bool:
     """Whether they include products with packed bfloat16 weights, for which the processor needs such instructions."""
     return available() and _State.has_bf16_dot
+
+
+def has_matrix_units() -> bool:
+    """Whether these products run on matrix units (AMX): then rows do not change each other's results, bit for bit."""
+    return available() and _State.has_matrix_units
 
 
 def key() -> str:

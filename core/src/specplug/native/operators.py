@@ -13,7 +13,7 @@ import torch
 _SCHEMAS = (
     "attend(Tensor query, Tensor key, Tensor value, Tensor keys, Tensor values, Tensor plan, Tensor slots, "
     "float scaling, int window, float softcap, Tensor? sinks) -> Tensor",
-    "pack_weight(Tensor weight) -> Tensor",
+    "pack_weight(Tensor weight, Tensor(a!) packed) -> ()",
     "linear(Tensor states, Tensor packed, Tensor? bias, int out_features) -> Tensor",
     "linears_2(Tensor states, Tensor packed_0, Tensor packed_1, Tensor? bias_0, Tensor? bias_1, "
     "int out_0, int out_1) -> (Tensor, Tensor)",

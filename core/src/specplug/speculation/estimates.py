@@ -143,7 +143,9 @@ class LinkEstimate:
         if row.probes:
             row.misses = 0 if count else row.misses + 1
             row.hits = row.hits + 1 if count else 0
-            convinced = max(0, row.hits - _CONVINCING)  # it does not pay alone; now it is others that are to be found out
+            convinced = max(
+                0, row.hits - _CONVINCING
+            )  # it does not pay alone; now it is others that are to be found out
             row.wake_at = step + (self.rest(row.misses + convinced) if row.misses or convinced else 0)
             row.settled_at = -1 if count else row.settled_at
 

@@ -1,11 +1,11 @@
 // PyTorch's view of the kernels. The operators' schemas stand in `operators.py`.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+#include <ATen/EmptyTensor.h>
 #include <torch/library.h>
 
 #include "attention.h"
-#include "linear.h"
+#include "matrix.h"
 
 namespace specplug {
 namespace {
@@ -92,7 +92,7 @@ Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, const
   const Plan view{plan.const_data_ptr<int32_t>(), plan.numel()};
   view.check(q.size(2), keys.size(1));
   check_slots(slots, view.tokens(), keys.size(1));
-  Tensor out = at::empty({1, q.size(2), q.size(1), v.size(3)}, q.options());
+  Tensor out = at::detail::empty_cpu({1, q.size(2), q.size(1), v.size(3)}, q.options());
   if (view.tokens() < q.size(2)) out.zero_();
   const Shape shape{q.size(1), k.size(1), q.size(2), q.size(3), v.size(3), keys.size(1), q.stride(1), q.stride(2),
                     static_cast<float>(scaling), window, static_cast<float>(softcap)};
@@ -109,25 +109,49 @@ Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, const
 
 #if SPECPLUG_BF16_DOT
 
-Tensor pack(const Tensor& weight) {
-  TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.dim() == 2 && weight.size(1) > 0,
-              "pack_weight: expected a bfloat16 matrix, not ", weight.scalar_type(), " ", weight.sizes());
-  const Tensor dense = weight.contiguous();
-  const int64_t outs = dense.size(0), ins = dense.size(1);
-  TORCH_CHECK(ins % 2 == 0, "an odd number of inputs cannot be packed");
-  Tensor packed = at::empty({(outs + kPanel - 1) / kPanel, panel_elements(ins)}, dense.options());
-  pack_weight(data_of<bf16>(dense), outs, ins, data_of<bf16>(packed));
-  return packed;
-}
-
-void check_product(const Tensor& packed, const std::optional<Tensor>& bias, int64_t ins, int64_t outs) {
+void check_packed(const Tensor& packed, int64_t ins, int64_t outs) {
   const int64_t panels = (outs + kPanel - 1) / kPanel;
   TORCH_CHECK(outs > 0 && ins % 2 == 0 && packed.scalar_type() == at::kBFloat16 && packed.dim() == 2 &&
                   packed.is_contiguous() && packed.size(0) == panels && packed.size(1) == panel_elements(ins),
               "linear: for ", ins, " inputs and ", outs, " outputs expected a packed bfloat16 weight of ", panels, " x ",
               panel_elements(ins), ", not ", packed.scalar_type(), " ", packed.sizes());
+}
+
+void pack(const Tensor& weight, const Tensor& packed) {
+  TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.dim() == 2 && weight.size(1) > 0,
+              "pack_weight: expected a bfloat16 matrix, not ", weight.scalar_type(), " ", weight.sizes());
+  check_packed(packed, weight.size(1), weight.size(0));
+  pack_weight(data_of<bf16>(weight.contiguous()), weight.size(0), weight.size(1), data_of<bf16>(packed));
+}
+
+void check_product(const Tensor& packed, const std::optional<Tensor>& bias, int64_t ins, int64_t outs) {
+  check_packed(packed, ins, outs);
   TORCH_CHECK(!bias.has_value() || bias->numel() == outs, "linear: expected a bias of ", outs, ", not ", bias->sizes());
 }
+
+// Panels that are worth another thread's waking up.
+int64_t grain_of(int64_t ins) { return std::max<int64_t>(1, 16384 / (ins * kPanel)); }
+
+#if SPECPLUG_MATRIX
+
+void multiply_on_matrix_units(const bf16* x, int64_t rows, const Panels& panels) {
+  const int64_t ins = panels.in_features, at_once = std::min(rows_at_once(ins), rows);
+  const int64_t most_blocks = rows <= kTileRows ? 1 : (at_once + 31) / 32 * 2;
+  thread_local std::vector<char> memory;
+  const size_t bytes = most_blocks * kTileRows * ins * sizeof(bf16) + 64;
+  if (memory.size() < bytes) memory.resize(bytes);
+  bf16* tiles = reinterpret_cast<bf16*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+  for (int64_t row = 0; row < rows; row += at_once) {
+    const int64_t count = std::min(at_once, rows - row), blocks = rows <= kTileRows ? 1 : (count + 31) / 32 * 2;
+    const bf16* from = x + row * ins;
+    at::parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) { tile_rows(from, count, ins, begin, end, tiles); });
+    at::parallel_for(0, panels.count, grain_of(ins), [&](int64_t begin, int64_t end) {
+      multiply_tiled(tiles, count, panels, begin, end, row);
+    });
+  }
+}
+
+#endif
 
 // Several products of the same rows, in one parallel region: each weight is [out_features, in], packed.
 std::vector<Tensor> linears(const Tensor& input, const std::vector<Tensor>& packed,
@@ -136,46 +160,34 @@ std::vector<Tensor> linears(const Tensor& input, const std::vector<Tensor>& pack
               "linear: expected bfloat16 rows, not ", input.scalar_type(), " ", input.sizes());
   const Tensor x = input.contiguous();
   const int64_t ins = x.size(-1), rows = x.numel() / ins;
-  struct Product {
-    const bf16* weight;
-    const float* bias;
-    bf16* out;
-    int64_t outs, first;
-  };
   std::vector<Tensor> outs, kept;
-  std::vector<Product> products;
-  int64_t panels = 0;
+  Panels panels;
+  panels.in_features = ins;
   for (size_t index = 0; index < packed.size(); ++index) {
     check_product(packed[index], biases[index], ins, out_features[index]);
     auto sizes = x.sizes().vec();
     sizes.back() = out_features[index];
-    outs.push_back(at::empty(sizes, x.options()));
+    outs.push_back(at::detail::empty_cpu(sizes, x.options()));
     const std::optional<Tensor>& bias = biases[index];
     const float* added = nullptr;
     if (bias.has_value()) {
       kept.push_back(bias->to(at::kFloat).contiguous());
       added = kept.back().const_data_ptr<float>();
     }
-    products.push_back({data_of<bf16>(packed[index]), added, data_of<bf16>(outs.back()), out_features[index], panels});
-    panels += packed[index].size(0);
+    panels.add(data_of<bf16>(packed[index]), added, data_of<bf16>(outs.back()), out_features[index]);
   }
+#if SPECPLUG_MATRIX
+  if (has_matrix_units() && ins % kTileInputs == 0) {
+    multiply_on_matrix_units(data_of<bf16>(x), rows, panels);
+    return outs;
+  }
+#endif
   const bf16* from = data_of<bf16>(x);
-  const int64_t panel_size = panel_elements(ins);
-  const int64_t grain = std::max<int64_t>(1, 16384 / (ins * kPanel));
-  for (int64_t begin_row = 0; begin_row < rows; begin_row += kRowChunk) {
-    const int64_t count = std::min(kRowChunk, rows - begin_row);
-    at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
-      size_t index = 0;
-      for (int64_t panel = begin; panel < end; ++panel) {
-        while (index + 1 < products.size() && products[index + 1].first <= panel) ++index;
-        const Product& product = products[index];
-        const int64_t own = panel - product.first;
-        multiply_panel(from + begin_row * ins, count, ins, product.weight + own * panel_size,
-                       product.bias ? product.bias + own * kPanel : nullptr, std::min(kPanel, product.outs - own * kPanel),
-                       product.out + begin_row * product.outs + own * kPanel, product.outs);
-      }
+  for (int64_t row = 0; row < rows; row += kRowChunk)
+    at::parallel_for(0, panels.count, grain_of(ins), [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel)
+        multiply_panel(from + row * ins, std::min(kRowChunk, rows - row), ins, panels[panel], row);
     });
-  }
   return outs;
 }
 
@@ -215,3 +227,4 @@ TORCH_LIBRARY_IMPL(specplug, CPU, library) {
 }
 
 extern "C" bool kernels_have_bf16_dot() { return SPECPLUG_BF16_DOT; }
+extern "C" bool kernels_have_matrix_units() { return specplug::has_matrix_units(); }

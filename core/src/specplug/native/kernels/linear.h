@@ -1,9 +1,12 @@
-// Products of a few rows with a packed bfloat16 weight, at the speed at which the weight can be read.
+// Products of rows with packed bfloat16 weights, at the speed at which the weights can be read.
 //
 // The packed weight is [panels][K / 2][32][2]: 32 output features side by side, in pairs along the input, so that one
 // instruction multiplies a pair of one row with 16 outputs. A panel is read once, from front to back, for up to 14 rows at a
-// time; with more rows it stays in the second-level cache between the passes. Sums are float32.
+// time; with more rows it stays in the second-level cache between the passes. Sums are float32. Processors with matrix units
+// multiply the same panels with those (`matrix.h`).
 #pragma once
+
+#include <vector>
 
 #include "vector.h"
 
@@ -27,7 +30,59 @@ inline void pack_weight(const bf16* weight, int64_t out_features, int64_t in_fea
         }
 }
 
+// One product of a call: its outputs begin with a panel of all products' panels.
+struct Product {
+  const bf16* weight;
+  const float* bias;
+  bf16* out;
+  int64_t outs, first_panel;
+};
+
+// One panel: its weight, the bias of its outputs or null, and where these go.
+struct Panel {
+  const bf16* weight;
+  const float* bias;
+  bf16* out;
+  int64_t width, stride;
+};
+
+// The panels of several products of the same rows, one after the other.
+struct Panels {
+  std::vector<Product> products;
+  int64_t in_features = 0, count = 0;
+
+  void add(const bf16* weight, const float* bias, bf16* out, int64_t outs) {
+    products.push_back({weight, bias, out, outs, count});
+    count += (outs + kPanel - 1) / kPanel;
+  }
+  Panel operator[](int64_t index) const {
+    size_t of = products.size() - 1;
+    while (products[of].first_panel > index) --of;
+    const Product& product = products[of];
+    const int64_t own = index - product.first_panel, first = own * kPanel;
+    return {product.weight + own * panel_elements(in_features), product.bias ? product.bias + first : nullptr,
+            product.out + first, std::min(kPanel, product.outs - first), product.outs};
+  }
+};
+
 #if SPECPLUG_BF16_DOT
+
+// Sums [rows][32], bias added and rounded, go to the rows of the output from `first_row` on.
+inline void store_sums(const float* sums, int64_t rows, const Panel& panel, int64_t first_row) {
+  const float* bias = panel.bias;
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* sum = sums + row * kPanel;
+    bf16* to = panel.out + (first_row + row) * panel.stride;
+    if (panel.width == kPanel) {
+      __m512 low = _mm512_loadu_ps(sum), high = _mm512_loadu_ps(sum + 16);
+      if (bias) low = _mm512_add_ps(low, _mm512_loadu_ps(bias)), high = _mm512_add_ps(high, _mm512_loadu_ps(bias + 16));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(low));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16), (__m256i)_mm512_cvtneps_pbh(high));
+    } else {
+      for (int64_t n = 0; n < panel.width; ++n) to[n] = to_bf16(sum[n] + (bias ? bias[n] : 0.0f));
+    }
+  }
+}
 
 // `Rows` rows against pairs [begin, end) of one panel; sums continue in `sums` [rows][32] unless this is the first pass.
 template <int Rows>
@@ -65,9 +120,8 @@ inline Block block_of(int64_t rows) {
   return blocks[rows - 1];
 }
 
-// Rows [0, rows) of x [rows, in] times one panel: out[row * out_stride + n] for the panel's `width` outputs.
-inline void multiply_panel(const bf16* x, int64_t rows, int64_t in_features, const bf16* panel, const float* bias,
-                           int64_t width, bf16* out, int64_t out_stride) {
+// Rows [0, rows) of x [rows, in] times one panel; `first_row` is that of the output.
+inline void multiply_panel(const bf16* x, int64_t rows, int64_t in_features, const Panel& panel, int64_t first_row) {
   float sums[kRowChunk * kPanel];
   const int64_t pairs = in_features / 2, passes = (rows + kMostRows - 1) / kMostRows;
   for (int64_t begin = 0; begin < pairs || begin == 0; begin += kDepth / 2) {
@@ -75,22 +129,11 @@ inline void multiply_panel(const bf16* x, int64_t rows, int64_t in_features, con
     int64_t row = 0;
     for (int64_t pass = 0; pass < passes; ++pass) {
       const int64_t count = (rows - row + passes - pass - 1) / (passes - pass);
-      block_of(count)(x + row * in_features, in_features, panel, begin, end, begin == 0, sums + row * kPanel);
+      block_of(count)(x + row * in_features, in_features, panel.weight, begin, end, begin == 0, sums + row * kPanel);
       row += count;
     }
   }
-  for (int64_t row = 0; row < rows; ++row) {
-    const float* sum = sums + row * kPanel;
-    bf16* to = out + row * out_stride;
-    if (width == kPanel) {
-      __m512 low = _mm512_loadu_ps(sum), high = _mm512_loadu_ps(sum + 16);
-      if (bias) low = _mm512_add_ps(low, _mm512_loadu_ps(bias)), high = _mm512_add_ps(high, _mm512_loadu_ps(bias + 16));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(low));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16), (__m256i)_mm512_cvtneps_pbh(high));
-    } else {
-      for (int64_t n = 0; n < width; ++n) to[n] = to_bf16(sum[n] + (bias ? bias[n] : 0.0f));
-    }
-  }
+  store_sums(sums, rows, panel, first_row);
 }
 
 #endif
