@@ -220,7 +220,7 @@ class Attention {
       const int64_t folded = share.first + q, head = share.head * group + folded / row.count;
       T* to = out_ + ((row.query + folded % row.count) * shape_.heads + head) * dim;
       const float inverse = total[q] > 0 ? 1.0f / total[q] : 0.0f;
-      for (int64_t d = 0; d < dim; ++d) store(to + d, sums[q * dim + d] * inverse);
+      store_scaled(to, sums + q * dim, dim, inverse);
     }
   }
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #include <immintrin.h>
@@ -40,26 +41,41 @@ inline bf16 to_bf16(float value) {
 inline void store(float* at, float value) { *at = value; }
 inline void store(bf16* at, float value) { *at = to_bf16(value); }
 
-// 2^x for x <= 0 (softmax arguments): 2^n * 2^r, |r| <= 1/2, and a polynomial; 2 ulp. NaN stays NaN, and -inf becomes 0.
-constexpr float kExp2[] = {1.0f, 0.6931469440f, 0.2402212024f, 0.0555071309f, 0.0096755410f, 0.0013276471f};
-constexpr float kLeastExponent = -200.0f;
-
-inline float exp2_nonpositive(float x) {
-  const float clamped = x < kLeastExponent ? kLeastExponent : x;
-  const float n = std::nearbyint(clamped), r = clamped - n;
-  float p = kExp2[5];
-  for (int i = 4; i >= 0; --i) p = p * r + kExp2[i];
-  return std::ldexp(p, static_cast<int>(n));
+// A row of numbers times a factor, rounded.
+template <typename T>
+inline void store_scaled(T* to, const float* from, int64_t count, float factor) {
+  int64_t at = 0;
+#if SPECPLUG_BF16_DOT
+  if constexpr (std::is_same_v<T, bf16>)
+    for (; at + 16 <= count; at += 16)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + at),
+                          (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_loadu_ps(from + at), _mm512_set1_ps(factor))));
+#endif
+  for (; at < count; ++at) store(to + at, from[at] * factor);
 }
+
+// 2^x for x <= 0 (softmax arguments): 2^n * 2^r, |r| <= 1/2, and a polynomial; 2 ulp. NaN stays NaN. What would be too small
+// for a normal number is 0, and never computed: processors take a hundred times as long for such.
+constexpr float kExp2[] = {1.0f, 0.6931469440f, 0.2402212024f, 0.0555071309f, 0.0096755410f, 0.0013276471f};
+constexpr float kLeastExponent = -125.0f;
 
 #if SPECPLUG_VECTOR
 inline __m512 exp2_nonpositive(__m512 x) {
-  const __m512 clamped = _mm512_max_ps(_mm512_set1_ps(kLeastExponent), x);  // of a NaN and a number the second is taken
-  const __m512 n = _mm512_roundscale_ps(clamped, 8), r = _mm512_sub_ps(clamped, n);
+  const __mmask16 counts = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kLeastExponent), _CMP_NLT_UQ);
+  const __m512 n = _mm512_roundscale_ps(x, 8), r = _mm512_maskz_sub_ps(counts, x, n);
   __m512 p = _mm512_set1_ps(kExp2[5]);
 #pragma GCC unroll 5
   for (int i = 4; i >= 0; --i) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(kExp2[i]));
-  return _mm512_scalef_ps(p, n);
+  return _mm512_maskz_scalef_ps(counts, p, n);
+}
+inline float exp2_nonpositive(float x) { return _mm512_cvtss_f32(exp2_nonpositive(_mm512_set1_ps(x))); }
+#else
+inline float exp2_nonpositive(float x) {
+  if (x < kLeastExponent) return 0.0f;
+  const float n = std::nearbyint(x), r = x - n;
+  float p = kExp2[5];
+  for (int i = 4; i >= 0; --i) p = p * r + kExp2[i];
+  return std::ldexp(p, static_cast<int>(n));
 }
 #endif
 
