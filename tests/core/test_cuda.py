@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 import torch
 
+from core.test_compiled_step import DIM, KV_HEADS, WIDTH, Layer
 from core.test_native_kernels import BLOCK, BLOCKS, random_row
 from specplug import LLM, SamplingParams
 from specplug.contract.memory import KVLayer
 from specplug.model.attention import AttentionSite
 from specplug.model.blocks import BlockAllocator, BlockTable
+from specplug.model.captured_step import CapturedStep
+from specplug.model.compiled_step import compile_step
 from specplug.model.forward import ForwardBatch, ForwardRow
 from specplug.model.kv_cache import KVCache
+from specplug.model.paged import PagedBatch
 from specplug.native import cuda
 from specplug.native.triton_linear import products
 from specplug.sampling.distributions import most_likely
@@ -187,15 +191,15 @@ def test_a_greedy_step_waits_once(tmp_path: Path) -> None:
         engine.add_request("a", [5, 6, 7, 8], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
         for _ in range(5):
             engine.step()
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as seen:
-                warnings.simplefilter("always")
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")  # which warns that it is a prototype
+            try:
                 for _ in range(10):
                     engine.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        assert len([warning for warning in seen if "synchroniz" in str(warning.message)]) == 10
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert len([warning for warning in seen if "called a synchronizing" in str(warning.message)]) == 10
 
 
 def test_without_graphs_and_without_compilation_nothing_changes(tmp_path: Path) -> None:
@@ -207,3 +211,30 @@ def test_without_graphs_and_without_compilation_nothing_changes(tmp_path: Path) 
         with LLM(folder, skip_tokenizer_init=True, compile=compiled) as llm:
             found.append([output.outputs[0].token_ids for output in llm.generate(prompts, params)])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_speculators_own_step_is_captured(dtype: torch.dtype) -> None:
+    """It computes what the module does for every number of tokens, and what it returned stays as it was."""
+    layer = Layer().to(GPU, dtype)
+    cache, own = (KVCache([KVLayer(KV_HEADS, DIM, DIM)], 120, 8, dtype, GPU) for _ in range(2))
+    step = compile_step(layer.step, layer, cache, [torch.zeros(1, WIDTH, dtype=dtype, device=GPU)])
+    assert isinstance(step, CapturedStep)
+    for tensor, other in zip((*cache.keys, *cache.values), (*own.keys, *own.values), strict=True):
+        other.copy_(tensor.normal_())
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for count in (1, 2, 3, 7, 40, 64, 70, 1):
+        rows = []
+        for first, (start, size) in enumerate([(3, count - count // 2), (9, count // 2)]):
+            table = BlockTable(8)
+            table.extend(range(60 * first, 60 * first + -(-(start + size) // 8)))
+            if size:
+                rows.append(ForwardRow([0] * size, start, table))
+        states = torch.randn(count, WIDTH, dtype=dtype, device=GPU)
+        with torch.inference_mode():
+            ours = step(PagedBatch(rows, cache), states)
+            theirs = layer.step(PagedBatch(rows, own), states)
+        kept += zip(ours, theirs, strict=True)
+        torch.testing.assert_close(cache.keys[0], own.keys[0], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    for a, b in kept:
+        torch.testing.assert_close(a, b, atol=2 * TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])

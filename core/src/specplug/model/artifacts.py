@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,7 +67,9 @@ def compile_graph(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Artifa
     """Machine code for a traced graph, for `obtain_artifact`."""
     from torch._inductor import standalone_compile
 
-    return standalone_compile(module, list(inputs), dynamic_shapes="from_graph", options={})
+    # Kernels are tuned when they first run, on what is there: to tune them now would take a second copy of the largest weight.
+    options = {"config_patches": {"triton.autotune_at_compile_time": False}}
+    return standalone_compile(module, list(inputs), dynamic_shapes="from_graph", options=options)
 
 
 def _load(path: Path, own: Path, check: Callable[[Artifact], None]) -> Artifact | None:
@@ -120,6 +123,7 @@ def _compiler_settings(own: Path, device: torch.device) -> Iterator[None]:
 
     with (
         temporary_cache_dir(str(own)),
+        warnings.catch_warnings(),
         config.patch(
             cpp_wrapper=device.type == "cpu",
             cpp_cache_precompile_headers=False,
@@ -127,4 +131,5 @@ def _compiler_settings(own: Path, device: torch.device) -> Iterator[None]:
             scalar_asserts=False,
         ),
     ):
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # float32 is asked for to be exact
         yield

@@ -1,4 +1,4 @@
-"""A speculator's own module over paged KV as machine code, for every number of tokens."""
+"""A speculator's own module over paged KV as machine code, for every number of tokens; on a GPU in graphs too."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from specplug.model.artifacts import (
     quiet_tracing,
 )
 from specplug.model.blocks import BlockTable
-from specplug.model.cache_key import cache_key
+from specplug.model.cache_key import cache_key, device_name
+from specplug.model.captured_step import CapturedStep
 from specplug.model.difference import TOLERANCE, relative_difference
 from specplug.model.fake_inputs import EXAMPLE_PLAN, EXAMPLE_TOKENS, FakeInputs
 from specplug.model.forward import ForwardRow, can_attend_natively
 from specplug.model.packing import PackedLinear
 from specplug.model.paged import PagedBatch
-from specplug.model.products import join_products
+from specplug.model.products import join_products, take_products
 from specplug.model.trace import weights_of
 
 if TYPE_CHECKING:
@@ -81,22 +82,34 @@ class CompiledStep:
     def __call__(self, batch: PagedBatch, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
         """See `Resources.compile`."""
         dense = [tensor.contiguous() for tensor in inputs]
-        return self._artifact(*self._fixed, batch.positions, batch.plan, batch.write_slots, *dense)
+        return self.over_tensors(batch.positions, batch.plan, batch.write_slots, *dense)
+
+    def over_tensors(self, *arguments: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The same over tensors alone: positions, plan, write slots and the dense inputs."""
+        return self._artifact(*self._fixed, *arguments)
 
 
 def compile_step(step: Step, module: torch.nn.Module, cache: KVCache, inputs: Sequence[torch.Tensor]) -> Step:
     """See `Resources.compile`; where the step cannot be compiled, one line of warning says why, and it stays as it is."""
     try:
-        return _compile(step, module, cache, inputs)
+        compiled = _compile(step, module, cache, inputs)
     except CompileError as error:
         logger.warning("%s runs uncompiled: %s", _name(step), error)
         return step
+    if cache.keys[0].device.type != "cuda":
+        return compiled
+    try:
+        captured = CapturedStep(compiled, compiled.over_tensors, inputs, cache.keys[0].device)
+        _check(captured, step, cache, inputs)
+        return captured
+    except (CompileError, RuntimeError) as error:
+        torch.cuda.synchronize(cache.keys[0].device)
+        logger.warning("%s runs without CUDA graphs: %s", _name(step), " ".join(str(error).split())[:300])
+        return compiled
 
 
 def _compile(step: Step, module: torch.nn.Module, cache: KVCache, inputs: Sequence[torch.Tensor]) -> CompiledStep:
     device = cache.keys[0].device
-    if device.type != "cpu":
-        raise CompileError("a speculator's own module is compiled on CPUs alone")
     if not can_attend_natively(cache):
         raise CompileError("the native kernels are not there")
     if any(isinstance(part, PackedLinear) and not part.is_native for part in module.modules()):
@@ -107,11 +120,9 @@ def _compile(step: Step, module: torch.nn.Module, cache: KVCache, inputs: Sequen
         graph, fakes = _trace(step, module, caches, inputs)
 
     def check(artifact: Artifact) -> None:
-        change = _measure_change(step, CompiledStep(artifact, fixed), cache, inputs)
-        if not change <= TOLERANCE[cache.keys[0].dtype]:
-            raise CompileError(f"compiled, it gives other results (relative difference {change:.2g})")
+        _check(CompiledStep(artifact, fixed), step, cache, inputs)
 
-    key = _key(step, graph, fakes)
+    key = _key(step, graph, fakes, device)
     return CompiledStep(obtain_artifact(key, device, lambda: compile_graph(graph, fakes), check), fixed)
 
 
@@ -143,8 +154,17 @@ def _trace(
 
     with torch.no_grad(), fake.mode, enable_python_dispatcher():
         graph = make_fx(run, tracing_mode="real")(*fakes)
+    if device.type == "cuda":
+        take_products(graph)
     join_products(graph)
     return graph, fakes
+
+
+def _check(compiled: Step, step: Step, cache: KVCache, inputs: Sequence[torch.Tensor]) -> None:
+    """Refuses a change of results that is more than rounding."""
+    change = _measure_change(step, compiled, cache, inputs)
+    if not change <= TOLERANCE[cache.keys[0].dtype]:
+        raise CompileError(f"compiled, it gives other results (relative difference {change:.2g})")
 
 
 @torch.inference_mode()
@@ -173,7 +193,7 @@ def _probe(example: torch.Tensor, count: int) -> torch.Tensor:
     return example[torch.arange(count, device=example.device) % len(example)]
 
 
-def _key(step: Step, graph: fx.GraphModule, fakes: Sequence[Any]) -> str:
+def _key(step: Step, graph: fx.GraphModule, fakes: Sequence[Any], device: torch.device) -> str:
     """What a compiled step depends on: the traced operations, the tensors among them, and what compiles them."""
     constants = [str(node.target) for node in graph.graph.nodes if node.op == "get_attr"]
     facts = {
@@ -182,6 +202,7 @@ def _key(step: Step, graph: fx.GraphModule, fakes: Sequence[Any]) -> str:
         "shapes": [(str(tuple(fake.shape)), str(fake.dtype)) for fake in fakes],
         "native": native.key(),
         "threads": torch.get_num_threads(),
+        "device": device_name(device),
     }
     return cache_key(_name(step).rsplit(".", 1)[-1], facts)
 

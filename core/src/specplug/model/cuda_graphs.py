@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from specplug.model.runner import ModelRunner
 
 MOST_TOKENS = 256
-_LONGEST_PLAN = 1 << 17
+LONGEST_PLAN = 1 << 17
+NO_WORK = [[0, 0, 1, 4, 0, 0, 0, 0]]
+"""The plan of a batch without rows."""
 Outputs = tuple[torch.Tensor, dict[int | str, torch.Tensor]]
 
 
@@ -53,7 +55,7 @@ class CudaGraphs:
     def __init__(self, runner: ModelRunner, most_tokens: int) -> None:
         self._buckets = token_buckets(min(most_tokens, MOST_TOKENS))
         self._device = runner.device
-        self._inputs = StagedInputs(self._buckets[-1], _LONGEST_PLAN, runner.device)
+        self._inputs = StagedInputs(self._buckets[-1], LONGEST_PLAN, runner.device)
         self._captured: dict[int, _Captured] = {}
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(runner.device)
@@ -63,7 +65,7 @@ class CudaGraphs:
 
     @torch.inference_mode()
     def _capture(self, runner: ModelRunner, bucket: int, pool: Any, stream: torch.cuda.Stream) -> _Captured:
-        self._inputs.write([[], [], [], []], bucket, [[0, 0, 1, 4, 0, 0, 0, 0]])  # no rows, no work
+        self._inputs.write([[], [], [], []], bucket, NO_WORK)
         ids, positions, slots, index, plan = self._inputs.tensors(bucket)
         inputs = (ids[None], positions[None], plan, slots, index)
         self._inputs.copy(bucket)
@@ -110,5 +112,5 @@ class CudaGraphs:
             scratch_bytes: what the largest forward takes besides.
         """
         buckets = token_buckets(min(most_tokens, MOST_TOKENS))
-        inputs = staged_length(buckets[-1], _LONGEST_PLAN) * torch.int32.itemsize
+        inputs = staged_length(buckets[-1], LONGEST_PLAN) * torch.int32.itemsize
         return inputs + scratch_bytes + buckets[-1] * token_bytes + sum(buckets) * output_bytes

@@ -14,6 +14,7 @@ from specplug.model.forward import ForwardBatch, ForwardRow
 
 if TYPE_CHECKING:
     from specplug.model.kv_cache import KVCache
+    from specplug.model.staging import StagedInputs
 
 
 class PagedBatch:
@@ -51,6 +52,10 @@ class PagedBatch:
     def write_slots(self) -> torch.Tensor:
         """int64 [T]: where the KV of each token goes."""
         return self._batch.write_slots
+
+    def stage(self, inputs: StagedInputs, width: int) -> bool:
+        """See `ForwardBatch.stage`."""
+        return self._batch.stage(inputs, width)
 
     def attend(
         self,

@@ -100,6 +100,7 @@ class EagleSpeculator:
         head, warnings = self.checkpoint.build(self.weights.tensors, embed=self.target.embed, logits=self.target.logits)
         for warning in warnings:
             logger.warning("%s: %s", self.weights.folder, warning)
+        head.to(resources.device)  # what is not of the checkpoint: rotary frequencies
         pack_linears(head)
         self.weights.release()
         self._runner = HeadRunner(head, resources, resources.kv_caches[_CACHE])

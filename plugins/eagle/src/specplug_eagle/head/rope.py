@@ -28,24 +28,16 @@ class RotaryEmbedding(nn.Module):
         self.spec = spec
         self.rotary_dim = int(head_dim * spec.partial_rotary_factor)
         self._head_dim = head_dim
-        self._frequencies: dict[torch.device, torch.Tensor] = {}
         inverse, self.attention_scaling = self._initial_frequencies()
         self.register_buffer("inverse", inverse, persistent=False)
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions int64 [T] → cosine and sine, each [T, rotary_dim], computed in float32; YaRN's factor is in them."""
-        angles = positions[:, None].float() * self._inverse_frequencies(positions)
+        is_dynamic = self.spec.rope_type == "dynamic"
+        frequencies = self._dynamic_frequencies(positions) if is_dynamic else self.inverse.to(positions.device)
+        angles = positions[:, None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.attention_scaling).to(dtype), (angles.sin() * self.attention_scaling).to(dtype)
-
-    def _inverse_frequencies(self, positions: torch.Tensor) -> torch.Tensor:
-        if self.spec.rope_type == "dynamic":
-            return self._dynamic_frequencies(positions)
-        if positions.device == self.inverse.device:
-            return self.inverse
-        if positions.device not in self._frequencies:
-            self._frequencies[positions.device] = self.inverse.to(positions.device)
-        return self._frequencies[positions.device]
 
     def _dynamic_frequencies(self, positions: torch.Tensor) -> torch.Tensor:
         longest, dim = self.spec.max_position_embeddings, self.rotary_dim
