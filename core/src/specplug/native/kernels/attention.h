@@ -6,7 +6,6 @@
 #pragma once
 
 #include <atomic>
-
 #include <optional>
 
 #include "few.h"
@@ -29,8 +28,9 @@ struct Scratch {
 
   Scratch(std::vector<char>& memory, int64_t count, int64_t value_dim, int64_t key_dim, bool on_matrix_units) {
     const int64_t size = sizeof(T), tile_bytes = on_matrix_units ? kTile * std::max(key_dim, value_dim) * size : 0;
-    const int64_t bytes[] = {count * kTile * 4,      count * 4, count * 4, count * value_dim * 4,
-                             count * key_dim * size, tile_bytes, on_matrix_units ? count * kTile * size : 0};
+    const int64_t weight_bytes = on_matrix_units ? count * kTile * size : 0;
+    const int64_t bytes[] = {count * kTile * 4,      count * 4,  count * 4,   count * value_dim * 4,
+                             count * key_dim * size, tile_bytes, weight_bytes};
     int64_t begins[8] = {};
     for (int part = 0; part < 7; ++part) begins[part + 1] = begins[part] + (bytes[part] + 63) / 64 * 64;
     if (static_cast<int64_t>(memory.size()) < begins[7] + 64) memory.resize(begins[7] + 64);

@@ -73,15 +73,18 @@ inline void bring_in(Weights... weights) {
   }
 }
 
-// Up to 16 rows, in tiles, times two panels at once: two streams are read faster than one. Sums are [2][16][32].
-inline void multiply_two_panels(const bf16* tiles, int64_t inputs, const bf16* one, const bf16* other, float* sums) {
+// 16 rows, in tiles, times two panels at once: two streams are read faster than one. Sums are [16][32] for each panel.
+// `BringsIn`: the panels are not in a cache yet.
+template <bool BringsIn>
+inline void multiply_two_panels(const bf16* tiles, int64_t inputs, const bf16* one, const bf16* other, float* sums,
+                                float* other_sums) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t input = 0; input < inputs; input += kTileInputs) {
     const bf16 *left = one + input * kPanel, *right = other + input * kPanel;
-    bring_in(left, right);
+    if constexpr (BringsIn) bring_in(left, right);
     _tile_loadd(4, tiles + input * kTileRows, 64);
     _tile_loadd(6, left, 128);
     _tile_loadd(7, left + 32, 128);
@@ -92,15 +95,13 @@ inline void multiply_two_panels(const bf16* tiles, int64_t inputs, const bf16* o
     _tile_dpbf16ps(2, 4, 6);
     _tile_dpbf16ps(3, 4, 7);
   }
-  float* more = sums + kTileRows * kPanel;
   _tile_stored(0, sums, 128);
   _tile_stored(1, sums + 16, 128);
-  _tile_stored(2, more, 128);
-  _tile_stored(3, more + 16, 128);
+  _tile_stored(2, other_sums, 128);
+  _tile_stored(3, other_sums + 16, 128);
 }
 
-// 32 rows, in tiles, times a panel. Sums are [32][32]. `BringsIn`: the panel is not in a cache yet.
-template <bool BringsIn>
+// 32 rows, in tiles, times a panel that is in a cache. Sums are [32][32].
 inline void multiply_two_blocks(const bf16* tiles, int64_t inputs, const bf16* panel, float* sums) {
   _tile_zero(0);
   _tile_zero(1);
@@ -109,7 +110,6 @@ inline void multiply_two_blocks(const bf16* tiles, int64_t inputs, const bf16* p
   const bf16* below = tiles + kTileRows * inputs;
   for (int64_t input = 0; input < inputs; input += kTileInputs) {
     const bf16* weights = panel + input * kPanel;
-    if constexpr (BringsIn) bring_in(weights);
     _tile_loadd(4, tiles + input * kTileRows, 64);
     _tile_loadd(6, weights, 128);
     _tile_loadd(7, weights + 32, 128);
@@ -131,28 +131,28 @@ inline int64_t rows_at_once(int64_t inputs) {
   return std::clamp(kTiledBytes / (inputs * static_cast<int64_t>(sizeof(bf16))) / 32 * 32, int64_t{32}, kMostTiledRows);
 }
 
-// Panels [begin, end) times `rows` rows in tiles; their outputs begin with `first_row`.
+// Panels [begin, end) times `rows` rows in tiles, two panels at a time, of which the first 16 rows bring both in; outputs begin
+// with `first_row`.
 inline void multiply_tiled(const bf16* tiles, int64_t rows, const Panels& panels, int64_t begin, int64_t end,
                            int64_t first_row) {
-  alignas(64) static thread_local float sums[kMostTiledRows * kPanel];
+  alignas(64) static thread_local float sums[2][kMostTiledRows * kPanel];
   const TileShapes shapes(std::min(rows, kTileRows));
-  const int64_t inputs = panels.in_features;
-  if (rows > kTileRows) {
-    for (int64_t index = begin; index < end; ++index) {
-      const Panel panel = panels[index];
-      for (int64_t row = 0; row < rows; row += 32)
-        (row ? multiply_two_blocks<false> : multiply_two_blocks<true>)(tiles + row * inputs, inputs, panel.weight,
-                                                                       sums + row * kPanel);
-      store_sums(sums, rows, panel, first_row);
-    }
-    return;
-  }
-  const int64_t half = (end - begin + 1) / 2;
+  const int64_t inputs = panels.in_features, half = (end - begin + 1) / 2;
   for (int64_t index = begin; index < begin + half; ++index) {
     const Panel one = panels[index], other = panels[std::min(index + half, end - 1)];
-    multiply_two_panels(tiles, inputs, one.weight, other.weight, sums);
-    store_sums(sums, rows, one, first_row);
-    if (index + half < end) store_sums(sums + kTileRows * kPanel, rows, other, first_row);
+    multiply_two_panels<true>(tiles, inputs, one.weight, other.weight, sums[0], sums[1]);
+    for (int64_t row = kTileRows; row < rows; row += kTileRows) {
+      const bf16* own = tiles + row * inputs;
+      if (rows - row > kTileRows) {
+        multiply_two_blocks(own, inputs, one.weight, sums[0] + row * kPanel);
+        multiply_two_blocks(own, inputs, other.weight, sums[1] + row * kPanel);
+        row += kTileRows;
+      } else {
+        multiply_two_panels<false>(own, inputs, one.weight, other.weight, sums[0] + row * kPanel, sums[1] + row * kPanel);
+      }
+    }
+    store_sums(sums[0], rows, one, first_row);
+    if (index + half < end) store_sums(sums[1], rows, other, first_row);
   }
 }
 

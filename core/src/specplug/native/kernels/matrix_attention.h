@@ -1,7 +1,8 @@
 // Scores and values of a tile of keys on matrix units, for any number of queries.
 //
 // Keys and values are rearranged into tiles once for all queries of a block, and brought in ahead: memory is the limit for a
-// decoding row, the softmax for a prompt. What is computed for a query does not depend on the queries beside it.
+// decoding row, the softmax for a prompt. A query's result does not depend on the queries beside it, to the bit, as long as its
+// tiles begin with the same entries.
 #pragma once
 
 #include "few.h"
@@ -11,7 +12,7 @@ namespace specplug {
 
 #if SPECPLUG_MATRIX
 
-constexpr int64_t kTileKeys = 32;                    // per tile of values
+constexpr int64_t kTileKeys = 32;  // per tile of values
 constexpr int64_t kTileElements = kTileRows * kTileInputs;
 
 // Reads memory as it lies, ahead of those who need it in another order.
@@ -33,8 +34,7 @@ inline void bring_in_rows(const bf16* const* rows, int64_t count, int64_t dim) {
 
 // Scores [16 x blocks][64] of queries [16 x blocks][dim] against up to 64 keys; `tiles` has room for 64 x dim.
 inline void score_on_matrix_units(const bf16* queries, int64_t blocks, const bf16* const* keys, int64_t width, int64_t dim,
-                                  float* scores,
-                                  bf16* tiles) {
+                                  float* scores, bf16* tiles) {
   const int64_t groups = (width + kLanes - 1) / kLanes, parts = dim / kTileInputs;
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t first = group * kLanes, count = std::min(kLanes, width - first);
@@ -76,8 +76,8 @@ inline void score_on_matrix_units(const bf16* queries, int64_t blocks, const bf1
 
 // Adds probabilities [count][64], zero up to the next multiple of 16, times the values to sums [16 x blocks][dim]. `tiles` has
 // room for 64 x dim, `weights` for [16 x blocks][64].
-inline void add_on_matrix_units(const float* probs, int64_t count, int64_t blocks, const bf16* const* values, int64_t width, int64_t dim,
-                                float* sums, bf16* tiles, bf16* weights) {
+inline void add_on_matrix_units(const float* probs, int64_t count, int64_t blocks, const bf16* const* values,
+                                int64_t width, int64_t dim, float* sums, bf16* tiles, bf16* weights) {
   const int64_t padded = (width + kLanes - 1) / kLanes * kLanes, halves = (width + kTileKeys - 1) / kTileKeys;
   for (int64_t q = 0; q < count; ++q) {
     for (int64_t k = 0; k < padded; k += kLanes)
@@ -91,7 +91,7 @@ inline void add_on_matrix_units(const float* probs, int64_t count, int64_t block
     bf16* to = tiles + pair / kTileRows * columns * kTileElements + pair % kTileRows * kTileInputs;
     const bf16 *even = 2 * pair < width ? values[2 * pair] : nullptr;
     const bf16* odd = 2 * pair + 1 < width ? values[2 * pair + 1] : nullptr;
-    if (pair % (kLanes / 2) == 0 && 2 * pair < width) bring_in_rows(values + 2 * pair, std::min(kLanes, width - 2 * pair), dim);
+    if (pair % (kLanes / 2) == 0 && even) bring_in_rows(values + 2 * pair, std::min(kLanes, width - 2 * pair), dim);
     for (int64_t d = 0; d < dim; d += 32, to += 2 * kTileElements) {
       const __m512i a = even ? _mm512_loadu_si512(even + d) : _mm512_setzero_si512();
       const __m512i b = odd ? _mm512_loadu_si512(odd + d) : _mm512_setzero_si512();
