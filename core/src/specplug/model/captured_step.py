@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import torch
 
 from specplug.model.cuda_graphs import LONGEST_PLAN, NO_WORK, token_buckets
+from specplug.model.paged import PagedBatch, stage
 from specplug.model.staging import StagedInputs
-
-if TYPE_CHECKING:
-    from specplug.model.paged import PagedBatch
 
 MOST_TOKENS = 64
 Outputs = list[torch.Tensor]
@@ -80,7 +78,7 @@ class CapturedStep:
         """See `Resources.compile`; what is returned outlives later calls."""
         tokens = batch.num_tokens
         bucket = next((size for size in self._buckets if size >= tokens), None)
-        if bucket is None or not batch.stage(self._staged, bucket):
+        if bucket is None or not stage(batch, self._staged, bucket):
             return self._step(batch, *inputs)
         for own, given in zip(self._inputs, inputs, strict=True):
             own[:tokens].copy_(given)

@@ -53,10 +53,6 @@ class PagedBatch:
         """int64 [T]: where the KV of each token goes."""
         return self._batch.write_slots
 
-    def stage(self, inputs: StagedInputs, width: int) -> bool:
-        """See `ForwardBatch.stage`."""
-        return self._batch.stage(inputs, width)
-
     def attend(
         self,
         layer: int,
@@ -82,3 +78,8 @@ class PagedBatch:
         site = AttentionSite(self._cache.keys[layer], self._cache.values[layer])
         site.batch = self._batch
         return site.attend(query[None], key[None], value[None], scaling, window, None, None)[0]
+
+
+def stage(batch: PagedBatch, inputs: StagedInputs, width: int) -> bool:
+    """Writes a batch to where a captured step takes it from; see `ForwardBatch.stage`."""
+    return batch._batch.stage(inputs, width)
