@@ -4,8 +4,9 @@ fixed length with good ones.
     python benchmarks/never_slower.py --target build/33m --batches 1 4 16 --json build/never-slower.json
 
 Within every repetition the prompts are served by all contestants in turn, in an order that is drawn anew: one by one, or from
-a queue that keeps as many rows busy as the batch has until all have been taken. Reported are means of the ratios of the repetitions' times, with 95 % intervals (Student's t). All lengths, auto's included, are
-drafted for by one and the same engine, whose policy is exchanged: two copies of the same weights differ in speed by some per
+a queue that keeps as many rows busy as the batch has until all have been taken. Reported are means of the ratios of the
+repetitions' times, with 95 % intervals (Student's t). All lengths, auto's included, are drafted for by one and the same engine,
+whose policy is exchanged: two copies of the same weights differ in speed by some per
 cent, by where they lie in memory. Plain decoding has an engine of its own, so its ratio carries that difference; run the
 benchmark several times to see it. Which fixed length is best is decided by one half of the repetitions and measured in the
 other, and the other way round: the best of several is else also the luckiest.

@@ -10,8 +10,8 @@ copies of the same weights differ in speed by some per cent); prompts, which tak
 * t_draft: the speculator's `propose`, the whole hook;
 * the speed-up against plain decoding (all tokens but each request's first, median of the ratios within repetitions);
 * the cost model, τ · t₁ / (t_verify + t_draft) where every step verifies a full draft: plain decoding's forwards, divided by
-  the forwards of as many tokens as were really verified, and the drafting. And Leviathan's (1 − α^(γ+1)) / ((1 − α)(γc + 1)) with α from the measured τ
-  and c = t_draft / (γ t₁) (2211.17192, theorem 3.8).
+  the forwards of as many tokens as were really verified, and the drafting. And Leviathan's
+  (1 − α^(γ+1)) / ((1 − α)(γc + 1)) with α from the measured τ and c = t_draft / (γ t₁) (2211.17192, theorem 3.8).
 
 A grown target (benchmarks/grow.py) has a big model's costs and the small model's acceptance.
 """
@@ -43,7 +43,8 @@ def run(llm: LLM, prompts: list[list[int]], tokens: int, *, plain: bool = False)
     seconds = 0.0
     for prompt in prompts:
         metrics = llm.generate([prompt], params, use_tqdm=False)[0].metrics
-        assert metrics.finished_time is not None and metrics.first_token_time is not None
+        assert metrics.finished_time is not None
+        assert metrics.first_token_time is not None
         seconds += metrics.finished_time - metrics.first_token_time
     return seconds
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from specplug import LLM
+from specplug import LLM, native
 from specplug.model import loading, packing
 from specplug.model.packing import PackedLinear, can_pack, pack_linears
 from support.models import ARCHITECTURES, VOCABULARY, save_model
@@ -82,3 +82,19 @@ def test_the_plan_counts_what_is_held(tmp_path: Path) -> None:
             assert bool(packed) == PACKS
             held += sum(module.num_bytes for module in packed if not module.is_native)  # native ones are buffers
             assert llm.engine.plan.target_weights == pytest.approx(held, rel=0.01)
+
+
+def test_packed_weights_lie_in_one_piece_that_goes_with_the_last_of_them() -> None:
+    if not native.load() or not native.packs_bfloat16():
+        return
+    model = nn.Sequential(*(nn.Linear(256, 4096, bias=False, dtype=torch.bfloat16) for _ in range(4)))
+    weights = [layer.weight.detach().clone() for layer in model]
+    assert pack_linears(model) == 4
+    pieces = {layer.packed.untyped_storage().data_ptr() for layer in model}
+    assert len(pieces) == 1
+    assert model[0].packed.untyped_storage().nbytes() == sum(layer.num_bytes for layer in model)
+    states = torch.randn(3, 256, dtype=torch.bfloat16)
+    last = model[3]
+    del model
+    gc.collect()
+    torch.testing.assert_close(last(states), states @ weights[3].t(), atol=2e-2, rtol=2e-2)
