@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from specplug import native
+from specplug import LLM, native
 from specplug.contract.memory import KVLayer
 from specplug.model.attention import AttentionSite
 from specplug.model.blocks import BlockTable
@@ -209,6 +209,24 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(inner: int) -> None:
     for count in (1, 2, 15, 16, 17, 32, 33, 200):
         assert torch.equal(torch.ops.specplug.linear(states[:count], packed, None, 96), whole[:count])
         assert torch.equal(torch.ops.specplug.linear(states[-count:], packed, None, 96), whole[-count:])
+
+
+def test_a_token_is_verified_as_it_would_be_decoded() -> None:
+    """On matrix units a whole bfloat16 forward gives the same logits, bit for bit, one token at a time and all at once."""
+    if not native.has_matrix_units():
+        return
+    with LLM("tiny", dtype="bfloat16", memory="128MiB", compile=False) as llm:
+        runner, size = llm.engine.runner, llm.engine.config.block_size
+        table = BlockTable(size)
+        table.extend(range(-(-64 // size)))
+        ids = torch.randint(
+            3, runner.architecture.vocab_size, (64,), generator=torch.Generator().manual_seed(0)
+        ).tolist()
+        runner.forward([ForwardRow(ids[:30], 0, table)])
+        alone = [runner.forward([ForwardRow([token], 30 + i, table)])[0].clone() for i, token in enumerate(ids[30:])]
+        for count in (2, 6, 16, 34):
+            together = runner.forward([ForwardRow(ids[30 : 30 + count], 30, table)])
+            assert torch.equal(torch.stack(alone[:count]), together)
 
 
 def run_python(tmp_path: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
