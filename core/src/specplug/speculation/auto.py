@@ -43,7 +43,7 @@ class AutoBudget:
         self._fixed = FixedBudget()
         self._prospect = Prospect(0, self.targets)
         self._asked: list[tuple[Request, RowEstimate, int]] = []
-        self._resting = Resting()
+        self._resting = Resting(keeps_states=any(s.traits.needs_states for s in speculators))
         self._is_idle = True
 
     def wish(self, request: Request, speculator: RegisteredSpeculator) -> Wish:
@@ -281,7 +281,7 @@ class AutoBudget:
 
     def _row(self, request: Request, index: int) -> RowEstimate:
         if not request.estimates:
-            request.estimates = [RowEstimate() for _ in self.links]
+            request.estimates = [link.new_row() for link in self.links]
         return request.estimates[index]
 
     def _ask(self, candidate: Candidate, depth: int) -> None:

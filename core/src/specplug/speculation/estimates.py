@@ -15,6 +15,8 @@ _FEED_FORGETS = 0.8
 _FIRST_DEPTH = 3
 _CONVINCING = 2
 _LONGEST_COMPARED, _LONGEST_DRAFTED = 8, 32
+_STUBBORN = 8
+_HOPELESS = (0.2, 0.08, 0.03)
 
 
 @attrs.define(eq=False)
@@ -150,8 +152,15 @@ class LinkEstimate:
             row.settled_at = -1 if count else row.settled_at
 
     def rest(self, misses: int) -> int:
-        """Steps until a row is probed again after so many failed probes in a row."""
-        return min(1 << min(misses, 16), _LONGEST_COMPARED if self.token_only else _LONGEST_DRAFTED)
+        """Steps until a row is probed again after so many failed probes in a row; few where a probe costs next to nothing."""
+        longest = _LONGEST_DRAFTED
+        if self.token_only:
+            longest = min(longest, _LONGEST_COMPARED << misses // _STUBBORN)
+        return min(1 << min(misses, 16), longest)
+
+    def new_row(self) -> RowEstimate:
+        """A row that begins: the less the others' drafts are accepted, the more rarely it is probed."""
+        return RowEstimate(misses=sum(self.acceptance.first < hopeless for hopeless in _HOPELESS))
 
     def observe_feed(self, tokens: int, seconds: float) -> None:
         """Takes in the time of catching up with a gap."""

@@ -6,19 +6,23 @@ from collections.abc import Sequence
 
 from specplug.request import Request
 
-_LONGEST, _MISSES = 6, 3
-"""Steps that are skipped at most; probes that must have failed in every row before any is."""
+_LONGEST, _LONGEST_WATCHED, _MISSES = 32, 6, 3
+"""Steps that are skipped at most, and where states may be about to be lost; probes that must have failed in every row."""
 
 
 class Resting:
     """Leaves rows alone whose last probes all failed, until one is to be woken: their steps then cost what plain ones do.
 
+    Args:
+        keeps_states: whether target states are kept for a speculator, for a while (see `is_urgent`).
+
     Attributes:
         is_resting: whether this step is skipped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps_states: bool) -> None:
         self.is_resting = False
+        self._longest = _LONGEST_WATCHED if keeps_states else _LONGEST
         self._rows: list[int] = []
         self._until = 0
 
@@ -43,5 +47,5 @@ class Resting:
         if not is_idle or any(row.depth or row.misses < _MISSES for row in rows):
             self._until = 0
             return
-        self._until = min([step + _LONGEST, *(row.wake_at for row in rows if row.wake_at > step)])
+        self._until = min([step + self._longest, *(row.wake_at for row in rows if row.wake_at > step)])
         self._rows = [request.number for request in requests]
