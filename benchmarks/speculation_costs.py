@@ -160,7 +160,7 @@ def main() -> None:
                 engine.stats, others = drafting, engine.stats
                 before, steps = engine.chain.seconds[args.method], engine.num_steps
                 ratios.append(plain / run(llm, prompts, args.tokens))
-                asked = engine.num_steps - steps
+                asked = engine.num_steps - steps - len(prompts)  # the prompts' steps, in which nothing is drafted
                 costs["t_draft"].append((engine.chain.seconds[args.method] - before) / max(1, asked))
                 engine.stats = others
             rows.append(describe(gamma, drafting, costs, ratios, args.repeats * len(prompts), args.tokens))

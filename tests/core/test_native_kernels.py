@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shlex
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from specplug.model.blocks import BlockTable
 from specplug.model.forward import ForwardBatch, ForwardRow, TreeMask
 from specplug.model.kv_cache import KVCache
 from specplug.model.packing import packed_shape
-from specplug.native.build import find_compiler
+from specplug.native.build import compile_command, find_compiler
 from specplug.native.operators import JOINED
 
 NATIVE = native.load()
@@ -212,7 +213,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(inner: int) -> None:
 
 
 def test_a_token_is_verified_as_it_would_be_decoded() -> None:
-    """On matrix units a whole bfloat16 forward gives the same logits, bit for bit, one token at a time and all at once."""
+    """On matrix units a bfloat16 forward of a chain gives the same logits, bit for bit, one token at a time and all at once."""
     if not native.has_matrix_units():
         return
     with LLM("tiny", dtype="bfloat16", memory="128MiB", compile=False) as llm:
@@ -227,6 +228,15 @@ def test_a_token_is_verified_as_it_would_be_decoded() -> None:
         for count in (2, 6, 16, 34):
             together = runner.forward([ForwardRow(ids[30 : 30 + count], 30, table)])
             assert torch.equal(torch.stack(alone[:count]), together)
+
+
+@pytest.mark.parametrize("missing", ["-mno-avx512bf16 -mno-amx-tile", "-mno-avx512f -mno-amx-tile", "-mno-amx-tile"])
+def test_processors_that_can_do_less_are_compiled_for(missing: str) -> None:
+    if platform.machine() != "x86_64":
+        return
+    flags = [*missing.split(), "-fsyntax-only"]
+    done = subprocess.run(compile_command(find_compiler(), flags), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def run_python(tmp_path: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -35,8 +35,9 @@ class Resources:
         compile: `compile(step, module, kv_cache, inputs)` → your step as machine code where this engine compiles, else the
             step itself. A step is a function `(batch, *inputs) -> tensors` that runs your module over a `PagedBatch`, of which
             it may use `positions` and `attend`; all its weights are the module's parameters and buffers, on the cache's device.
-            `inputs` are examples whose first dimension, the tokens, is free. It must depend on values only through tensor
-            operations. On a GPU batches of up to 64 tokens are CUDA graphs. The first slots of the cache are overwritten.
+            `inputs` are examples whose first dimension, the tokens, is free, as is that of every output. It must depend on
+            values only through tensor operations. On a GPU batches of up to 64 tokens are CUDA graphs, which hold the outputs
+            of 217 tokens: plan these as `buffers`. The first slots of the cache are overwritten.
     """
 
     device: torch.device

@@ -1,4 +1,4 @@
-"""A speculator's own step in CUDA graphs, one per number of tokens: a draft level is one launch, not a hundred."""
+"""A speculator's own step in CUDA graphs, one per number of tokens: one launch and a few copies, not a hundred launches."""
 
 from __future__ import annotations
 

@@ -99,12 +99,13 @@ def compile_step(step: Step, module: torch.nn.Module, cache: KVCache, inputs: Se
     if cache.keys[0].device.type != "cuda":
         return compiled
     try:
-        captured = CapturedStep(compiled, compiled.over_tensors, inputs, cache.keys[0].device)
-        _check(captured, step, cache, inputs)
-        return captured
-    except (CompileError, RuntimeError) as error:
+        with as_compile_error():
+            captured = CapturedStep(compiled, compiled.over_tensors, inputs, cache.keys[0].device)
+            _check(captured, step, cache, inputs)
+            return captured
+    except CompileError as error:
         torch.cuda.synchronize(cache.keys[0].device)
-        logger.warning("%s runs without CUDA graphs: %s", _name(step), " ".join(str(error).split())[:300])
+        logger.warning("%s runs without CUDA graphs: %s", _name(step), error)
         return compiled
 
 

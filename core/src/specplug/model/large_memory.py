@@ -14,8 +14,8 @@ def allocate(count: int, dtype: torch.dtype) -> torch.Tensor:
     """A tensor [count] of zeros on the CPU.
 
     Looking up where a page of 4 KB lies costs as much as reading it, on a virtual machine more so: weights in pages of 2 MB are
-    read up to a third faster. Linux gives these to whoever asks (`madvise`); elsewhere, and for little, pages are as usual.
-    Either way only what is written to takes memory.
+    read up to a third faster. Linux gives these to whoever asks (`madvise`), and only what is written to takes memory;
+    elsewhere, and for little, pages are as usual.
     """
     num_bytes = count * dtype.itemsize
     if num_bytes < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):

@@ -47,7 +47,7 @@ class PackedLinear(nn.Module):
 
     Args:
         linear: the layer to take over; its weight is let go unless something else holds it.
-        room: where the native kernel's panels are to lie, of `packed_shape`; by itself some memory of their own.
+        room: where the native kernel's panels are to lie, of `packed_shape`; without it, memory is allocated.
     """
 
     def __init__(self, linear: nn.Linear, room: torch.Tensor | None = None) -> None:

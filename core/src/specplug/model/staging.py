@@ -56,7 +56,8 @@ class StagedInputs:
     """The buffer on a GPU from which captured forwards read, and the pinned memory from which it is filled.
 
     A graph begins with the copy of what most batches need; only a longer plan costs a copy of its own. The pinned memory is
-    written again when the last forward is over: its tokens had to be known before the next one's could be.
+    written again when the last forward has read it, which is waited for: a target's tokens had to be known anyway before the
+    next forward could be; a draft's levels could do without.
 
     Args:
         most_tokens: of a forward.

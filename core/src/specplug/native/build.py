@@ -8,6 +8,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -101,12 +102,17 @@ def _marker(library: Path) -> Path:
     return library.with_suffix(".unloadable")
 
 
-def _compile(compiler: list[str], output: Path) -> None:
+def compile_command(compiler: list[str], more: Sequence[str]) -> list[str]:
+    """What compiles the kernels, with more flags behind those that are always given."""
     root = Path(torch.__file__).parent
     includes = [root / "include", root / "include" / "torch" / "csrc" / "api" / "include"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    command = [*compiler, *_FLAGS, abi, *(f"-I{path}" for path in includes), str(_SOURCES / "kernels.cpp")]
-    command += ["-o", str(output), f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+    return [*compiler, *_FLAGS, abi, *(f"-I{path}" for path in includes), *more, str(_SOURCES / "kernels.cpp")]
+
+
+def _compile(compiler: list[str], output: Path) -> None:
+    libraries = Path(torch.__file__).parent / "lib"
+    command = [*compile_command(compiler, ()), "-o", str(output), f"-L{libraries}", "-ltorch_cpu", "-lc10"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

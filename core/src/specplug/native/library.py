@@ -81,7 +81,7 @@ def packs_bfloat16() -> bool:
 
 
 def has_matrix_units() -> bool:
-    """Whether these products run on matrix units (AMX): then rows do not change each other's results, bit for bit."""
+    """Whether products and attention in bfloat16 run on matrix units (AMX), where sizes are multiples of 32."""
     return available() and _State.has_matrix_units
 
 

@@ -31,8 +31,9 @@ class AutoBudget:
     turn, it divides budgets among the rows that want a draft (`plan`) and is told what asking took (`proposed`).
 
     A row drafts while that is expected to raise the tokens per second of the batch, and sleeps otherwise. A sleeping row is
-    *probed* now and then, ever more rarely while probes fail, within a small share of the time (see `Probing`): a speculator
-    that sees tokens alone is asked for a guess, which is compared with the text and never verified; any other drafts one level.
+    *probed* now and then, ever more rarely while probes fail or do not make it pay, within a small share of the time (see
+    `Probing`): a speculator that sees tokens alone is asked for a guess, which is compared with the text and never verified;
+    any other drafts one level.
     """
 
     def __init__(self, speculators: Sequence[RegisteredSpeculator]) -> None:
@@ -199,7 +200,7 @@ class AutoBudget:
                 link.observe_fill(draft is not None)
             if draft is None:
                 if row.probes and not prospect.is_negligible(seconds):
-                    row.misses += 1
+                    row.misses, row.hits = row.misses + 1, 0
                     row.wake_at = self.step + link.rest(row.misses)
                 continue
             link.samples = link.samples or draft.probs is not None
@@ -238,11 +239,12 @@ class AutoBudget:
         """
         self.step += 1
         nodes = 0
+        saved = seconds / len(requests) if decoding else 0.0
         for request in () if self._resting.is_resting else requests:
             outcome = request.outcome
             if outcome is not None:
                 nodes += outcome.num_nodes
-                self._record(request, outcome.accepted, outcome.num_nodes, seconds / len(requests))
+                self._record(request, outcome.accepted, outcome.num_nodes, saved)
             for index, row in enumerate(request.estimates):
                 if row.guess is not None:
                     self._compare(request, row, index)
@@ -253,8 +255,8 @@ class AutoBudget:
             self.targets[key].observe(nodes, seconds)
         self.probing.earn(seconds)
 
-    def _record(self, request: Request, accepted: Sequence[int], nodes: int, seconds: float) -> None:
-        """Takes in what became of a draft that was verified; a token takes so many seconds without."""
+    def _record(self, request: Request, accepted: Sequence[int], nodes: int, saved: float) -> None:
+        """Takes in what became of a draft that was verified; an accepted token saved about so many seconds."""
         link, row = self.links[request.outcome_link], self._row(request, request.outcome_link)
         draft, row.draft = row.draft, None
         count = len(accepted)
@@ -262,7 +264,7 @@ class AutoBudget:
         if rejected and draft is not None and draft.parents is not None:
             rejected = (accepted[-1] if count else -1) in draft.parents
         if row.probes:
-            self.probing.repay(count * seconds)
+            self.probing.repay(count * saved)
         link.learn(row, count, rejected=rejected, step=self.step)
         if row.predicted:
             link.predicted = 0.97 * link.predicted + row.predicted

@@ -64,8 +64,8 @@ class LinkEstimate:
         deepest: the deepest draft that was timed.
         samples: whether it reported distributions: then a mere comparison with the text would count too little.
         predicted: accepted nodes that scores promised, lately; `accepted`: those that came.
-        settled_at: the step in which the budgets of its rows were last divided; `settled_until`: when they are again, since
-            the less is known of a row, the more the next draft says.
+        settled_at: the step in which the budgets of its rows were last divided.
+        settled_until: the step in which they are divided anew: the sooner, the less is known of a row.
         retired: whether it is not asked any more.
     """
 

@@ -16,7 +16,7 @@ _CLOSE = 1.5
 
 
 class Probing:
-    """An account of seconds: a share of all steps' time flows in, every probe's expected cost is drawn from it.
+    """An account of seconds: a share of all steps' time flows in, and what probes saved; every probe's expected cost is drawn.
 
     So however useless a speculator, and however many rows there are, what is lost to finding out stays a small share.
     """

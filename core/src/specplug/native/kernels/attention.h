@@ -48,7 +48,7 @@ struct Scratch {
 // Where the keys and values of up to a tile of entries lie.
 template <typename T>
 struct Rows {
-  const T *keys[kTile + 1], *values[kTile + 1];
+  const T *keys[kTile], *values[kTile + 1];
   int64_t count;
 };
 
@@ -169,6 +169,7 @@ class Attention {
 
   void score(Way way, const Scratch<T>& scratch, int64_t count, const Rows<T>& rows) const {
     const int64_t dim = shape_.key_dim;
+#if SPECPLUG_BF16_DOT
     if constexpr (kHasFew<T>) {
 #if SPECPLUG_MATRIX
       if (way == Way::kMatrix)
@@ -177,11 +178,13 @@ class Attention {
 #endif
       if (way == Way::kFew) return kScoreFew[count - 1](scratch.queries, rows.keys, rows.count, dim, scratch.scores);
     }
+#endif
     Scores<T>::tile(scratch.queries, count, rows.keys, rows.count, dim, scratch.scores);
   }
 
   void add(Way way, const Scratch<T>& scratch, int64_t count, const Rows<T>& rows) const {
     const int64_t dim = shape_.value_dim;
+#if SPECPLUG_BF16_DOT
     if constexpr (kHasFew<T>) {
 #if SPECPLUG_MATRIX
       if (way == Way::kMatrix)
@@ -190,6 +193,7 @@ class Attention {
 #endif
       if (way == Way::kFew) return kAddFew[count - 1](scratch.scores, rows.values, rows.count, dim, scratch.sums);
     }
+#endif
     add_values<T>(scratch.scores, count, rows.values, rows.count, dim, scratch.sums);
   }
 

@@ -46,12 +46,16 @@ class TileShapes {
       shapes.row_bytes[tile] = 64;
       shapes.rows[tile] = static_cast<uint8_t>(tile < 6 ? rows : kTileRows);
     }
-    _tile_loadconfig(&shapes);
+    asm volatile("ldtilecfg %0" ::"m"(shapes));  // older GCCs' intrinsic names 8 of the 64 bytes, and the rest gets lost
   }
   ~TileShapes() { _tile_release(); }
   TileShapes(const TileShapes&) = delete;
   TileShapes& operator=(const TileShapes&) = delete;
 };
+
+// What was written before lies in memory for the tiles that are loaded behind this, and the other way round: older GCCs do not
+// know what their intrinsics read and write.
+inline void settle() { asm volatile("" ::: "memory"); }
 
 // Blocks [first, last) of 16 rows of x [rows, inputs] become tiles: [inputs / 32][16][32] each, zeros behind the last row.
 inline void tile_rows(const bf16* x, int64_t rows, int64_t inputs, int64_t first, int64_t last, bf16* tiles) {
@@ -78,6 +82,7 @@ inline void bring_in(Weights... weights) {
 template <bool BringsIn>
 inline void multiply_two_panels(const bf16* tiles, int64_t inputs, const bf16* one, const bf16* other, float* sums,
                                 float* other_sums) {
+  settle();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -99,10 +104,12 @@ inline void multiply_two_panels(const bf16* tiles, int64_t inputs, const bf16* o
   _tile_stored(1, sums + 16, 128);
   _tile_stored(2, other_sums, 128);
   _tile_stored(3, other_sums + 16, 128);
+  settle();
 }
 
 // 32 rows, in tiles, times a panel that is in a cache. Sums are [32][32].
 inline void multiply_two_blocks(const bf16* tiles, int64_t inputs, const bf16* panel, float* sums) {
+  settle();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -124,6 +131,7 @@ inline void multiply_two_blocks(const bf16* tiles, int64_t inputs, const bf16* p
   _tile_stored(1, sums + 16, 128);
   _tile_stored(2, more, 128);
   _tile_stored(3, more + 16, 128);
+  settle();
 }
 
 // Rows that are multiplied with one panel after the other before the next rows come.

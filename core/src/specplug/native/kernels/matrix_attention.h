@@ -43,6 +43,7 @@ inline void score_on_matrix_units(const bf16* queries, int64_t blocks, const bf1
       transpose_pairs(keys + first, count, part * kTileInputs,
                       reinterpret_cast<__m512i*>(tiles + (part * 4 + group) * kTileElements));
   }
+  settle();
   for (int64_t block = 0; block < blocks; ++block) {
     _tile_zero(0);
     _tile_zero(1);
@@ -72,6 +73,7 @@ inline void score_on_matrix_units(const bf16* queries, int64_t blocks, const bf1
     if (groups > 2) _tile_stored(2, to + 32, kTile * sizeof(float));
     if (groups > 3) _tile_stored(3, to + 48, kTile * sizeof(float));
   }
+  settle();
 }
 
 // Adds probabilities [count][64], zero up to the next multiple of 16, times the values to sums [16 x blocks][dim]. `tiles` has
@@ -99,6 +101,7 @@ inline void add_on_matrix_units(const float* probs, int64_t count, int64_t block
       _mm512_storeu_si512(to + kTileElements, _mm512_permutex2var_epi16(a, second, b));
     }
   }
+  settle();
   for (int64_t block = 0; block < blocks; ++block)
     for (int64_t column = 0; column < columns; column += 2) {
       float* sum = sums + block * kTileRows * dim + column * 16;
@@ -115,6 +118,7 @@ inline void add_on_matrix_units(const float* probs, int64_t count, int64_t block
       _tile_stored(0, sum, dim * sizeof(float));
       _tile_stored(1, sum + 16, dim * sizeof(float));
     }
+  settle();
 }
 
 #endif
