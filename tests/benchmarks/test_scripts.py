@@ -11,6 +11,7 @@ from typing import Any
 import acceptance
 import never_slower
 import ngram_index
+import plot_against_vllm
 import plot_costs
 import plot_never_slower
 import pytest
@@ -73,3 +74,17 @@ def test_acceptance(run: Run, tmp_path: Path) -> None:
 def test_the_ngram_index(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run(ngram_index, "--context", 64, "--rows", 2, "--steps", 3, "--json")
     assert json.loads(capsys.readouterr().out)
+
+
+def test_a_picture_of_the_comparison_with_vllm(run: Run, tmp_path: Path) -> None:
+    ratio = {"median": 1.5, "low": 1.2, "high": 1.75}
+    rows = [
+        {"batch": 1, "temperature": 0.0, "method": "ngram", "peer": "vLLM ngram", "ratio": ratio},
+        {"batch": 1, "temperature": 0.0, "method": "eagle3", "peer": "vLLM eagle3", "ratio": None},
+        {"batch": 1, "temperature": 0.0, "method": "ngram", "peer": "transformers prompt lookup", "ratio": ratio},
+    ]
+    measured, picture = tmp_path / "measured.json", tmp_path / "picture.svg"
+    measured.write_text(json.dumps({"editing": {"ratios": rows}}), encoding="utf-8")
+    assert len(plot_against_vllm.read(f"some={measured}")) == 1
+    run(plot_against_vllm, f"some={measured}", "--out", picture)
+    assert "<svg" in picture.read_text()
