@@ -35,12 +35,9 @@ def allocate(
     Returns:
         The depth of every row, 0 for none; and the expected tokens per second.
     """
-    rate = tokens / (target(nodes) + spent)
-    if len(gains) == 1:
-        depth, best = _best_depth(gains, tokens, nodes, width, target, ask, spent, rate * margin)
-        return [depth], best if depth else rate
-    deep, _ = _best_depth(gains, tokens, nodes, width, target, ask, spent)
+    deep = _best_depth(gains, tokens, nodes, width, target, ask, spent) if len(gains) > 1 else None
     order = sorted(((gain, row) for row, own in enumerate(gains) for gain in own[:deep]), reverse=True)
+    rate = tokens / (target(nodes) + spent)
     best, best_count = rate * margin, 0
     depths = [0] * len(gains)
     rows = deepest = 0
@@ -72,11 +69,10 @@ def _best_depth(
     target: Callable[[int], float],
     ask: Callable[[int, int], float],
     spent: float,
-    least: float = 0.0,
-) -> tuple[int, float]:
-    """The depth that is best where every row drafts as deep, and its rate; 0 where none has more than the least rate."""
+) -> int:
+    """The depth that is best where every row drafts as deep."""
     rows = sum(1 for own in gains if own)
-    best, best_depth = least, 0
+    best, best_depth = 0.0, 1
     count = 0
     for depth in range(max(map(len, gains), default=0)):
         level = [own[depth] for own in gains if len(own) > depth]
@@ -85,4 +81,4 @@ def _best_depth(
         rate = tokens / (target(nodes + int(count * width + 0.5)) + spent + ask(rows, depth + 1))
         if rate > best:
             best, best_depth = rate, depth + 1
-    return best_depth, best
+    return best_depth

@@ -20,7 +20,7 @@ from specplug.speculation.resting import Resting
 from specplug.speculation.trimming import keep_what_pays
 
 _MARGIN = 1.02
-_LONGEST_SETTLED = 8
+_SETTLED_STEPS, _SETTLED_DRAFTS = 4, 6
 _PREFERENCE = 1.1
 
 
@@ -31,9 +31,8 @@ class AutoBudget:
     turn, it divides budgets among the rows that want a draft (`plan`) and is told what asking took (`proposed`).
 
     A row drafts while that is expected to raise the tokens per second of the batch, and sleeps otherwise. A sleeping row is
-    *probed* now and then, ever more rarely while probes fail or do not make it pay, within a small share of the time (see
-    `Probing`): a speculator that sees tokens alone is asked for a guess, which is compared with the text and never verified;
-    any other drafts one level.
+    *probed* now and then, ever more rarely while probes fail, within a small share of the time (see `Probing`): a speculator
+    that sees tokens alone is asked for a guess, which is compared with the text and never verified; any other drafts one level.
     """
 
     def __init__(self, speculators: Sequence[RegisteredSpeculator]) -> None:
@@ -44,7 +43,7 @@ class AutoBudget:
         self._fixed = FixedBudget()
         self._prospect = Prospect(0, self.targets)
         self._asked: list[tuple[Request, RowEstimate, int]] = []
-        self._resting = Resting(keeps_states=any(s.traits.needs_states for s in speculators))
+        self._resting = Resting(by_tokens=all(s.traits.token_only for s in speculators))
         self._is_idle = True
 
     def wish(self, request: Request, speculator: RegisteredSpeculator) -> Wish:
@@ -106,7 +105,7 @@ class AutoBudget:
         idle = []
         for candidate, depth in zip(candidates, depths, strict=True):
             if depth:
-                candidate.row.probes, candidate.row.hits, candidate.row.guess = False, 0, None
+                candidate.row.probes, candidate.row.guess = False, None
                 wishes[candidate.place] = budget_of(link, depth)
                 self._ask(candidate, depth)
             elif not candidate.row.depth:
@@ -116,7 +115,8 @@ class AutoBudget:
 
     def _is_settled(self, link: LinkEstimate, candidates: Iterable[Candidate]) -> bool:
         """Whether the depths that were found best a few steps ago still hold."""
-        return self.step < link.settled_until and all(c.row.settled_at == link.settled_at for c in candidates)
+        at = link.settled_at
+        return self.step - at < _SETTLED_STEPS and all(c.row.settled_at == at for c in candidates)
 
     def _settle(self, index: int, candidates: list[Candidate]) -> float:
         """Looks for the best depths; returns by what factor they are expected to beat no drafts."""
@@ -138,14 +138,13 @@ class AutoBudget:
             for number in late:
                 gains[number] = []
             depths, rate = prospect.divide(link, gains, margin)
-        known = _LONGEST_SETTLED
+        link.settled_at = self.step
         for candidate, depth in zip(candidates, depths, strict=True):
             row = candidate.row
             if row.depth and not depth:
                 row.misses, row.wake_at = 1, self.step + 2
-            row.depth, row.settled_at = depth, self.step
-            known = min(known, 1 + int(row.acceptance.first_reached) // 2)
-        link.settled_at, link.settled_until = self.step, self.step + known
+            row.depth = depth
+            row.settled_at = self.step if row.acceptance.first_reached > _SETTLED_DRAFTS else -1
         return rate / base
 
     def _probe(self, index: int, idle: list[Candidate], wishes: list[Wish]) -> None:
@@ -200,7 +199,7 @@ class AutoBudget:
                 link.observe_fill(draft is not None)
             if draft is None:
                 if row.probes and not prospect.is_negligible(seconds):
-                    row.misses, row.hits = row.misses + 1, 0
+                    row.misses += 1
                     row.wake_at = self.step + link.rest(row.misses)
                 continue
             link.samples = link.samples or draft.probs is not None
@@ -239,12 +238,11 @@ class AutoBudget:
         """
         self.step += 1
         nodes = 0
-        saved = seconds / len(requests) if decoding else 0.0
         for request in () if self._resting.is_resting else requests:
             outcome = request.outcome
             if outcome is not None:
                 nodes += outcome.num_nodes
-                self._record(request, outcome.accepted, outcome.num_nodes, saved)
+                self._record(request, outcome.accepted, outcome.num_nodes)
             for index, row in enumerate(request.estimates):
                 if row.guess is not None:
                     self._compare(request, row, index)
@@ -255,16 +253,14 @@ class AutoBudget:
             self.targets[key].observe(nodes, seconds)
         self.probing.earn(seconds)
 
-    def _record(self, request: Request, accepted: Sequence[int], nodes: int, saved: float) -> None:
-        """Takes in what became of a draft that was verified; an accepted token saved about so many seconds."""
+    def _record(self, request: Request, accepted: Sequence[int], nodes: int) -> None:
+        """Takes in what became of a draft that was verified."""
         link, row = self.links[request.outcome_link], self._row(request, request.outcome_link)
         draft, row.draft = row.draft, None
         count = len(accepted)
         rejected = count < nodes
         if rejected and draft is not None and draft.parents is not None:
             rejected = (accepted[-1] if count else -1) in draft.parents
-        if row.probes:
-            self.probing.repay(count * saved)
         link.learn(row, count, rejected=rejected, step=self.step)
         if row.predicted:
             link.predicted = 0.97 * link.predicted + row.predicted
@@ -283,7 +279,7 @@ class AutoBudget:
 
     def _row(self, request: Request, index: int) -> RowEstimate:
         if not request.estimates:
-            request.estimates = [link.new_row() for link in self.links]
+            request.estimates = [RowEstimate() for _ in self.links]
         return request.estimates[index]
 
     def _ask(self, candidate: Candidate, depth: int) -> None:

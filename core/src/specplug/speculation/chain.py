@@ -261,6 +261,8 @@ class SpeculatorChain:
 
     def _keep_unseen_states(self, requests: Sequence[Request]) -> None:
         """Rows that some speculator has not seen up to date keep their states for a while."""
+        if not self._states.specs:
+            return
         stateful = [link for link in self._links if link.enabled and link.speculator.traits.needs_states]
         unseen = []
         for request in requests:

@@ -13,10 +13,7 @@ from specplug.speculation.draft import Draft
 _FILL_FORGETS = 0.9
 _FEED_FORGETS = 0.8
 _FIRST_DEPTH = 3
-_CONVINCING = 2
 _LONGEST_COMPARED, _LONGEST_DRAFTED = 8, 32
-_STUBBORN = 8
-_HOPELESS = (0.2, 0.08, 0.03)
 
 
 @attrs.define(eq=False)
@@ -29,7 +26,6 @@ class RowEstimate:
         settled_at: the step in which that was; -1 when it must be looked for again.
         probes: whether its last budget was only to see whether drafts would be accepted by now.
         misses: probes in a row that were not accepted.
-        hits: probes in a row that were.
         wake_at: the step from which on it may be probed again.
         guess: (tokens it had, candidates for the next one) of a proposal that is compared with the text and not verified.
         draft: what is being verified.
@@ -41,7 +37,6 @@ class RowEstimate:
     settled_at: int = -1
     probes: bool = False
     misses: int = 0
-    hits: int = 0
     wake_at: int = 0
     guess: tuple[int, frozenset[int]] | None = None
     draft: Draft | None = None
@@ -65,7 +60,6 @@ class LinkEstimate:
         samples: whether it reported distributions: then a mere comparison with the text would count too little.
         predicted: accepted nodes that scores promised, lately; `accepted`: those that came.
         settled_at: the step in which the budgets of its rows were last divided.
-        settled_until: the step in which they are divided anew: the sooner, the less is known of a row.
         retired: whether it is not asked any more.
     """
 
@@ -82,7 +76,6 @@ class LinkEstimate:
     predicted: float = 2.0
     accepted: float = 2.0
     settled_at: int = -1
-    settled_until: int = 0
     retired: bool = False
 
     @classmethod
@@ -144,23 +137,12 @@ class LinkEstimate:
             row.settled_at = -1
         if row.probes:
             row.misses = 0 if count else row.misses + 1
-            row.hits = row.hits + 1 if count else 0
-            convinced = max(
-                0, row.hits - _CONVINCING
-            )  # it does not pay alone; now it is others that are to be found out
-            row.wake_at = step + (self.rest(row.misses + convinced) if row.misses or convinced else 0)
+            row.wake_at = step + (0 if count else self.rest(row.misses))
             row.settled_at = -1 if count else row.settled_at
 
     def rest(self, misses: int) -> int:
-        """Steps until a row is probed again after so many failed probes in a row; few where a probe costs next to nothing."""
-        longest = _LONGEST_DRAFTED
-        if self.token_only:
-            longest = min(longest, _LONGEST_COMPARED << misses // _STUBBORN)
-        return min(1 << min(misses, 16), longest)
-
-    def new_row(self) -> RowEstimate:
-        """A row that begins: the less the others' drafts are accepted, the more rarely it is probed."""
-        return RowEstimate(misses=sum(self.acceptance.first < hopeless for hopeless in _HOPELESS))
+        """Steps until a row is probed again after so many failed probes in a row."""
+        return min(1 << min(misses, 16), _LONGEST_COMPARED if self.token_only else _LONGEST_DRAFTED)
 
     def observe_feed(self, tokens: int, seconds: float) -> None:
         """Takes in the time of catching up with a gap."""

@@ -16,7 +16,7 @@ _CLOSE = 1.5
 
 
 class Probing:
-    """An account of seconds: a share of all steps' time flows in, and what probes saved; every probe's expected cost is drawn.
+    """An account of seconds: a share of all steps' time flows in, every probe's expected cost is drawn from it.
 
     So however useless a speculator, and however many rows there are, what is lost to finding out stays a small share.
     """
@@ -30,10 +30,6 @@ class Probing:
         """A step took so long."""
         self._step_seconds += 0.1 * (min(seconds, 4 * self._step_seconds or seconds) - self._step_seconds)
         self.credit = min(self.credit + _SHARE * seconds, max(_SAVED_STEPS * self._step_seconds, self._wanted))
-
-    def repay(self, seconds: float) -> None:
-        """A probe saved so much by what of it was accepted."""
-        self.credit += seconds
 
     def affords(self, cost: float, overdraft: float = 0.0) -> bool:
         """Draws the cost of a probe, if it is there; a row whose last probe was accepted may overdraw."""

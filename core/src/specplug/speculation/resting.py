@@ -6,23 +6,23 @@ from collections.abc import Sequence
 
 from specplug.request import Request
 
-_LONGEST, _LONGEST_WATCHED, _MISSES = 32, 6, 3
-"""Steps that are skipped at most, and where states may be about to be lost; probes that must have failed in every row."""
+_LONGEST, _LONGEST_BY_TOKENS, _MISSES = 6, 32, 3
+"""Steps that are skipped at most, and where a gap costs nothing; probes that must have failed in every row before any is."""
 
 
 class Resting:
     """Leaves rows alone whose last probes all failed, until one is to be woken: their steps then cost what plain ones do.
 
     Args:
-        keeps_states: whether target states are kept for a speculator, for a while (see `is_urgent`).
+        by_tokens: whether all speculators see tokens alone, so that a gap costs them nothing.
 
     Attributes:
         is_resting: whether this step is skipped.
     """
 
-    def __init__(self, *, keeps_states: bool) -> None:
+    def __init__(self, *, by_tokens: bool) -> None:
         self.is_resting = False
-        self._longest = _LONGEST_WATCHED if keeps_states else _LONGEST
+        self._longest = _LONGEST_BY_TOKENS if by_tokens else _LONGEST
         self._rows: list[int] = []
         self._until = 0
 
