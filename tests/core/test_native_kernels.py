@@ -216,7 +216,7 @@ def test_a_token_is_verified_as_it_would_be_decoded() -> None:
     """On matrix units a bfloat16 forward of a chain gives the same logits, bit for bit, one token at a time and all at once."""
     if not native.has_matrix_units():
         return
-    with LLM("tiny", dtype="bfloat16", memory="128MiB", compile=False) as llm:
+    with LLM("tiny", dtype="bfloat16", device="cpu", memory="128MiB", compile=False) as llm:
         runner, size = llm.engine.runner, llm.engine.config.block_size
         table = BlockTable(size)
         table.extend(range(-(-64 // size)))
