@@ -246,6 +246,26 @@ def run_python(tmp_path: Path, code: str, **environment: str) -> subprocess.Comp
     return subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=False)
 
 
+REFUSAL = """
+import torch
+from specplug import native
+assert native.load()
+short = [torch.zeros(1, 2, 3, 4)] * 3 + [torch.zeros(2, 8, 4)] * 2 + [torch.zeros(3), torch.zeros(3).long()]
+try:
+    torch.ops.specplug.attend(*short, 1.0, 0, 0.0, None)
+except RuntimeError as error:
+    print("refused:", error)
+"""
+
+
+def test_a_compiler_with_a_runtime_of_its_own_makes_kernels_whose_errors_arrive(tmp_path: Path) -> None:
+    done = run_python(tmp_path, REFUSAL, CXX=shlex.join([*find_compiler(), "-static-libstdc++"]))
+    assert done.returncode == 0, done.stderr
+    assert "refused: attend: expected a dense int32 plan" in done.stdout
+    (library,) = (tmp_path / "native").glob("*.so")
+    assert b"libstdc++.so.6" in library.read_bytes()  # PyTorch's, not the compiler's own
+
+
 PROGRAM = """
 import logging; logging.basicConfig()
 from specplug import LLM, SamplingParams, native

@@ -112,7 +112,8 @@ def compile_command(compiler: list[str], more: Sequence[str]) -> list[str]:
 
 def _compile(compiler: list[str], output: Path) -> None:
     libraries = Path(torch.__file__).parent / "lib"
-    command = [*compile_command(compiler, ()), "-o", str(output), f"-L{libraries}", "-ltorch_cpu", "-lc10"]
+    command = [*compile_command(compiler, ()), "-o", str(output), *_cpp_runtime()]
+    command += [f"-L{libraries}", "-ltorch_cpu", "-lc10"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -122,6 +123,20 @@ def _compile(compiler: list[str], output: Path) -> None:
         raise BuildError(f"{shlex.join(compiler)} failed: {lines[0].strip()[:300]}")
 
 
+def _cpp_runtime() -> list[str]:
+    """The C++ runtime that PyTorch has loaded, to be linked with before any other.
+
+    Some compilers link a copy of their own into the library. What that one throws PyTorch cannot catch: instead of an error
+    the process would end.
+    """
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    names = (line.split(maxsplit=5)[-1] for line in lines)
+    return sorted({name for name in names if "/libstdc++.so" in name})[:1]
+
+
 def _key(compiler: list[str]) -> str:
     """What a compiled library depends on: sources, flags, compiler, PyTorch and this processor's instructions."""
     digest = hashlib.sha256()
@@ -129,7 +144,7 @@ def _key(compiler: list[str]) -> str:
         digest.update(source.read_bytes())
     programs = [Path(found).resolve().stat() for found in map(shutil.which, compiler) if found]  # `ccache g++`: both
     changes = [(status.st_size, status.st_mtime_ns) for status in programs]
-    digest.update(repr((_FLAGS, torch.__version__, compiler, changes, _instructions())).encode())
+    digest.update(repr((_FLAGS, _cpp_runtime(), torch.__version__, compiler, changes, _instructions())).encode())
     return digest.hexdigest()[:24]
 
 
