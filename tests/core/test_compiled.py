@@ -88,7 +88,8 @@ def test_draft_models_are_compiled_too_and_weights_are_there_once(
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
     folder = save_model(tmp_path / "target", "llama", **sizes)
     config = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 3}
-    options = {"skip_tokenizer_init": True, "dtype": "bfloat16", "memory": "64MiB", "speculative_config": config}
+    options = {"skip_tokenizer_init": True, "dtype": "bfloat16", "device": "cpu", "memory": "64MiB"}
+    options["speculative_config"] = config
     asked: list[list[Any]] = []
     own = compilation.compile_forwards
     monkeypatch.setattr(
@@ -187,7 +188,7 @@ def test_the_compiler_works_in_our_own_folder(tmp_path: Path, monkeypatch: pytes
     elsewhere = tmp_path / "elsewhere"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(elsewhere))
     folder = save_model(tmp_path, "llama", hidden_size=56)
-    options = {"skip_tokenizer_init": True, "memory": "64MiB", "compile": True}
+    options = {"skip_tokenizer_init": True, "device": "cpu", "memory": "64MiB", "compile": True}
     made = count_compilations(monkeypatch)
     written = written_by(own_cache, folder, **options)
     work = own_cache / "forwards" / "inductor" / written.stem
@@ -225,7 +226,7 @@ def test_a_model_that_cannot_be_traced_runs_as_it_is(
     folder = save_model(tmp_path, "mixtral")
     (pair,) = decisive_prompts(folder, 1, 6, VOCABULARY)
     with caplog.at_level(logging.WARNING):
-        llm = LLM(folder, skip_tokenizer_init=True, memory="64MiB", compile=True)
+        llm = LLM(folder, skip_tokenizer_init=True, device="cpu", memory="64MiB", compile=True)
     (record,) = caplog.records
     assert record.getMessage().startswith("MixtralForCausalLM runs uncompiled: ")
     assert "\n" not in record.getMessage()

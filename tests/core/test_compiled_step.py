@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from specplug import native
+from specplug import CAPTURED_TOKENS, native
 from specplug.contract.memory import KVLayer
+from specplug.contract.resources import MOST_CAPTURED
 from specplug.model import compiled_step
 from specplug.model.blocks import BlockTable
 from specplug.model.compiled_step import CompiledStep, compile_step
+from specplug.model.cuda_graphs import token_buckets
 from specplug.model.forward import ForwardRow, TreeMask
 from specplug.model.kv_cache import KVCache
 from specplug.model.packing import pack_linears
@@ -180,3 +182,7 @@ def test_a_file_that_raises_is_replaced(monkeypatch: pytest.MonkeyPatch, caplog:
         assert compile_step(module.step, module, cache, [ids]) == module.step
     (record,) = caplog.records
     assert record.getMessage() == "Embedding.step runs uncompiled: KeyError: 'no such thing'"
+
+
+def test_what_captured_steps_hold_can_be_planned() -> None:
+    assert sum(token_buckets(MOST_CAPTURED)) == CAPTURED_TOKENS

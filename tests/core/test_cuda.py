@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -238,3 +241,27 @@ def test_a_speculators_own_step_is_captured(dtype: torch.dtype) -> None:
         torch.testing.assert_close(cache.keys[0], own.keys[0], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     for a, b in kept:
         torch.testing.assert_close(a, b, atol=2 * TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])
+
+
+START = """
+import sys
+from specplug import LLM
+LLM(sys.argv[1], skip_tokenizer_init=True, dtype="bfloat16", compile=True, max_num_seqs=4, memory="256MiB").close()
+"""
+
+
+def test_a_second_start_compiles_nothing(tmp_path: Path) -> None:
+    """Neither graphs nor single kernels: nothing new is written."""
+    folder = save_model(tmp_path / "llama", "llama", hidden_size=64, head_dim=32)
+    home = tmp_path / "home"
+    settings = {name: value for name, value in os.environ.items() if "CACHE_DIR" not in name}
+    settings |= {"SPECPLUG_CACHE": str(home / "specplug"), "HOME": str(home), "TMPDIR": str(tmp_path)}
+    written: list[set[Path]] = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", START, folder], env=settings, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        written.append({path for path in home.rglob("*") if path.is_file()})
+    assert any("triton" in path.parts for path in written[0])
+    assert written[1] == written[0]

@@ -145,7 +145,7 @@ def test_a_plugin_that_attends_wrongly_costs_its_drafts(tmp_path: Path, caplog: 
     folder = save_model(tmp_path, "llama")
     greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     prompts = [[5, 6, 7, 8], [9, 10, 11]]
-    options: dict[str, Any] = {"skip_tokenizer_init": True, "memory": "64MiB"}
+    options: dict[str, Any] = {"skip_tokenizer_init": True, "device": "cpu", "memory": "64MiB"}
     with LLM(folder, **options) as llm:
         expected = [output.outputs[0].token_ids for output in llm.generate(prompts, greedy)]
     speculator = WrongDtype()

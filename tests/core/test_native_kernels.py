@@ -269,7 +269,7 @@ def test_a_compiler_with_a_runtime_of_its_own_makes_kernels_whose_errors_arrive(
 PROGRAM = """
 import logging; logging.basicConfig()
 from specplug import LLM, SamplingParams, native
-llm = LLM("tiny", dtype="bfloat16", memory="64MiB")
+llm = LLM("tiny", dtype="bfloat16", device="cpu", memory="64MiB")
 print(llm.generate("def add(a, b):", SamplingParams(max_tokens=4, temperature=0))[0].outputs[0].token_ids, native.available())
 """
 

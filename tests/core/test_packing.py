@@ -74,7 +74,7 @@ def test_the_plan_counts_what_is_held(tmp_path: Path) -> None:
         sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 512, "head_dim": 32}
         folder = save_model(tmp_path / str(tied), "llama", tie_word_embeddings=tied, **sizes)
         gc.collect()
-        with LLM(folder, skip_tokenizer_init=True, dtype="bfloat16", memory="64MiB") as llm:
+        with LLM(folder, skip_tokenizer_init=True, dtype="bfloat16", device="cpu", memory="64MiB") as llm:
             model = llm.engine.runner.model
             held = sum(parameter.nbytes for parameter in model.parameters())
             held += sum(buffer.nbytes for buffer in model.buffers())

@@ -287,7 +287,7 @@ def test_stop_strings_inside_accepted_runs() -> None:
     choose = random.Random(3)
     plain = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     follow = Follow([])
-    with LLM("tiny", memory="64MiB", dtype="float32", **provide(lambda c, t: follow, gamma=15)) as llm:
+    with LLM("tiny", memory="256MiB", dtype="float32", **provide(lambda c, t: follow, gamma=15)) as llm:
         base = llm.generate([prompt], plain)[0].outputs[0]
         follow.known.append(prompt + base.token_ids)
         starts = [choose.randrange(len(base.text) - 12) for _ in range(24)]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from specplug.contract.hookspecs import hookimpl
     from specplug.contract.memory import KVLayer, MemoryBudget, MemoryRegion
     from specplug.contract.proposal import DraftDistributions, Proposal
-    from specplug.contract.resources import Resources
+    from specplug.contract.resources import CAPTURED_TOKENS, Resources
     from specplug.contract.settings import SpeculativeConfig
     from specplug.contract.target import ModelHandle, TargetModel, WeightsHandle
     from specplug.contract.traits import SpeculatorTraits
@@ -56,7 +56,7 @@ _HOMES = {
     "specplug.contract.hookspecs": ("hookimpl",),
     "specplug.contract.memory": ("KVLayer", "MemoryBudget", "MemoryRegion"),
     "specplug.contract.proposal": ("DraftDistributions", "Proposal"),
-    "specplug.contract.resources": ("Resources",),
+    "specplug.contract.resources": ("CAPTURED_TOKENS", "Resources"),
     "specplug.contract.settings": ("SpeculativeConfig",),
     "specplug.contract.target": ("ModelHandle", "TargetModel", "WeightsHandle"),
     "specplug.contract.traits": ("SpeculatorTraits",),

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from specplug.model.kv_cache import KVCache
 
 StepCompiler = Callable[..., Any]
+MOST_CAPTURED = 64
+CAPTURED_TOKENS = 217
+"""Tokens of the largest batch of a speculator's own step that is a CUDA graph, and of all such batches together."""
 
 
 def leave_as_it_is(step: Callable[..., Any], *_: Any) -> Callable[..., Any]:
@@ -37,7 +40,7 @@ class Resources:
             it may use `positions` and `attend`; all its weights are the module's parameters and buffers, on the cache's device.
             `inputs` are examples whose first dimension, the tokens, is free, as is that of every output. It must depend on
             values only through tensor operations. On a GPU batches of up to 64 tokens are CUDA graphs, which hold the outputs
-            of 217 tokens: plan these as `buffers`. The first slots of the cache are overwritten.
+            of `CAPTURED_TOKENS` tokens: plan these as `buffers`. The first slots of the cache are overwritten.
     """
 
     device: torch.device

@@ -8,11 +8,12 @@ from typing import Any
 import attrs
 import torch
 
-from specplug.model.cuda_graphs import LONGEST_PLAN, NO_WORK, token_buckets
+from specplug.contract.resources import MOST_CAPTURED
+from specplug.model.cuda_graphs import LONGEST_PLAN, capture, token_buckets
 from specplug.model.paged import PagedBatch, stage
 from specplug.model.staging import StagedInputs
 
-MOST_TOKENS = 64
+_BUCKETS = token_buckets(MOST_CAPTURED)
 Outputs = list[torch.Tensor]
 TensorStep = Callable[..., Sequence[torch.Tensor]]
 
@@ -44,40 +45,30 @@ class CapturedStep:
         device: torch.device,
     ) -> None:
         self._step = step
-        self._buckets = token_buckets(MOST_TOKENS)
-        self._device = device
-        self._staged = StagedInputs(MOST_TOKENS, LONGEST_PLAN, device)
-        self._inputs = [tensor.new_zeros(MOST_TOKENS, *tensor.shape[1:], device=device) for tensor in inputs]
+        self._staged = StagedInputs(MOST_CAPTURED, LONGEST_PLAN, device)
+        self._inputs = [tensor.new_zeros(MOST_CAPTURED, *tensor.shape[1:], device=device) for tensor in inputs]
         for own, example in zip(self._inputs, inputs, strict=True):
             if len(example):
                 own.copy_(example[:1].expand_as(own))  # padding is of an allowed kind, an id of a table say
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(device)
-        self._captured = {
-            bucket: self._capture(over_tensors, bucket, pool, stream) for bucket in reversed(self._buckets)
-        }
+        self._captured = {bucket: self._capture(over_tensors, bucket, pool, stream) for bucket in reversed(_BUCKETS)}
         torch.cuda.synchronize(device)
 
     @torch.inference_mode()
     def _capture(self, over_tensors: TensorStep, bucket: int, pool: Any, stream: torch.cuda.Stream) -> _Captured:
-        self._staged.write([[], [], [], []], bucket, NO_WORK)
         _, positions, slots, _, plan = self._staged.tensors(bucket)
-        arguments = (positions, plan, slots, *(tensor[:bucket] for tensor in self._inputs))
-        self._staged.copy(bucket)
-        torch.cuda.synchronize(self._device)
-        with torch.cuda.stream(stream):  # compiles kernels and fills libraries' workspaces, which a capture must not
-            over_tensors(*arguments)
-        torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            self._staged.copy(bucket)
-            outputs = list(over_tensors(*arguments))
-        return _Captured(graph, outputs)
+        inputs = [tensor[:bucket] for tensor in self._inputs]
+
+        def run() -> Outputs:
+            return list(over_tensors(positions, plan, slots, *inputs))
+
+        return _Captured(*capture(run, self._staged, bucket, pool, stream))
 
     def __call__(self, batch: PagedBatch, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
         """See `Resources.compile`; what is returned outlives later calls."""
         tokens = batch.num_tokens
-        bucket = next((size for size in self._buckets if size >= tokens), None)
+        bucket = next((size for size in _BUCKETS if size >= tokens), None)
         if bucket is None or not stage(batch, self._staged, bucket):
             return self._step(batch, *inputs)
         for own, given in zip(self._inputs, inputs, strict=True):

@@ -8,7 +8,8 @@ who keeps them longer gets copies.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 import torch
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 256
 LONGEST_PLAN = 1 << 17
-NO_WORK = [[0, 0, 1, 4, 0, 0, 0, 0]]
+_NO_WORK = [[0, 0, 1, 4, 0, 0, 0, 0]]
 """The plan of a batch without rows."""
 Outputs = tuple[torch.Tensor, dict[int | str, torch.Tensor]]
+T = TypeVar("T")
 
 
 def token_buckets(limit: int) -> list[int]:
@@ -33,6 +35,31 @@ def token_buckets(limit: int) -> list[int]:
         buckets += [size, size * 3 // 2]
         size *= 2
     return [*(bucket for bucket in buckets if bucket < limit), limit]
+
+
+def capture(
+    run: Callable[[], T], inputs: StagedInputs, bucket: int, pool: Any, stream: torch.cuda.Stream
+) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A graph of one run over staged inputs, which it fetches first, and what that run returns.
+
+    Args:
+        run: reads `inputs.tensors(bucket)`; a batch without rows is staged while it is captured.
+        inputs: where what the host writes lies.
+        bucket: tokens.
+        pool: the memory pool that the graphs share.
+        stream: to capture on.
+    """
+    inputs.write([[], [], [], []], bucket, _NO_WORK)
+    inputs.copy(bucket)
+    torch.cuda.synchronize(stream.device)
+    with torch.cuda.stream(stream):  # compiles kernels and fills libraries' workspaces, which a capture must not
+        run()
+    torch.cuda.synchronize(stream.device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        inputs.copy(bucket)
+        outputs = run()
+    return graph, outputs
 
 
 @attrs.frozen(eq=False)
@@ -54,7 +81,6 @@ class CudaGraphs:
 
     def __init__(self, runner: ModelRunner, most_tokens: int) -> None:
         self._buckets = token_buckets(min(most_tokens, MOST_TOKENS))
-        self._device = runner.device
         self._inputs = StagedInputs(self._buckets[-1], LONGEST_PLAN, runner.device)
         self._captured: dict[int, _Captured] = {}
         pool = torch.cuda.graph_pool_handle()
@@ -65,19 +91,12 @@ class CudaGraphs:
 
     @torch.inference_mode()
     def _capture(self, runner: ModelRunner, bucket: int, pool: Any, stream: torch.cuda.Stream) -> _Captured:
-        self._inputs.write([[], [], [], []], bucket, NO_WORK)
         ids, positions, slots, index, plan = self._inputs.tensors(bucket)
-        inputs = (ids[None], positions[None], plan, slots, index)
-        self._inputs.copy(bucket)
-        torch.cuda.synchronize(self._device)
-        with torch.cuda.stream(stream):  # compiles kernels and fills libraries' workspaces, which a capture must not
-            runner.run_tensors(*inputs)
-        torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            self._inputs.copy(bucket)
-            outputs = runner.run_tensors(*inputs)
-        return _Captured(graph, outputs)
+
+        def run() -> Outputs:
+            return runner.run_tensors(ids[None], positions[None], plan, slots, index)
+
+        return _Captured(*capture(run, self._inputs, bucket, pool, stream))
 
     def replay(self, batch: ForwardBatch, *, lasting: bool) -> Outputs | None:
         """Logits [L, vocabulary] and captured states [T, hidden] of a batch; None if it is too large.

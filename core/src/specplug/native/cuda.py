@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from functools import lru_cache
 
 import torch
 
+from specplug.cache import CacheError, private_folder
 from specplug.native.triton_sizes import MOST_SHARES
 
 logger = logging.getLogger("specplug")
@@ -26,6 +28,7 @@ def load() -> bool:
     except ImportError as error:
         logger.warning("GPU kernels are not used, PyTorch's are: %s", error)
         return False
+    _keep_compiled_kernels()
     import specplug.native.operators  # noqa: F401 - the schemas
 
     for name, function in (
@@ -36,6 +39,16 @@ def load() -> bool:
     ):
         torch.library.impl(f"specplug::{name}", "cuda", function)
     return True
+
+
+def _keep_compiled_kernels() -> None:
+    """Triton's cache lies in our own, unless the user named one.
+
+    PyTorch's compiler sets the variable where nobody has, for the whole process, to a folder that goes with the artifact it
+    happens to work on: the kernels of all others would be compiled anew with every start.
+    """
+    with suppress(CacheError):
+        os.environ.setdefault("TRITON_CACHE_DIR", str(private_folder("triton")))
 
 
 @lru_cache(maxsize=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -116,6 +117,11 @@ def render_chat(messages: Sequence[Message], tokenizer: LazyTokenizer, **options
     Raises:
         RequestError: no template, or messages it cannot render.
     """
+    if not _is_list(messages) or not all(isinstance(message, Mapping) for message in messages):
+        raise RequestError(
+            "the chat template cannot render the messages: expected a list of mappings with the keys 'role' and 'content', "
+            f"not {reprlib.repr(messages)}"
+        )
     loaded = tokenizer.required("chat")
     if not options.get("chat_template") and not getattr(loaded, "chat_template", None):
         raise RequestError("the tokenizer has no chat template; give one with chat_template=, or use generate()")

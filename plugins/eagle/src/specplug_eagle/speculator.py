@@ -10,6 +10,7 @@ import attrs
 import torch
 
 from specplug import (
+    CAPTURED_TOKENS,
     BlockTable,
     ConfigurationError,
     ForwardRow,
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("specplug.eagle")
 EMBEDDED = "tiny"
 _CACHE = "head KV"
-_CAPTURED_TOKENS = 217
 _COPIES_TO_DRAW = 8
 """Distributions of a node that exist at once while one is truncated (sorted values and places, cumulated, scattered) and drawn
 from. Those of the nodes before are held as well; at the end all are held twice, when a row's are put together."""
@@ -77,7 +77,7 @@ class EagleSpeculator:
             tokens * (spec.feature_size + 6 * spec.hidden_size + 2 * spec.intermediate_size) * budget.dtype.itemsize
         )
         if self.target.device.type == "cuda":  # outputs of captured steps, see `Resources.compile`
-            states += _CAPTURED_TOKENS * 2 * spec.hidden_size * budget.dtype.itemsize
+            states += CAPTURED_TOKENS * 2 * spec.hidden_size * budget.dtype.itemsize
         width = self.tree.top_k if isinstance(self.tree, DynamicTree) else max(len(x.nodes) for x in self.tree.levels)
         copies = 2 * width
         if isinstance(self.tree, StaticTree) and self.tree.samples:
