@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -28,7 +28,8 @@ from specplug.sampling.logprobs import gather_logprobs
 from specplug.sampling.params import SamplingParams
 from specplug.sampling.workspace import Workspace
 from specplug.speculation.chain import SpeculatorChain
-from specplug.speculation.states import TOP_IDS, TOP_PROBS, Channel, StateStore
+from specplug.speculation.state_ring import Captured, Channel
+from specplug.speculation.states import TOP_IDS, TOP_PROBS, StateStore
 from specplug.stats import SpeculationStats
 
 
@@ -62,7 +63,7 @@ class _TargetStep:
     offsets: list[int]
     logits: torch.Tensor
     scored: list[tuple[Request, int, int]]
-    captured: Mapping[Channel, torch.Tensor]
+    captured: Captured
 
 
 class Engine:

@@ -23,7 +23,8 @@ from specplug.model.step_memory import StepModel, step_bytes
 from specplug.model.tokenizer import load_tokenizer
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
 from specplug.sampling.workspace import Workspace
-from specplug.speculation.states import ChannelSpec, StateStore, channels_for
+from specplug.speculation.state_ring import ChannelSpec
+from specplug.speculation.states import StateStore, channels_for
 from specplug.speculation.target import LazyModel, TargetFacade
 from specplug.tiny import resolve_model
 

@@ -14,7 +14,7 @@ from specplug.speculation.curve import CostCurve
 from specplug.speculation.draft import Draft
 from specplug.speculation.estimates import LinkEstimate, RowEstimate, rows_class
 from specplug.speculation.policy import FixedBudget, Wish
-from specplug.speculation.probing import Probing, is_urgent, vary
+from specplug.speculation.probing import Probing, ready_at, vary
 from specplug.speculation.prospect import LEAST_SLOPE, VERIFY_SLOPE, Prospect
 from specplug.speculation.resting import Resting
 from specplug.speculation.trimming import keep_what_pays
@@ -22,6 +22,7 @@ from specplug.speculation.trimming import keep_what_pays
 _MARGIN = 1.02
 _SETTLED_STEPS, _SETTLED_DRAFTS = 4, 6
 _PREFERENCE = 1.1
+_FAR = 1 << 20
 
 
 class AutoBudget:
@@ -44,7 +45,9 @@ class AutoBudget:
         self._prospect = Prospect(0, self.targets)
         self._asked: list[tuple[Request, RowEstimate, int]] = []
         self._resting = Resting(by_tokens=all(s.traits.token_only for s in speculators))
-        self._is_idle = True
+        self._wake_at: int | None = 0  # when a row could be asked for next; None while one drafts
+        self._probes = False
+        self._rested: list[tuple[int, float, bool]] = []
 
     def wish(self, request: Request, speculator: RegisteredSpeculator) -> Wish:
         """The upper bound, as in `BudgetPolicy.wish`; what decides is `plan`."""
@@ -58,11 +61,17 @@ class AutoBudget:
 
     def rests(self, requests: Sequence[Request]) -> bool:
         """Whether this step needs no budgets: every row sleeps, as it did before, and none is to be woken yet."""
-        return self._resting.begin(requests, self.step)
+        if self._resting.begin(requests, self.step):
+            return True
+        if self._rested:
+            for each in self._rested:
+                self._time(*each)
+            self._rested.clear()
+        return False
 
     def begin(self, requests: Sequence[Request]) -> None:
         """Begins a step's budgets."""
-        self._is_idle = True
+        self._wake_at, self._probes = self.step + _FAR, False
         self._prospect = Prospect(sum(request.num_pending == 1 for request in requests), self.targets)
 
     def plan(self, index: int, requests: Sequence[Request], seen: Mapping[int, int]) -> list[Wish]:
@@ -101,6 +110,7 @@ class AutoBudget:
         best = [min(c.row.depth, c.limit) for c in candidates]
         depths = best
         if any(best):
+            self._wake_at = None
             depths = vary(best, [c.limit for c in candidates], self.step, prospect.curve.count, gain)
         idle = []
         for candidate, depth in zip(candidates, depths, strict=True):
@@ -153,13 +163,22 @@ class AutoBudget:
         Other rows profit from what is found out, since what is known of all rows is where each of them begins.
         """
         link, prospect = self.links[index], self._prospect
-        ready = [c for c in idle if c.row.guess is None and (self.step >= c.row.wake_at or is_urgent(link, c.gap))]
+        ready: list[Candidate] = []
+        for candidate in idle:
+            if candidate.row.guess is not None:
+                continue
+            at = ready_at(link, candidate.row, candidate.gap, self.step)
+            if at <= self.step:
+                ready.append(candidate)
+            elif self._wake_at is not None:
+                self._wake_at = min(self._wake_at, at)
         if not ready:
             return
         ready.sort(key=lambda c: (c.row.misses > 0, c.gap, c.row.wake_at))
         asked = len(self._asked)
         deepest = max((depth for _, _, depth in self._asked), default=0)
         target, nodes = prospect.curve.seconds, prospect.nodes
+        cost = 0.0
         while ready:
             cost = link.ask_seconds(asked + len(ready), max(deepest, 1))
             cost -= link.ask_seconds(asked, deepest) if asked else 0.0
@@ -170,11 +189,14 @@ class AutoBudget:
             if self.probing.affords(cost, target(0) if goes_on else 0.0):
                 break
             ready = ready[: len(ready) // 2]
+        if not ready and self._wake_at is not None:
+            self._wake_at = min(self._wake_at, self.step + self.probing.steps_until(cost))
         for candidate in ready:
             candidate.row.probes = True
             candidate.row.wake_at = self.step + 1
             wishes[candidate.place] = budget_of(link, 1)
-            self._ask(candidate, 1)
+            self._asked.append((candidate.request, candidate.row, 1))
+        self._probes = self._probes or bool(ready)
 
     # ---- after ----------------------------------------------------------------------------------------------------
 
@@ -226,7 +248,7 @@ class AutoBudget:
                 row = self._row(request, draft.link)
                 row.draft = draft
                 row.predicted = 0.0 if draft.scores is None else sum(math.exp(min(s, 0.0)) for s in draft.scores)
-        self._resting.plan(requests, self.step, is_idle=self._is_idle)
+        self._resting.plan(requests, self.step, None if self._probes else self._wake_at)
 
     def observe(self, requests: Sequence[Request], seconds: float, *, decoding: bool) -> None:
         """Takes in a step: its time, and what became of drafts.
@@ -237,8 +259,11 @@ class AutoBudget:
             decoding: whether every row ran one pending token and nothing else than its draft.
         """
         self.step += 1
+        if self._resting.is_resting:  # taken in later, many at once: by themselves each would find cold caches
+            self._rested.append((len(requests), seconds, decoding))
+            return
         nodes = 0
-        for request in () if self._resting.is_resting else requests:
+        for request in requests:
             outcome = request.outcome
             if outcome is not None:
                 nodes += outcome.num_nodes
@@ -246,8 +271,15 @@ class AutoBudget:
             for index, row in enumerate(request.estimates):
                 if row.guess is not None:
                     self._compare(request, row, index)
+        self._time(len(requests), seconds, decoding, nodes)
+        if self._probes and self._wake_at is not None:
+            wake_at = min((row.wake_at for request in requests for row in request.estimates), default=self.step)
+            self._resting.plan(requests, self.step, min(wake_at, self._wake_at))
+
+    def _time(self, rows: int, seconds: float, decoding: bool, nodes: int = 0) -> None:
+        """Takes in a step's time."""
         if decoding:
-            key = rows_class(len(requests))
+            key = rows_class(rows)
             if key not in self.targets:
                 self.targets[key] = CostCurve(VERIFY_SLOPE, least_slope=LEAST_SLOPE)
             self.targets[key].observe(nodes, seconds)
@@ -283,8 +315,9 @@ class AutoBudget:
         return request.estimates[index]
 
     def _ask(self, candidate: Candidate, depth: int) -> None:
+        """Notes that a row drafts."""
         self._asked.append((candidate.request, candidate.row, depth))
-        self._is_idle = False
+        self._wake_at = None
 
     def _follows(self, link: LinkEstimate, request: Request, has_begun: bool) -> bool:
         """Whether a speculator with a state takes in a prompt while it is computed."""

@@ -113,7 +113,9 @@ class SpeculatorChain:
         """
         auto = self._auto
         if auto is not None and auto.rests(requests):
-            self._keep_unseen_states(requests)
+            if any(link.enabled and link.speculator.traits.needs_states for link in self._links):
+                self._states.keep([request.slot for request in requests])
+            self._states.end_step()
             return
         decoding = max(1, sum(request.num_pending == 1 for request in requests))
         tokens = self._max_num_batched_tokens // (2 if contended else 1)

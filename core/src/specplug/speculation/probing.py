@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from specplug.speculation.estimates import LinkEstimate
-from specplug.speculation.states import WINDOW
+from specplug.speculation.estimates import LinkEstimate, RowEstimate
+from specplug.speculation.state_ring import WINDOW
 
 _SHARE = 0.015
 _SAVED_STEPS = 4.0
@@ -39,10 +40,20 @@ class Probing:
         self._wanted = max(cost, 0.999 * self._wanted)
         return False
 
+    def steps_until(self, cost: float) -> int:
+        """How many steps like those before earn what a probe costs."""
+        earned = _SHARE * self._step_seconds
+        return max(1, math.ceil((cost - self.credit) / earned)) if earned > 0.0 else 1
 
-def is_urgent(link: LinkEstimate, gap: int) -> bool:
-    """Whether a row should be woken now, since target states that its speculator was not shown are about to be lost."""
-    return link.speculator.traits.needs_states and WINDOW - _WINDOW_END <= gap < WINDOW
+
+def ready_at(link: LinkEstimate, row: RowEstimate, gap: int, step: int) -> int:
+    """The first step, this one or a later one, in which a row should be woken.
+
+    A speculator that needs the target's states is shown them before they are lost.
+    """
+    if not link.speculator.traits.needs_states or gap >= WINDOW:
+        return max(step, row.wake_at)
+    return max(step, min(row.wake_at, step + WINDOW - _WINDOW_END - gap))
 
 
 def vary(depths: list[int], limits: Sequence[int], step: int, timings: int, gain: float) -> list[int]:

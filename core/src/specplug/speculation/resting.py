@@ -1,4 +1,4 @@
-"""Steps in which the automatic budget has nothing to do, because every row sleeps deeply."""
+"""Steps in which the automatic budget has nothing to do, because every row sleeps."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from specplug.request import Request
 
-_LONGEST, _LONGEST_BY_TOKENS, _MISSES = 6, 32, 3
-"""Steps that are skipped at most, and where a gap costs nothing; probes that must have failed in every row before any is."""
+_LONGEST, _LONGEST_BY_TOKENS, _MISSES = 16, 32, 3
+"""Steps that are skipped at most; where a gap costs nothing, and probes have failed so often in every row, more."""
 
 
 class Resting:
-    """Leaves rows alone whose last probes all failed, until one is to be woken: their steps then cost what plain ones do.
+    """Leaves sleeping rows alone until one could be asked for again: their steps then cost what plain ones do.
 
     Args:
         by_tokens: whether all speculators see tokens alone, so that a gap costs them nothing.
@@ -22,7 +22,7 @@ class Resting:
 
     def __init__(self, *, by_tokens: bool) -> None:
         self.is_resting = False
-        self._longest = _LONGEST_BY_TOKENS if by_tokens else _LONGEST
+        self._by_tokens = by_tokens
         self._rows: list[int] = []
         self._until = 0
 
@@ -35,17 +35,19 @@ class Resting:
         )
         return self.is_resting
 
-    def plan(self, requests: Sequence[Request], step: int, *, is_idle: bool) -> None:
+    def plan(self, requests: Sequence[Request], step: int, wake_at: int | None) -> None:
         """Decides how many of the next steps are skipped.
 
         Args:
             requests: the rows.
             step: the number of this step.
-            is_idle: whether nothing was asked in it.
+            wake_at: the first step in which a row could be asked for; None if one drafts.
         """
-        rows = [row for request in requests for row in request.estimates]
-        if not is_idle or any(row.depth or row.misses < _MISSES for row in rows):
+        if wake_at is None:
             self._until = 0
             return
-        self._until = min([step + self._longest, *(row.wake_at for row in rows if row.wake_at > step)])
+        longest = _LONGEST
+        if self._by_tokens and all(row.misses >= _MISSES for request in requests for row in request.estimates):
+            longest = _LONGEST_BY_TOKENS
+        self._until = min(step + longest, wake_at)
         self._rows = [request.number for request in requests]
