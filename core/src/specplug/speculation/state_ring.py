@@ -12,7 +12,6 @@ from specplug.contract.traits import Boundary
 from specplug.model.device import to_device
 
 WINDOW = 64
-HELD_TOKENS = 16
 Channel = Boundary | str
 Captured = Mapping[Channel, torch.Tensor]
 StepRows = Mapping[int, tuple[range, list[int]]]
@@ -38,8 +37,9 @@ class _HeldStep:
 class StateRing:
     """For every slot the states of its last `WINDOW` positions, in a ring.
 
-    What small steps computed is held as it came, up to `HELD_TOKENS` tokens, and copied when it is needed or the limit is
-    reached: one copy for many steps. A GPU's states lie where the next step writes its own, and are copied at once.
+    Small steps' tensors are held as they came, and sorted into the ring when a slot's states are needed or there are too many:
+    with many rows asleep that is the work of one step in eight. A GPU's lie where the next step writes its own, and are sorted
+    at once.
 
     Args:
         specs: the channels.
@@ -53,15 +53,16 @@ class StateRing:
             for channel, spec in specs.items()
         }
         self._specs = specs
-        self._holds = device.type == "cpu"
         self._oldest: dict[int, int] = {}  # slot → first position kept
+        self._limit = _held_tokens(max_num_seqs, device)
         self._held: list[_HeldStep] = []
+        self._held_tokens = 0
         self._held_slots: set[int] = set()
 
     @staticmethod
-    def planned_positions(max_num_seqs: int) -> int:
-        """Positions whose states can exist at once: in the ring, held, and held ones put together for their copy."""
-        return max_num_seqs * WINDOW + 2 * HELD_TOKENS
+    def held_positions(max_num_seqs: int, device: torch.device) -> int:
+        """Positions whose states can exist beside the ring: held, and put together to be sorted."""
+        return 2 * _held_tokens(max_num_seqs, device)
 
     @staticmethod
     def place(slot: int, position: int) -> int:
@@ -70,33 +71,34 @@ class StateRing:
 
     def keep(self, captured: Captured, rows: StepRows, slots: Sequence[int]) -> None:
         """Keeps a step's states of some slots; its tensors may be held."""
-        if not slots or not captured:
+        if not slots or not self._specs:
             return
-        tokens = len(next(iter(captured.values())))
-        if sum(step.tokens for step in self._held) + tokens > HELD_TOKENS:
-            self._copy_held()
+        tokens = len(captured[next(iter(self._specs))])
+        if self._held_tokens + tokens > self._limit:
+            self._sort()
         self._held.append(_HeldStep(captured, rows, slots, tokens))
+        self._held_tokens += tokens
         self._held_slots.update(slots)
-        if not self._holds or tokens > HELD_TOKENS:
-            self._copy_held()
+        if tokens > self._limit:
+            self._sort()
 
     def oldest(self, slot: int) -> int | None:
         """The first position whose states are in the buffers, with all behind it; None if nothing was kept."""
         if slot in self._held_slots:
-            self._copy_held()
+            self._sort()
         return self._oldest.get(slot)
 
     def drop(self, slot: int) -> None:
         """Forgets a slot."""
         if slot in self._held_slots:
-            self._copy_held()
+            self._sort()
         self._oldest.pop(slot, None)
 
-    def _copy_held(self) -> None:
-        held, self._held = self._held, []
-        self._held_slots = set()
-        sources: dict[int, int] = {}
-        offset = 0
+    def _sort(self) -> None:
+        held, self._held, self._held_tokens = self._held, [], 0
+        self._held_slots.clear()
+        places: dict[int, int] = {}  # later steps overwrite earlier ones
+        begin = 0
         for step in held:
             for slot in step.slots:
                 positions, packed = step.rows.get(slot, (range(0), []))
@@ -104,16 +106,21 @@ class StateRing:
                     continue
                 first = max(positions.start, positions.stop - WINDOW)
                 for position in range(first, positions.stop):
-                    sources[self.place(slot, position)] = offset + packed[position - positions.start]
+                    places[self.place(slot, position)] = begin + packed[position - positions.start]
                 kept = self._oldest.get(slot, positions.start)
                 self._oldest[slot] = max(kept, positions.stop - WINDOW, 0)
-            offset += step.tokens
-        if not sources:
+            begin += step.tokens
+        if not places:
             return
         captured = held[0].captured
         if len(held) > 1:
             captured = {channel: torch.cat([step.captured[channel] for step in held]) for channel in self._specs}
-        copy_states(self._specs, captured, list(sources.values()), self.buffers, list(sources))
+        copy_states(self._specs, captured, list(places.values()), self.buffers, list(places))
+
+
+def _held_tokens(max_num_seqs: int, device: torch.device) -> int:
+    """Tokens of the steps that are held at most."""
+    return 8 * max(2, max_num_seqs) if device.type == "cpu" else 0
 
 
 def copy_states(

@@ -62,9 +62,12 @@ class StateStore:
     @staticmethod
     def planned_bytes(specs: Mapping[Channel, ChannelSpec], max_num_seqs: int, max_num_batched_tokens: int) -> int:
         """Bytes of the buffers."""
-        per_position = sum(spec.width * spec.dtype.itemsize for spec in specs.values())
-        delivered = max_num_batched_tokens + max_num_seqs * WINDOW
-        return per_position * (delivered + StateRing.planned_positions(max_num_seqs))
+        return _bytes_per_position(specs) * (max_num_batched_tokens + 2 * max_num_seqs * WINDOW)
+
+    @staticmethod
+    def passing_bytes(specs: Mapping[Channel, ChannelSpec], max_num_seqs: int, device: torch.device) -> int:
+        """Bytes of what is held of the last steps, beside the buffers."""
+        return _bytes_per_position(specs) * StateRing.held_positions(max_num_seqs, device)
 
     def record(self, captured: Captured, rows: StepRows) -> None:
         """Takes over a step's states.
@@ -125,3 +128,7 @@ class StateStore:
         """Lets go of the step's tensors."""
         self._current = {}
         self._step = {}
+
+
+def _bytes_per_position(specs: Mapping[Channel, ChannelSpec]) -> int:
+    return sum(spec.width * spec.dtype.itemsize for spec in specs.values())
