@@ -38,8 +38,7 @@ class StateRing:
     """For every slot the states of its last `WINDOW` positions, in a ring.
 
     Small steps' tensors are held as they came, and sorted into the ring when a slot's states are needed or there are too many:
-    with many rows asleep that is the work of one step in eight. A GPU's lie where the next step writes its own, and are sorted
-    at once.
+    where rows sleep, that is one step in 32. A GPU's lie where the next step writes its own, and are sorted at once.
 
     Args:
         specs: the channels.
@@ -57,7 +56,7 @@ class StateRing:
         self._limit = _held_tokens(max_num_seqs, device)
         self._held: list[_HeldStep] = []
         self._held_tokens = 0
-        self._held_slots: set[int] = set()
+        self._first_held: dict[int, int] = {}  # slot → the first held step that is its own
 
     @staticmethod
     def held_positions(max_num_seqs: int, device: torch.device) -> int:
@@ -76,40 +75,44 @@ class StateRing:
         tokens = len(captured[next(iter(self._specs))])
         if self._held_tokens + tokens > self._limit:
             self._sort()
+        for slot in slots:
+            self._first_held.setdefault(slot, len(self._held))
         self._held.append(_HeldStep(captured, rows, slots, tokens))
         self._held_tokens += tokens
-        self._held_slots.update(slots)
         if tokens > self._limit:
             self._sort()
 
     def oldest(self, slot: int) -> int | None:
         """The first position whose states are in the buffers, with all behind it; None if nothing was kept."""
-        if slot in self._held_slots:
+        if slot in self._first_held:
             self._sort()
         return self._oldest.get(slot)
 
     def drop(self, slot: int) -> None:
         """Forgets a slot."""
-        if slot in self._held_slots:
-            self._sort()
+        self._first_held.pop(slot, None)
         self._oldest.pop(slot, None)
+        if not self._first_held:
+            self._held, self._held_tokens = [], 0
 
     def _sort(self) -> None:
         held, self._held, self._held_tokens = self._held, [], 0
-        self._held_slots.clear()
+        first_held, self._first_held = self._first_held, {}
         places: dict[int, int] = {}  # later steps overwrite earlier ones
+        spans: dict[int, tuple[int, int]] = {}
         begin = 0
-        for step in held:
+        for number, step in enumerate(held):
             for slot in step.slots:
-                positions, packed = step.rows.get(slot, (range(0), []))
-                if not len(positions):
+                row = step.rows.get(slot)
+                if row is None or number < first_held.get(slot, len(held)):
                     continue
-                first = max(positions.start, positions.stop - WINDOW)
-                for position in range(first, positions.stop):
-                    places[self.place(slot, position)] = begin + packed[position - positions.start]
-                kept = self._oldest.get(slot, positions.start)
-                self._oldest[slot] = max(kept, positions.stop - WINDOW, 0)
+                positions, packed = row
+                for position, place in zip(positions, packed, strict=True):
+                    places[slot * WINDOW + position % WINDOW] = begin + place
+                spans[slot] = spans[slot][0] if slot in spans else positions.start, positions.stop
             begin += step.tokens
+        for slot, (start, stop) in spans.items():
+            self._oldest[slot] = max(self._oldest.get(slot, start), stop - WINDOW)
         if not places:
             return
         captured = held[0].captured
@@ -120,7 +123,7 @@ class StateRing:
 
 def _held_tokens(max_num_seqs: int, device: torch.device) -> int:
     """Tokens of the steps that are held at most."""
-    return 8 * max(2, max_num_seqs) if device.type == "cpu" else 0
+    return 32 * max_num_seqs if device.type == "cpu" else 0
 
 
 def copy_states(
