@@ -35,10 +35,15 @@ def allocate(
     Returns:
         The depth of every row, 0 for none; and the expected tokens per second.
     """
-    deep = _best_depth(gains, tokens, nodes, width, target, ask, spent) if len(gains) > 1 else None
-    order = sorted(((gain, row) for row, own in enumerate(gains) for gain in own[:deep]), reverse=True)
     rate = tokens / (target(nodes) + spent)
     best, best_count = rate * margin, 0
+    cheapest = min(ask(1, 1), ask(len(gains), 1)) if gains else 0.0
+    if tokens + sum(map(sum, gains)) <= best * (
+        target(nodes) + spent + cheapest
+    ):  # not even if all of it were that cheap
+        return [0] * len(gains), rate
+    deep = _best_depth(gains, tokens, nodes, width, target, ask, spent) if len(gains) > 1 else None
+    order = sorted(((gain, row) for row, own in enumerate(gains) for gain in own[:deep]), reverse=True)
     depths = [0] * len(gains)
     rows = deepest = 0
     cost = spent

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from specplug.request import Request
 
-_LONGEST, _LONGEST_BY_TOKENS, _MISSES = 8, 32, 3
+_LONGEST, _LONGEST_BY_TOKENS, _MISSES = 12, 32, 3
 """Steps that are skipped at most; where a gap costs nothing, and probes have failed so often in every row, more."""
 
 

@@ -1,7 +1,8 @@
 """The target states that speculators asked for: captured per step, kept for rows that sleep, handed over once.
 
 A *channel* is one kind of state: a boundary of the residual stream, or the target's top-k ids and probabilities. What a
-step computed lies in that step's tensors; rows that are not shown it at once keep their last `WINDOW` positions in a ring.
+step computed lies in that step's tensors; of rows that are not shown it at once the last `WINDOW` positions are kept: in those
+tensors where they can be held, else in a ring.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from specplug.contract.traits import SpeculatorTraits
+from specplug.speculation.held_steps import HeldSteps
 from specplug.speculation.state_ring import (
     WINDOW,
     Captured,
@@ -56,6 +58,7 @@ class StateStore:
         capacity = max_num_batched_tokens + max_num_seqs * WINDOW
         self.delivery = {c: torch.zeros(capacity, s.width, dtype=s.dtype, device=device) for c, s in specs.items()}
         self._ring = StateRing(self.specs, max_num_seqs, device)
+        self._held = HeldSteps(self.specs, max_num_seqs, device)
         self._step: StepRows = {}
         self._current: Captured = {}
 
@@ -67,7 +70,7 @@ class StateStore:
     @staticmethod
     def passing_bytes(specs: Mapping[Channel, ChannelSpec], max_num_seqs: int, device: torch.device) -> int:
         """Bytes of what is held of the last steps, beside the buffers."""
-        return _bytes_per_position(specs) * StateRing.held_positions(max_num_seqs, device)
+        return _bytes_per_position(specs) * HeldSteps.most_tokens(max_num_seqs, device)
 
     def record(self, captured: Captured, rows: StepRows) -> None:
         """Takes over a step's states.
@@ -81,6 +84,7 @@ class StateStore:
 
     def available_from(self, slot: int, start: int) -> int:
         """The first position at or after `start` from which on all of the row's states are there."""
+        self._settle(slot)
         step, _ = self._step.get(slot, (range(0), []))
         oldest = self._ring.oldest(slot)
         if oldest is None or (len(step) and start >= step.start):
@@ -118,16 +122,30 @@ class StateStore:
 
     def keep(self, slots: Sequence[int]) -> None:
         """Keeps this step's states of rows that somebody has not seen yet."""
-        self._ring.keep(self._current, self._step, slots)
+        if not slots or not self.specs or self._held.add(self._current, self._step, slots):
+            return
+        for slot in self._held.slots:
+            self._settle(slot)
+        self._ring.take(self._current, self._step, slots)
 
     def drop(self, slot: int) -> None:
         """Forgets what was kept for a row: everybody has seen it, or it ended."""
+        self._held.drop(slot)
         self._ring.drop(slot)
 
     def end_step(self) -> None:
         """Lets go of the step's tensors."""
         self._current = {}
         self._step = {}
+
+    def _settle(self, slot: int) -> None:
+        """Brings what is held of a row into the ring."""
+        taken = self._held.take_out(slot)
+        if taken is not None:
+            states, positions, is_cut = taken
+            if is_cut:
+                self._ring.drop(slot)
+            self._ring.take(states, {slot: (positions, list(range(len(positions))))}, [slot])
 
 
 def _bytes_per_position(specs: Mapping[Channel, ChannelSpec]) -> int:
