@@ -178,19 +178,19 @@ class AutoBudget:
         asked = len(self._asked)
         deepest = max((depth for _, _, depth in self._asked), default=0)
         target, nodes = prospect.curve.seconds, prospect.nodes
-        cost = 0.0
+        cost = overdraft = 0.0
         while ready:
             cost = link.ask_seconds(asked + len(ready), max(deepest, 1))
             cost -= link.ask_seconds(asked, deepest) if asked else 0.0
             cost += link.feed * sum(c.gap for c in ready if c.gap > SHORT_GAP)
             if not link.compares:
                 cost += target(nodes + math.ceil(len(ready) * link.width)) - target(nodes)
-            goes_on = any(c.row.probes and not c.row.misses for c in ready)
-            if self.probing.affords(cost, target(0) if goes_on else 0.0):
+            overdraft = target(0) if any(c.row.probes and not c.row.misses for c in ready) else 0.0
+            if self.probing.affords(cost, overdraft):
                 break
             ready = ready[: len(ready) // 2]
         if not ready and self._wake_at is not None:
-            self._wake_at = min(self._wake_at, self.step + self.probing.steps_until(cost))
+            self._wake_at = min(self._wake_at, self.step + self.probing.steps_until(cost - overdraft))
         for candidate in ready:
             candidate.row.probes = True
             candidate.row.wake_at = self.step + 1
