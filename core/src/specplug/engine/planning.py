@@ -102,13 +102,13 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
     most_captured = min(max(num_entries, _SHORT_PROMPT), config.max_num_batched_tokens)
     buffers = StateStore.planned_bytes(channels, config.max_num_seqs, config.max_num_batched_tokens)
     buffers += Workspace.planned_bytes(num_entries, architecture.vocab_size)
-    passing = StateStore.passing_bytes(channels, config.max_num_seqs, device)
+    passing = 0
     if device.type == "cuda":
         boundaries = {b for speculator in speculators for b in speculator.traits.hidden_states}
         target = StepModel(
             model_config, architecture.kv_layers, architecture.vocab_size, dtype, num_states=len(boundaries)
         )
-        passing += step_bytes(
+        passing = step_bytes(
             target,
             _drafts(facade, regions, device),
             device,

@@ -14,7 +14,7 @@ from specplug.speculation.curve import CostCurve
 from specplug.speculation.draft import Draft
 from specplug.speculation.estimates import LinkEstimate, RowEstimate, rows_class
 from specplug.speculation.policy import FixedBudget, Wish
-from specplug.speculation.probing import Probing, ready_at, vary
+from specplug.speculation.probing import Probing, missed_tokens, ready_at, vary
 from specplug.speculation.prospect import LEAST_SLOPE, VERIFY_SLOPE, Prospect
 from specplug.speculation.resting import Resting
 from specplug.speculation.trimming import keep_what_pays
@@ -44,7 +44,7 @@ class AutoBudget:
         self._fixed = FixedBudget()
         self._prospect = Prospect(0, self.targets)
         self._asked: list[tuple[Request, RowEstimate, int]] = []
-        self._resting = Resting(by_tokens=all(s.traits.token_only for s in speculators))
+        self._resting = Resting()
         self._wake_at: int | None = 0  # when a row could be asked for next; None while one drafts
         self._probes = False
         self._rested: list[tuple[int, float, bool]] = []
@@ -87,7 +87,7 @@ class AutoBudget:
         wishes: list[Wish] = [None] * len(requests)
         candidates: list[Candidate] = []
         for place, request in enumerate(requests):
-            gap = 0 if link.token_only else request.num_computed - seen.get(request.number, 0)
+            gap = missed_tokens(link, request.num_computed, seen.get(request.number, 0))
             if request.num_pending > 1:
                 if self._follows(link, request, request.number in seen):
                     wishes[place] = 0
@@ -190,7 +190,8 @@ class AutoBudget:
                 break
             ready = ready[: len(ready) // 2]
         if not ready and self._wake_at is not None:
-            self._wake_at = min(self._wake_at, self.step + self.probing.steps_until(cost - overdraft))
+            growth = 0.0 if link.token_only else link.feed
+            self._wake_at = min(self._wake_at, self.step + self.probing.steps_until(cost - overdraft, growth))
         for candidate in ready:
             candidate.row.probes = True
             candidate.row.wake_at = self.step + 1

@@ -1,112 +1,117 @@
-"""Steps' target states held as they came, so that rows that sleep for long cost next to nothing."""
+"""Steps' target states put aside as they came, so that rows that sleep for long cost next to nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping
 
 import attrs
 import torch
 
-from specplug.speculation.state_ring import WINDOW, Captured, Channel, StepRows, is_run
+from specplug.speculation.state_ring import WINDOW, Captured, Channel, ChannelSpec, StepRows
 
-_STEPS = WINDOW + 16
+_SPARE = 2
+_MOST_VIEWS = 256
 
 
 @attrs.frozen(eq=False)
 class _Step:
-    captured: Captured
+    begin: int
+    end: int
     rows: StepRows
-    tokens: int
 
 
 class HeldSteps:
-    """The tensors of the last steps, for slots whose states somebody may ask for later. Most of them nobody ever does.
+    """The states of the last steps, for slots whose states somebody may ask for later. Of most of them nobody ever does.
 
-    A GPU's are overwritten by the next step; there nothing is held.
+    A step is copied whole, by one operation, over the oldest. (To hold the step's own tensors would be for nothing at first
+    sight; but then the next steps find other memory to compute in, which no cache knows.)
 
     Args:
-        channels: what is wanted of a step.
-        max_num_seqs: slots.
+        specs: the channels.
+        max_num_seqs: slots; steps of up to twice as many tokens are taken.
         device: where states live.
+
+    Attributes:
+        buffers: [tokens, width] per channel.
     """
 
-    def __init__(self, channels: Collection[Channel], max_num_seqs: int, device: torch.device) -> None:
-        self._channels = channels
-        self._limit = self.most_tokens(max_num_seqs, device)
-        self._tokens = 0
-        self._steps: list[_Step] = []
-        self._first: dict[int, int] = {}  # slot → the first step that holds it
-        self._cut: set[int] = set()  # slots of which older states are gone
+    def __init__(self, specs: Mapping[Channel, ChannelSpec], max_num_seqs: int, device: torch.device) -> None:
+        self._tokens = self.planned_positions(max_num_seqs)
+        self.buffers = {
+            channel: torch.zeros(self._tokens, spec.width, dtype=spec.dtype, device=device)
+            for channel, spec in specs.items()
+        }
+        self._limit = _SPARE * max_num_seqs
+        self._end = 0
+        self._steps: deque[_Step] = deque()
+        self._forgotten = 0  # steps
+        self._first: dict[int, int] = {}  # slot → the number of the first step that holds it
+        self._views: dict[tuple[int, int], list[torch.Tensor]] = {}
 
     @staticmethod
-    def most_tokens(max_num_seqs: int, device: torch.device) -> int:
-        """Tokens of the steps that are held at most."""
-        return _STEPS * max_num_seqs if device.type == "cpu" else 0
+    def planned_positions(max_num_seqs: int) -> int:
+        """Positions for which there is memory."""
+        return _SPARE * WINDOW * max_num_seqs
 
     @property
     def slots(self) -> list[int]:
         """The slots of which something is held."""
         return list(self._first)
 
-    def add(self, captured: Captured, rows: StepRows, slots: Sequence[int]) -> bool:
-        """Holds a step; False if there is no room for it."""
-        tokens = len(next(iter(captured.values()))) if captured else 0
-        if self._tokens + tokens > self._limit and len(self._steps) > WINDOW:
-            self._forget(len(self._steps) - WINDOW)
-        if self._tokens + tokens > self._limit:
+    def add(self, captured: Captured, rows: StepRows, slots: Iterable[int]) -> bool:
+        """Puts a step aside; False if it is too large."""
+        states = [captured[channel] for channel in self.buffers]
+        tokens = len(states[0])
+        if tokens > self._limit:
             return False
+        begin = self._end if self._end + tokens <= self._tokens else 0
+        end = self._end = begin + tokens
+        steps = self._steps
+        while steps and steps[0].begin < end and steps[0].end > begin:
+            steps.popleft()
+            self._forgotten += 1
+        torch._foreach_copy_(self._view(begin, end), states)
+        number = self._forgotten + len(steps)
         for slot in slots:
-            self._first.setdefault(slot, len(self._steps))
-        self._steps.append(_Step(captured, rows, tokens))
-        self._tokens += tokens
+            self._first.setdefault(slot, number)
+        steps.append(_Step(begin, end, rows))
         return True
 
-    def take_out(self, slot: int) -> tuple[Captured, range, bool] | None:
-        """A slot's states, [N, width] per channel, of the last `WINDOW` positions at most; None if none are held.
+    def take_out(self, slot: int) -> tuple[range, list[int], bool] | None:
+        """A slot's last positions, `WINDOW` at most; None if none are held.
 
         Returns:
-            The states, their positions, and whether states between them and those before are gone.
+            The positions, where they lie in the buffers, and whether some between them and those before are gone.
         """
         first = self._first.get(slot)
         if first is None:
             return None
-        found: list[tuple[_Step, list[int]]] = []
-        count = stop = 0
-        for step in reversed(self._steps[first:]):
+        places: list[int] = []
+        stop = 0
+        for step, _ in zip(reversed(self._steps), range(self._forgotten + len(self._steps) - first), strict=False):
             positions, packed = step.rows.get(slot, (range(0), []))
-            if not len(positions):
-                continue
             stop = stop or positions.stop
-            found.append((step, packed[-(WINDOW - count) :]))
-            count += len(found[-1][1])
-            if count == WINDOW:
+            places.extend(step.begin + place for place in reversed(packed))
+            if len(places) >= WINDOW:
                 break
-        is_cut = slot in self._cut
         self.drop(slot)
-        if not found:
-            return None
-        found.reverse()
-        states = {
-            channel: torch.cat([_select(step.captured[channel], places) for step, places in found])
-            for channel in self._channels
-        }
-        return states, range(stop - count, stop), is_cut
+        del places[WINDOW:]
+        places.reverse()
+        return (range(stop - len(places), stop), places, first < self._forgotten) if places else None
 
     def drop(self, slot: int) -> None:
         """Lets go of a slot."""
         self._first.pop(slot, None)
-        self._cut.discard(slot)
         if not self._first:
-            self._steps, self._tokens = [], 0
+            self._forgotten += len(self._steps)
+            self._steps.clear()
 
-    def _forget(self, count: int) -> None:
-        """Lets go of the oldest steps."""
-        self._tokens -= sum(step.tokens for step in self._steps[:count])
-        del self._steps[:count]
-        self._cut.update(slot for slot, first in self._first.items() if first < count)
-        self._first = {slot: max(first - count, 0) for slot, first in self._first.items()}
-
-
-def _select(states: torch.Tensor, places: list[int]) -> torch.Tensor:
-    """Some rows of a step's states."""
-    return states[places[0] : places[-1] + 1] if is_run(places) else states[places]
+    def _view(self, begin: int, end: int) -> list[torch.Tensor]:
+        """A part of all buffers; the same few are wanted again and again."""
+        views = self._views.get((begin, end))
+        if views is None:
+            if len(self._views) >= _MOST_VIEWS:
+                self._views.clear()
+            views = self._views[begin, end] = [buffer[begin:end] for buffer in self.buffers.values()]
+        return views

@@ -14,6 +14,7 @@ _WINDOW_END = 8
 _OFTEN, _NOW_AND_THEN, _RARELY = 2, 8, 32
 _NEW, _KNOWN = 24, 256
 _CLOSE = 1.5
+_NEVER = 1 << 20
 
 
 class Probing:
@@ -40,10 +41,17 @@ class Probing:
         self._wanted = max(cost, 0.999 * self._wanted)
         return False
 
-    def steps_until(self, cost: float) -> int:
-        """How many steps like those before earn what a probe costs."""
-        earned = _SHARE * self._step_seconds
-        return max(1, math.ceil((cost - self.credit) / earned)) if earned > 0.0 else 1
+    def steps_until(self, cost: float, growth: float) -> int:
+        """How many steps like those before earn what a probe costs, which grows with every step."""
+        earned = _SHARE * self._step_seconds - growth
+        return max(1, math.ceil((cost - self.credit) / earned)) if earned > 0.0 else _NEVER
+
+
+def missed_tokens(link: LinkEstimate, computed: int, seen: int) -> int:
+    """How many tokens a speculator must take in of a row: of target states no more than are kept."""
+    if link.token_only:
+        return 0
+    return min(computed - seen, WINDOW) if link.speculator.traits.needs_states else computed - seen
 
 
 def ready_at(link: LinkEstimate, row: RowEstimate, gap: int, step: int) -> int:

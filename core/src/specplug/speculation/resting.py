@@ -6,23 +6,19 @@ from collections.abc import Sequence
 
 from specplug.request import Request
 
-_LONGEST, _LONGEST_BY_TOKENS, _MISSES = 12, 32, 3
-"""Steps that are skipped at most; where a gap costs nothing, and probes have failed so often in every row, more."""
+_LONGEST, _LONGEST_DEEP, _MISSES = 12, 32, 3
+"""Steps that are skipped at most: costs may change. More where so many probes in a row have failed in every row that had any."""
 
 
 class Resting:
     """Leaves sleeping rows alone until one could be asked for again: their steps then cost what plain ones do.
 
-    Args:
-        by_tokens: whether all speculators see tokens alone, so that a gap costs them nothing.
-
     Attributes:
         is_resting: whether this step is skipped.
     """
 
-    def __init__(self, *, by_tokens: bool) -> None:
+    def __init__(self) -> None:
         self.is_resting = False
-        self._by_tokens = by_tokens
         self._rows: list[int] = []
         self._until = 0
 
@@ -46,8 +42,7 @@ class Resting:
         if wake_at is None:
             self._until = 0
             return
-        longest = _LONGEST
-        if self._by_tokens and all(row.misses >= _MISSES for request in requests for row in request.estimates):
-            longest = _LONGEST_BY_TOKENS
-        self._until = min(step + longest, wake_at)
+        rows = [row for request in requests for row in request.estimates]
+        is_deep = all(row.misses >= _MISSES or not row.acceptance.first_reached for row in rows)
+        self._until = min(step + (_LONGEST_DEEP if is_deep else _LONGEST), wake_at)
         self._rows = [request.number for request in requests]

@@ -79,7 +79,7 @@ def copy_states(
     """Copies the states at some places to others, in all channels."""
     if not read:
         return
-    if is_run(read) and is_run(write):  # a slice takes a third of the time of an index, and one row is the usual case
+    if _is_run(read) and _is_run(write):  # a slice takes a third of the time of an index, and one row is the usual case
         first, to, count = read[0], write[0], len(read)
         for channel, spec in specs.items():
             destination[channel][to : to + count].copy_(source[channel][first : first + count, : spec.width])
@@ -91,6 +91,6 @@ def copy_states(
         destination[channel].index_copy_(0, write_index, rows.to(spec.dtype))
 
 
-def is_run(numbers: Sequence[int]) -> bool:
+def _is_run(numbers: Sequence[int]) -> bool:
     """Whether each number is one more than the one before."""
     return all(after == before + 1 for before, after in itertools.pairwise(numbers))

@@ -1,8 +1,8 @@
 """The target states that speculators asked for: captured per step, kept for rows that sleep, handed over once.
 
 A *channel* is one kind of state: a boundary of the residual stream, or the target's top-k ids and probabilities. What a
-step computed lies in that step's tensors; of rows that are not shown it at once the last `WINDOW` positions are kept: in those
-tensors where they can be held, else in a ring.
+step computed lies in that step's tensors; of rows that are not shown it at once the last `WINDOW` positions are kept: small
+steps are put aside whole, large ones, and what a speculator asks for, sorted into a ring.
 """
 
 from __future__ import annotations
@@ -65,12 +65,9 @@ class StateStore:
     @staticmethod
     def planned_bytes(specs: Mapping[Channel, ChannelSpec], max_num_seqs: int, max_num_batched_tokens: int) -> int:
         """Bytes of the buffers."""
-        return _bytes_per_position(specs) * (max_num_batched_tokens + 2 * max_num_seqs * WINDOW)
-
-    @staticmethod
-    def passing_bytes(specs: Mapping[Channel, ChannelSpec], max_num_seqs: int, device: torch.device) -> int:
-        """Bytes of what is held of the last steps, beside the buffers."""
-        return _bytes_per_position(specs) * HeldSteps.most_tokens(max_num_seqs, device)
+        per_position = sum(spec.width * spec.dtype.itemsize for spec in specs.values())
+        positions = max_num_batched_tokens + 2 * max_num_seqs * WINDOW + HeldSteps.planned_positions(max_num_seqs)
+        return per_position * positions
 
     def record(self, captured: Captured, rows: StepRows) -> None:
         """Takes over a step's states.
@@ -84,7 +81,7 @@ class StateStore:
 
     def available_from(self, slot: int, start: int) -> int:
         """The first position at or after `start` from which on all of the row's states are there."""
-        self._settle(slot)
+        self._settle([slot])
         step, _ = self._step.get(slot, (range(0), []))
         oldest = self._ring.oldest(slot)
         if oldest is None or (len(step) and start >= step.start):
@@ -124,8 +121,7 @@ class StateStore:
         """Keeps this step's states of rows that somebody has not seen yet."""
         if not slots or not self.specs or self._held.add(self._current, self._step, slots):
             return
-        for slot in self._held.slots:
-            self._settle(slot)
+        self._settle(self._held.slots)
         self._ring.take(self._current, self._step, slots)
 
     def drop(self, slot: int) -> None:
@@ -138,15 +134,14 @@ class StateStore:
         self._current = {}
         self._step = {}
 
-    def _settle(self, slot: int) -> None:
-        """Brings what is held of a row into the ring."""
-        taken = self._held.take_out(slot)
-        if taken is not None:
-            states, positions, is_cut = taken
-            if is_cut:
-                self._ring.drop(slot)
-            self._ring.take(states, {slot: (positions, list(range(len(positions))))}, [slot])
-
-
-def _bytes_per_position(specs: Mapping[Channel, ChannelSpec]) -> int:
-    return sum(spec.width * spec.dtype.itemsize for spec in specs.values())
+    def _settle(self, slots: Sequence[int]) -> None:
+        """Sorts what was put aside of some rows into the ring."""
+        rows: dict[int, tuple[range, list[int]]] = {}
+        for slot in slots:
+            taken = self._held.take_out(slot)
+            if taken is not None:
+                positions, places, is_cut = taken
+                rows[slot] = positions, places
+                if is_cut:
+                    self._ring.drop(slot)
+        self._ring.take(self._held.buffers, rows, list(rows))
