@@ -5,11 +5,12 @@ fixed length with good ones.
 
 Within every repetition the prompts are served by all contestants in turn, in an order that is drawn anew: one by one, or from
 a queue that keeps as many rows busy as the batch has until all have been taken. Reported are means of the ratios of the
-repetitions' times, with 95 % intervals (Student's t). All lengths, auto's included, are drafted for by one and the same engine,
-whose policy is exchanged: two copies of the same weights differ in speed by some per
-cent, by where they lie in memory. Plain decoding has an engine of its own, so its ratio carries that difference; run the
-benchmark several times to see it. Which fixed length is best is decided by one half of the repetitions and measured in the
-other, and the other way round: the best of several is else also the luckiest.
+repetitions' times, with 95 % intervals (Student's t). All lengths, auto's included, are drafted for by one and the same
+engine, whose policy is exchanged: two copies of the same weights differ in speed by some per cent, by where they lie in
+memory. *Plain* decoding has an engine of its own, so its ratio carries that difference: run the benchmark several times to
+see it. *Bare* is the drafting engine without its speculators, which takes that difference away (and what handing out the
+target's states costs). Which fixed length is best is decided by one half of the repetitions and measured in the other, and
+the other way round: the best of several is else also the luckiest.
 
 *Adversarial* speculators are the shipped ones at their full cost, whose drafts are replaced by tokens that the target has
 least reason to say: `ngram` (it is made to draft always), `draft_model`, `eagle3`. *Good* ones are the shipped ones as they
@@ -39,10 +40,11 @@ from workloads import WORKLOADS
 
 from specplug import LLM, SamplingParams, SpeculativeConfig, __version__, hookimpl, resolve_model
 from specplug.plugins.registry import PluginRegistry
+from specplug.speculation.chain import SpeculatorChain
 from specplug.speculation.policy import FixedBudget
 from specplug.stats import SpeculationStats
 
-PLAIN, AUTO = "plain", "auto"
+PLAIN, BARE, AUTO = "plain", "bare", "auto"
 _QUEUE = 3  # prompts for every row, at least
 METHODS: Mapping[str, dict[str, Any]] = {
     "ngram": {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 1},
@@ -94,6 +96,21 @@ def adversary(method: str, token: int) -> Any:
     return make
 
 
+def without_speculators(llm: LLM) -> SpeculatorChain:
+    """A chain that asks nobody, for an engine that was started with speculators."""
+    engine = llm.engine
+    return SpeculatorChain(
+        [],
+        engine.chain._states,
+        FixedBudget(),
+        vocab_size=engine.runner.architecture.vocab_size,
+        max_model_len=engine.plan.max_model_len,
+        max_num_batched_tokens=engine.config.max_num_batched_tokens,
+        max_num_draft_tokens=None,
+        strict=False,
+    )
+
+
 def serve(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> float:
     """Seconds for a batch of prompts."""
     started = time.perf_counter()
@@ -139,9 +156,12 @@ def measure(
     with ExitStack() as stack:
         plain = stack.enter_context(LLM(args.target, **{**options, "plugins": {}}))
         drafting = stack.enter_context(LLM(args.target, speculative_config=keys, **options))
-        auto, fixed = drafting.engine.chain.policy, FixedBudget()
+        chain = drafting.engine.chain
+        auto, fixed = chain.policy, FixedBudget()
+        chains = {PLAIN: plain.engine.chain, BARE: without_speculators(drafting)}
         contestants: dict[str, tuple[LLM, Any, SamplingParams]] = {
-            PLAIN: (plain, None, params),
+            PLAIN: (plain, fixed, params),
+            BARE: (drafting, fixed, params),
             AUTO: (drafting, auto, params),
         }
         if not spoiled:
@@ -155,7 +175,8 @@ def measure(
                 random.shuffle(order)
                 for name in order:
                     llm, policy, own = contestants[name]
-                    llm.engine.chain.policy = policy or llm.engine.chain.policy
+                    llm.engine.chain = chains.get(name, chain)
+                    llm.engine.chain.policy = policy
                     llm.engine.stats, before = stats.get(name, SpeculationStats()), llm.engine.stats
                     took = serve(llm, group, own)
                     stats[name], llm.engine.stats = llm.engine.stats, before
@@ -170,6 +191,7 @@ def measure(
             "batch": batch,
             "workload": workload,
             "to_plain": interval([p / a for p, a in zip(seconds[PLAIN], seconds[AUTO], strict=True)]),
+            "to_bare": interval([b / a for b, a in zip(seconds[BARE], seconds[AUTO], strict=True)]),
             "auto_tokens_per_second": round(len(prompts) * args.tokens / statistics.median(seconds[AUTO]), 1),
             "tau": round(counts.mean_acceptance_length or 1.0, 3),
             "drafted_a_step": round(counts.num_draft_tokens / max(1, counts.num_steps), 3),

@@ -37,12 +37,18 @@ class EngineAcceptance:
     def record(self, row: RowAcceptance, accepted: int, *, rejected: bool) -> bool:
         """Takes in one draft of a row: how many nodes were accepted, and whether the one behind them was rejected.
 
+        Where a text becomes predictable, others may: what was seen before counts for less, so that rows of which one alone
+        would not pay are tried.
+
         Returns:
             Whether it made what was seen of the row before count for less.
         """
         if accepted or rejected:
             self._judge(row, hit=accepted > 0)
         doubts = row.record(self.first, accepted, rejected=rejected)
+        if doubts and accepted:
+            self.accepted = [count * _DOUBT_KEEPS for count in self.accepted]
+            self.reached = [count * _DOUBT_KEEPS for count in self.reached]
         for index in range(min(accepted + rejected, len(self.reached))):
             self.reached[index] = self.reached[index] * _ENGINE_FORGETS + 1.0
             self.accepted[index] = self.accepted[index] * _ENGINE_FORGETS + (index < accepted)

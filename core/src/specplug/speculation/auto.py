@@ -22,6 +22,7 @@ from specplug.speculation.trimming import keep_what_pays
 _MARGIN = 1.02
 _SETTLED_STEPS, _SETTLED_DRAFTS = 4, 6
 _PREFERENCE = 1.1
+_TOGETHER = 4
 _FAR = 1 << 20
 
 
@@ -163,15 +164,13 @@ class AutoBudget:
         Other rows profit from what is found out, since what is known of all rows is where each of them begins.
         """
         link, prospect = self.links[index], self._prospect
-        ready: list[Candidate] = []
-        for candidate in idle:
-            if candidate.row.guess is not None:
-                continue
-            at = ready_at(link, candidate.row, candidate.gap, self.step)
-            if at <= self.step:
-                ready.append(candidate)
-            elif self._wake_at is not None:
-                self._wake_at = min(self._wake_at, at)
+        waiting = [c for c in idle if c.row.guess is None]
+        times = [ready_at(link, c.row, c.gap, self.step) for c in waiting]
+        # A guess for one row more costs next to nothing, so those that are to be woken soon do not wake by themselves.
+        latest = self.step + _TOGETHER if link.compares and self.step in times else self.step
+        ready = [c for c, at in zip(waiting, times, strict=True) if at <= latest]
+        if self._wake_at is not None:
+            self._wake_at = min([self._wake_at, *(at for at in times if at > latest)])
         if not ready:
             return
         ready.sort(key=lambda c: (c.row.misses > 0, c.gap, c.row.wake_at))
@@ -212,6 +211,8 @@ class AutoBudget:
         link, prospect = self.links[index], self._prospect
         prospect.spent += seconds if asked is None else link.observe_proposal(asked, seconds)
         if asked is None:
+            if self._wake_at is not None:
+                self.probing.charge(seconds)
             return
         is_last = index + 1 == len(self.links)
         for request, row, depth in self._asked:

@@ -20,7 +20,8 @@ _NEVER = 1 << 20
 class Probing:
     """An account of seconds: a share of all steps' time flows in, every probe's expected cost is drawn from it.
 
-    So however useless a speculator, and however many rows there are, what is lost to finding out stays a small share.
+    So is the time of seeing that nothing can be tried yet. However useless a speculator, and however many rows there are, what
+    is lost to finding out stays a small share.
     """
 
     def __init__(self) -> None:
@@ -40,6 +41,10 @@ class Probing:
             return True
         self._wanted = max(cost, 0.999 * self._wanted)
         return False
+
+    def charge(self, seconds: float) -> None:
+        """So long was looked for something to try, in vain."""
+        self.credit = min(self.credit, max(0.0, self.credit - seconds))
 
     def steps_until(self, cost: float, growth: float) -> int:
         """How many steps like those before earn what a probe costs, which grows with every step."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from specplug.request import Request
 
 _LONGEST, _LONGEST_DEEP, _MISSES = 12, 32, 3
-"""Steps that are skipped at most: costs may change. More where so many probes in a row have failed in every row that had any."""
+"""Steps that are skipped at most, since costs may change; more where every row that was probed failed so often in a row."""
 
 
 class Resting:
