@@ -8,6 +8,7 @@ _ROW_FORGETS, _ENGINE_FORGETS, _LOSS_FORGETS = 0.94, 0.99, 0.99
 _ENGINE_TRUST = 2.0
 _FIRST_GUESS, _GUESS_TRUST = 0.6, 3.0
 _TRUSTS = (1.5, 6.0, 24.0)
+_HOPELESS = 0.5
 _UNLIKELY, _DOUBT_KEEPS, _DOUBT_FADES = 0.04, 0.3, 0.02
 
 
@@ -37,8 +38,8 @@ class EngineAcceptance:
     def record(self, row: RowAcceptance, accepted: int, *, rejected: bool) -> bool:
         """Takes in one draft of a row: how many nodes were accepted, and whether the one behind them was rejected.
 
-        Where a text becomes predictable, others may: what was seen before counts for less, so that rows of which one alone
-        would not pay are tried.
+        Where next to nothing was accepted and one text becomes predictable, others may: what was seen before counts for less,
+        so that rows of which one alone would not pay are tried.
 
         Returns:
             Whether it made what was seen of the row before count for less.
@@ -46,7 +47,7 @@ class EngineAcceptance:
         if accepted or rejected:
             self._judge(row, hit=accepted > 0)
         doubts = row.record(self.first, accepted, rejected=rejected)
-        if doubts and accepted:
+        if doubts and accepted and self.first < _HOPELESS:
             self.accepted = [count * _DOUBT_KEEPS for count in self.accepted]
             self.reached = [count * _DOUBT_KEEPS for count in self.reached]
         for index in range(min(accepted + rejected, len(self.reached))):
