@@ -74,7 +74,9 @@ def test_a_good_speculator_is_used_as_well_as_at_its_best_length(rows: int, shar
     )  # a percent of luck, since the best of eight is the luckiest
 
 
-@pytest.mark.parametrize(("share", "rows", "within"), [(0.0, 1, 24), (0.0, 16, 24), (0.2, 1, 64), (0.2, 4, 64), (0.2, 16, 200)])
+@pytest.mark.parametrize(
+    ("share", "rows", "within"), [(0.0, 1, 24), (0.0, 16, 24), (0.2, 1, 64), (0.2, 4, 64), (0.2, 16, 200)]
+)
 def test_speculation_returns_when_the_text_becomes_predictable(share: float, rows: int, within: int) -> None:
     """Four rows that a costly model must catch up with, of which one alone would not pay, take their time."""
     assert statistics.median(tokens_until_return(share, rows, seed) for seed in range(16)) <= within

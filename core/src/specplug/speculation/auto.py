@@ -150,6 +150,7 @@ class AutoBudget:
                 gains[number] = []
             depths, rate = prospect.divide(link, gains, margin)
         link.settled_at = self.step
+        link.is_close = prospect.might_pay(link, gains)
         for candidate, depth in zip(candidates, depths, strict=True):
             row = candidate.row
             if row.depth and not depth:
@@ -250,7 +251,7 @@ class AutoBudget:
                 row = self._row(request, draft.link)
                 row.draft = draft
                 row.predicted = 0.0 if draft.scores is None else sum(math.exp(min(s, 0.0)) for s in draft.scores)
-        self._resting.plan(requests, self.step, None if self._probes else self._wake_at)
+        self._plan_rest(requests, None if self._probes else self._wake_at)
 
     def observe(self, requests: Sequence[Request], seconds: float, *, decoding: bool) -> None:
         """Takes in a step: its time, and what became of drafts.
@@ -276,7 +277,7 @@ class AutoBudget:
         self._time(len(requests), seconds, decoding, nodes)
         if self._probes and self._wake_at is not None:
             wake_at = min((row.wake_at for request in requests for row in request.estimates), default=self.step)
-            self._resting.plan(requests, self.step, min(wake_at, self._wake_at))
+            self._plan_rest(requests, min(wake_at, self._wake_at))
 
     def _time(self, rows: int, seconds: float, decoding: bool, nodes: int = 0) -> None:
         """Takes in a step's time."""
@@ -315,6 +316,11 @@ class AutoBudget:
         if not request.estimates:
             request.estimates = [RowEstimate() for _ in self.links]
         return request.estimates[index]
+
+    def _plan_rest(self, requests: Sequence[Request], wake_at: int | None) -> None:
+        """Rows rest where drafts are far from paying; else the next timing may decide otherwise."""
+        is_close = any(link.is_close for link in self.links if not link.retired)
+        self._resting.plan(requests, self.step, None if is_close else wake_at)
 
     def _ask(self, candidate: Candidate, depth: int) -> None:
         """Notes that a row drafts."""

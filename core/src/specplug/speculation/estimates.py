@@ -60,6 +60,7 @@ class LinkEstimate:
         samples: whether it reported distributions: then a mere comparison with the text would count too little.
         predicted: accepted nodes that scores promised, lately; `accepted`: those that came.
         settled_at: the step in which the budgets of its rows were last divided.
+        is_close: whether drafts might have paid then, had they cost no more than the least.
         retired: whether it is not asked any more.
     """
 
@@ -76,6 +77,7 @@ class LinkEstimate:
     predicted: float = 2.0
     accepted: float = 2.0
     settled_at: int = -1
+    is_close: bool = True
     retired: bool = False
 
     @classmethod

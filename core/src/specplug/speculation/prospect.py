@@ -72,6 +72,11 @@ class Prospect:
             margin=margin,
         )
 
+    def might_pay(self, link: LinkEstimate, gains: Sequence[Sequence[float]]) -> bool:
+        """Whether the drafts would pay if all of them cost no more than the shortest."""
+        cost = min(link.ask_seconds(1, 1), link.ask_seconds(len(gains), 1))
+        return self.tokens + sum(map(sum, gains)) > self.rate * (self.curve.seconds(self.nodes) + self.spent + cost)
+
     def worth(self, link: LinkEstimate, gains: Sequence[float]) -> float:
         """The rate that the best draft of one row adds, where the row bears its share of asking."""
         _, rate = allocate(
