@@ -95,10 +95,11 @@ class HeldSteps:
             places.extend(step.begin + place for place in reversed(packed))
             if len(places) >= WINDOW:
                 break
+        is_cut = first < self._forgotten
         self.drop(slot)
         del places[WINDOW:]
         places.reverse()
-        return (range(stop - len(places), stop), places, first < self._forgotten) if places else None
+        return (range(stop - len(places), stop), places, is_cut) if places else None
 
     def drop(self, slot: int) -> None:
         """Lets go of a slot."""

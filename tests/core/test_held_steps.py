@@ -1,0 +1,68 @@
+"""Kept states are those of the positions they are given out for, whatever rows do in between."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from specplug.speculation.state_ring import WINDOW, Channel, ChannelSpec
+from specplug.speculation.states import StateStore
+
+CPU = torch.device("cpu")
+SPECS: dict[Channel, ChannelSpec] = {1: ChannelSpec(3, torch.float32), "final": ChannelSpec(2, torch.bfloat16)}
+SLOTS = 3
+
+
+def value(sequence: int, position: int) -> float:
+    """What the state of a position holds; small enough for bfloat16."""
+    return float((sequence * 37 + position) % 251)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_is_delivered_is_what_was_computed(seed: int) -> None:
+    """Rows sleep, wake, end and draft in steps small and large; what is there reaches back as far as is promised."""
+    choose = random.Random(seed)
+    store = StateStore(SPECS, SLOTS, 400, CPU)
+    sequences, lengths, seen = list(range(SLOTS)), [0] * SLOTS, [0] * SLOTS
+    asleep_since = [0] * SLOTS  # steps
+    delivered = longest = 0
+    for step in range(1, 700):
+        advance = [choose.choice([1, 1, 1, 1, choose.choice([2, 5, 90])]) for _ in range(SLOTS)]
+        rejected = choose.choice([0, 0, 0, 2, 9])
+        packed = [(s, lengths[s] + at) for s in range(SLOTS) for at in range(advance[s])]
+        places = list(range(len(packed) + rejected))
+        choose.shuffle(places)
+        states = torch.full((len(places), 3), -1.0)
+        rows: dict[int, tuple[range, list[int]]] = {
+            s: (range(lengths[s], lengths[s] + advance[s]), []) for s in range(SLOTS)
+        }
+        for (slot, position), place in zip(packed, places, strict=False):
+            states[place] = value(sequences[slot], position)
+            rows[slot][1].append(place)
+        store.record({1: states, "final": states[:, :2].bfloat16()}, rows)
+        for slot in range(SLOTS):
+            lengths[slot] += advance[slot]
+        unseen = []
+        for slot in range(SLOTS):
+            if choose.random() > 0.04 or (slot == 0 and step % 200):
+                unseen.append(slot)
+                continue
+            first = store.available_from(slot, seen[slot])
+            positions = range(first, lengths[slot])
+            channels, (where,) = store.deliver([(slot, positions)])
+            expected = torch.tensor([value(sequences[slot], position) for position in positions])
+            for states_there in channels.values():
+                assert torch.equal(states_there[where].float(), expected[:, None].expand(-1, states_there.shape[1]))
+            assert first == seen[slot] or len(positions) >= min(step - asleep_since[slot], WINDOW // 2)
+            delivered += len(positions)
+            longest = max(longest, len(positions))
+            seen[slot], asleep_since[slot] = lengths[slot], step
+            store.drop(slot)
+            if choose.random() < 0.3:
+                sequences[slot], lengths[slot], seen[slot] = max(sequences) + 1, 0, 0
+        store.keep(unseen)
+        store.end_step()
+    assert delivered > 1000
+    assert longest >= WINDOW
