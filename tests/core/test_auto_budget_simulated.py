@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
+from specplug.request import Request
+from specplug.speculation.auto import AutoBudget
 from support.simulation import Link, Rate, Simulation, Target
 
 TARGET = Target()
@@ -173,3 +175,23 @@ def test_fixed_lengths_stay_what_they_are() -> None:
     simulation.run(2)
     assert set(simulation.nodes[1:-30]) <= set(range(13))
     assert statistics.mean(simulation.nodes[1:-30]) > 11
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_sleeping_rows_are_mostly_left_alone_and_their_steps_are_timed_all_the_same(rows: int) -> None:
+    simulation = Simulation([USELESS["model at 0.2 of a step a token"]()], target=TARGET, rows=rows, length=400, seed=1)
+    simulation.run(1)
+    auto = simulation.policy
+    assert isinstance(auto, AutoBudget)
+    planned, begin = 0, auto.begin
+
+    def count(requests: Sequence[Request]) -> None:
+        nonlocal planned
+        planned += 1
+        begin(requests)
+
+    auto.begin = count  # type: ignore[method-assign]
+    steps, timed = simulation.steps, auto.targets[rows].count
+    simulation.run(1)
+    assert planned < 0.35 * (simulation.steps - steps)
+    assert auto.targets[rows].count - timed > simulation.steps - steps - 40  # but those that are still kept

@@ -37,10 +37,7 @@ def allocate(
     """
     rate = tokens / (target(nodes) + spent)
     best, best_count = rate * margin, 0
-    cheapest = min(ask(1, 1), ask(len(gains), 1)) if gains else 0.0
-    if tokens + sum(map(sum, gains)) <= best * (
-        target(nodes) + spent + cheapest
-    ):  # not even if all of it were that cheap
+    if not might_pay(gains, tokens=tokens, rate=best, seconds=target(nodes) + spent, ask=ask):
         return [0] * len(gains), rate
     deep = _best_depth(gains, tokens, nodes, width, target, ask, spent) if len(gains) > 1 else None
     order = sorted(((gain, row) for row, own in enumerate(gains) for gain in own[:deep]), reverse=True)
@@ -64,6 +61,22 @@ def allocate(
         for _, row in order[:best_count]:
             depths[row] += 1
     return depths, best
+
+
+def might_pay(
+    gains: Sequence[Sequence[float]], *, tokens: float, rate: float, seconds: float, ask: Callable[[int, int], float]
+) -> bool:
+    """Whether these drafts would beat a rate if all of them together cost no more than the shortest.
+
+    Args:
+        gains: as for `allocate`.
+        tokens: what the step is expected to bring without them.
+        rate: tokens per second to beat.
+        seconds: of the step without them.
+        ask: seconds of a proposal for so many rows, so deep.
+    """
+    cheapest = min(ask(1, 1), ask(len(gains), 1)) if gains else 0.0
+    return tokens + sum(map(sum, gains)) > rate * (seconds + cheapest)
 
 
 def _best_depth(

@@ -14,16 +14,15 @@ from specplug.speculation.curve import CostCurve
 from specplug.speculation.draft import Draft
 from specplug.speculation.estimates import LinkEstimate, RowEstimate, rows_class
 from specplug.speculation.policy import FixedBudget, Wish
-from specplug.speculation.probing import Probing, missed_tokens, ready_at, vary
+from specplug.speculation.probing import Probing, vary
 from specplug.speculation.prospect import LEAST_SLOPE, VERIFY_SLOPE, Prospect
 from specplug.speculation.resting import Resting
 from specplug.speculation.trimming import keep_what_pays
+from specplug.speculation.waking import choose_probes, missed_tokens
 
 _MARGIN = 1.02
 _SETTLED_STEPS, _SETTLED_DRAFTS = 4, 6
 _PREFERENCE = 1.1
-_TOGETHER = 4
-_FAR = 1 << 20
 
 
 class AutoBudget:
@@ -46,9 +45,6 @@ class AutoBudget:
         self._prospect = Prospect(0, self.targets)
         self._asked: list[tuple[Request, RowEstimate, int]] = []
         self._resting = Resting()
-        self._wake_at: int | None = 0  # when a row could be asked for next; None while one drafts
-        self._probes = False
-        self._rested: list[tuple[int, float, bool]] = []
 
     def wish(self, request: Request, speculator: RegisteredSpeculator) -> Wish:
         """The upper bound, as in `BudgetPolicy.wish`; what decides is `plan`."""
@@ -62,17 +58,15 @@ class AutoBudget:
 
     def rests(self, requests: Sequence[Request]) -> bool:
         """Whether this step needs no budgets: every row sleeps, as it did before, and none is to be woken yet."""
-        if self._resting.begin(requests, self.step):
+        if self._resting.holds(requests, self.step):
             return True
-        if self._rested:
-            for each in self._rested:
-                self._time(*each)
-            self._rested.clear()
+        for each in self._resting.take_timings():
+            self._time(*each)
         return False
 
     def begin(self, requests: Sequence[Request]) -> None:
         """Begins a step's budgets."""
-        self._wake_at, self._probes = self.step + _FAR, False
+        self._resting.begin()
         self._prospect = Prospect(sum(request.num_pending == 1 for request in requests), self.targets)
 
     def plan(self, index: int, requests: Sequence[Request], seen: Mapping[int, int]) -> list[Wish]:
@@ -111,7 +105,7 @@ class AutoBudget:
         best = [min(c.row.depth, c.limit) for c in candidates]
         depths = best
         if any(best):
-            self._wake_at = None
+            self._resting.forbid()
             depths = vary(best, [c.limit for c in candidates], self.step, prospect.curve.count, gain)
         idle = []
         for candidate, depth in zip(candidates, depths, strict=True):
@@ -122,7 +116,7 @@ class AutoBudget:
             elif not candidate.row.depth:
                 idle.append(candidate)
         if idle:
-            self._probe(index, idle, wishes)
+            self._probe(link, idle, wishes)
 
     def _is_settled(self, link: LinkEstimate, candidates: Iterable[Candidate]) -> bool:
         """Whether the depths that were found best a few steps ago still hold."""
@@ -159,45 +153,16 @@ class AutoBudget:
             row.settled_at = self.step if row.acceptance.first_reached > _SETTLED_DRAFTS else -1
         return rate / base
 
-    def _probe(self, index: int, idle: list[Candidate], wishes: list[Wish]) -> None:
-        """Tries rows that sleep, as many as the account affords: those whose last probe was accepted, then the cheapest first.
-
-        Other rows profit from what is found out, since what is known of all rows is where each of them begins.
-        """
-        link, prospect = self.links[index], self._prospect
-        waiting = [c for c in idle if c.row.guess is None]
-        times = [ready_at(link, c.row, c.gap, self.step) for c in waiting]
-        # A guess for one row more costs next to nothing, so those that are to be woken soon do not wake by themselves.
-        latest = self.step + _TOGETHER if link.compares and self.step in times else self.step
-        ready = [c for c, at in zip(waiting, times, strict=True) if at <= latest]
-        if self._wake_at is not None:
-            self._wake_at = min([self._wake_at, *(at for at in times if at > latest)])
-        if not ready:
-            return
-        ready.sort(key=lambda c: (c.row.misses > 0, c.gap, c.row.wake_at))
-        asked = len(self._asked)
-        deepest = max((depth for _, _, depth in self._asked), default=0)
-        target, nodes = prospect.curve.seconds, prospect.nodes
-        cost = overdraft = 0.0
-        while ready:
-            cost = link.ask_seconds(asked + len(ready), max(deepest, 1))
-            cost -= link.ask_seconds(asked, deepest) if asked else 0.0
-            cost += link.feed * sum(c.gap for c in ready if c.gap > SHORT_GAP)
-            if not link.compares:
-                cost += target(nodes + math.ceil(len(ready) * link.width)) - target(nodes)
-            overdraft = target(0) if any(c.row.probes and not c.row.misses for c in ready) else 0.0
-            if self.probing.affords(cost, overdraft):
-                break
-            ready = ready[: len(ready) // 2]
-        if not ready and self._wake_at is not None:
-            growth = 0.0 if link.token_only else link.feed
-            self._wake_at = min(self._wake_at, self.step + self.probing.steps_until(cost - overdraft, growth))
-        for candidate in ready:
+    def _probe(self, link: LinkEstimate, idle: list[Candidate], wishes: list[Wish]) -> None:
+        """Tries some of the rows that sleep."""
+        depths = [depth for _, _, depth in self._asked]
+        chosen, later = choose_probes(link, self._prospect, self.probing, idle, depths, self.step)
+        self._resting.wake(later, probes=bool(chosen))
+        for candidate in chosen:
             candidate.row.probes = True
             candidate.row.wake_at = self.step + 1
             wishes[candidate.place] = budget_of(link, 1)
             self._asked.append((candidate.request, candidate.row, 1))
-        self._probes = self._probes or bool(ready)
 
     # ---- after ----------------------------------------------------------------------------------------------------
 
@@ -212,7 +177,7 @@ class AutoBudget:
         link, prospect = self.links[index], self._prospect
         prospect.spent += seconds if asked is None else link.observe_proposal(asked, seconds)
         if asked is None:
-            if self._wake_at is not None:
+            if not self._resting.is_forbidden:
                 self.probing.charge(seconds)
             return
         is_last = index + 1 == len(self.links)
@@ -251,7 +216,8 @@ class AutoBudget:
                 row = self._row(request, draft.link)
                 row.draft = draft
                 row.predicted = 0.0 if draft.scores is None else sum(math.exp(min(s, 0.0)) for s in draft.scores)
-        self._plan_rest(requests, None if self._probes else self._wake_at)
+        if not self._resting.probes:
+            self._plan_rest(requests)
 
     def observe(self, requests: Sequence[Request], seconds: float, *, decoding: bool) -> None:
         """Takes in a step: its time, and what became of drafts.
@@ -263,7 +229,7 @@ class AutoBudget:
         """
         self.step += 1
         if self._resting.is_resting:  # taken in later, many at once: by themselves each would find cold caches
-            self._rested.append((len(requests), seconds, decoding))
+            self._resting.keep_timing(len(requests), seconds, decoding=decoding)
             return
         nodes = 0
         for request in requests:
@@ -275,9 +241,11 @@ class AutoBudget:
                 if row.guess is not None:
                     self._compare(request, row, index)
         self._time(len(requests), seconds, decoding, nodes)
-        if self._probes and self._wake_at is not None:
-            wake_at = min((row.wake_at for request in requests for row in request.estimates), default=self.step)
-            self._plan_rest(requests, min(wake_at, self._wake_at))
+        if self._resting.probes:
+            for request in requests:
+                for row in request.estimates:
+                    self._resting.wake(row.wake_at)
+            self._plan_rest(requests)
 
     def _time(self, rows: int, seconds: float, decoding: bool, nodes: int = 0) -> None:
         """Takes in a step's time."""
@@ -317,15 +285,16 @@ class AutoBudget:
             request.estimates = [RowEstimate() for _ in self.links]
         return request.estimates[index]
 
-    def _plan_rest(self, requests: Sequence[Request], wake_at: int | None) -> None:
+    def _plan_rest(self, requests: Sequence[Request]) -> None:
         """Rows rest where drafts are far from paying; else the next timing may decide otherwise."""
-        is_close = any(link.is_close for link in self.links if not link.retired)
-        self._resting.plan(requests, self.step, None if is_close else wake_at)
+        if any(link.is_close for link in self.links if not link.retired):
+            self._resting.forbid()
+        self._resting.plan(requests, self.step)
 
     def _ask(self, candidate: Candidate, depth: int) -> None:
         """Notes that a row drafts."""
         self._asked.append((candidate.request, candidate.row, depth))
-        self._wake_at = None
+        self._resting.forbid()
 
     def _follows(self, link: LinkEstimate, request: Request, has_begun: bool) -> bool:
         """Whether a speculator with a state takes in a prompt while it is computed."""

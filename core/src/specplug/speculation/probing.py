@@ -5,12 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from specplug.speculation.estimates import LinkEstimate, RowEstimate
-from specplug.speculation.state_ring import WINDOW
-
 _SHARE = 0.015
 _SAVED_STEPS = 4.0
-_WINDOW_END = 8
 _OFTEN, _NOW_AND_THEN, _RARELY = 2, 8, 32
 _NEW, _KNOWN = 24, 256
 _CLOSE = 1.5
@@ -50,23 +46,6 @@ class Probing:
         """How many steps like those before earn what a probe costs, which grows with every step."""
         earned = _SHARE * self._step_seconds - growth
         return max(1, math.ceil((cost - self.credit) / earned)) if earned > 0.0 else _NEVER
-
-
-def missed_tokens(link: LinkEstimate, computed: int, seen: int) -> int:
-    """How many tokens a speculator must take in of a row: of target states no more than are kept."""
-    if link.token_only:
-        return 0
-    return min(computed - seen, WINDOW) if link.speculator.traits.needs_states else computed - seen
-
-
-def ready_at(link: LinkEstimate, row: RowEstimate, gap: int, step: int) -> int:
-    """The first step, this one or a later one, in which a row should be woken.
-
-    A speculator that needs the target's states is shown them before they are lost.
-    """
-    if not link.speculator.traits.needs_states or gap >= WINDOW:
-        return max(step, row.wake_at)
-    return max(step, min(row.wake_at, step + WINDOW - _WINDOW_END - gap))
 
 
 def vary(depths: list[int], limits: Sequence[int], step: int, timings: int, gain: float) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from specplug.speculation.allocation import allocate
+from specplug.speculation.allocation import allocate, might_pay
 from specplug.speculation.curve import CostCurve
 from specplug.speculation.estimates import LinkEstimate, rows_class
 
@@ -74,8 +74,8 @@ class Prospect:
 
     def might_pay(self, link: LinkEstimate, gains: Sequence[Sequence[float]]) -> bool:
         """Whether the drafts would pay if all of them cost no more than the shortest."""
-        cost = min(link.ask_seconds(1, 1), link.ask_seconds(len(gains), 1))
-        return self.tokens + sum(map(sum, gains)) > self.rate * (self.curve.seconds(self.nodes) + self.spent + cost)
+        seconds = self.curve.seconds(self.nodes) + self.spent
+        return might_pay(gains, tokens=self.tokens, rate=self.rate, seconds=seconds, ask=link.ask_seconds)
 
     def worth(self, link: LinkEstimate, gains: Sequence[float]) -> float:
         """The rate that the best draft of one row adds, where the row bears its share of asking."""

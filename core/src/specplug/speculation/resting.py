@@ -8,6 +8,8 @@ from specplug.request import Request
 
 _LONGEST, _LONGEST_DEEP, _MISSES = 12, 32, 3
 """Steps that are skipped at most, since costs may change; more where every row that was probed failed so often in a row."""
+Timing = tuple[int, float, bool]
+"""Rows of a step, its seconds, and whether all of them decoded."""
 
 
 class Resting:
@@ -15,14 +17,19 @@ class Resting:
 
     Attributes:
         is_resting: whether this step is skipped.
+        is_forbidden: whether a row drafts, or nearly would: then none is skipped.
     """
 
     def __init__(self) -> None:
         self.is_resting = False
+        self.is_forbidden = False
+        self._probed = False
+        self._wake_at: int | None = None
         self._rows: list[int] = []
         self._until = 0
+        self._timings: list[Timing] = []
 
-    def begin(self, requests: Sequence[Request], step: int) -> bool:
+    def holds(self, requests: Sequence[Request], step: int) -> bool:
         """Whether this step is skipped: no row has come, gone or got a prompt to compute."""
         self.is_resting = (
             step < self._until
@@ -31,18 +38,43 @@ class Resting:
         )
         return self.is_resting
 
-    def plan(self, requests: Sequence[Request], step: int, wake_at: int | None) -> None:
-        """Decides how many of the next steps are skipped.
+    def keep_timing(self, rows: int, seconds: float, *, decoding: bool) -> None:
+        """Keeps what a skipped step took."""
+        self._timings.append((rows, seconds, decoding))
 
-        Args:
-            requests: the rows.
-            step: the number of this step.
-            wake_at: the first step in which a row could be asked for; None if one drafts.
-        """
-        if wake_at is None:
-            self._until = 0
+    def take_timings(self) -> list[Timing]:
+        """What the skipped steps took."""
+        taken, self._timings = self._timings, []
+        return taken
+
+    def begin(self) -> None:
+        """Begins a step that is not skipped."""
+        self.is_forbidden = self._probed = False
+        self._wake_at = None
+        self._until = 0
+
+    def forbid(self) -> None:
+        """The next step is not skipped."""
+        self.is_forbidden = True
+
+    def wake(self, at: int | None, *, probes: bool = False) -> None:
+        """Notes a step in which a row could be asked for, and whether one is probed now."""
+        self._probed = self._probed or probes
+        if at is not None:
+            self._wake_at = at if self._wake_at is None else min(self._wake_at, at)
+
+    @property
+    def probes(self) -> bool:
+        """Whether rows were probed in this step and none drafts: what comes of the probes decides when the next are due."""
+        return self._probed and not self.is_forbidden
+
+    def plan(self, requests: Sequence[Request], step: int) -> None:
+        """Decides how many of the steps after this one are skipped."""
+        if self.is_forbidden:
             return
         rows = [row for request in requests for row in request.estimates]
         is_deep = all(row.misses >= _MISSES or not row.acceptance.first_reached for row in rows)
-        self._until = min(step + (_LONGEST_DEEP if is_deep else _LONGEST), wake_at)
+        self._until = step + (_LONGEST_DEEP if is_deep else _LONGEST)
+        if self._wake_at is not None:
+            self._until = min(self._until, self._wake_at)
         self._rows = [request.number for request in requests]

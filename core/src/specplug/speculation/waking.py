@@ -1,0 +1,83 @@
+"""Which of the rows that sleep are tried again, and when."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from specplug.speculation.asked import SHORT_GAP
+from specplug.speculation.candidate import Candidate
+from specplug.speculation.estimates import LinkEstimate, RowEstimate
+from specplug.speculation.probing import Probing
+from specplug.speculation.prospect import Prospect
+from specplug.speculation.state_ring import WINDOW
+
+_WINDOW_END = 8
+_TOGETHER = 4
+
+
+def choose_probes(
+    link: LinkEstimate,
+    prospect: Prospect,
+    account: Probing,
+    idle: Sequence[Candidate],
+    asked: Sequence[int],
+    step: int,
+) -> tuple[list[Candidate], int | None]:
+    """As many rows as the account affords: those whose last probe was accepted, then the cheapest first.
+
+    Other rows profit from what is found out, since what is known of all rows is where each of them begins.
+
+    Args:
+        link: the speculator.
+        prospect: the step that is being prepared.
+        account: what the probes are paid from.
+        idle: rows that sleep.
+        asked: the depths that the speculator is asked for already.
+        step: the step's number.
+
+    Returns:
+        The rows to probe now, and the first later step in which another could be; None if that is never.
+    """
+    waiting = [c for c in idle if c.row.guess is None]
+    times = [ready_at(link, c.row, c.gap, step) for c in waiting]
+    # A guess for one row more costs next to nothing, so those that are to be woken soon do not wake by themselves.
+    latest = step + _TOGETHER if link.compares and step in times else step
+    ready = [c for c, at in zip(waiting, times, strict=True) if at <= latest]
+    later = min((at for at in times if at > latest), default=None)
+    if not ready:
+        return [], later
+    ready.sort(key=lambda c: (c.row.misses > 0, c.gap, c.row.wake_at))
+    deepest = max(asked, default=0)
+    target, nodes = prospect.curve.seconds, prospect.nodes
+    while True:
+        cost = link.ask_seconds(len(asked) + len(ready), max(deepest, 1))
+        cost -= link.ask_seconds(len(asked), deepest) if asked else 0.0
+        cost += link.feed * sum(c.gap for c in ready if c.gap > SHORT_GAP)
+        if not link.compares:
+            cost += target(nodes + math.ceil(len(ready) * link.width)) - target(nodes)
+        overdraft = target(0) if any(c.row.probes and not c.row.misses for c in ready) else 0.0
+        if account.affords(cost, overdraft):
+            return ready, later
+        if len(ready) == 1:
+            break
+        ready = ready[: len(ready) // 2]
+    affordable = step + account.steps_until(cost - overdraft, 0.0 if link.token_only else link.feed)
+    return [], affordable if later is None else min(later, affordable)
+
+
+def missed_tokens(link: LinkEstimate, computed: int, seen: int) -> int:
+    """How many tokens a speculator must take in of a row: of target states no more than are kept."""
+    if link.token_only:
+        return 0
+    return min(computed - seen, WINDOW) if link.speculator.traits.needs_states else computed - seen
+
+
+def ready_at(link: LinkEstimate, row: RowEstimate, gap: int, step: int) -> int:
+    """The first step, this one or a later one, in which a row should be woken.
+
+    A speculator that needs the target's states is shown them before they are lost.
+    """
+    if not link.speculator.traits.needs_states or gap >= WINDOW:
+        return max(step, row.wake_at)
+    return max(step, min(row.wake_at, step + WINDOW - _WINDOW_END - gap))
