@@ -134,16 +134,28 @@ int64_t grain_of(int64_t ins) { return std::max<int64_t>(1, 16384 / (ins * kPane
 
 #if SPECPLUG_MATRIX
 
+// Memory of this thread's own for rows in tiles.
+bf16* room_for_tiles(int64_t elements) {
+  thread_local std::vector<char> memory;
+  const size_t bytes = elements * sizeof(bf16) + 64;
+  if (memory.size() < bytes) memory.resize(bytes);
+  return reinterpret_cast<bf16*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+}
+
 void multiply_on_matrix_units(const bf16* x, int64_t rows, const Panels& panels) {
   const int64_t ins = panels.in_features, at_once = std::min(rows_at_once(ins), rows);
-  const int64_t most_blocks = (at_once + kTileRows - 1) / kTileRows;
-  thread_local std::vector<char> memory;
-  const size_t bytes = most_blocks * kTileRows * ins * sizeof(bf16) + 64;
-  if (memory.size() < bytes) memory.resize(bytes);
-  bf16* tiles = reinterpret_cast<bf16*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
   for (int64_t row = 0; row < rows; row += at_once) {
     const int64_t count = std::min(at_once, rows - row), blocks = (count + kTileRows - 1) / kTileRows;
     const bf16* from = x + row * ins;
+    if (count * at::get_num_threads() <= kOwnRows) {  // sooner done than waiting for each other
+      at::parallel_for(0, panels.count, grain_of(ins), [&](int64_t begin, int64_t end) {
+        bf16* tiles = room_for_tiles(blocks * kTileRows * ins);
+        tile_rows(from, count, ins, 0, blocks, tiles);
+        multiply_tiled(tiles, count, panels, begin, end, row);
+      });
+      continue;
+    }
+    bf16* tiles = room_for_tiles(blocks * kTileRows * ins);
     at::parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) { tile_rows(from, count, ins, begin, end, tiles); });
     at::parallel_for(0, panels.count, grain_of(ins), [&](int64_t begin, int64_t end) {
       multiply_tiled(tiles, count, panels, begin, end, row);

@@ -22,6 +22,8 @@ namespace specplug {
 constexpr int64_t kTileRows = 16, kTileInputs = 32;
 constexpr int64_t kTiledBytes = 1 << 20;   // of rows that stay in the second-level cache while panels pass
 constexpr int64_t kMostTiledRows = 512;
+constexpr int64_t kFewTiledRows = 112;     // for which weights come in small parts
+constexpr int64_t kOwnRows = 128;          // of all threads together, which each brings into tiles for itself
 constexpr int64_t kAhead = 3072;           // bytes by which weights are fetched ahead
 
 // Whether the processor has matrix units and the system lets this process use them; it has to be asked once.
@@ -57,12 +59,13 @@ class TileShapes {
 // know what their intrinsics read and write.
 inline void settle() { asm volatile("" ::: "memory"); }
 
-// Blocks [first, last) of 16 rows of x [rows, inputs] become tiles: [inputs / 32][16][32] each, zeros behind the last row.
+// Blocks [first, last) of 16 rows of x [rows, inputs] become tiles: [inputs / 32][16][32] each. Behind the last row lies whatever
+// lay there: it is multiplied into rows that nobody stores.
 inline void tile_rows(const bf16* x, int64_t rows, int64_t inputs, int64_t first, int64_t last, bf16* tiles) {
-  for (int64_t row = first * kTileRows; row < last * kTileRows; ++row) {
+  for (int64_t row = first * kTileRows; row < std::min(last * kTileRows, rows); ++row) {
     bf16* to = tiles + row / kTileRows * kTileRows * inputs + row % kTileRows * kTileInputs;
     for (int64_t input = 0; input < inputs; input += kTileInputs, to += kTileRows * kTileInputs)
-      _mm512_storeu_si512(to, row < rows ? _mm512_loadu_si512(x + row * inputs + input) : _mm512_setzero_si512());
+      _mm512_storeu_si512(to, _mm512_loadu_si512(x + row * inputs + input));
   }
 }
 
@@ -78,8 +81,6 @@ inline void bring_in(Weights... weights) {
 }
 
 // 16 rows, in tiles, times two panels at once: two streams are read faster than one. Sums are [16][32] for each panel.
-// `BringsIn`: the panels are not in a cache yet.
-template <bool BringsIn>
 inline void multiply_two_panels(const bf16* tiles, int64_t inputs, const bf16* one, const bf16* other, float* sums,
                                 float* other_sums) {
   settle();
@@ -89,7 +90,7 @@ inline void multiply_two_panels(const bf16* tiles, int64_t inputs, const bf16* o
   _tile_zero(3);
   for (int64_t input = 0; input < inputs; input += kTileInputs) {
     const bf16 *left = one + input * kPanel, *right = other + input * kPanel;
-    if constexpr (BringsIn) bring_in(left, right);
+    bring_in(left, right);
     _tile_loadd(4, tiles + input * kTileRows, 64);
     _tile_loadd(6, left, 128);
     _tile_loadd(7, left + 32, 128);
@@ -107,31 +108,112 @@ inline void multiply_two_panels(const bf16* tiles, int64_t inputs, const bf16* o
   settle();
 }
 
-// 32 rows, in tiles, times a panel that is in a cache. Sums are [32][32].
-inline void multiply_two_blocks(const bf16* tiles, int64_t inputs, const bf16* panel, float* sums) {
-  settle();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+// Panels [begin, end) times up to 16 rows in tiles, two panels at a time; outputs begin with `first_row`.
+inline void multiply_few(const bf16* tiles, int64_t rows, const Panels& panels, int64_t begin, int64_t end,
+                         int64_t first_row) {
+  alignas(64) float sums[2][kTileRows * kPanel];
+  const TileShapes shapes(rows);
+  const int64_t inputs = panels.in_features, half = (end - begin + 1) / 2;
+  for (int64_t index = begin; index < begin + half; ++index) {
+    const Panel one = panels[index], other = panels[std::min(index + half, end - 1)];
+    multiply_two_panels(tiles, inputs, one.weight, other.weight, sums[0], sums[1]);
+    store_sums(sums[0], rows, one, first_row);
+    if (index + half < end) store_sums(sums[1], rows, other, first_row);
+  }
+}
+
+// How a panel is divided for many rows: a part stays in the first-level cache while rows pass. Few rows are over before a large
+// part has come; of many rows the sums, which go through the second-level cache between two parts, would take long.
+struct Parts {
+  int64_t inputs, ahead;  // inputs of a part; bytes by which the next one is fetched ahead of being read
+};
+
+inline Parts parts_for(int64_t rows) { return rows <= kFewTiledRows ? Parts{128, 2048} : Parts{256, 3072}; }
+
+// The part of a panel that comes next, brought in some lines at each step while the one before it is multiplied. Lines are read,
+// not only fetched: the hardware's own fetching ahead follows reads, and has more of them under way than instructions can.
+struct NextPart {
+  const bf16 *at, *end;
+  int64_t lines, ahead;
+
+  void bring_in() {
+    const bf16* until = std::min(end, at + lines * 32);
+    for (; at < until; at += 32) {
+      _mm_prefetch(reinterpret_cast<const char*>(at) + ahead, _MM_HINT_T1);
+      static_cast<void>(*reinterpret_cast<const volatile int64_t*>(at));
+    }
+  }
+};
+
+// 16 rows, or 32 if `Two`, in tiles of rows that are `inputs` long, times `depth` inputs of a panel. Sums are [rows][32]; they go
+// on unless this is the panel's `first` part.
+template <bool Two>
+inline void multiply_part(const bf16* tiles, int64_t inputs, const bf16* weights, int64_t depth, bool first, float* sums,
+                          NextPart& next) {
   const bf16* below = tiles + kTileRows * inputs;
-  for (int64_t input = 0; input < inputs; input += kTileInputs) {
-    const bf16* weights = panel + input * kPanel;
+  float* more = sums + kTileRows * kPanel;
+  settle();
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums, 128);
+    _tile_loadd(1, sums + 16, 128);
+    if constexpr (Two) {
+      _tile_loadd(2, more, 128);
+      _tile_loadd(3, more + 16, 128);
+    }
+  }
+  for (int64_t input = 0; input < depth; input += kTileInputs, weights += kTileInputs * kPanel) {
+    next.bring_in();
     _tile_loadd(4, tiles + input * kTileRows, 64);
     _tile_loadd(6, weights, 128);
     _tile_loadd(7, weights + 32, 128);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, below + input * kTileRows, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    if constexpr (Two) {
+      _tile_loadd(5, below + input * kTileRows, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
   }
-  float* more = sums + kTileRows * kPanel;
   _tile_stored(0, sums, 128);
   _tile_stored(1, sums + 16, 128);
-  _tile_stored(2, more, 128);
-  _tile_stored(3, more + 16, 128);
+  if constexpr (Two) {
+    _tile_stored(2, more, 128);
+    _tile_stored(3, more + 16, 128);
+  }
   settle();
+}
+
+// Panels [begin, end) times more than 16 rows in tiles: memory is kept busy while the matrix units are.
+inline void multiply_many(const bf16* tiles, int64_t rows, const Panels& panels, int64_t begin, int64_t end,
+                          int64_t first_row) {
+  alignas(64) static thread_local float sums[kMostTiledRows * kPanel];
+  const TileShapes shapes;
+  const Parts parts = parts_for(rows);
+  const int64_t inputs = panels.in_features, blocks = (rows + 2 * kTileRows - 1) / (2 * kTileRows);
+  for (int64_t index = begin; index < end; ++index) {
+    const Panel panel = panels[index];
+    for (int64_t from = 0; from < inputs; from += parts.inputs) {
+      const int64_t depth = std::min(parts.inputs, inputs - from), behind = from + depth;
+      const bf16* weights = panel.weight + from * kPanel;
+      NextPart next{weights, weights, (kPanel + blocks - 1) / blocks, parts.ahead};
+      if (behind < inputs || index + 1 < end) {
+        const int64_t left = behind < inputs ? inputs - behind : inputs;
+        next.at = behind < inputs ? panel.weight + behind * kPanel : panels[index + 1].weight;
+        next.end = next.at + std::min(parts.inputs, left) * kPanel;
+      }
+      for (int64_t row = 0; row < rows; row += 2 * kTileRows) {
+        const bf16* own = tiles + row * inputs + from * kTileRows;
+        const auto multiply = rows - row > kTileRows ? multiply_part<true> : multiply_part<false>;
+        multiply(own, inputs, weights, depth, from == 0, sums + row * kPanel, next);
+      }
+    }
+    store_sums(sums, rows, panel, first_row);
+  }
 }
 
 // Rows that are multiplied with one panel after the other before the next rows come.
@@ -139,29 +221,10 @@ inline int64_t rows_at_once(int64_t inputs) {
   return std::clamp(kTiledBytes / (inputs * static_cast<int64_t>(sizeof(bf16))) / 32 * 32, int64_t{32}, kMostTiledRows);
 }
 
-// Panels [begin, end) times `rows` rows in tiles, two panels at a time, of which the first 16 rows bring both in; outputs begin
-// with `first_row`.
+// Panels [begin, end) times `rows` rows in tiles; outputs begin with `first_row`.
 inline void multiply_tiled(const bf16* tiles, int64_t rows, const Panels& panels, int64_t begin, int64_t end,
                            int64_t first_row) {
-  alignas(64) static thread_local float sums[2][kMostTiledRows * kPanel];
-  const TileShapes shapes(std::min(rows, kTileRows));
-  const int64_t inputs = panels.in_features, half = (end - begin + 1) / 2;
-  for (int64_t index = begin; index < begin + half; ++index) {
-    const Panel one = panels[index], other = panels[std::min(index + half, end - 1)];
-    multiply_two_panels<true>(tiles, inputs, one.weight, other.weight, sums[0], sums[1]);
-    for (int64_t row = kTileRows; row < rows; row += kTileRows) {
-      const bf16* own = tiles + row * inputs;
-      if (rows - row > kTileRows) {
-        multiply_two_blocks(own, inputs, one.weight, sums[0] + row * kPanel);
-        multiply_two_blocks(own, inputs, other.weight, sums[1] + row * kPanel);
-        row += kTileRows;
-      } else {
-        multiply_two_panels<false>(own, inputs, one.weight, other.weight, sums[0] + row * kPanel, sums[1] + row * kPanel);
-      }
-    }
-    store_sums(sums[0], rows, one, first_row);
-    if (index + half < end) store_sums(sums[1], rows, other, first_row);
-  }
+  (rows > kTileRows ? multiply_many : multiply_few)(tiles, rows, panels, begin, end, first_row);
 }
 
 #else
