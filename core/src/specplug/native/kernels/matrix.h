@@ -125,22 +125,24 @@ inline void multiply_few(const bf16* tiles, int64_t rows, const Panels& panels, 
 // How a panel is divided for many rows: a part stays in the first-level cache while rows pass. Few rows are over before a large
 // part has come; of many rows the sums, which go through the second-level cache between two parts, would take long.
 struct Parts {
-  int64_t inputs, ahead;  // inputs of a part; bytes by which the next one is fetched ahead of being read
+  int64_t inputs, ahead;  // inputs of a part, each of which is a line of weights; bytes by which the next is fetched ahead
 };
 
 inline Parts parts_for(int64_t rows) { return rows <= kFewTiledRows ? Parts{128, 2048} : Parts{256, 3072}; }
 
-// The part of a panel that comes next, brought in some lines at each step while the one before it is multiplied. Lines are read,
-// not only fetched: the hardware's own fetching ahead follows reads, and has more of them under way than instructions can.
-struct NextPart {
-  const bf16 *at, *end;
+// The parts of two panels that come next, brought in some lines at each step while those before them are multiplied. Lines are
+// read, not only fetched: the hardware's own fetching ahead follows reads, and has more under way than instructions can.
+struct NextParts {
+  const bf16 *one, *other;
+  int64_t left;           // lines of each
   int64_t lines, ahead;
 
   void bring_in() {
-    const bf16* until = std::min(end, at + lines * 32);
-    for (; at < until; at += 32) {
-      _mm_prefetch(reinterpret_cast<const char*>(at) + ahead, _MM_HINT_T1);
-      static_cast<void>(*reinterpret_cast<const volatile int64_t*>(at));
+    for (int64_t line = std::min(left, lines); line > 0; --line, --left, one += 32, other += 32) {
+      _mm_prefetch(reinterpret_cast<const char*>(one) + ahead, _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(other) + ahead, _MM_HINT_T1);
+      static_cast<void>(*reinterpret_cast<const volatile int64_t*>(one));
+      static_cast<void>(*reinterpret_cast<const volatile int64_t*>(other));
     }
   }
 };
@@ -149,7 +151,7 @@ struct NextPart {
 // on unless this is the panel's `first` part.
 template <bool Two>
 inline void multiply_part(const bf16* tiles, int64_t inputs, const bf16* weights, int64_t depth, bool first, float* sums,
-                          NextPart& next) {
+                          NextParts& next) {
   const bf16* below = tiles + kTileRows * inputs;
   float* more = sums + kTileRows * kPanel;
   settle();
@@ -188,31 +190,34 @@ inline void multiply_part(const bf16* tiles, int64_t inputs, const bf16* weights
   settle();
 }
 
-// Panels [begin, end) times more than 16 rows in tiles: memory is kept busy while the matrix units are.
+// Panels [begin, end) times more than 16 rows in tiles, two panels at a time: memory is kept busy while the matrix units are.
 inline void multiply_many(const bf16* tiles, int64_t rows, const Panels& panels, int64_t begin, int64_t end,
                           int64_t first_row) {
-  alignas(64) static thread_local float sums[kMostTiledRows * kPanel];
+  alignas(64) static thread_local float sums[2][kMostTiledRows * kPanel];
   const TileShapes shapes;
   const Parts parts = parts_for(rows);
   const int64_t inputs = panels.in_features, blocks = (rows + 2 * kTileRows - 1) / (2 * kTileRows);
-  for (int64_t index = begin; index < end; ++index) {
-    const Panel panel = panels[index];
+  const int64_t half = (end - begin + 1) / 2, lines = (kPanel / 2 + blocks - 1) / blocks;
+  const auto pair = [&](int64_t index) { return std::pair{panels[index], panels[std::min(index + half, end - 1)]}; };
+  for (int64_t index = begin; index < begin + half; ++index) {
+    const auto [one, other] = pair(index);
     for (int64_t from = 0; from < inputs; from += parts.inputs) {
       const int64_t depth = std::min(parts.inputs, inputs - from), behind = from + depth;
-      const bf16* weights = panel.weight + from * kPanel;
-      NextPart next{weights, weights, (kPanel + blocks - 1) / blocks, parts.ahead};
-      if (behind < inputs || index + 1 < end) {
-        const int64_t left = behind < inputs ? inputs - behind : inputs;
-        next.at = behind < inputs ? panel.weight + behind * kPanel : panels[index + 1].weight;
-        next.end = next.at + std::min(parts.inputs, left) * kPanel;
+      NextParts next{one.weight + behind * kPanel, other.weight + behind * kPanel, inputs - behind, lines, parts.ahead};
+      if (behind == inputs && index + 1 < begin + half) {
+        const auto [next_one, next_other] = pair(index + 1);
+        next = {next_one.weight, next_other.weight, inputs, lines, parts.ahead};
       }
-      for (int64_t row = 0; row < rows; row += 2 * kTileRows) {
-        const bf16* own = tiles + row * inputs + from * kTileRows;
-        const auto multiply = rows - row > kTileRows ? multiply_part<true> : multiply_part<false>;
-        multiply(own, inputs, weights, depth, from == 0, sums + row * kPanel, next);
-      }
+      next.left = std::min(next.left, parts.inputs);
+      for (int which = 0; which < 2; ++which)
+        for (int64_t row = 0; row < rows; row += 2 * kTileRows) {
+          const bf16 *own = tiles + row * inputs + from * kTileRows, *weights = (which ? other : one).weight + from * kPanel;
+          const auto multiply = rows - row > kTileRows ? multiply_part<true> : multiply_part<false>;
+          multiply(own, inputs, weights, depth, from == 0, sums[which] + row * kPanel, next);
+        }
     }
-    store_sums(sums, rows, panel, first_row);
+    store_sums(sums[0], rows, one, first_row);
+    if (index + half < end) store_sums(sums[1], rows, other, first_row);
   }
 }
 
