@@ -7,7 +7,8 @@ import attrs
 _ROW_FORGETS, _ENGINE_FORGETS, _LOSS_FORGETS = 0.94, 0.99, 0.99
 _ENGINE_TRUST = 2.0
 _FIRST_GUESS, _GUESS_TRUST = 0.6, 3.0
-_TRUSTS = (1.5, 6.0, 24.0)
+_TRUSTS = (24.0, 6.0, 1.5)
+_HANDICAP = 0.05
 _HOPELESS = 0.5
 _UNLIKELY, _DOUBT_KEEPS, _DOUBT_FADES = 0.04, 0.3, 0.02
 
@@ -56,13 +57,18 @@ class EngineAcceptance:
         return doubts
 
     def _judge(self, row: RowAcceptance, *, hit: bool) -> None:
-        """Compares how well a row's first node is foretold with more or less trust in the other rows."""
+        """Compares how well a row's first node is foretold with more or less trust in the other rows.
+
+        Less trust has to foretell clearly better: a row's own few drafts are chance above all, and following them costs the
+        drafts of every row that had bad luck.
+        """
         came, first = float(hit), self.accepted[0] / self.reached[0]
         accepted, reached, losses = row.first_accepted, row.first_reached, self._losses
         for index, trust in enumerate(_TRUSTS):
             missed = came - (accepted + trust * first) / (reached + trust)
             losses[index] = losses[index] * _LOSS_FORGETS + missed * missed
-        self.trust = _TRUSTS[losses.index(min(losses))]
+        judged = [loss * (1.0 + _HANDICAP * index) for index, loss in enumerate(losses)]
+        self.trust = _TRUSTS[judged.index(min(judged))]
 
 
 @attrs.define(eq=False)
