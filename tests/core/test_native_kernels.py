@@ -174,7 +174,9 @@ def test_a_range_more_or_less_changes_nothing_for_a_query() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 5, 14, 15, 29, 70, 113, 230, 600])
-@pytest.mark.parametrize(("inner", "outers"), [(64, (32, 96, 7)), (352, (100, 320)), (30, (5, 64)), (2, (1,)), (4200, (40,))])
+@pytest.mark.parametrize(
+    ("inner", "outers"), [(64, (32, 96, 7)), (352, (100, 320)), (30, (5, 64)), (2, (1,)), (4200, (40,))]
+)
 def test_products_equal_pytorch(rows: int, inner: int, outers: tuple[int, ...], bias: bool) -> None:
     assert native.packs_bfloat16() or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if not native.packs_bfloat16():

@@ -12,7 +12,7 @@ def allocate(
     nodes: int,
     width: float,
     target: Callable[[int], float],
-    ask: Callable[[int, int], float],
+    ask: Callable[[int], Sequence[float]],
     spent: float = 0.0,
     margin: float = 1.0,
 ) -> tuple[list[int], float]:
@@ -28,7 +28,7 @@ def allocate(
         nodes: draft nodes that the step holds already.
         width: verified nodes per level of depth; 1 for a chain.
         target: seconds of a target step with so many draft nodes.
-        ask: seconds of a proposal for so many rows, so deep.
+        ask: seconds of a proposal for so many rows: 1 deep, 2 deep, …
         spent: seconds of the step that are spent already.
         margin: by what factor drafting must beat not drafting.
 
@@ -37,20 +37,26 @@ def allocate(
     """
     rate = tokens / (target(nodes) + spent)
     best, best_count = rate * margin, 0
-    if not might_pay(gains, tokens=tokens, rate=best, seconds=target(nodes) + spent, ask=ask):
+    if len(gains) > 1 and not might_pay(
+        gains, tokens=tokens, rate=best, seconds=target(nodes) + spent, cheapest=min(ask(1)[0], ask(len(gains))[0])
+    ):
         return [0] * len(gains), rate
-    deep = _best_depth(gains, tokens, nodes, width, target, ask, spent) if len(gains) > 1 else None
+    deep, best_of_all = _best_depth(gains, tokens, nodes, width, target, ask, spent)
+    if len(gains) == 1:
+        return ([deep], best_of_all) if best_of_all > best else ([0], rate)
     order = sorted(((gain, row) for row, own in enumerate(gains) for gain in own[:deep]), reverse=True)
     depths = [0] * len(gains)
     rows = deepest = 0
-    cost = spent
+    cost, asking = spent, ask(1)
     for count, (gain, row) in enumerate(order, start=1):
         tokens += gain
         depth = depths[row] = depths[row] + 1
         if depth == 1 or depth > deepest:
-            rows += depth == 1
+            if depth == 1:
+                rows += 1
+                asking = ask(rows)
             deepest = max(deepest, depth)
-            cost = spent + ask(rows, deepest)
+            cost = spent + asking[deepest - 1]
         reached = tokens / (target(nodes + int(count * width + 0.5)) + cost)
         if reached > best:
             best, best_count = reached, count
@@ -63,9 +69,7 @@ def allocate(
     return depths, best
 
 
-def might_pay(
-    gains: Sequence[Sequence[float]], *, tokens: float, rate: float, seconds: float, ask: Callable[[int, int], float]
-) -> bool:
+def might_pay(gains: Sequence[Sequence[float]], *, tokens: float, rate: float, seconds: float, cheapest: float) -> bool:
     """Whether these drafts would beat a rate if all of them together cost no more than the shortest.
 
     Args:
@@ -73,9 +77,8 @@ def might_pay(
         tokens: what the step is expected to bring without them.
         rate: tokens per second to beat.
         seconds: of the step without them.
-        ask: seconds of a proposal for so many rows, so deep.
+        cheapest: of the shortest proposal.
     """
-    cheapest = min(ask(1, 1), ask(len(gains), 1)) if gains else 0.0
     return tokens + sum(map(sum, gains)) > rate * (seconds + cheapest)
 
 
@@ -85,18 +88,22 @@ def _best_depth(
     nodes: int,
     width: float,
     target: Callable[[int], float],
-    ask: Callable[[int, int], float],
+    ask: Callable[[int], Sequence[float]],
     spent: float,
-) -> int:
-    """The depth that is best where every row drafts as deep."""
-    rows = sum(1 for own in gains if own)
+) -> tuple[int, float]:
+    """The depth that is best where every row drafts as deep, and the tokens per second that it brings."""
+    asking = ask(sum(1 for own in gains if own))
     best, best_depth = 0.0, 1
     count = 0
     for depth in range(max(map(len, gains), default=0)):
-        level = [own[depth] for own in gains if len(own) > depth]
-        tokens += sum(level)
-        count += len(level)
-        rate = tokens / (target(nodes + int(count * width + 0.5)) + spent + ask(rows, depth + 1))
+        if len(gains) == 1:
+            tokens += gains[0][depth]
+            count += 1
+        else:
+            level = [own[depth] for own in gains if len(own) > depth]
+            tokens += sum(level)
+            count += len(level)
+        rate = tokens / (target(nodes + int(count * width + 0.5)) + spent + asking[depth])
         if rate > best:
             best, best_depth = rate, depth + 1
-    return best_depth
+    return best_depth, best

@@ -144,7 +144,7 @@ class AutoBudget:
                 gains[number] = []
             depths, rate = prospect.divide(link, gains, margin)
         link.settled_at = self.step
-        link.is_close = prospect.might_pay(link, gains)
+        link.is_close = any(depths) or prospect.might_pay(link, gains)
         for candidate, depth in zip(candidates, depths, strict=True):
             row = candidate.row
             if row.depth and not depth:
@@ -216,7 +216,7 @@ class AutoBudget:
                 row = self._row(request, draft.link)
                 row.draft = draft
                 row.predicted = 0.0 if draft.scores is None else sum(math.exp(min(s, 0.0)) for s in draft.scores)
-        if not self._resting.probes:
+        if not self._resting.is_forbidden and not self._resting.probes:
             self._plan_rest(requests)
 
     def observe(self, requests: Sequence[Request], seconds: float, *, decoding: bool) -> None:

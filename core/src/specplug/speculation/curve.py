@@ -42,8 +42,8 @@ class CostCurve:
     """
 
     def __init__(self, slope: float = 0.0, *, proportional: bool = False, least_slope: float = 0.0) -> None:
-        self.count = 0
-        self.largest = 0
+        self._count = 0
+        self._largest = 0
         self._slope = slope
         self._proportional = proportional
         self._least_slope = least_slope
@@ -53,45 +53,76 @@ class CostCurve:
         self._length = _SMALLEST_TABLE
         self._stale = 0
         self._noise = 0.01
+        self._waiting: list[tuple[int, float]] = []
+
+    @property
+    def count(self) -> int:
+        """How many timings there were."""
+        return self._count + len(self._waiting)
+
+    @property
+    def largest(self) -> int:
+        """The largest size that was timed."""
+        return max(self._largest, max((size for size, _ in self._waiting), default=0))
 
     def seconds(self, size: int) -> float:
         """The expected time."""
+        if self._waiting:
+            self._take_in()
         try:
             return self._level * self._shapes[size]
         except IndexError:
             return self._level * self._shape(size)
 
+    def table(self, begin: int, end: int) -> list[float]:
+        """The expected times of sizes from `begin` to before `end`."""
+        if self._waiting:
+            self._take_in()
+        self._shape(end - 1)
+        level = self._level
+        return [level * shape for shape in self._shapes[begin:end]]
+
     def observe(self, size: int, seconds: float) -> None:
-        """Takes in one timing."""
-        self.count += 1
-        self.largest = max(self.largest, size)
+        """Notes one timing. It is taken in with others when a time is asked for: one by one each would find cold caches."""
+        self._waiting.append((size, seconds))
+
+    def _take_in(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for size, seconds in waiting:
+            self._learn(size, seconds)
+
+    def _learn(self, size: int, seconds: float) -> None:
+        self._count += 1
+        self._largest = max(self._largest, size)
         if self._level <= 0.0:
             self._level = max(seconds, 1e-9)
             self._cells[_cell_of(size)] = _Cell(size, 1.0)
             self._shapes = []
             return
-        surprise = max(seconds, 1e-9) / (self._level * self._shape(size))
-        cell = self._cells.get(_cell_of(size))
+        key = size if size <= _FINEST else _cell_of(size)
+        cell, shape = self._cells.get(key), self._shape(size)
+        surprise = max(seconds, 1e-9) / (self._level * shape)
         if cell is None and surprise > _SPIKE:
-            self._cells[_cell_of(size)] = _Cell(size, self._shape(size), 0.05)  # a cold shape; the next one counts
+            self._cells[key] = _Cell(size, shape, 0.05)  # a cold shape; the next one counts
             return
-        if self.count < 8 and surprise < 0.5:
+        if self._count < 8 and surprise < 0.5:
             self._level *= surprise  # what came first was cold
             return
-        surprise = min(max(surprise, 0.6), 1.6)
-        self._noise += 0.03 * ((surprise - 1.0) ** 2 - self._noise)
-        known = 0.0 if cell is None else cell.weight
-        self._level *= 1.0 + _FAST * known / (known + 3.0) * (surprise - 1.0)
+        surprise = 0.6 if surprise < 0.6 else 1.6 if surprise > 1.6 else surprise
+        beyond = surprise - 1.0
+        self._noise += 0.03 * (beyond * beyond - self._noise)
         if cell is None:
-            self._cells[_cell_of(size)] = _Cell(size, self._shape(size) * surprise)
+            self._cells[key] = _Cell(size, shape * surprise)
             self._stale = _SETTLED_EVERY
         else:
-            cell.weight = min(known + 1.0, _MOST)
+            known = cell.weight
+            self._level *= 1.0 + _FAST * known / (known + 3.0) * beyond
+            cell.weight = known + 1.0 if known < _MOST - 1.0 else _MOST
             share = 1.0 / (cell.weight + 1.0)
-            cell.shape *= 1.0 + share * (surprise - 1.0)
+            cell.shape *= 1.0 + share * beyond
             cell.size += share * (size - cell.size)
         self._stale += 1
-        if self._stale >= (_REBUILD_EVERY if self.count < _SETTLED else _SETTLED_EVERY):
+        if self._stale >= (_REBUILD_EVERY if self._count < _SETTLED else _SETTLED_EVERY):
             for each in self._cells.values():
                 each.weight *= _FORGET**self._stale
             self._stale = 0

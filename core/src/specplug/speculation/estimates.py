@@ -105,13 +105,19 @@ class LinkEstimate:
 
     def ask_seconds(self, rows: int, depth: int) -> float:
         """What a proposal for so many rows, so deep, is expected to take; 0 if nothing is known."""
+        curve = self._asking(rows)
+        return 0.0 if curve is None else curve.seconds(depth)
+
+    def ask_table(self, rows: int) -> list[float]:
+        """What a proposal for so many rows is expected to take: 1 deep, 2 deep, … as deep as any."""
+        curve = self._asking(rows)
+        return [0.0] * self.depth if curve is None else curve.table(1, self.depth + 1)
+
+    def _asking(self, rows: int) -> CostCurve | None:
         curve = self.asks.get(rows_class(rows))
-        if curve is None:
-            if not self.asks:
-                return 0.0
-            nearest = min(self.asks, key=lambda known: abs(known - rows))
-            curve = self.asks[nearest]
-        return curve.seconds(depth)
+        if curve is None and self.asks:
+            curve = self.asks[min(self.asks, key=lambda known: abs(known - rows))]
+        return curve
 
     def observe_ask(self, rows: int, depth: int, seconds: float) -> None:
         """Takes in the time of a proposal."""

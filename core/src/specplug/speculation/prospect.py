@@ -59,15 +59,14 @@ class Prospect:
         self, link: LinkEstimate, gains: Sequence[Sequence[float]], margin: float = 1.0
     ) -> tuple[list[int], float]:
         """The best depths for rows whose nodes have these chances, and the rate; see `allocate`."""
-        ask = link.ask_seconds
-        fill = 1.0 if self.is_negligible(ask(1, 1)) else max(link.fill, 0.02)
+        fill = 1.0 if self.is_negligible(link.ask_seconds(1, 1)) else max(link.fill, 0.02)
         return allocate(
             gains,
             tokens=self.tokens,
             nodes=self.nodes,
             width=link.width,
             target=self.curve.seconds,
-            ask=ask if fill == 1.0 else lambda rows, depth: ask(rows, depth) / fill,
+            ask=link.ask_table if fill == 1.0 else lambda rows: [seconds / fill for seconds in link.ask_table(rows)],
             spent=self.spent,
             margin=margin,
         )
@@ -75,7 +74,8 @@ class Prospect:
     def might_pay(self, link: LinkEstimate, gains: Sequence[Sequence[float]]) -> bool:
         """Whether the drafts would pay if all of them cost no more than the shortest."""
         seconds = self.curve.seconds(self.nodes) + self.spent
-        return might_pay(gains, tokens=self.tokens, rate=self.rate, seconds=seconds, ask=link.ask_seconds)
+        cheapest = min(link.ask_seconds(1, 1), link.ask_seconds(len(gains), 1))
+        return might_pay(gains, tokens=self.tokens, rate=self.rate, seconds=seconds, cheapest=cheapest)
 
     def worth(self, link: LinkEstimate, gains: Sequence[float]) -> float:
         """The rate that the best draft of one row adds, where the row bears its share of asking."""
@@ -85,7 +85,7 @@ class Prospect:
             nodes=self.nodes,
             width=link.width,
             target=self.curve.seconds,
-            ask=lambda rows, depth: link.ask_seconds(self.rows, depth) / self.rows,
+            ask=lambda rows: [seconds / self.rows for seconds in link.ask_table(self.rows)],
             spent=self.spent,
         )
         return rate - self.rate

@@ -37,7 +37,7 @@ def keep_what_pays(
         nodes=sum(len(draft) for draft in drafts if draft is not None and draft.scores is None),
         width=1.0,
         target=prospect.curve.seconds,
-        ask=lambda rows, depth: 0.0,
+        ask=lambda rows: [0.0] * len(chances),
         spent=prospect.spent,
     )
     most = max(kept, sum(draft is not None for draft in scored))
