@@ -12,6 +12,7 @@ _SPIKE = 3.0
 _FORGET = 0.999
 _REBUILD_EVERY, _SETTLED_EVERY, _SETTLED = 8, 32, 64
 _SMALLEST_TABLE = 16
+_MOST_WAITING = 16
 _FINE = 0.03
 """Differences in shape of this share are worth telling apart: of sizes seen too rarely for that the line is believed."""
 _STEEP = 0.015
@@ -85,6 +86,8 @@ class CostCurve:
     def observe(self, size: int, seconds: float) -> None:
         """Notes one timing. It is taken in with others when a time is asked for: one by one each would find cold caches."""
         self._waiting.append((size, seconds))
+        if len(self._waiting) >= _MOST_WAITING:
+            self._take_in()
 
     def _take_in(self) -> None:
         waiting, self._waiting = self._waiting, []
