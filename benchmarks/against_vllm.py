@@ -7,7 +7,9 @@
 Every repetition runs all contestants one after the other, on the same prompts, in bfloat16, to the same number of tokens;
 a fixed number of requests is under way at any time. vLLM's processes are stopped while others are measured. Every contestant
 has one run that does not count. Reported are median tokens per second, prompts included, and the medians of the ratios
-specplug / peer within repetitions with their 95 % bootstrap intervals; what a peer cannot do is n/a.
+specplug / peer within repetitions with their 95 % bootstrap intervals, of these speeds and of the median time between two
+tokens, prompts not included; what a peer cannot do is n/a. `--context` makes random prompts so long, for a target that is
+given the positions (only costs matter then).
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import statistics
 import sys
 import time
 from contextlib import ExitStack
@@ -26,6 +30,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 import transformers
 from peers.vllm_contestant import MODES, VllmContestant
+from positions import with_positions
 from workloads import WORKLOADS
 
 from specplug import resolve_model
@@ -45,6 +50,7 @@ COUNTERPARTS = {
     "draft_model": "transformers assisted generation",
 }
 MAX_MODEL_LEN = 1024
+_BLOCK = 64
 
 
 def configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -66,14 +72,14 @@ def make_contestants(args: argparse.Namespace, target: str) -> list[Contestant]:
         "dtype": "bfloat16",
         "device": "cpu",
         "max_num_seqs": batch,
-        "max_model_len": MAX_MODEL_LEN,
+        "max_model_len": args.max_model_len,
         "memory": args.memory,
     }
     theirs = {
         "model": target,
         "dtype": "bfloat16",
         "max_num_seqs": batch,
-        "max_model_len": MAX_MODEL_LEN,
+        "max_model_len": args.max_model_len,
         "enable_prefix_caching": False,
         "disable_log_stats": True,
     }
@@ -110,6 +116,7 @@ def ratios(comparison: Comparison, methods: list[str]) -> list[dict[str, Any]]:
                     continue
                 own, other = (comparison.runs[cell, label] for label in (method, peer))
                 speeds = [[run.tokens_per_second for run in runs] for runs in (own, other)]
+                paces = [[1 / statistics.median(run.token_seconds) for run in runs] for runs in (own, other)]
                 rows.append(
                     {
                         "batch": cell.batch,
@@ -117,6 +124,7 @@ def ratios(comparison: Comparison, methods: list[str]) -> list[dict[str, Any]]:
                         "method": method,
                         "peer": peer,
                         "ratio": paired_ratio(*speeds).as_json(4) if all(speeds) else None,
+                        "between_tokens": paired_ratio(*paces).as_json(4) if all(paces) else None,
                     }
                 )
     return rows
@@ -131,14 +139,18 @@ def show(name: str, report: dict[str, Any]) -> None:
             print(f"  {setting} {result['method']:<34} n/a: {result['not_available']}")
             continue
         speed, ratio = result["tokens_per_second"], result["ratio_to_plain"]
-        tau = result["acceptance_length"]
+        tau, pace = result["acceptance_length"], result["inter_token_seconds"]
         print(
             f"  {setting} {result['method']:<34} {speed['median']:9.1f} tokens/s  {ratio['median']:.2f} x plain "
-            f"({ratio['low']:.2f} to {ratio['high']:.2f})" + (f"  tau {tau:.2f}" if tau else "")
+            f"({ratio['low']:.2f} to {ratio['high']:.2f})  {1e3 * pace['p50']:.1f} ms between tokens"
+            + (f"  tau {tau:.2f}" if tau else "")
         )
     for row in report["ratios"]:
-        ratio = row["ratio"]
-        told = "n/a" if ratio is None else f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+        ratio, pace = row["ratio"], row["between_tokens"]
+        told = "n/a"
+        if ratio is not None:
+            told = f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+            told += f", between tokens {pace['median']:.2f} ({pace['low']:.2f} to {pace['high']:.2f})"
         print(f"  batch {row['batch']:<3} T={row['temperature']:<4g} {row['method']} / {row['peer']}: {told}")
 
 
@@ -151,6 +163,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--context", type=int, help="tokens of each random prompt")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=7)
@@ -171,6 +184,9 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if "vllm" in args.peers and not args.python.is_file():
         parser.error(f"there is no {args.python}; run benchmarks/peers/setup_vllm.sh, or give --python or --peers")
+    if args.context and args.workloads != ["random"]:
+        parser.error("--context is for --workloads random alone")
+    args.max_model_len = max(MAX_MODEL_LEN, -(-((args.context or 0) + args.tokens + 1) // _BLOCK) * _BLOCK)
     args.python = args.python.absolute()  # not resolved: a virtual environment is found by the link
     return args
 
@@ -179,6 +195,8 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     target = str(Path(resolve_model(args.target)).absolute())
+    if args.context:
+        target = str(with_positions(Path(target), args.max_model_len))
     tokenizer = transformers.AutoTokenizer.from_pretrained(target)
     cells = [Cell(batch, temperature) for temperature in args.temperatures for batch in args.batches]
     contestants = make_contestants(args, target)
@@ -194,12 +212,15 @@ def main() -> None:
     watcher = Watcher(on_open=opening, on_run=lambda c, cell, number: note(f"{c.label}, {cell}, repetition {number}"))
     reports = {}
     with ExitStack() as stack:
+        if args.context:
+            stack.callback(shutil.rmtree, target)
         for contestant in contestants:
             open_contestant(contestant, stack, watcher)
         vllm = next((c.version for c in contestants if isinstance(c, VllmContestant) and c.version), None)
         for name in args.workloads:
             note(f"== {name}")
-            ids = WORKLOADS[name](tokenizer, args.prompts)
+            length = {"length": args.context} if args.context else {}
+            ids = WORKLOADS[name](tokenizer, args.prompts, **length)
             workload = Workload(name, [BenchPrompt(f"{name} {i}", prompt) for i, prompt in enumerate(ids)], args.tokens)
             comparison = compare_open(contestants, cells, workload, args.repeats, watcher)
             about = About(
@@ -210,7 +231,7 @@ def main() -> None:
                 prompt_tokens=[len(prompt) for prompt in ids],
                 max_tokens=args.tokens,
                 repetitions=args.repeats,
-                engine={"memory": args.memory, "max_model_len": MAX_MODEL_LEN, "vllm_mode": args.vllm_mode},
+                engine={"memory": args.memory, "max_model_len": args.max_model_len, "vllm_mode": args.vllm_mode},
                 machine=describe_machine(torch.device("cpu")),
                 versions=describe_versions({} if vllm is None else {"vllm": vllm}),
             )

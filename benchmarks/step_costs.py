@@ -14,13 +14,13 @@ import argparse
 import json
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from positions import with_positions
 
 from specplug import LLM, SamplingParams
 from specplug.bench.machine import describe_machine
@@ -59,19 +59,6 @@ class Machine:
         """Operations per second of a bfloat16 product."""
         seconds = median_seconds(lambda: torch.nn.functional.linear(self._left, self._right), 5)
         return 2 * 512 * 4096 * 4096 / seconds
-
-
-def with_positions(folder: Path, positions: int) -> Path:
-    """A copy of the checkpoint's folder, with links to its weights, whose configuration has more positions."""
-    copy = Path(tempfile.mkdtemp(prefix="step-costs-"))
-    for file in folder.iterdir():
-        if file.name == "config.json":
-            config = json.loads(file.read_text(encoding="utf-8"))
-            config["max_position_embeddings"] = positions
-            (copy / file.name).write_text(json.dumps(config), encoding="utf-8")
-        else:
-            (copy / file.name).symlink_to(file.resolve())
-    return copy
 
 
 class Steps:
