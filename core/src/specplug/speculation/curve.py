@@ -44,7 +44,6 @@ class CostCurve:
 
     def __init__(self, slope: float = 0.0, *, proportional: bool = False, least_slope: float = 0.0) -> None:
         self._count = 0
-        self._largest = 0
         self._slope = slope
         self._proportional = proportional
         self._least_slope = least_slope
@@ -60,11 +59,6 @@ class CostCurve:
     def count(self) -> int:
         """How many timings there were."""
         return self._count + len(self._waiting)
-
-    @property
-    def largest(self) -> int:
-        """The largest size that was timed."""
-        return max(self._largest, max((size for size, _ in self._waiting), default=0))
 
     def seconds(self, size: int) -> float:
         """The expected time."""
@@ -96,13 +90,12 @@ class CostCurve:
 
     def _learn(self, size: int, seconds: float) -> None:
         self._count += 1
-        self._largest = max(self._largest, size)
         if self._level <= 0.0:
             self._level = max(seconds, 1e-9)
             self._cells[_cell_of(size)] = _Cell(size, 1.0)
             self._shapes = []
             return
-        key = size if size <= _FINEST else _cell_of(size)
+        key = _cell_of(size)
         cell, shape = self._cells.get(key), self._shape(size)
         surprise = max(seconds, 1e-9) / (self._level * shape)
         if cell is None and surprise > _SPIKE:

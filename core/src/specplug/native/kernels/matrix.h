@@ -1,8 +1,9 @@
 // The same products on the matrix units of recent Intel processors (AMX).
 //
 // One instruction multiplies a tile of 16 rows and 32 inputs with one of 32 inputs and 16 outputs, which is how the panels of
-// a packed weight lie already. Up to 16 rows take what reading the weight takes. Sums are float32, and every row's are added
-// up in the same order, whichever rows are beside it: a row alone and the same row in a batch give bit-equal results.
+// a packed weight lie already. Up to 16 rows take what reading the weight takes; with more, the weight is still read but once,
+// part by part while other parts are multiplied. Sums are float32, and every row's are added up in the same order, whichever
+// rows are beside it: a row alone and the same row in a batch give bit-equal results.
 #pragma once
 
 #include "linear.h"
