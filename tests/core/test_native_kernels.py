@@ -172,6 +172,43 @@ def test_a_range_more_or_less_changes_nothing_for_a_query() -> None:
     assert all(torch.equal(results[0][:, 0], other[:, 0]) for other in results[1:])
 
 
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (32, 96), (128, 128)])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_prompt_attends_as_its_tokens_would(key_dim: int, value_dim: int, softcap: float | None) -> None:
+    """Bit for bit, where the processor has matrix units: whatever is computed together, however it is arranged for that."""
+    if not native.has_matrix_units():
+        return
+    torch.manual_seed(0)
+    heads, kv_heads, length = 16, 2, 1024  # longer rows are cut into ranges when they decode
+    cache = KVCache([KVLayer(kv_heads, key_dim, value_dim)], 200, BLOCK, torch.bfloat16, torch.device("cpu"))
+    query = torch.randn(1, heads, length, key_dim, dtype=torch.bfloat16)
+    key = torch.randn(1, kv_heads, length, key_dim, dtype=torch.bfloat16)
+    value = torch.randn(1, kv_heads, length, value_dim, dtype=torch.bfloat16)
+    site = AttentionSite(cache.keys[0], cache.values[0])
+    table = BlockTable(BLOCK)
+    table.extend(torch.randperm(200)[: -(-length // BLOCK)].tolist())
+
+    def attend(first: int, last: int) -> torch.Tensor:
+        site.batch = ForwardBatch([ForwardRow([0] * (last - first), first, table)], cache)
+        site.batch.is_native = True
+        parts = (part[:, :, first:last] for part in (query, key, value))
+        return site.attend(*parts, key_dim**-0.5, None, softcap, None)[0]
+
+    whole = attend(0, length)
+    for first, last in [
+        (0, 1),
+        (63, 64),
+        (64, 65),
+        (900, 901),
+        (900, 906),
+        (895, 929),
+        (400, 700),
+        (0, 640),
+        (1022, 1024),
+    ]:
+        assert torch.equal(attend(first, last), whole[first:last]), (first, last)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 5, 14, 15, 29, 70, 113, 230, 600])
 @pytest.mark.parametrize(

@@ -6,51 +6,18 @@
 #pragma once
 
 #include <atomic>
-#include <optional>
 
 #include "few.h"
-#include "matrix_attention.h"
+#include "many.h"
+#include "scratch.h"
 #include "shares.h"
+#include "sight.h"
 #include "softmax.h"
 
 namespace specplug {
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-
-// How a share is computed: on matrix units; reading keys and values as they lie, for few queries; or in tiles, one by one.
-enum class Way { kMatrix, kFew, kTiles };
-
-// What a share is computed in; every part begins at a multiple of 64.
-template <typename T>
-struct Scratch {
-  float *scores, *highest, *total, *sums;
-  T *queries, *tiles, *weights;  // the last two for matrix units alone
-
-  Scratch(std::vector<char>& memory, int64_t count, int64_t value_dim, int64_t key_dim, bool on_matrix_units) {
-    const int64_t size = sizeof(T), tile_bytes = on_matrix_units ? kTile * std::max(key_dim, value_dim) * size : 0;
-    const int64_t weight_bytes = on_matrix_units ? count * kTile * size : 0;
-    const int64_t bytes[] = {count * kTile * 4,      count * 4,  count * 4,   count * value_dim * 4,
-                             count * key_dim * size, tile_bytes, weight_bytes};
-    int64_t begins[8] = {};
-    for (int part = 0; part < 7; ++part) begins[part + 1] = begins[part] + (bytes[part] + 63) / 64 * 64;
-    if (static_cast<int64_t>(memory.size()) < begins[7] + 64) memory.resize(begins[7] + 64);
-    char* base = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-    scores = reinterpret_cast<float*>(base);
-    highest = reinterpret_cast<float*>(base + begins[1]);
-    total = reinterpret_cast<float*>(base + begins[2]);
-    sums = reinterpret_cast<float*>(base + begins[3]);
-    queries = reinterpret_cast<T*>(base + begins[4]);
-    tiles = reinterpret_cast<T*>(base + begins[5]);
-    weights = reinterpret_cast<T*>(base + begins[6]);
-  }
-};
-
-// Where the keys and values of up to a tile of entries lie.
-template <typename T>
-struct Rows {
-  const T *keys[kTile], *values[kTile + 1];
-  int64_t count;
-};
+constexpr int64_t kFewTurned = 64;  // queries for which values are not turned
 
 // Attention of one batch in one layer.
 template <typename T>
@@ -58,124 +25,171 @@ class Attention {
  public:
   Attention(const T* query, const T* keys, const T* values, T* out, const Plan& plan, const Shape& shape, const float* sinks,
             Shares& shares, float* partials)
-      : query_(query), keys_(keys), values_(values), out_(out), plan_(plan), shape_(shape), sinks_(sinks), shares_(shares),
-        partials_(partials) {}
+      : query_(query), cache_{keys, values, plan, shape}, out_(out), plan_(plan), shape_(shape), sinks_(sinks),
+        shares_(shares), partials_(partials) {}
+
+  // The most queries of a share.
+  static int64_t most_queries(const Shape& shape) {
+    return way_of(shape, kMostQueries) == Way::kMatrix ? kMostQueries : kQueryBlock;
+  }
 
   // Any number of threads may do this at once; together they do all shares.
   void work() {
     thread_local std::vector<char> memory;
-    const int64_t count = static_cast<int64_t>(shares_.order.size());
-    for (int64_t next = next_++; next < count; next = next_++) attend(shares_.items[shares_.order[next]], memory);
+    Ahead<T> ahead(cache_);
+    const Share* next = take();
+    while (const Share* share = next) {
+      next = take();
+      attend(*share, next, ahead, memory);
+    }
   }
 
  private:
-  void attend(const Share& share, std::vector<char>& memory) {
-    const Row row = plan_.row(share.row);
-    const int64_t group = shape_.heads / shape_.kv_heads, count = share.last - share.first;
-    const int64_t start = row.length - row.count, dim = shape_.value_dim;
-    const Way way = way_of(count);
-    const int64_t size = way == Way::kFew ? few_tile(shape_.key_dim) : kTile;
-    const int64_t padded_count = (count + kLanes - 1) / kLanes * kLanes;
-    Scratch<T> scratch(memory, way == Way::kMatrix ? padded_count : count, dim, shape_.key_dim, way == Way::kMatrix);
-    float *scores = scratch.scores, *highest = scratch.highest, *total = scratch.total, *sums = scratch.sums;
-    T* own = scratch.queries;
-    int64_t token[kQueryBlock], position[kQueryBlock];
-    const float factor = (shape_.softcap > 0 ? 1.0f : shape_.scaling) * kLog2E;
-    const bool has_sink = sinks_ && share.begin == share.reach.low;
-    for (int64_t q = 0; q < count; ++q) {
-      const int64_t head = share.head * group + (share.first + q) / row.count;
-      token[q] = (share.first + q) % row.count;
-      position[q] = plan_.position(row, start + token[q]);
-      std::memcpy(own + q * shape_.key_dim, query_ + head * shape_.query_head + (row.query + token[q]) * shape_.query_token,
-                  sizeof(T) * shape_.key_dim);
-      highest[q] = has_sink ? sinks_[head] * kLog2E : kNone;
-      total[q] = has_sink ? 1.0f : 0.0f;
-    }
-    std::fill(sums, sums + count * dim, 0.0f);
-    Rows<T> rows;
-#if SPECPLUG_MATRIX
-    std::optional<TileShapes> shapes;
-    if (way == Way::kMatrix) shapes.emplace(std::min(count, kTileRows));
-#endif
-    for (int64_t tile = share.begin; tile < share.end; tile += size) {
-      locate(share, row, tile, size, rows);
-      const int64_t width = rows.count, padded = (width + kLanes - 1) / kLanes * kLanes;
-      score(way, scratch, count, rows);
-      const bool unmasked = tile + width <= share.reach.plain && tile >= share.reach.in_all_windows &&
-                            tile >= row.hidden && !(shape_.window && row.tree >= 0);
-      for (int64_t q = 0; q < count; ++q) {
-        float* score = scores + q * kTile;
-        if (shape_.softcap > 0)
-          for (int64_t k = 0; k < width; ++k)
-            score[k] = std::tanh(score[k] * shape_.scaling / shape_.softcap) * shape_.softcap;
-        for (int64_t k = width; k < padded; ++k) score[k] = kNone;
-        if (!unmasked && row.tree < 0) {
-          const int64_t newest = start + token[q];
-          const int64_t oldest = std::max<int64_t>(row.hidden, shape_.window ? newest + 1 - shape_.window : 0);
-          std::fill(score, score + std::clamp<int64_t>(oldest - tile, 0, width), kNone);
-          std::fill(score + std::clamp<int64_t>(newest + 1 - tile, 0, width), score + width, kNone);
-        } else if (!unmasked) {
-          for (int64_t k = 0; k < width; ++k) {
-            const int64_t entry = tile + k;
-            const bool seen = plan_.sees(row, token[q], entry) && entry >= row.hidden &&
-                              (!shape_.window || position[q] - plan_.position(row, entry) < shape_.window);
-            if (!seen) score[k] = kNone;
-          }
-        }
-        const float shrink = softmax_tile(score, padded, factor, highest[q], total[q]);
-        if (shrink != 1.0f) {
-          float* own_sums = sums + q * dim;
-#pragma omp simd
-          for (int64_t d = 0; d < dim; ++d) own_sums[d] *= shrink;
-        }
-      }
-      add(way, scratch, count, rows);
-    }
-#if SPECPLUG_MATRIX
-    shapes.reset();
-#endif
-    if (share.split < 0) return write(share, row, total, sums);
-    Split& split = shares_.splits[share.split];
-    const int64_t floats = partial_floats(shape_, count);
-    const int64_t range = &share - &shares_.items[split.first_share];
-    float* to = partials_ + split.partials + range * floats;
-    std::copy(highest, highest + count, to);
-    std::copy(total, total + count, to + count);
-    std::copy(sums, sums + count * dim, to + 2 * count);
-    if (std::atomic_ref<int32_t>(split.left).fetch_sub(1, std::memory_order_acq_rel) == 1) merge(share, row, split);
-  }
-
-  // Where the keys and values of a tile's entries lie.
-  void locate(const Share& share, const Row& row, int64_t tile, int64_t size, Rows<T>& rows) const {
-    rows.count = std::clamp<int64_t>(share.end - tile, 0, size);
-    const T* head_keys = keys_ + share.head * shape_.slots * shape_.key_dim;
-    const T* head_values = values_ + share.head * shape_.slots * shape_.value_dim;
-    for (int64_t k = 0; k < rows.count; ++k) {
-      const int64_t slot = plan_.slot(row, tile + k);
-      rows.keys[k] = head_keys + slot * shape_.key_dim;
-      rows.values[k] = head_values + slot * shape_.value_dim;
-    }
-    if (rows.count) rows.values[rows.count] = rows.values[rows.count - 1];  // the other of an odd pair, with weight 0
-  }
-
-  Way way_of(int64_t count) const {
+  static Way way_of(const Shape& shape, int64_t count) {
     if constexpr (kHasFew<T>)
-      if (shape_.key_dim % 32 == 0 && shape_.value_dim % 32 == 0) {
+      if (shape.key_dim % 32 == 0 && shape.value_dim % 32 == 0) {
         if (has_matrix_units()) return Way::kMatrix;
         if (count <= kFewQueries) return Way::kFew;
       }
     return Way::kTiles;
   }
 
+  const Share* take() {
+    const size_t index = next_++;
+    return index < shares_.order.size() ? &shares_.items[shares_.order[index]] : nullptr;
+  }
+
+  void attend(const Share& share, const Share* next, Ahead<T>& ahead, std::vector<char>& memory) {
+    const Row row = plan_.row(share.row);
+    const Sight sight(plan_, row, shape_.window, share.first, share.last);
+    const int64_t count = sight.count(), dim = shape_.value_dim;
+    const Way way = way_of(shape_, count);
+    const Scratch<T> scratch(memory, way, count, shape_.key_dim, dim);
+    const bool has_sink = sinks_ && share.begin == share.reach.low;
+    for (int64_t q = 0; q < count; ++q) {
+      scratch.highest[q] = has_sink ? sinks_[head_of(share, row, q)] * kLog2E : kNone;
+      scratch.total[q] = has_sink ? 1.0f : 0.0f;
+    }
+#if SPECPLUG_MATRIX
+    if constexpr (kHasFew<T>)
+      if (way == Way::kMatrix) {
+        ahead.begin(share, next);
+        if (count > kFewTurned) {
+          attend_across<true>(share, row, sight, scratch, ahead);
+        } else {
+          attend_across<false>(share, row, sight, scratch, ahead);
+        }
+        return finish(share, row, scratch.highest, scratch.total, scratch.sums);
+      }
+#endif
+    attend_down(way, share, row, sight, scratch);
+    finish(share, row, scratch.highest, scratch.total, scratch.sums);
+  }
+
+  // Query after query: scores of a tile, its softmax, its values.
+  void attend_down(Way way, const Share& share, const Row& row, const Sight& sight, const Scratch<T>& scratch) const {
+    const int64_t count = sight.count(), dim = shape_.value_dim;
+    const int64_t size = way == Way::kFew ? few_tile(shape_.key_dim) : kTile;
+    for (int64_t q = 0; q < count; ++q)
+      std::memcpy(scratch.queries + q * shape_.key_dim, query_of(share, row, q), sizeof(T) * shape_.key_dim);
+    std::fill(scratch.sums, scratch.sums + count * dim, 0.0f);
+    const Span span = sight.span(0, count);
+    Rows<T> rows;
+    for (int64_t tile = share.begin; tile < share.end; tile += size) {
+      cache_.locate(share, tile, size, rows);
+      const int64_t width = rows.count, padded = (width + kLanes - 1) / kLanes * kLanes;
+      score(way, scratch, count, rows);
+      const bool unmasked = span.holds(tile, width);
+      for (int64_t q = 0; q < count; ++q) {
+        float* scores = scratch.scores + q * kTile;
+        cap(scores, width);
+        std::fill(scores + width, scores + padded, kNone);
+        if (!unmasked) sight.hide(q, tile, width, scores);
+        const float shrink = softmax_tile(scores, padded, factor(), scratch.highest[q], scratch.total[q]);
+        if (shrink != 1.0f) {
+          float* sums = scratch.sums + q * dim;
+#pragma omp simd
+          for (int64_t d = 0; d < dim; ++d) sums[d] *= shrink;
+        }
+      }
+      add(way, scratch, count, rows);
+    }
+  }
+
+#if SPECPLUG_MATRIX
+  // The same for 16 queries at once, each in its lane. Many are worth turning the values for, else their weights are turned.
+  template <bool Turned>
+  void attend_across(const Share& share, const Row& row, const Sight& sight, const Scratch<T>& scratch,
+                     Ahead<T>& ahead) const {
+    const int64_t count = sight.count(), key_dim = shape_.key_dim, dim = shape_.value_dim;
+    Span spans[kMostQueries / kAcross];
+    for (int64_t q = 0; q < count; q += kAcross) {
+      const T* queries[kAcross];
+      const int64_t own = std::min(kAcross, count - q);
+      for (int64_t lane = 0; lane < own; ++lane) queries[lane] = query_of(share, row, q + lane);
+      turn_queries(queries, own, key_dim, scratch.queries + q * key_dim);
+      spans[q / kAcross] = sight.span(q, q + kAcross);
+      std::fill(scratch.sums + q * dim, scratch.sums + (q + kAcross) * dim, 0.0f);
+      for (int64_t lane = own; lane < kAcross; ++lane) scratch.highest[q + lane] = kNone, scratch.total[q + lane] = 0.0f;
+    }
+    const TileShapes shapes;
+    for (int64_t tile = share.begin; tile < share.end; tile += kTile) {
+      const Rows<T>& rows = ahead.advance();
+      const KeyGroups keys = group_keys(rows.keys, rows.count, key_dim, scratch.keys, ahead);
+      arrange_values<Turned>(rows.values, rows.count, dim, scratch.values, ahead);
+      for (int64_t q = 0; q < count; q += kAcross) {
+        const Span& span = spans[q / kAcross];
+        if (tile >= span.end) continue;
+        float *scores = scratch.scores, *sums = scratch.sums + q * dim;
+        score_across(keys, scratch.queries + q * key_dim, key_dim, scores);
+        cap(scores, rows.count * kAcross);
+        std::fill(scores + rows.count * kAcross, scores + keys.count * kLanes * kAcross, kNone);
+        if (!span.holds(tile, rows.count)) sight.hide_across(q, tile, rows.count, scores);
+        const __m512 shrink =
+            softmax_across(scores, keys.count, factor(), scratch.highest + q, scratch.total + q, scratch.weights, ahead);
+        if (!Turned) turn_weights(keys.count, scratch.weights);
+        add_across<Turned>(scratch.values, keys.count, scratch.weights, shrink, dim, sums);
+      }
+    }
+    for (int64_t q = 0; q < count; q += kAcross) {
+      arrange_sums<Turned>(scratch.sums + q * dim, dim, scratch.scores);
+      std::copy(scratch.scores, scratch.scores + kAcross * dim, scratch.sums + q * dim);
+    }
+  }
+#endif
+
+  // Writes what became of a share; of a range of a cut block, if it is the last, what became of all.
+  void finish(const Share& share, const Row& row, const float* highest, const float* total, const float* sums) {
+    if (share.split < 0) return write(share, row, total, sums);
+    Split& split = shares_.splits[share.split];
+    const int64_t count = share.last - share.first;
+    float* to = partials_ + split.partials + (&share - &shares_.items[split.first_share]) * partial_floats(shape_, count);
+    std::copy(highest, highest + count, to);
+    std::copy(total, total + count, to + count);
+    std::copy(sums, sums + count * shape_.value_dim, to + 2 * count);
+    if (std::atomic_ref<int32_t>(split.left).fetch_sub(1, std::memory_order_acq_rel) == 1) merge(share, row, split);
+  }
+
+  int64_t head_of(const Share& share, const Row& row, int64_t q) const {
+    return share.head * (shape_.heads / shape_.kv_heads) + (share.first + q) / row.count;
+  }
+
+  const T* query_of(const Share& share, const Row& row, int64_t q) const {
+    return query_ + head_of(share, row, q) * shape_.query_head + (row.query + (share.first + q) % row.count) * shape_.query_token;
+  }
+
+  // What makes exponents of 2 of scores, and what scores that have a cap become.
+  float factor() const { return (shape_.softcap > 0 ? 1.0f : shape_.scaling) * kLog2E; }
+  void cap(float* scores, int64_t count) const {
+    if (shape_.softcap > 0)
+      for (int64_t k = 0; k < count; ++k)
+        scores[k] = std::tanh(scores[k] * shape_.scaling / shape_.softcap) * shape_.softcap;
+  }
+
   void score(Way way, const Scratch<T>& scratch, int64_t count, const Rows<T>& rows) const {
     const int64_t dim = shape_.key_dim;
 #if SPECPLUG_BF16_DOT
     if constexpr (kHasFew<T>) {
-#if SPECPLUG_MATRIX
-      if (way == Way::kMatrix)
-        return score_on_matrix_units(scratch.queries, (count + kTileRows - 1) / kTileRows, rows.keys, rows.count, dim,
-                                     scratch.scores, scratch.tiles);
-#endif
       if (way == Way::kFew) return kScoreFew[count - 1](scratch.queries, rows.keys, rows.count, dim, scratch.scores);
     }
 #endif
@@ -186,11 +200,6 @@ class Attention {
     const int64_t dim = shape_.value_dim;
 #if SPECPLUG_BF16_DOT
     if constexpr (kHasFew<T>) {
-#if SPECPLUG_MATRIX
-      if (way == Way::kMatrix)
-        return add_on_matrix_units(scratch.scores, count, (count + kTileRows - 1) / kTileRows, rows.values, rows.count, dim,
-                                   scratch.sums, scratch.tiles, scratch.weights);
-#endif
       if (way == Way::kFew) return kAddFew[count - 1](scratch.scores, rows.values, rows.count, dim, scratch.sums);
     }
 #endif
@@ -228,14 +237,15 @@ class Attention {
     }
   }
 
-  const T *query_, *keys_, *values_;
+  const T* query_;
+  const Cache<T> cache_;
   T* out_;
   const Plan& plan_;
   const Shape& shape_;
   const float* sinks_;
   Shares& shares_;
   float* partials_;
-  std::atomic<int64_t> next_{0};
+  std::atomic<size_t> next_{0};
 };
 
 }  // namespace specplug

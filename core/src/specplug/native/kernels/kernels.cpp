@@ -36,7 +36,7 @@ void attend_typed(const Tensor& query, const Tensor& key, const Tensor& value, c
                     new_values + head * value.stride(1) + token * value.stride(2), sizeof(T) * shape.value_dim);
       }
   });
-  Shares shares = share_out(plan, shape);
+  Shares shares = share_out(plan, shape, Attention<T>::most_queries(shape));
   thread_local std::vector<float> partials;
   if (static_cast<int64_t>(partials.size()) < shares.partials) partials.resize(shares.partials);
   Attention<T> attention(data_of<T>(query), cached_keys, cached_values, data_of<T>(out), plan, shape, sinks, shares,

@@ -15,6 +15,7 @@ namespace specplug {
 constexpr int64_t kShareEntries = 1024;       // at least; fetching ahead begins anew with each range
 constexpr int64_t kHeadEntries = 256;         // with many heads, ranges of so many entries times heads are enough
 constexpr int64_t kEnoughShares = 64;         // a row of so many blocks and heads is not cut
+constexpr int64_t kEnoughBlocks = 32;         // a prompt of more, over all heads, has larger ones
 constexpr int64_t kMostPartials = 2 << 20;    // floats of the ranges' softmaxes, of all rows
 constexpr int64_t kReading = 8;               // reading an entry costs as much as computing with this many queries
 
@@ -26,9 +27,9 @@ struct Shape {
   float softcap;
 };
 
-// Which entries a block of queries may see: [low, end), all of which [in_all_windows, plain) need no look at masks.
+// Which entries a block of queries may see: [low, end).
 struct Reach {
-  int64_t low, end, plain, in_all_windows;
+  int64_t low, end;
 };
 
 struct Share {
@@ -58,11 +59,10 @@ inline int64_t partial_floats(const Shape& shape, int64_t queries) { return quer
 
 inline Reach reach_of(const Plan& plan, const Row& row, const Shape& shape, int64_t first, int64_t last) {
   const int64_t start = row.length - row.count;
-  int64_t oldest = std::numeric_limits<int64_t>::max(), earliest = oldest, newest = 0;
+  int64_t oldest = std::numeric_limits<int64_t>::max(), newest = 0;
   for (int64_t q = first; q < last; ++q) {
     const int64_t entry = start + q % row.count;
     oldest = std::min(oldest, plan.position(row, entry));
-    earliest = std::min(earliest, entry);
     newest = std::max(newest, entry);
   }
   Reach reach;
@@ -70,8 +70,6 @@ inline Reach reach_of(const Plan& plan, const Row& row, const Shape& shape, int6
   if (shape.window) reach.low = std::max<int64_t>(reach.low, oldest + 1 - shape.window);
   if (row.tree >= 0) reach.low = std::min<int64_t>(reach.low, row.prefix);
   reach.end = row.tree >= 0 ? row.length : newest + 1;
-  reach.plain = row.tree >= 0 ? row.prefix : std::min(reach.end, earliest + 1);
-  reach.in_all_windows = shape.window ? std::max<int64_t>(0, newest + 1 - shape.window) : 0;
   return reach;
 }
 
@@ -80,16 +78,21 @@ inline int64_t ranges_of(const Reach& reach, int64_t size) {
   return std::max<int64_t>(1, (reach.end + size - 1) / size - reach.low / size);
 }
 
-inline Shares share_out(const Plan& plan, const Shape& shape) {
+// How many queries of `folded` ones make a block: as many as leave enough blocks, `most` at most.
+inline int64_t block_for(int64_t folded, const Shape& shape, int64_t most) {
+  return std::clamp(folded * shape.kv_heads / kEnoughBlocks / kQueryBlock * kQueryBlock, kQueryBlock, most);
+}
+
+inline Shares share_out(const Plan& plan, const Shape& shape, int64_t most_queries) {
   Shares shares;
   const int64_t group = shape.heads / shape.kv_heads;
   std::vector<Share> blocks;
   for (int64_t index = 0; index < plan.rows(); ++index) {
     const Row row = plan.row(index);
-    const int64_t folded = group * row.count;
+    const int64_t folded = group * row.count, size = block_for(folded, shape, most_queries);
     const bool is_cut = (folded + kQueryBlock - 1) / kQueryBlock * shape.kv_heads < kEnoughShares;
-    for (int64_t first = 0; first < folded; first += kQueryBlock) {
-      const int64_t last = std::min(first + kQueryBlock, folded);
+    for (int64_t first = 0; first < folded; first += size) {
+      const int64_t last = std::min(first + size, folded);
       const Reach reach = reach_of(plan, row, shape, first, last);
       blocks.push_back({index, 0, first, last, reach.low, reach.end, reach, is_cut ? 0 : -1});
     }

@@ -37,7 +37,7 @@ inline float softmax_tile(float* score, int64_t width, float factor, float& high
 #endif
   const float shrink = top == highest ? 1.0f : exp2_nonpositive(highest - top);
   highest = top;
-  total = total * shrink + added;
+  total = std::fma(total, shrink, added);
   return shrink;
 }
 

@@ -11,6 +11,7 @@ namespace specplug {
 constexpr int64_t kTile = 64;
 constexpr int64_t kLanes = 16;
 constexpr int64_t kQueryBlock = 64;
+constexpr int64_t kMostQueries = 512;  // of a block of a long prompt: keys and values are arranged once for all
 
 // Scores of `count` queries against a tile of up to 64 keys.
 template <typename T>
@@ -54,11 +55,9 @@ inline void touch(const bf16* const* rows, int64_t count, int64_t dim) {
     }
 }
 
-// Turns 16 keys of 32 elements each into 16 vectors, one per pair of elements, each holding that pair of all keys.
-inline void transpose_pairs(const bf16* const* keys, int64_t width, int64_t offset, __m512i* out) {
-  __m512i r[16], t[16];
-  for (int k = 0; k < 16; ++k)
-    r[k] = k < width ? _mm512_loadu_si512(keys[k] + offset) : _mm512_setzero_si512();
+// 16 rows of 16 numbers of 32 bits become 16 columns.
+inline void transpose(__m512i (&r)[16], __m512i* out) {
+  __m512i t[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
@@ -85,6 +84,14 @@ inline void transpose_pairs(const bf16* const* keys, int64_t width, int64_t offs
     out[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
     out[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
   }
+}
+
+// Turns 16 keys of 32 elements each into 16 vectors, one per pair of elements, each holding that pair of all keys.
+inline void transpose_pairs(const bf16* const* keys, int64_t width, int64_t offset, __m512i* out) {
+  __m512i rows[16];
+  for (int k = 0; k < 16; ++k)
+    rows[k] = k < width ? _mm512_loadu_si512(keys[k] + offset) : _mm512_setzero_si512();
+  transpose(rows, out);
 }
 
 template <>
