@@ -21,7 +21,7 @@ from specplug.speculation.trimming import keep_what_pays
 from specplug.speculation.waking import choose_probes, missed_tokens
 
 _MARGIN = 1.02
-_SETTLED_STEPS, _SETTLED_DRAFTS = 4, 6
+_SETTLED_STEPS, _DRAFTS_PER_PATIENCE = 8, 2.0
 _PREFERENCE = 1.1
 
 
@@ -121,7 +121,7 @@ class AutoBudget:
     def _is_settled(self, link: LinkEstimate, candidates: Iterable[Candidate]) -> bool:
         """Whether the depths that were found best a few steps ago still hold."""
         at = link.settled_at
-        return self.step - at < _SETTLED_STEPS and all(c.row.settled_at == at for c in candidates)
+        return self.step - at < _SETTLED_STEPS and all(c.row.settled_at == at and c.row.patience > 0 for c in candidates)
 
     def _settle(self, index: int, candidates: list[Candidate]) -> float:
         """Looks for the best depths; returns by what factor they are expected to beat no drafts."""
@@ -150,7 +150,8 @@ class AutoBudget:
             if row.depth and not depth:
                 row.misses, row.wake_at = 1, self.step + 2
             row.depth = depth
-            row.settled_at = self.step if row.acceptance.first_reached > _SETTLED_DRAFTS else -1
+            row.settled_at = self.step
+            row.patience = 1 + int(row.acceptance.first_reached / _DRAFTS_PER_PATIENCE)
         return rate / base
 
     def _probe(self, link: LinkEstimate, idle: list[Candidate], wishes: list[Wish]) -> None:

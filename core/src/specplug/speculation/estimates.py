@@ -24,6 +24,7 @@ class RowEstimate:
         acceptance: of its drafts.
         depth: the budget that was found best when it was last looked for.
         settled_at: the step in which that was; -1 when it must be looked for again.
+        patience: of how many more drafts may be learned before it is looked for again; fewer where little is known.
         probes: whether its last budget was only to see whether drafts would be accepted by now.
         misses: probes in a row that were not accepted.
         wake_at: the step from which on it may be probed again.
@@ -35,6 +36,7 @@ class RowEstimate:
     acceptance: RowAcceptance = attrs.field(factory=RowAcceptance)
     depth: int = 0
     settled_at: int = -1
+    patience: int = 0
     probes: bool = False
     misses: int = 0
     wake_at: int = 0
@@ -141,6 +143,7 @@ class LinkEstimate:
 
     def learn(self, row: RowEstimate, count: int, *, rejected: bool, step: int) -> None:
         """Takes in what became of a draft of a row, or of a guess: nodes accepted, and whether the next was rejected."""
+        row.patience -= 1
         if self.acceptance.record(row.acceptance, count, rejected=rejected):
             row.settled_at = -1
         if row.probes:
