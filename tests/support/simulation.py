@@ -48,6 +48,7 @@ class Asking:
     per_row: float = 5e-6
     per_gap_token: float = 0.0
     fill: float = 1.0
+    cold: float = 1.0  # times as long, if it was not asked in the step before
     scale: Callable[[int], float] = lambda step: 1.0
 
     def seconds(self, rows: int, depth: int, gap: int, step: int = 0) -> float:
@@ -65,6 +66,7 @@ class Link:
     num_tokens: int = 8
     calls: int = 0
     rows_asked: int = 0
+    asked_at: int = -1
     seen: dict[int, int] = attrs.field(factory=dict)
 
     @classmethod
@@ -208,7 +210,9 @@ class Simulation:
         link.calls += 1
         link.rows_asked += len(asked)
         answer = Asked(depths, 0 if link.traits.token_only else fed)
-        return link.asking.seconds(len(asked), deepest, gap, self.steps), answer
+        slower = 1.0 if link.asked_at == self.steps - 1 else link.asking.cold
+        link.asked_at = self.steps
+        return slower * link.asking.seconds(len(asked), deepest, gap, self.steps), answer
 
     def _draft(self, request: Request, link: Link, depth: int) -> list[int]:
         at = len(request.tokens)

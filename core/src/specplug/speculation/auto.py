@@ -23,6 +23,7 @@ from specplug.speculation.waking import choose_probes, missed_tokens
 _MARGIN = 1.02
 _SETTLED_STEPS, _DRAFTS_PER_PATIENCE = 8, 2.0
 _PREFERENCE = 1.1
+_NEARLY = 0.93
 
 
 class AutoBudget:
@@ -121,7 +122,9 @@ class AutoBudget:
     def _is_settled(self, link: LinkEstimate, candidates: Iterable[Candidate]) -> bool:
         """Whether the depths that were found best a few steps ago still hold."""
         at = link.settled_at
-        return self.step - at < _SETTLED_STEPS and all(c.row.settled_at == at and c.row.patience > 0 for c in candidates)
+        return self.step - at < _SETTLED_STEPS and all(
+            c.row.settled_at == at and c.row.patience > 0 for c in candidates
+        )
 
     def _settle(self, index: int, candidates: list[Candidate]) -> float:
         """Looks for the best depths; returns by what factor they are expected to beat no drafts."""
@@ -143,6 +146,8 @@ class AutoBudget:
             for number in late:
                 gains[number] = []
             depths, rate = prospect.divide(link, gains, margin)
+        if not any(depths):
+            depths = self._try_out(link, candidates, gains)
         link.settled_at = self.step
         link.is_close = any(depths) or prospect.might_pay(link, gains)
         for candidate, depth in zip(candidates, depths, strict=True):
@@ -153,6 +158,20 @@ class AutoBudget:
             row.settled_at = self.step
             row.patience = 1 + int(row.acceptance.first_reached / _DRAFTS_PER_PATIENCE)
         return rate / base
+
+    def _try_out(self, link: LinkEstimate, candidates: list[Candidate], gains: list[list[float]]) -> list[int]:
+        """Depths that nearly pay, if what may be lost until the next look is affordable; else none.
+
+        What is done now and then finds cold caches and seems to cost more than if it were done at every step.
+        """
+        prospect = self._prospect
+        depths, rate = prospect.divide(link, gains, _NEARLY)
+        if any(depths):
+            lost = max(0.0, 1.0 - rate / prospect.rate) * _SETTLED_STEPS * prospect.tokens / prospect.rate
+            gaps = sum(c.gap for c, depth in zip(candidates, depths, strict=True) if depth and c.gap > SHORT_GAP)
+            if self.probing.affords(lost + link.feed * gaps):
+                return depths
+        return [0] * len(candidates)
 
     def _probe(self, link: LinkEstimate, idle: list[Candidate], wishes: list[Wish]) -> None:
         """Tries some of the rows that sleep."""
@@ -287,10 +306,9 @@ class AutoBudget:
         return request.estimates[index]
 
     def _plan_rest(self, requests: Sequence[Request]) -> None:
-        """Rows rest where drafts are far from paying; else the next timing may decide otherwise."""
-        if any(link.is_close for link in self.links if not link.retired):
-            self._resting.forbid()
-        self._resting.plan(requests, self.step)
+        """Rows rest: where drafts are far from paying longer than where the next look at costs may decide otherwise."""
+        is_close = any(link.is_close for link in self.links if not link.retired)
+        self._resting.plan(requests, self.step, _SETTLED_STEPS if is_close else None)
 
     def _ask(self, candidate: Candidate, depth: int) -> None:
         """Notes that a row drafts."""

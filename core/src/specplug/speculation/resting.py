@@ -68,13 +68,13 @@ class Resting:
         """Whether rows were probed in this step and none drafts: what comes of the probes decides when the next are due."""
         return self._probed and not self.is_forbidden
 
-    def plan(self, requests: Sequence[Request], step: int) -> None:
-        """Decides how many of the steps after this one are skipped."""
+    def plan(self, requests: Sequence[Request], step: int, most: int | None = None) -> None:
+        """Decides how many of the steps after this one are skipped, `most` at most."""
         if self.is_forbidden:
             return
         rows = [row for request in requests for row in request.estimates]
         is_deep = all(row.misses >= _MISSES or not row.acceptance.first_reached for row in rows)
-        self._until = step + (_LONGEST_DEEP if is_deep else _LONGEST)
+        self._until = step + (most or (_LONGEST_DEEP if is_deep else _LONGEST))
         if self._wake_at is not None:
             self._until = min(self._until, self._wake_at)
         self._rows = [request.number for request in requests]
