@@ -132,7 +132,7 @@ def test_rows_are_judged_one_by_one() -> None:
             for request in simulation.requests:
                 drafted[request.number % 4 == 0].append(len(request.draft or ()))
         gained.append(simulation.tokens / simulation.seconds / simulation.plain())
-    assert statistics.mean(drafted[True]) > 2.0
+    assert statistics.mean(drafted[True]) > 1.5
     assert statistics.mean(drafted[False]) < 0.35
     assert min(gained) > 1.0
     assert statistics.mean(gained) > 1.04
