@@ -21,7 +21,11 @@ class Ahead {
   void begin(const Share& share, const Share* next) {
     own_ = &share;
     next_ = next;
-    if (!comes_->share) put(comes_, {&share, share.begin}), fetched_ = 0;
+    if (comes_->share != &share) {
+      put(comes_, {&share, share.begin});
+      behind_->share = nullptr;
+      fetched_ = 0;
+    }
     if (!behind_->share) put(behind_, following(*comes_));
   }
 
@@ -29,10 +33,11 @@ class Ahead {
   const Rows<T>& advance() {
     while (fetched_ < comes_->rows.count + kRowsAhead && fetch()) continue;
     fetched_ = std::max<int64_t>(0, fetched_ - comes_->rows.count);
-    std::swap(now_, comes_);
-    std::swap(comes_, behind_);
+    const Rows<T>& now = comes_->rows;
+    comes_ = behind_;
+    behind_ = tiles_ + (behind_ - tiles_ + 1) % 3;
     put(behind_, following(*comes_));
-    return now_->rows;
+    return now;
   }
 
   // Fetches some rows more.
@@ -81,8 +86,8 @@ class Ahead {
 
   const Cache<T>& cache_;
   const Share *own_ = nullptr, *next_ = nullptr;
-  Tile tiles_[3];
-  Tile *now_ = tiles_, *comes_ = tiles_ + 1, *behind_ = tiles_ + 2;
+  Tile tiles_[3];  // in turn
+  Tile *comes_ = tiles_, *behind_ = tiles_ + 1;
   int64_t fetched_ = 0;  // rows of the tile that comes, and then of the one behind
 };
 

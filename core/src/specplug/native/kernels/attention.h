@@ -7,17 +7,10 @@
 
 #include <atomic>
 
+#include "attend_across.h"
 #include "few.h"
-#include "many.h"
-#include "scratch.h"
-#include "shares.h"
-#include "sight.h"
-#include "softmax.h"
 
 namespace specplug {
-
-constexpr float kNone = -std::numeric_limits<float>::infinity();
-constexpr int64_t kFewTurned = 64;  // queries for which values are not turned
 
 // Attention of one batch in one layer.
 template <typename T>
@@ -73,12 +66,11 @@ class Attention {
 #if SPECPLUG_MATRIX
     if constexpr (kHasFew<T>)
       if (way == Way::kMatrix) {
+        const T* queries[kMostQueries];
+        for (int64_t q = 0; q < count; ++q) queries[q] = query_of(share, row, q);
         ahead.begin(share, next);
-        if (count > kFewTurned) {
-          attend_across<true>(share, row, sight, scratch, ahead);
-        } else {
-          attend_across<false>(share, row, sight, scratch, ahead);
-        }
+        const auto attend = count > kFewAcross ? attend_across<true> : attend_across<false>;
+        attend(queries, shape_, share, sight, scratch, ahead);
         return finish(share, row, scratch.highest, scratch.total, scratch.sums);
       }
 #endif
@@ -102,10 +94,10 @@ class Attention {
       const bool unmasked = span.holds(tile, width);
       for (int64_t q = 0; q < count; ++q) {
         float* scores = scratch.scores + q * kTile;
-        cap(scores, width);
+        shape_.cap(scores, width);
         std::fill(scores + width, scores + padded, kNone);
         if (!unmasked) sight.hide(q, tile, width, scores);
-        const float shrink = softmax_tile(scores, padded, factor(), scratch.highest[q], scratch.total[q]);
+        const float shrink = softmax_tile(scores, padded, shape_.factor(), scratch.highest[q], scratch.total[q]);
         if (shrink != 1.0f) {
           float* sums = scratch.sums + q * dim;
 #pragma omp simd
@@ -115,48 +107,6 @@ class Attention {
       add(way, scratch, count, rows);
     }
   }
-
-#if SPECPLUG_MATRIX
-  // The same for 16 queries at once, each in its lane. Many are worth turning the values for, else their weights are turned.
-  template <bool Turned>
-  void attend_across(const Share& share, const Row& row, const Sight& sight, const Scratch<T>& scratch,
-                     Ahead<T>& ahead) const {
-    const int64_t count = sight.count(), key_dim = shape_.key_dim, dim = shape_.value_dim;
-    Span spans[kMostQueries / kAcross];
-    for (int64_t q = 0; q < count; q += kAcross) {
-      const T* queries[kAcross];
-      const int64_t own = std::min(kAcross, count - q);
-      for (int64_t lane = 0; lane < own; ++lane) queries[lane] = query_of(share, row, q + lane);
-      turn_queries(queries, own, key_dim, scratch.queries + q * key_dim);
-      spans[q / kAcross] = sight.span(q, q + kAcross);
-      std::fill(scratch.sums + q * dim, scratch.sums + (q + kAcross) * dim, 0.0f);
-      for (int64_t lane = own; lane < kAcross; ++lane) scratch.highest[q + lane] = kNone, scratch.total[q + lane] = 0.0f;
-    }
-    const TileShapes shapes;
-    for (int64_t tile = share.begin; tile < share.end; tile += kTile) {
-      const Rows<T>& rows = ahead.advance();
-      const KeyGroups keys = group_keys(rows.keys, rows.count, key_dim, scratch.keys, ahead);
-      arrange_values<Turned>(rows.values, rows.count, dim, scratch.values, ahead);
-      for (int64_t q = 0; q < count; q += kAcross) {
-        const Span& span = spans[q / kAcross];
-        if (tile >= span.end) continue;
-        float *scores = scratch.scores, *sums = scratch.sums + q * dim;
-        score_across(keys, scratch.queries + q * key_dim, key_dim, scores);
-        cap(scores, rows.count * kAcross);
-        std::fill(scores + rows.count * kAcross, scores + keys.count * kLanes * kAcross, kNone);
-        if (!span.holds(tile, rows.count)) sight.hide_across(q, tile, rows.count, scores);
-        const __m512 shrink =
-            softmax_across(scores, keys.count, factor(), scratch.highest + q, scratch.total + q, scratch.weights, ahead);
-        if (!Turned) turn_weights(keys.count, scratch.weights);
-        add_across<Turned>(scratch.values, keys.count, scratch.weights, shrink, dim, sums);
-      }
-    }
-    for (int64_t q = 0; q < count; q += kAcross) {
-      arrange_sums<Turned>(scratch.sums + q * dim, dim, scratch.scores);
-      std::copy(scratch.scores, scratch.scores + kAcross * dim, scratch.sums + q * dim);
-    }
-  }
-#endif
 
   // Writes what became of a share; of a range of a cut block, if it is the last, what became of all.
   void finish(const Share& share, const Row& row, const float* highest, const float* total, const float* sums) {
@@ -176,14 +126,6 @@ class Attention {
 
   const T* query_of(const Share& share, const Row& row, int64_t q) const {
     return query_ + head_of(share, row, q) * shape_.query_head + (row.query + (share.first + q) % row.count) * shape_.query_token;
-  }
-
-  // What makes exponents of 2 of scores, and what scores that have a cap become.
-  float factor() const { return (shape_.softcap > 0 ? 1.0f : shape_.scaling) * kLog2E; }
-  void cap(float* scores, int64_t count) const {
-    if (shape_.softcap > 0)
-      for (int64_t k = 0; k < count; ++k)
-        scores[k] = std::tanh(scores[k] * shape_.scaling / shape_.softcap) * shape_.softcap;
   }
 
   void score(Way way, const Scratch<T>& scratch, int64_t count, const Rows<T>& rows) const {

@@ -20,8 +20,9 @@ struct Scratch {
     const bool on_matrix_units = way == Way::kMatrix;
     const int64_t size = sizeof(T), rows = on_matrix_units ? (count + kLanes - 1) / kLanes * kLanes : count;
     const int64_t arranged = on_matrix_units ? kTile * size : 0;
-    const int64_t bytes[] = {std::max({rows, 2 * kLanes}) * std::max(kTile, value_dim) * 4, rows * 4, rows * 4, rows * value_dim * 4,
-                             rows * key_dim * size, arranged * key_dim, arranged * value_dim, arranged * rows};
+    const int64_t scored = on_matrix_units ? kLanes * std::max(kTile, value_dim) : rows * kTile;
+    const int64_t bytes[] = {scored * 4,         rows * 4,           rows * 4,             rows * value_dim * 4,
+                             rows * key_dim * size, arranged * key_dim, arranged * value_dim, arranged * kLanes};
     int64_t begins[9] = {};
     for (int part = 0; part < 8; ++part) begins[part + 1] = begins[part] + (bytes[part] + 63) / 64 * 64;
     if (static_cast<int64_t>(memory.size()) < begins[8] + 64) memory.resize(begins[8] + 64);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "plan.h"
+#include "softmax.h"
 #include "tiles.h"
 
 namespace specplug {
@@ -25,6 +26,13 @@ struct Shape {
   float scaling;
   int64_t window;
   float softcap;
+
+  // What makes exponents of 2 of scores, and what scores that have a cap become.
+  float factor() const { return (softcap > 0 ? 1.0f : scaling) * kLog2E; }
+  void cap(float* scores, int64_t count) const {
+    if (softcap > 0)
+      for (int64_t k = 0; k < count; ++k) scores[k] = std::tanh(scores[k] * scaling / softcap) * softcap;
+  }
 };
 
 // Which entries a block of queries may see: [low, end).

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "plan.h"
+#include "softmax.h"
 #include "tiles.h"
 
 namespace specplug {
@@ -51,7 +52,6 @@ class Sight {
 
   // Makes nothing of the scores of those of `width` entries from `tile` on which query `q` does not see.
   void hide(int64_t q, int64_t tile, int64_t width, float* scores) const {
-    constexpr float kNone = -std::numeric_limits<float>::infinity();
     if (row_.tree < 0) {
       std::fill(scores, scores + std::clamp<int64_t>(oldest_[q] - tile, 0, width), kNone);
       std::fill(scores + std::clamp<int64_t>(newest_[q] + 1 - tile, 0, width), scores + width, kNone);
@@ -64,12 +64,12 @@ class Sight {
 #if SPECPLUG_VECTOR
   // The same of 16 queries from `first` on, for scores [width][16].
   void hide_across(int64_t first, int64_t tile, int64_t width, float* scores) const {
-    const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    const __m512 none = _mm512_set1_ps(kNone);
     const __m512i oldest = _mm512_loadu_si512(oldest_ + first), newest = _mm512_loadu_si512(newest_ + first);
     for (int64_t k = 0; k < width; ++k) {
       const __m512i entry = _mm512_set1_epi32(static_cast<int>(tile + k));
       __mmask16 seen = _mm512_cmpge_epi32_mask(entry, oldest) & _mm512_cmple_epi32_mask(entry, newest);
-      if (row_.tree >= 0 && seen != 0xffff)
+      if (row_.tree >= 0)
         for (int64_t q = first; q < std::min(first + kLanes, count_); ++q) seen |= sees(q, tile + k) << (q - first);
       _mm512_storeu_ps(scores + k * kLanes, _mm512_mask_mov_ps(none, seen, _mm512_loadu_ps(scores + k * kLanes)));
     }

@@ -8,12 +8,12 @@
 namespace specplug {
 
 constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kNone = -std::numeric_limits<float>::infinity();  // the score of what is not seen
 
 // Takes in the scores of `width` keys (a multiple of 16): they become weights relative to the highest score so far.
 // `factor` makes exponents of 2 of the scores; `highest`, such an exponent, and `total`, the sum of all weights, go on.
 // Returns what earlier weights shrink by.
 inline float softmax_tile(float* score, int64_t width, float factor, float& highest, float& total) {
-  constexpr float kNone = -std::numeric_limits<float>::infinity();
 #if SPECPLUG_VECTOR
   __m512 most = _mm512_set1_ps(kNone);
   for (int64_t k = 0; k < width; k += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(score + k));
