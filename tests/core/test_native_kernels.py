@@ -195,6 +195,13 @@ def test_a_prompt_attends_as_its_tokens_would(key_dim: int, value_dim: int, soft
         return site.attend(*parts, key_dim**-0.5, None, softcap, None)[0]
 
     whole = attend(0, length)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3, 40):  # which take more or fewer queries together
+            torch.set_num_threads(threads)
+            assert torch.equal(attend(0, length), whole), threads
+    finally:
+        torch.set_num_threads(before)
     for first, last in [
         (0, 1),
         (63, 64),

@@ -26,14 +26,16 @@ class Attention {
     return way_of(shape, kMostQueries) == Way::kMatrix ? kMostQueries : kQueryBlock;
   }
 
-  // Any number of threads may do this at once; together they do all shares.
-  void work() {
+  // So many threads do this at once; together they do all shares. Each knows its next share, so that its entries can be fetched,
+  // as long as there are others for those who have none.
+  void work(int64_t threads) {
     thread_local std::vector<char> memory;
     Ahead<T> ahead(cache_);
-    const Share* next = take();
-    while (const Share* share = next) {
-      next = take();
+    const Share* share = take(0);
+    while (share) {
+      const Share* next = take(threads);
       attend(*share, next, ahead, memory);
+      share = next ? next : take(0);
     }
   }
 
@@ -47,9 +49,12 @@ class Attention {
     return Way::kTiles;
   }
 
-  const Share* take() {
-    const size_t index = next_++;
-    return index < shares_.order.size() ? &shares_.items[shares_.order[index]] : nullptr;
+  // The next share, if more than so many are left.
+  const Share* take(int64_t left) {
+    const int64_t count = static_cast<int64_t>(shares_.order.size());
+    if (next_.load(std::memory_order_relaxed) + left >= count) return nullptr;
+    const int64_t index = next_++;
+    return index < count ? &shares_.items[shares_.order[index]] : nullptr;
   }
 
   void attend(const Share& share, const Share* next, Ahead<T>& ahead, std::vector<char>& memory) {
@@ -187,7 +192,7 @@ class Attention {
   const float* sinks_;
   Shares& shares_;
   float* partials_;
-  std::atomic<size_t> next_{0};
+  std::atomic<int64_t> next_{0};
 };
 
 }  // namespace specplug

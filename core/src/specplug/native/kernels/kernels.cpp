@@ -36,7 +36,7 @@ void attend_typed(const Tensor& query, const Tensor& key, const Tensor& value, c
                     new_values + head * value.stride(1) + token * value.stride(2), sizeof(T) * shape.value_dim);
       }
   });
-  Shares shares = share_out(plan, shape, Attention<T>::most_queries(shape));
+  Shares shares = share_out(plan, shape, Attention<T>::most_queries(shape), at::get_num_threads());
   thread_local std::vector<float> partials;
   if (static_cast<int64_t>(partials.size()) < shares.partials) partials.resize(shares.partials);
   Attention<T> attention(data_of<T>(query), cached_keys, cached_values, data_of<T>(out), plan, shape, sinks, shares,
@@ -44,7 +44,7 @@ void attend_typed(const Tensor& query, const Tensor& key, const Tensor& value, c
   int64_t work = 0;
   for (const Share& share : shares.items) work += share.work();
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), work < kTooLittle ? 1 : shares.items.size());
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { attention.work(); });
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { attention.work(threads); });
 }
 
 void check_slots(const Tensor& slots, int64_t tokens, int64_t most) {

@@ -1,7 +1,8 @@
 // How the attention of a batch is cut into shares of work.
 //
 // A share is a block of one row's queries for one KV head, against a range of its entries: long rows are cut into several
-// ranges. Where the cuts are depends on the batch alone, so that results do not change with the number of threads.
+// ranges. Where these begin depends on the batch alone, so that results do not change with the number of threads; how many of a
+// prompt's queries are taken together may, since it changes nothing.
 #pragma once
 
 #include <limits>
@@ -16,7 +17,8 @@ namespace specplug {
 constexpr int64_t kShareEntries = 1024;       // at least; fetching ahead begins anew with each range
 constexpr int64_t kHeadEntries = 256;         // with many heads, ranges of so many entries times heads are enough
 constexpr int64_t kEnoughShares = 64;         // a row of so many blocks and heads is not cut
-constexpr int64_t kEnoughBlocks = 32;         // a prompt of more, over all heads, has larger ones
+constexpr int64_t kBlocksAThread = 8;         // a prompt of more, over all heads, has larger ones
+constexpr int64_t kEnoughBlocks = 64;         // the same, with a window
 constexpr int64_t kMostPartials = 2 << 20;    // floats of the ranges' softmaxes, of all rows
 constexpr int64_t kReading = 8;               // reading an entry costs as much as computing with this many queries
 
@@ -86,19 +88,22 @@ inline int64_t ranges_of(const Reach& reach, int64_t size) {
   return std::max<int64_t>(1, (reach.end + size - 1) / size - reach.low / size);
 }
 
-// How many queries of `folded` ones make a block: as many as leave enough blocks, `most` at most.
-inline int64_t block_for(int64_t folded, const Shape& shape, int64_t most) {
-  return std::clamp(folded * shape.kv_heads / kEnoughBlocks / kQueryBlock * kQueryBlock, kQueryBlock, most);
+// How many queries of `folded` ones make a block: as many as leave every thread enough blocks, `most` at most. That changes no
+// result, but for windows: where these begin depends on all queries of a block.
+inline int64_t block_for(int64_t folded, const Shape& shape, int64_t most, int64_t threads) {
+  const int64_t enough = shape.window ? kEnoughBlocks : kBlocksAThread * threads;
+  return std::clamp(folded * shape.kv_heads / enough / kQueryBlock * kQueryBlock, kQueryBlock, most);
 }
 
-inline Shares share_out(const Plan& plan, const Shape& shape, int64_t most_queries) {
+inline Shares share_out(const Plan& plan, const Shape& shape, int64_t most_queries, int64_t threads) {
   Shares shares;
   const int64_t group = shape.heads / shape.kv_heads;
   std::vector<Share> blocks;
   for (int64_t index = 0; index < plan.rows(); ++index) {
     const Row row = plan.row(index);
-    const int64_t folded = group * row.count, size = block_for(folded, shape, most_queries);
+    const int64_t folded = group * row.count;
     const bool is_cut = (folded + kQueryBlock - 1) / kQueryBlock * shape.kv_heads < kEnoughShares;
+    const int64_t size = is_cut ? kQueryBlock : block_for(folded, shape, most_queries, threads);
     for (int64_t first = 0; first < folded; first += size) {
       const int64_t last = std::min(first + size, folded);
       const Reach reach = reach_of(plan, row, shape, first, last);
