@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
 import transformers
 from never_slower import METHODS
 from workloads import WORKLOADS
@@ -170,7 +169,6 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=96)
     args = parser.parse_args()
-    torch.set_num_threads(torch.get_num_threads())
     tokenizer = transformers.AutoTokenizer.from_pretrained(resolve_model(args.target))
     print(f"{'method':12} {'workload':11} rows  auto / best of all  looked  fixed lengths, of plain")
     for workload in args.workloads:

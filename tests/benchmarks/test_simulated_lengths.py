@@ -16,8 +16,7 @@ ASKING = MeasuredAsking([20e-6] * 8, 1, 0.0)
 def test_a_fixed_length_brings_what_was_accepted(drafted: int, accepted: int, expected: float) -> None:
     trace: Trace = [[(drafted, accepted)] * 95]
     rate, looked = replay(trace, TARGET, ASKING, TRAITS, 8, 0)
-    nodes = drafted
-    assert rate == pytest.approx(expected * 10e-3 / (10e-3 + 0.1e-3 * nodes + 20e-6), rel=0.05)
+    assert rate == pytest.approx(expected * 10e-3 / (10e-3 + 0.1e-3 * drafted + 20e-6), rel=0.05)
     assert looked == 0.0
 
 

@@ -36,7 +36,6 @@ class Sight {
   }
 
   int64_t count() const { return count_; }
-  int64_t token(int64_t q) const { return token_[q]; }
 
   // Of queries [first, last).
   Span span(int64_t first, int64_t last) const {
