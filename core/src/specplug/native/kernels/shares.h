@@ -14,7 +14,7 @@
 
 namespace specplug {
 
-constexpr int64_t kShareEntries = 1024;       // at least; fetching ahead begins anew with each range
+constexpr int64_t kShareEntries = 1024;       // at least: each range ends with sums to be put together
 constexpr int64_t kHeadEntries = 256;         // with many heads, ranges of so many entries times heads are enough
 constexpr int64_t kEnoughShares = 64;         // a row of so many blocks and heads is not cut
 constexpr int64_t kBlocksAThread = 8;         // a prompt of more, over all heads, has larger ones
