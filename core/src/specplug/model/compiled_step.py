@@ -28,7 +28,8 @@ from specplug.model.fake_inputs import EXAMPLE_PLAN, EXAMPLE_TOKENS, FakeInputs
 from specplug.model.forward import ForwardRow, can_attend_natively
 from specplug.model.packing import PackedLinear
 from specplug.model.paged import PagedBatch
-from specplug.model.products import join_products, take_products
+from specplug.model.products import fuse_products
+from specplug.model.rotations import take_rotations
 from specplug.model.trace import weights_of
 
 if TYPE_CHECKING:
@@ -155,9 +156,9 @@ def _trace(
 
     with torch.no_grad(), fake.mode, enable_python_dispatcher():
         graph = make_fx(run, tracing_mode="real")(*fakes)
-    if device.type == "cuda":
-        take_products(graph)
-    join_products(graph)
+    fuse_products(graph, device)
+    if device.type == "cpu":
+        take_rotations(graph)
     return graph, fakes
 
 

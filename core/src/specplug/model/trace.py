@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from specplug.model.fake_inputs import EXAMPLE_LOGITS, EXAMPLE_PLAN, EXAMPLE_TOKENS, FakeInputs
-from specplug.model.products import join_products, take_products
+from specplug.model.products import fuse_products
+from specplug.model.rotations import take_rotations
 
 if TYPE_CHECKING:
     from specplug.model.attention import AttentionSite
@@ -91,7 +92,7 @@ def trace_forward(model: torch.nn.Module, sites: Sequence[AttentionSite], taps: 
         for index, site in enumerate(sites):
             site.keys, site.values = caches[2 * index : 2 * index + 2]
             site.batch = None
-    if device.type == "cuda":
-        take_products(module)
-    join_products(module)
+    fuse_products(module, device)
+    if device.type == "cpu":
+        take_rotations(module)
     return ForwardGraph(module, inputs)

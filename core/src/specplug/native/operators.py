@@ -13,18 +13,23 @@ import torch
 _SCHEMAS = (
     "attend(Tensor query, Tensor key, Tensor value, Tensor keys, Tensor values, Tensor plan, Tensor slots, "
     "float scaling, int window, float softcap, Tensor? sinks) -> Tensor",
+    "attend_turned(Tensor query, Tensor key, Tensor value, Tensor keys, Tensor values, Tensor plan, Tensor slots, "
+    "float scaling, int window, float softcap, Tensor? sinks, Tensor cosines, Tensor sines) -> Tensor",
     "pack_weight(Tensor weight, Tensor(a!) packed) -> ()",
     "linear(Tensor states, Tensor packed, Tensor? bias, int out_features) -> Tensor",
     "linears_2(Tensor states, Tensor packed_0, Tensor packed_1, Tensor? bias_0, Tensor? bias_1, "
     "int out_0, int out_1) -> (Tensor, Tensor)",
     "linears_3(Tensor states, Tensor packed_0, Tensor packed_1, Tensor packed_2, Tensor? bias_0, Tensor? bias_1, "
     "Tensor? bias_2, int out_0, int out_1, int out_2) -> (Tensor, Tensor, Tensor)",
+    "gated_linears(Tensor states, Tensor gate, Tensor up, Tensor? gate_bias, Tensor? up_bias, int out_features, "
+    "int activation) -> Tensor",
 )
 _library = torch.library.Library("specplug", "DEF")
 for _schema in _SCHEMAS:
     _library.define(_schema)
 
 
+@torch.library.register_fake("specplug::attend_turned", lib=_library)
 @torch.library.register_fake("specplug::attend", lib=_library)
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object) -> torch.Tensor:
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
@@ -45,5 +50,13 @@ def _linears_3(states: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...
     return tuple(states.new_empty(*states.shape[:-1], count) for count in arguments[-3:])
 
 
+@torch.library.register_fake("specplug::gated_linears", lib=_library)
+def _gated_linears(states: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    return states.new_empty(*states.shape[:-1], arguments[-2])
+
+
 # Products of the same rows in one operation, by their number; compiled code calls an operation with lists through Python.
 JOINED = {2: torch.ops.specplug.linears_2.default, 3: torch.ops.specplug.linears_3.default}
+
+# What `gated_linears` knows, by PyTorch's names; see `gate.h`.
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}

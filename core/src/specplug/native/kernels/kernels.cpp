@@ -6,6 +6,7 @@
 
 #include "attention.h"
 #include "matrix.h"
+#include "rotation.h"
 
 namespace specplug {
 namespace {
@@ -19,27 +20,51 @@ T* data_of(const Tensor& tensor) {
   return reinterpret_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
 }
 
+// New keys and values go into the cache, turned by their positions if these are given; then so are the queries.
+template <typename T>
+void take_in(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& keys, const Tensor& values,
+             const Tensor& slots, const Shape& shape, int64_t tokens, const Rotation<T>& rotation, T* turned) {
+  T *cached_keys = data_of<T>(keys), *cached_values = data_of<T>(values);
+  const T *queries = data_of<T>(query), *new_keys = data_of<T>(key), *new_values = data_of<T>(value);
+  const int64_t* write = slots.const_data_ptr<int64_t>();
+  const int64_t group = shape.heads / shape.kv_heads, dim = shape.key_dim;
+  const int64_t elements = dim + shape.value_dim + (rotation ? 4 * (group + 1) * dim : 0);
+  const int64_t grain = std::max<int64_t>(1, 32768 / elements);
+  at::parallel_for(0, shape.kv_heads * tokens, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t head = index / tokens, token = index % tokens, slot = head * shape.slots + write[token];
+      const T* from = new_keys + head * key.stride(1) + token * key.stride(2);
+      if (rotation) {
+        rotation.turn(from, token, dim, cached_keys + slot * dim);
+        for (int64_t q = head * group; q < (head + 1) * group; ++q)
+          rotation.turn(queries + q * query.stride(1) + token * query.stride(2), token, dim,
+                        turned + (token * shape.heads + q) * dim);
+      } else {
+        std::memcpy(cached_keys + slot * dim, from, sizeof(T) * dim);
+      }
+      std::memcpy(cached_values + slot * shape.value_dim, new_values + head * value.stride(1) + token * value.stride(2),
+                  sizeof(T) * shape.value_dim);
+    }
+  });
+}
+
 template <typename T>
 void attend_typed(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& keys, const Tensor& values,
-                  const Plan& plan, const Tensor& slots, const Shape& shape, const float* sinks, Tensor& out) {
-  T *cached_keys = data_of<T>(keys), *cached_values = data_of<T>(values);
-  const T *new_keys = data_of<T>(key), *new_values = data_of<T>(value);
-  const int64_t* write = slots.const_data_ptr<int64_t>();
-  const int64_t tokens = plan.tokens(), kv_heads = shape.kv_heads;
-  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, tokens * (shape.key_dim + shape.value_dim)));
-  at::parallel_for(0, kv_heads, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t head = begin; head < end; ++head)
-      for (int64_t token = 0; token < tokens; ++token) {
-        std::memcpy(cached_keys + (head * shape.slots + write[token]) * shape.key_dim,
-                    new_keys + head * key.stride(1) + token * key.stride(2), sizeof(T) * shape.key_dim);
-        std::memcpy(cached_values + (head * shape.slots + write[token]) * shape.value_dim,
-                    new_values + head * value.stride(1) + token * value.stride(2), sizeof(T) * shape.value_dim);
-      }
-  });
+                  const Plan& plan, const Tensor& slots, Shape shape, const float* sinks, const Rotation<T>& rotation,
+                  Tensor& out) {
+  const T* queries = data_of<T>(query);
+  Tensor room;
+  T* turned = nullptr;
+  if (rotation) {
+    room = at::detail::empty_cpu({shape.tokens, shape.heads, shape.key_dim}, query.options());
+    queries = turned = data_of<T>(room);
+  }
+  take_in<T>(query, key, value, keys, values, slots, shape, plan.tokens(), rotation, turned);
+  if (rotation) shape.query_head = shape.key_dim, shape.query_token = shape.heads * shape.key_dim;
   Shares shares = share_out(plan, shape, Attention<T>::most_queries(shape), at::get_num_threads());
   thread_local std::vector<float> partials;
   if (static_cast<int64_t>(partials.size()) < shares.partials) partials.resize(shares.partials);
-  Attention<T> attention(data_of<T>(query), cached_keys, cached_values, data_of<T>(out), plan, shape, sinks, shares,
+  Attention<T> attention(queries, data_of<T>(keys), data_of<T>(values), data_of<T>(out), plan, shape, sinks, shares,
                          partials.data());
   int64_t work = 0;
   for (const Share& share : shares.items) work += share.work();
@@ -82,10 +107,29 @@ void check_attend(const Tensor& query, const Tensor& key, const Tensor& value, c
   TORCH_CHECK(!sinks.has_value() || sinks->numel() == query.size(1), "attend: expected ", query.size(1), " sinks");
 }
 
-// See `AttentionSite.attend`; `plan` and `slots` are those of the batch.
-Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& keys, const Tensor& values,
-              const Tensor& plan, const Tensor& slots, double scaling, int64_t window, double softcap,
-              const std::optional<Tensor>& sinks) {
+// Cosines or sines, one row for each token.
+Tensor angles(const Tensor& given, const Tensor& query, const char* name) {
+  TORCH_CHECK(given.scalar_type() == query.scalar_type() && given.dim() >= 2 && given.numel() == query.size(2) * query.size(3) &&
+                  given.size(-1) == query.size(3) && query.size(3) % 2 == 0,
+              "attend: expected ", name, " of ", query.size(2), " tokens and an even number of elements in ",
+              query.scalar_type(), ", not ", given.sizes(), " in ", given.scalar_type());
+  return given.contiguous();
+}
+
+template <typename T>
+void attend_as(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& keys, const Tensor& values,
+                    const Plan& plan, const Tensor& slots, const Shape& shape, const float* sinks,
+                    const std::optional<Tensor>& cosines, const std::optional<Tensor>& sines, Tensor& out) {
+  if (!cosines.has_value()) return attend_typed<T>(query, key, value, keys, values, plan, slots, shape, sinks, {}, out);
+  const Tensor c = angles(*cosines, query, "cosines"), s = angles(*sines, query, "sines");
+  attend_typed<T>(query, key, value, keys, values, plan, slots, shape, sinks, {data_of<T>(c), data_of<T>(s)}, out);
+}
+
+// See `AttentionSite.attend`; `plan` and `slots` are those of the batch. Cosines and sines turn queries and keys first.
+Tensor attend_with(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& keys, const Tensor& values,
+                   const Tensor& plan, const Tensor& slots, double scaling, int64_t window, double softcap,
+                   const std::optional<Tensor>& sinks, const std::optional<Tensor>& cosines,
+                   const std::optional<Tensor>& sines) {
   check_attend(query, key, value, keys, values, plan, slots, sinks);
   const Tensor q = query.stride(3) == 1 ? query : query.contiguous(), k = key.stride(3) == 1 ? key : key.contiguous(),
                v = value.stride(3) == 1 ? value : value.contiguous();
@@ -100,11 +144,23 @@ Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, const
   if (sinks.has_value()) float_sinks = sinks->to(at::kFloat).contiguous();
   const float* sink = sinks.has_value() ? float_sinks.const_data_ptr<float>() : nullptr;
   if (q.scalar_type() == at::kBFloat16) {
-    attend_typed<bf16>(q, k, v, keys, values, view, slots, shape, sink, out);
+    attend_as<bf16>(q, k, v, keys, values, view, slots, shape, sink, cosines, sines, out);
   } else {
-    attend_typed<float>(q, k, v, keys, values, view, slots, shape, sink, out);
+    attend_as<float>(q, k, v, keys, values, view, slots, shape, sink, cosines, sines, out);
   }
   return out;
+}
+
+Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& keys, const Tensor& values,
+              const Tensor& plan, const Tensor& slots, double scaling, int64_t window, double softcap,
+              const std::optional<Tensor>& sinks) {
+  return attend_with(query, key, value, keys, values, plan, slots, scaling, window, softcap, sinks, {}, {});
+}
+
+Tensor attend_turned(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& keys, const Tensor& values,
+                     const Tensor& plan, const Tensor& slots, double scaling, int64_t window, double softcap,
+                     const std::optional<Tensor>& sinks, const Tensor& cosines, const Tensor& sines) {
+  return attend_with(query, key, value, keys, values, plan, slots, scaling, window, softcap, sinks, cosines, sines);
 }
 
 #if SPECPLUG_BF16_DOT
@@ -129,8 +185,10 @@ void check_product(const Tensor& packed, const std::optional<Tensor>& bias, int6
   TORCH_CHECK(!bias.has_value() || bias->numel() == outs, "linear: expected a bias of ", outs, ", not ", bias->sizes());
 }
 
-// Panels that are worth another thread's waking up.
-int64_t grain_of(int64_t ins) { return std::max<int64_t>(1, 16384 / (ins * kPanel)); }
+// Units that are worth another thread's waking up.
+int64_t grain_of(const Panels& panels) {
+  return std::max<int64_t>(1, 16384 / (panels.in_features * kPanel * (panels.gate ? 2 : 1)));
+}
 
 #if SPECPLUG_MATRIX
 
@@ -147,8 +205,9 @@ void multiply_on_matrix_units(const bf16* x, int64_t rows, const Panels& panels)
   for (int64_t row = 0; row < rows; row += at_once) {
     const int64_t count = std::min(at_once, rows - row), blocks = (count + kTileRows - 1) / kTileRows;
     const bf16* from = x + row * ins;
+    const int64_t grain = grain_of(panels);
     if (count * at::get_num_threads() <= kOwnRows) {  // sooner done than waiting for each other
-      at::parallel_for(0, panels.count, grain_of(ins), [&](int64_t begin, int64_t end) {
+      at::parallel_for(0, panels.units(), grain, [&](int64_t begin, int64_t end) {
         bf16* tiles = room_for_tiles(blocks * kTileRows * ins);
         tile_rows(from, count, ins, 0, blocks, tiles);
         multiply_tiled(tiles, count, panels, begin, end, row);
@@ -157,7 +216,7 @@ void multiply_on_matrix_units(const bf16* x, int64_t rows, const Panels& panels)
     }
     bf16* tiles = room_for_tiles(blocks * kTileRows * ins);
     at::parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) { tile_rows(from, count, ins, begin, end, tiles); });
-    at::parallel_for(0, panels.count, grain_of(ins), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, panels.units(), grain, [&](int64_t begin, int64_t end) {
       multiply_tiled(tiles, count, panels, begin, end, row);
     });
   }
@@ -165,49 +224,82 @@ void multiply_on_matrix_units(const bf16* x, int64_t rows, const Panels& panels)
 
 #endif
 
-// Several products of the same rows, in one parallel region: each weight is [out_features, in], packed.
-std::vector<Tensor> linears(const Tensor& input, const std::vector<Tensor>& packed,
-                            const std::vector<std::optional<Tensor>>& biases, const std::vector<int64_t>& out_features) {
-  TORCH_CHECK(input.scalar_type() == at::kBFloat16 && input.dim() > 0 && input.size(-1) > 0,
-              "linear: expected bfloat16 rows, not ", input.scalar_type(), " ", input.sizes());
-  const Tensor x = input.contiguous();
-  const int64_t ins = x.size(-1), rows = x.numel() / ins;
-  std::vector<Tensor> outs, kept;
-  Panels panels;
-  panels.in_features = ins;
-  for (size_t index = 0; index < packed.size(); ++index) {
-    check_product(packed[index], biases[index], ins, out_features[index]);
-    auto sizes = x.sizes().vec();
-    sizes.back() = out_features[index];
-    outs.push_back(at::detail::empty_cpu(sizes, x.options()));
-    const std::optional<Tensor>& bias = biases[index];
+void multiply(const bf16* x, int64_t rows, const Panels& panels) {
+#if SPECPLUG_MATRIX
+  if (has_matrix_units() && panels.in_features % kTileInputs == 0) return multiply_on_matrix_units(x, rows, panels);
+#endif
+  for (int64_t row = 0; row < rows; row += kRowChunk)
+    at::parallel_for(0, panels.units(), grain_of(panels), [&](int64_t begin, int64_t end) {
+      multiply_units(x + row * panels.in_features, std::min(kRowChunk, rows - row), panels, begin, end, row);
+    });
+}
+
+using Bias = std::optional<Tensor>;
+
+// Products of the same rows, as they are put together: each weight is [out_features, in], packed.
+class Products {
+ public:
+  explicit Products(const Tensor& input) : x_(input.contiguous()) {
+    TORCH_CHECK(input.scalar_type() == at::kBFloat16 && input.dim() > 0 && input.size(-1) > 0,
+                "linear: expected bfloat16 rows, not ", input.scalar_type(), " ", input.sizes());
+    panels.in_features = x_.size(-1);
+  }
+
+  // Memory for so many outputs of every row.
+  Tensor room(int64_t outs) const {
+    auto sizes = x_.sizes().vec();
+    sizes.back() = outs;
+    return at::detail::empty_cpu(sizes, x_.options());
+  }
+  void add(const Tensor& packed, const Bias& bias, int64_t outs, const Tensor& out) {
+    check_product(packed, bias, panels.in_features, outs);
     const float* added = nullptr;
     if (bias.has_value()) {
-      kept.push_back(bias->to(at::kFloat).contiguous());
-      added = kept.back().const_data_ptr<float>();
+      kept_.push_back(bias->to(at::kFloat).contiguous());
+      added = kept_.back().const_data_ptr<float>();
     }
-    panels.add(data_of<bf16>(packed[index]), added, data_of<bf16>(outs.back()), out_features[index]);
+    panels.add(data_of<bf16>(packed), added, data_of<bf16>(out), outs);
   }
-#if SPECPLUG_MATRIX
-  if (has_matrix_units() && ins % kTileInputs == 0) {
-    multiply_on_matrix_units(data_of<bf16>(x), rows, panels);
-    return outs;
+  void run() const { multiply(data_of<bf16>(x_), x_.numel() / panels.in_features, panels); }
+
+  Panels panels;
+
+ private:
+  const Tensor x_;
+  std::vector<Tensor> kept_;
+};
+
+// Several products in one parallel region.
+std::vector<Tensor> linears(const Tensor& input, const std::vector<Tensor>& packed, const std::vector<Bias>& biases,
+                            const std::vector<int64_t>& out_features) {
+  Products products(input);
+  std::vector<Tensor> outs;
+  for (size_t index = 0; index < packed.size(); ++index) {
+    outs.push_back(products.room(out_features[index]));
+    products.add(packed[index], biases[index], out_features[index], outs.back());
   }
-#endif
-  const bf16* from = data_of<bf16>(x);
-  for (int64_t row = 0; row < rows; row += kRowChunk)
-    at::parallel_for(0, panels.count, grain_of(ins), [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; ++panel)
-        multiply_panel(from + row * ins, std::min(kRowChunk, rows - row), ins, panels[panel], row);
-    });
+  products.run();
   return outs;
+}
+
+// Two products, of which the first, activated, is a factor of the second.
+Tensor gated_linears(const Tensor& input, const Tensor& gate, const Tensor& up, const Bias& gate_bias, const Bias& up_bias,
+                     int64_t out_features, int64_t activation) {
+  TORCH_CHECK(activation == static_cast<int64_t>(Activation::kSilu) ||
+                  activation == static_cast<int64_t>(Activation::kGeluTanh),
+              "linear: unknown activation ", activation);
+  Products products(input);
+  const Tensor out = products.room(out_features);
+  products.add(gate, gate_bias, out_features, out);
+  products.add(up, up_bias, out_features, out);
+  products.panels.gate = static_cast<Activation>(activation);
+  products.run();
+  return out;
 }
 
 Tensor linear(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features) {
   return linears(input, {packed}, {bias}, {out_features})[0];
 }
-
-using Bias = std::optional<Tensor>;
 
 std::tuple<Tensor, Tensor> linears_2(const Tensor& input, const Tensor& packed_0, const Tensor& packed_1,
                                      const Bias& bias_0, const Bias& bias_1, int64_t out_0, int64_t out_1) {
@@ -230,11 +322,13 @@ std::tuple<Tensor, Tensor, Tensor> linears_3(const Tensor& input, const Tensor& 
 
 TORCH_LIBRARY_IMPL(specplug, CPU, library) {
   library.impl("attend", &specplug::attend);
+  library.impl("attend_turned", &specplug::attend_turned);
 #if SPECPLUG_BF16_DOT
   library.impl("pack_weight", &specplug::pack);
   library.impl("linear", &specplug::linear);
   library.impl("linears_2", &specplug::linears_2);
   library.impl("linears_3", &specplug::linears_3);
+  library.impl("gated_linears", &specplug::gated_linears);
 #endif
 }
 

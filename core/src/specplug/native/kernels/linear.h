@@ -6,9 +6,10 @@
 // multiply the same panels with those (`matrix.h`).
 #pragma once
 
+#include <optional>
 #include <vector>
 
-#include "vector.h"
+#include "gate.h"
 
 namespace specplug {
 
@@ -50,6 +51,7 @@ struct Panel {
 struct Panels {
   std::vector<Product> products;
   int64_t in_features = 0, count = 0;
+  std::optional<Activation> gate;  // if so: of two products of one size, of which the first is the other's gate
 
   void add(const bf16* weight, const float* bias, bf16* out, int64_t outs) {
     products.push_back({weight, bias, out, outs, count});
@@ -63,25 +65,98 @@ struct Panels {
     return {product.weight + own * panel_elements(in_features), product.bias ? product.bias + first : nullptr,
             product.out + first, std::min(kPanel, product.outs - first), product.outs};
   }
+  // What threads divide: panels, or gates with what they are the gates of.
+  int64_t units() const { return gate ? count / 2 : count; }
+};
+
+// Two panels that are multiplied side by side; without the second, the first stands in for it.
+struct Pair {
+  Panel one, other;
+  bool both;
+};
+
+// Units [begin, end) as pairs: a gate and its panel, or two panels that lie far apart.
+class Pairs {
+ public:
+  Pairs(const Panels& panels, int64_t begin, int64_t end)
+      : panels_(panels), begin_(begin), end_(end), apart_(panels.gate ? panels.units() : (end - begin + 1) / 2) {}
+
+  int64_t count() const { return panels_.gate ? end_ - begin_ : apart_; }
+  Pair operator[](int64_t index) const {
+    const int64_t one = begin_ + index, other = one + apart_;
+    const bool both = panels_.gate || other < end_;
+    return {panels_[one], panels_[both ? other : one], both};
+  }
+
+ private:
+  const Panels& panels_;
+  int64_t begin_, end_, apart_;
 };
 
 #if SPECPLUG_BF16_DOT
 
+// A panel's bias in full width: behind its last output lie zeros.
+class PanelBias {
+ public:
+  explicit PanelBias(const Panel& panel) : given_(panel.bias) {
+    if (!given_ || panel.width == kPanel) return;
+    std::copy(panel.bias, panel.bias + panel.width, padded_);
+    given_ = padded_;
+  }
+  PanelBias(const PanelBias&) = delete;
+  PanelBias& operator=(const PanelBias&) = delete;
+  const float* low() const { return given_; }
+  const float* high() const { return given_ ? given_ + 16 : nullptr; }
+
+ private:
+  float padded_[kPanel] = {};
+  const float* given_;
+};
+
+// The sums of 16 outputs, with their bias.
+inline __m512 with_bias(const float* sum, const float* bias) {
+  return bias ? _mm512_add_ps(_mm512_loadu_ps(sum), _mm512_loadu_ps(bias)) : _mm512_loadu_ps(sum);
+}
+
+// The first `width` of 16 outputs, rounded.
+inline void store_some(bf16* to, __m512 values, int64_t width) {
+  if (width >= 16) return store_rounded(to, values);
+  alignas(32) bf16 rounded[16];
+  store_rounded(rounded, values);
+  std::copy(rounded, rounded + std::max<int64_t>(width, 0), to);
+}
+
 // Sums [rows][32], bias added and rounded, go to the rows of the output from `first_row` on.
 inline void store_sums(const float* sums, int64_t rows, const Panel& panel, int64_t first_row) {
-  const float* bias = panel.bias;
+  const PanelBias bias(panel);
   for (int64_t row = 0; row < rows; ++row) {
     const float* sum = sums + row * kPanel;
     bf16* to = panel.out + (first_row + row) * panel.stride;
-    if (panel.width == kPanel) {
-      __m512 low = _mm512_loadu_ps(sum), high = _mm512_loadu_ps(sum + 16);
-      if (bias) low = _mm512_add_ps(low, _mm512_loadu_ps(bias)), high = _mm512_add_ps(high, _mm512_loadu_ps(bias + 16));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(low));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16), (__m256i)_mm512_cvtneps_pbh(high));
-    } else {
-      for (int64_t n = 0; n < panel.width; ++n) to[n] = to_bf16(sum[n] + (bias ? bias[n] : 0.0f));
-    }
+    store_some(to, with_bias(sum, bias.low()), panel.width);
+    store_some(to + 16, with_bias(sum + 16, bias.high()), panel.width - 16);
   }
+}
+
+// The same for a gate and its panel: one output, where the gate's lies.
+inline void store_gated(const float* gates, const float* sums, int64_t rows, const Pair& pair, Activation activation,
+                        int64_t first_row) {
+  const PanelBias gate(pair.one), bias(pair.other);
+  for (int64_t row = 0; row < rows; ++row) {
+    const float *of_gate = gates + row * kPanel, *sum = sums + row * kPanel;
+    bf16* to = pair.one.out + (first_row + row) * pair.one.stride;
+    const __m512 low = activate(with_bias(of_gate, gate.low()), activation);
+    const __m512 high = activate(with_bias(of_gate + 16, gate.high()), activation);
+    store_some(to, _mm512_mul_ps(low, with_bias(sum, bias.low())), pair.one.width);
+    store_some(to + 16, _mm512_mul_ps(high, with_bias(sum + 16, bias.high())), pair.one.width - 16);
+  }
+}
+
+// What a pair's sums become.
+inline void store_pair(const float* sums, const float* other_sums, int64_t rows, const Pair& pair, const Panels& panels,
+                       int64_t first_row) {
+  if (panels.gate) return store_gated(sums, other_sums, rows, pair, *panels.gate, first_row);
+  store_sums(sums, rows, pair.one, first_row);
+  if (pair.both) store_sums(other_sums, rows, pair.other, first_row);
 }
 
 // `Rows` rows against pairs [begin, end) of one panel; sums continue in `sums` [rows][32] unless this is the first pass.
@@ -120,20 +195,29 @@ inline Block block_of(int64_t rows) {
   return blocks[rows - 1];
 }
 
-// Rows [0, rows) of x [rows, in] times one panel; `first_row` is that of the output.
-inline void multiply_panel(const bf16* x, int64_t rows, int64_t in_features, const Panel& panel, int64_t first_row) {
-  float sums[kRowChunk * kPanel];
+// Rows [0, rows) of x [rows, in] times one panel: sums [rows][32].
+inline void multiply_panel(const bf16* x, int64_t rows, int64_t in_features, const bf16* weight, float* sums) {
   const int64_t pairs = in_features / 2, passes = (rows + kMostRows - 1) / kMostRows;
   for (int64_t begin = 0; begin < pairs || begin == 0; begin += kDepth / 2) {
     const int64_t end = begin + kDepth / 2 < pairs ? begin + kDepth / 2 : pairs;
     int64_t row = 0;
     for (int64_t pass = 0; pass < passes; ++pass) {
       const int64_t count = (rows - row + passes - pass - 1) / (passes - pass);
-      block_of(count)(x + row * in_features, in_features, panel.weight, begin, end, begin == 0, sums + row * kPanel);
+      block_of(count)(x + row * in_features, in_features, weight, begin, end, begin == 0, sums + row * kPanel);
       row += count;
     }
   }
-  store_sums(sums, rows, panel, first_row);
+}
+
+// Rows [0, rows) of x times units [begin, end); `first_row` is that of the output.
+inline void multiply_units(const bf16* x, int64_t rows, const Panels& panels, int64_t begin, int64_t end, int64_t first_row) {
+  float sums[2][kRowChunk * kPanel];
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const Pair pair = Pairs(panels, unit, unit + 1)[0];
+    multiply_panel(x, rows, panels.in_features, pair.one.weight, sums[0]);
+    if (panels.gate) multiply_panel(x, rows, panels.in_features, pair.other.weight, sums[1]);
+    store_pair(sums[0], sums[1], rows, pair, panels, first_row);
+  }
 }
 
 #endif

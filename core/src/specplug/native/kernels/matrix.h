@@ -109,17 +109,16 @@ inline void multiply_two_panels(const bf16* tiles, int64_t inputs, const bf16* o
   settle();
 }
 
-// Panels [begin, end) times up to 16 rows in tiles, two panels at a time; outputs begin with `first_row`.
+// Units [begin, end) times up to 16 rows in tiles, two panels at a time; outputs begin with `first_row`.
 inline void multiply_few(const bf16* tiles, int64_t rows, const Panels& panels, int64_t begin, int64_t end,
                          int64_t first_row) {
   alignas(64) float sums[2][kTileRows * kPanel];
   const TileShapes shapes(rows);
-  const int64_t inputs = panels.in_features, half = (end - begin + 1) / 2;
-  for (int64_t index = begin; index < begin + half; ++index) {
-    const Panel one = panels[index], other = panels[std::min(index + half, end - 1)];
-    multiply_two_panels(tiles, inputs, one.weight, other.weight, sums[0], sums[1]);
-    store_sums(sums[0], rows, one, first_row);
-    if (index + half < end) store_sums(sums[1], rows, other, first_row);
+  const Pairs pairs(panels, begin, end);
+  for (int64_t index = 0; index < pairs.count(); ++index) {
+    const Pair pair = pairs[index];
+    multiply_two_panels(tiles, panels.in_features, pair.one.weight, pair.other.weight, sums[0], sums[1]);
+    store_pair(sums[0], sums[1], rows, pair, panels, first_row);
   }
 }
 
@@ -191,34 +190,35 @@ inline void multiply_part(const bf16* tiles, int64_t inputs, const bf16* weights
   settle();
 }
 
-// Panels [begin, end) times more than 16 rows in tiles, two panels at a time: memory is kept busy while the matrix units are.
+// Units [begin, end) times more than 16 rows in tiles, two panels at a time: memory is kept busy while the matrix units are.
 inline void multiply_many(const bf16* tiles, int64_t rows, const Panels& panels, int64_t begin, int64_t end,
                           int64_t first_row) {
   alignas(64) static thread_local float sums[2][kMostTiledRows * kPanel];
   const TileShapes shapes;
   const Parts parts = parts_for(rows);
+  const Pairs pairs(panels, begin, end);
   const int64_t inputs = panels.in_features, blocks = (rows + 2 * kTileRows - 1) / (2 * kTileRows);
-  const int64_t half = (end - begin + 1) / 2, lines = (kPanel / 2 + blocks - 1) / blocks;
-  const auto pair = [&](int64_t index) { return std::pair{panels[index], panels[std::min(index + half, end - 1)]}; };
-  for (int64_t index = begin; index < begin + half; ++index) {
-    const auto [one, other] = pair(index);
+  const int64_t lines = (kPanel / 2 + blocks - 1) / blocks;
+  for (int64_t index = 0; index < pairs.count(); ++index) {
+    const Pair pair = pairs[index];
     for (int64_t from = 0; from < inputs; from += parts.inputs) {
       const int64_t depth = std::min(parts.inputs, inputs - from), behind = from + depth;
-      NextParts next{one.weight + behind * kPanel, other.weight + behind * kPanel, inputs - behind, lines, parts.ahead};
-      if (behind == inputs && index + 1 < begin + half) {
-        const auto [next_one, next_other] = pair(index + 1);
-        next = {next_one.weight, next_other.weight, inputs, lines, parts.ahead};
+      NextParts next{pair.one.weight + behind * kPanel, pair.other.weight + behind * kPanel, inputs - behind, lines,
+                     parts.ahead};
+      if (behind == inputs && index + 1 < pairs.count()) {
+        const Pair following = pairs[index + 1];
+        next = {following.one.weight, following.other.weight, inputs, lines, parts.ahead};
       }
       next.left = std::min(next.left, parts.inputs);
       for (int which = 0; which < 2; ++which)
         for (int64_t row = 0; row < rows; row += 2 * kTileRows) {
-          const bf16 *own = tiles + row * inputs + from * kTileRows, *weights = (which ? other : one).weight + from * kPanel;
+          const bf16* own = tiles + row * inputs + from * kTileRows;
+          const bf16* weights = (which ? pair.other : pair.one).weight + from * kPanel;
           const auto multiply = rows - row > kTileRows ? multiply_part<true> : multiply_part<false>;
           multiply(own, inputs, weights, depth, from == 0, sums[which] + row * kPanel, next);
         }
     }
-    store_sums(sums[0], rows, one, first_row);
-    if (index + half < end) store_sums(sums[1], rows, other, first_row);
+    store_pair(sums[0], sums[1], rows, pair, panels, first_row);
   }
 }
 
@@ -227,7 +227,7 @@ inline int64_t rows_at_once(int64_t inputs) {
   return std::clamp(kTiledBytes / (inputs * static_cast<int64_t>(sizeof(bf16))) / 32 * 32, int64_t{32}, kMostTiledRows);
 }
 
-// Panels [begin, end) times `rows` rows in tiles; outputs begin with `first_row`.
+// Units [begin, end) times `rows` rows in tiles; outputs begin with `first_row`.
 inline void multiply_tiled(const bf16* tiles, int64_t rows, const Panels& panels, int64_t begin, int64_t end,
                            int64_t first_row) {
   (rows > kTileRows ? multiply_many : multiply_few)(tiles, rows, panels, begin, end, first_row);

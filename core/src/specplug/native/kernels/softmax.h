@@ -7,7 +7,6 @@
 
 namespace specplug {
 
-constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kNone = -std::numeric_limits<float>::infinity();  // the score of what is not seen
 
 // Takes in the scores of `width` keys (a multiple of 16): they become weights relative to the highest score so far.

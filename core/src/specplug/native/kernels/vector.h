@@ -41,6 +41,16 @@ inline bf16 to_bf16(float value) {
 inline void store(float* at, float value) { *at = value; }
 inline void store(bf16* at, float value) { *at = to_bf16(value); }
 
+#if SPECPLUG_BF16_DOT
+inline __m512 load_floats(const bf16* at) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+inline void store_rounded(bf16* at, __m512 values) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), (__m256i)_mm512_cvtneps_pbh(values));
+}
+#endif
+
 // A row of numbers times a factor, rounded.
 template <typename T>
 inline void store_scaled(T* to, const float* from, int64_t count, float factor) {
@@ -48,11 +58,12 @@ inline void store_scaled(T* to, const float* from, int64_t count, float factor) 
 #if SPECPLUG_BF16_DOT
   if constexpr (std::is_same_v<T, bf16>)
     for (; at + 16 <= count; at += 16)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + at),
-                          (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_loadu_ps(from + at), _mm512_set1_ps(factor))));
+      store_rounded(to + at, _mm512_mul_ps(_mm512_loadu_ps(from + at), _mm512_set1_ps(factor)));
 #endif
   for (; at < count; ++at) store(to + at, from[at] * factor);
 }
+
+constexpr float kLog2E = 1.44269504088896341f;
 
 // 2^x for x <= 0 (softmax arguments): 2^n * 2^r, |r| <= 1/2, and a polynomial; 2 ulp. NaN stays NaN. What would be too small
 // for a normal number is 0, and never computed: processors take a hundred times as long for such.

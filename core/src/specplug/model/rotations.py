@@ -1,0 +1,135 @@
+"""Rotary positions in a traced graph, taken into the attention that they are made for.
+
+Models turn queries and keys by operations of their own, layer by layer, and a compiler that fuses these works out the cosines
+of every position anew for every head of every layer. Attention that is given them turns what it reads anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+_aten = torch.ops.aten
+
+
+@attrs.frozen
+class _Turned:
+    """What is turned, and by which angles: states [..., tokens, dim], cosines and sines [..., tokens, dim]."""
+
+    states: fx.Node
+    cosines: fx.Node
+    sines: fx.Node
+
+
+def take_rotations(module: fx.GraphModule) -> int:
+    """Attention over queries and keys that are turned by the same angles becomes one operation; returns how often.
+
+    Others stay as they are: heads that are turned in part, or in neighbouring pairs.
+    """
+    graph, taken = module.graph, 0
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.specplug.attend.default:
+            continue
+        query, key = (_turned(argument) for argument in node.args[:2])
+        if query is None or key is None or (query.cosines, query.sines) != (key.cosines, key.sines):
+            continue
+        with graph.inserting_before(node):
+            states = [_four_dimensional(graph, turned.states) for turned in (query, key)]
+            arguments = (*states, *node.args[2:], query.cosines, query.sines)
+            attended = graph.call_function(torch.ops.specplug.attend_turned.default, arguments)
+        attended.meta = dict(node.meta)
+        node.replace_all_uses_with(attended)
+        graph.erase_node(node)
+        taken += 1
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+    return taken
+
+
+def _turned(node: Any) -> _Turned | None:
+    """Recognises x * cosines + cat(-x[half:], x[:half]) * sines."""
+    if _is(node, _aten.unsqueeze.default) and node.args[1] == 0:
+        node = node.args[0]
+    if not _is(node, _aten.add.Tensor) or node.kwargs:
+        return None
+    for straight, crossed in (node.args[:2], node.args[1::-1]):
+        if not (_is(straight, _aten.mul.Tensor) and _is(crossed, _aten.mul.Tensor)):
+            continue
+        for swapped, sines in (crossed.args, crossed.args[::-1]):
+            states = _swapped(swapped)
+            if states is None or states not in straight.args:
+                continue
+            cosines = straight.args[1] if straight.args[0] is states else straight.args[0]
+            if _are_angles(cosines, states) and _are_angles(sines, states):
+                return _Turned(states, cosines, sines)
+    return None
+
+
+def _swapped(node: Any) -> fx.Node | None:
+    """The x of cat(-x[half:], x[:half])."""
+    if not _is(node, _aten.cat.default) or len(node.args[0]) != 2:
+        return None
+    last = node.meta["val"].dim() - 1
+    if len(node.args) < 2 or node.args[1] not in (-1, last):
+        return None
+    negated, first = node.args[0]
+    if not _is(negated, _aten.neg.default):
+        return None
+    (one, low), (other, high) = _part(first), _part(negated.args[0])
+    if one is None or one is not other or (low, high) != (0, 1):
+        return None
+    return one
+
+
+def _part(node: Any) -> tuple[fx.Node | None, int]:
+    """Of half the elements of a last dimension: whose they are, and which half."""
+    if _is(node, _aten.slice.Tensor) and len(node.args) == 4:
+        states, dim, begin, end = node.args
+        size, last = states.meta["val"].shape[-1], states.meta["val"].dim() - 1
+        if dim in (-1, last) and isinstance(begin, int) and isinstance(end, int) and size % 2 == 0:
+            for half in (0, 1):
+                if (begin, min(end, size)) == (half * size // 2, (half + 1) * size // 2):
+                    return states, half
+    if _is_call(node) and getattr(node.target, "__name__", "") == "getitem":
+        split, index = node.args
+        if _is(split, _aten.split.Tensor):
+            states, size, dim = (*split.args, 0)[:3]
+            shape = states.meta["val"].shape
+            if dim in (-1, len(shape) - 1) and size * 2 == shape[-1]:
+                return states, index
+    return None, 0
+
+
+def _are_angles(node: Any, states: fx.Node) -> bool:
+    """Whether a tensor has one row for each token, the same for every head."""
+    if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
+        return False
+    own, shape = node.meta["val"], states.meta["val"].shape
+    return (
+        own.dtype == states.meta["val"].dtype
+        and own.dim() >= 2
+        and all(size == 1 for size in own.shape[:-2])
+        and own.shape[-1] == shape[-1]
+        and statically_known_true(own.shape[-2] == shape[-2])
+    )
+
+
+def _four_dimensional(graph: fx.Graph, states: fx.Node) -> fx.Node:
+    if states.meta["val"].dim() == 4:
+        return states
+    lifted = graph.call_function(_aten.unsqueeze.default, (states, 0))
+    lifted.meta["val"] = states.meta["val"].unsqueeze(0)
+    return lifted
+
+
+def _is_call(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function"
+
+
+def _is(node: Any, target: Any) -> bool:
+    return _is_call(node) and node.target is target

@@ -1,0 +1,30 @@
+// Gated linear units (arXiv:2002.05202): one product times an activation of another.
+#pragma once
+
+#include "vector.h"
+
+namespace specplug {
+
+enum class Activation : int64_t { kSilu = 0, kGeluTanh = 1 };
+
+constexpr float kGeluScale = 1.5957691216057308f;  // 2 * sqrt(2 / pi)
+constexpr float kGeluCube = 0.044715f;
+
+#if SPECPLUG_BF16_DOT
+
+// x / (1 + exp(-z)), where z is x for SiLU, and for GELU's tanh form 2 * sqrt(2 / pi) * (x + 0.044715 x^3).
+inline __m512 activate(__m512 x, Activation activation) {
+  __m512 z = x;
+  if (activation == Activation::kGeluTanh) {
+    const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(kGeluCube));
+    z = _mm512_mul_ps(_mm512_mul_ps(x, _mm512_set1_ps(kGeluScale)), _mm512_add_ps(cube, _mm512_set1_ps(1.0f)));
+  }
+  const __m512 small = exp2_nonpositive(_mm512_mul_ps(_mm512_abs_ps(z), _mm512_set1_ps(-kLog2E)));
+  const __m512 below = _mm512_add_ps(small, _mm512_set1_ps(1.0f));
+  const __mmask16 negative = _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_LT_OQ);
+  return _mm512_div_ps(_mm512_mul_ps(x, _mm512_mask_blend_ps(negative, _mm512_set1_ps(1.0f), small)), below);
+}
+
+#endif
+
+}  // namespace specplug
