@@ -26,8 +26,10 @@ functional = torch.nn.functional
 
 
 def turned(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    states, rest = states[..., : cosines.shape[-1]], states[..., cosines.shape[-1] :]
     first, second = states.chunk(2, dim=-1)
-    return states * cosines + torch.cat((-second, first), dim=-1) * sines
+    whole = states * cosines + torch.cat((-second, first), dim=-1) * sines
+    return torch.cat((whole, rest), dim=-1) if rest.shape[-1] else whole
 
 
 def make_cache(heads: int, dim: int, dtype: torch.dtype) -> tuple[KVCache, BlockTable]:
@@ -45,8 +47,9 @@ def attend(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("dim", "heads"), [(64, 4), (32, 1), (48, 2), (20, 2)])
+@pytest.mark.parametrize("part", [1.0, 0.5, 0.1])
 @pytest.mark.parametrize("count", [1, 6, 25])
-def test_attention_turns_what_it_reads(dtype: torch.dtype, dim: int, heads: int, count: int) -> None:
+def test_attention_turns_what_it_reads(dtype: torch.dtype, dim: int, heads: int, count: int, part: float) -> None:
     """Keys lie in the cache as if they had been turned before, and results are those of turned queries."""
     if not NATIVE:
         return
@@ -56,7 +59,7 @@ def test_attention_turns_what_it_reads(dtype: torch.dtype, dim: int, heads: int,
         cache, table = make_cache(heads, dim, dtype)
         batches.append((cache, ForwardBatch([ForwardRow([1] * count, 0, table)], cache)))
     parts = [torch.randn(1, count, n, dim, dtype=dtype).transpose(1, 2) for n in (3 * heads, heads, heads)]
-    angles = torch.randn(1, count, dim)
+    angles = torch.randn(1, count, 2 * int(part * dim / 2))
     cosines, sines = angles.cos().to(dtype), angles.sin().to(dtype)
     ours = attend("attend_turned", parts, batches[0][1], batches[0][0], cosines, sines)
     exact = [turned(part.float(), cosines.float()[None], sines.float()[None]).to(dtype) for part in parts[:2]]
@@ -141,7 +144,16 @@ WIDE = {"hidden_size": 64, "intermediate_size": 96}  # packed layers are no narr
 
 @pytest.mark.parametrize(
     ("architecture", "rotations", "gates"),
-    [("llama", 3, 3), ("qwen3", 3, 3), ("gemma2", 3, 3), ("mixtral", 3, 0), ("opt", 0, 0)],
+    [
+        ("llama", 3, 3),
+        ("qwen3", 3, 3),
+        ("gemma2", 3, 3),
+        ("phi3", 3, 3),  # whose gates and their factors are one weight, and whose heads might be turned in part
+        ("gpt_neox", 3, 0),  # whose heads are
+        ("mixtral", 3, 0),
+        ("gpt_oss", 0, 0),
+        ("opt", 0, 0),
+    ],
 )
 def test_models_in_which_they_are_found(tmp_path: Path, architecture: str, rotations: int, gates: int) -> None:
     if not (NATIVE and native.packs_bfloat16()):
@@ -159,16 +171,19 @@ def test_models_in_which_they_are_found(tmp_path: Path, architecture: str, rotat
 
 
 def test_heads_that_are_turned_otherwise_stay_as_they_are() -> None:
-    """By other angles for keys than for queries, the other way round, or by one angle for all heads' tokens."""
+    """By other angles for keys than for queries, the other way round, or all tokens by one angle, or their last elements."""
     if not NATIVE:
         return
     cache, table = make_cache(2, 16, torch.float32)
     batch = ForwardBatch([ForwardRow([1, 2], 0, table)], cache)
-    angles = torch.randn(1, 2, 16)
+    angles = torch.randn(1, 2, 8)
 
     def backwards(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-        first, second = states.chunk(2, dim=-1)
-        return states * cosines + torch.cat((second, -first), dim=-1) * sines
+        return turned(states, cosines, -sines)
+
+    def from_behind(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+        rest, last = states[..., :8], states[..., 8:]
+        return torch.cat((turned(last, cosines, sines), rest), dim=-1)
 
     def rotations(of_query: Any, of_key: Any) -> int:
         def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
@@ -183,6 +198,7 @@ def test_heads_that_are_turned_otherwise_stay_as_they_are() -> None:
 
     assert rotations(turned, turned) == 1
     assert rotations(turned, backwards) == 0
+    assert rotations(from_behind, from_behind) == 0
     assert rotations(turned, lambda states, cosines, sines: turned(states, sines, cosines)) == 0
-    assert rotations(turned, lambda states, cosines, sines: turned(states, cosines[..., :1], sines)) == 0
+    assert rotations(turned, lambda states, cosines, sines: turned(states, cosines[..., :1, :], sines)) == 0
     assert rotations(turned, lambda states, cosines, sines: states) == 0

@@ -26,10 +26,9 @@ from specplug.model.captured_step import CapturedStep
 from specplug.model.difference import TOLERANCE, relative_difference
 from specplug.model.fake_inputs import EXAMPLE_PLAN, EXAMPLE_TOKENS, FakeInputs
 from specplug.model.forward import ForwardRow, can_attend_natively
+from specplug.model.fusions import fuse
 from specplug.model.packing import PackedLinear
 from specplug.model.paged import PagedBatch
-from specplug.model.products import fuse_products
-from specplug.model.rotations import take_rotations
 from specplug.model.trace import weights_of
 
 if TYPE_CHECKING:
@@ -156,9 +155,7 @@ def _trace(
 
     with torch.no_grad(), fake.mode, enable_python_dispatcher():
         graph = make_fx(run, tracing_mode="real")(*fakes)
-    fuse_products(graph, device)
-    if device.type == "cpu":
-        take_rotations(graph)
+    fuse(graph, device)
     return graph, fakes
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from specplug import native
 from specplug.model.large_memory import allocate
 
-_PANEL = 32
+PANEL = 32  # outputs side by side; see `linear.h`
 _ROWS_HINT = 1
 _MOST_PADDING = 0.03  # blocks are 32 by 64 or so; a small layer that they would blow up stays plain, and the plan exact
 
@@ -34,7 +34,7 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
 
 def packed_shape(out_features: int, in_features: int) -> tuple[int, int]:
     """Of a weight in our own kernel's panels; see `linear.h`."""
-    return -(-out_features // _PANEL), in_features * _PANEL
+    return -(-out_features // PANEL), in_features * PANEL
 
 
 def is_native(linear: nn.Linear) -> bool:

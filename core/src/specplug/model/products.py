@@ -10,15 +10,6 @@ import torch
 from torch import fx
 
 
-def fuse_products(module: fx.GraphModule, device: torch.device) -> None:
-    """All of the below, as far as the device has the operations: gates are a CPU's."""
-    if device.type == "cuda":
-        take_products(module)
-    join_products(module)
-    if device.type == "cpu":
-        gate_products(module)
-
-
 def take_products(module: fx.GraphModule) -> int:
     """Products with a weight become our own operation, as packed ones on a CPU are; returns how many."""
     aten = torch.ops.aten
@@ -87,59 +78,3 @@ def join_products(module: fx.GraphModule) -> int:
     graph.lint()
     module.recompile()
     return made
-
-
-def gate_products(module: fx.GraphModule) -> int:
-    """Of two products of the same rows, where one is activated and multiplied with the other, one operation; returns how many.
-
-    The rows in between, twice as wide as a model's own, are then never written.
-    """
-    from specplug.native.operators import ACTIVATIONS
-
-    graph, made = module.graph, 0
-    for node in list(graph.nodes):
-        if node.target is not torch.ops.aten.mul.Tensor:
-            continue
-        arguments: Any
-        for activated, factor in (node.args, node.args[::-1]):
-            found = _gate(activated, factor)
-            if found is None:
-                continue
-            both, first, name = found
-            states, *packed_and_biases = both.args[:5]
-            packed, biases = packed_and_biases[:2], packed_and_biases[2:]
-            gate, up = (0, 1) if first else (1, 0)
-            arguments = (states, packed[gate], packed[up], biases[gate], biases[up], both.args[5], ACTIVATIONS[name])
-            with graph.inserting_before(node):
-                gated = graph.call_function(torch.ops.specplug.gated_linears.default, arguments)
-            gated.meta = dict(node.meta)
-            node.replace_all_uses_with(gated)
-            graph.erase_node(node)
-            made += 1
-            break
-    graph.eliminate_dead_code()
-    graph.lint()
-    module.recompile()
-    return made
-
-
-def _gate(activated: Any, factor: Any) -> tuple[fx.Node, bool, str] | None:
-    """Two products of which nothing else is made than their gated product: these, whether the first is the gate, its name."""
-    aten = torch.ops.aten
-    if any(not isinstance(node, fx.Node) or len(node.users) > 1 for node in (activated, factor)):
-        return None
-    if activated.target is aten.silu.default:
-        name = "silu"
-    elif activated.target is aten.gelu.default and activated.kwargs.get("approximate") == "tanh":
-        name = "gelu_tanh"
-    else:
-        return None
-    gate: Any = activated.args[0]
-    if gate.target is not operator.getitem or factor.target is not operator.getitem or len(gate.users) > 1:
-        return None
-    both: Any = gate.args[0]
-    if both is not factor.args[0] or both.target is not torch.ops.specplug.linears_2.default:
-        return None
-    if gate.args[1] == factor.args[1] or both.args[5] != both.args[6]:
-        return None
-    return both, gate.args[1] == 0, name

@@ -6,6 +6,8 @@ of every position anew for every head of every layer. Attention that is given th
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -18,7 +20,7 @@ _aten = torch.ops.aten
 
 @attrs.frozen
 class _Turned:
-    """What is turned, and by which angles: states [..., tokens, dim], cosines and sines [..., tokens, dim]."""
+    """What is turned, and by which angles: states [..., tokens, dim], cosines and sines [..., tokens, turned dim]."""
 
     states: fx.Node
     cosines: fx.Node
@@ -28,7 +30,7 @@ class _Turned:
 def take_rotations(module: fx.GraphModule) -> int:
     """Attention over queries and keys that are turned by the same angles becomes one operation; returns how often.
 
-    Others stay as they are: heads that are turned in part, or in neighbouring pairs.
+    Heads may be turned in part, their first elements. Others stay as they are: those turned in neighbouring pairs, say.
     """
     graph, taken = module.graph, 0
     for node in list(graph.nodes):
@@ -52,9 +54,26 @@ def take_rotations(module: fx.GraphModule) -> int:
 
 
 def _turned(node: Any) -> _Turned | None:
-    """Recognises x * cosines + cat(-x[half:], x[:half]) * sines."""
+    """Recognises heads that are turned, or of which the first elements are and the others follow as they were."""
     if _is(node, _aten.unsqueeze.default) and node.args[1] == 0:
         node = node.args[0]
+    if not _is(node, _aten.cat.default) or len(node.args[0]) != 2 or not _is_last(node, node.args[1:]):
+        return _turned_whole(node)
+    first, rest = node.args[0]
+    turned = _turned_whole(first)
+    if turned is None or not _is(rest, _aten.slice.Tensor):
+        return None
+    heads, part = rest.args[0], turned.states
+    dim = part.meta["val"].shape[-1]
+    if _elements(rest) != (dim, heads.meta["val"].shape[-1]):
+        return None
+    is_all = _is(part, _aten.alias.default) and part.args[0] is heads  # of which nothing follows
+    is_first = _is(part, _aten.slice.Tensor) and part.args[0] is heads and _elements(part) == (0, dim)
+    return attrs.evolve(turned, states=heads) if is_all or is_first else None
+
+
+def _turned_whole(node: Any) -> _Turned | None:
+    """Recognises x * cosines + cat(-x[half:], x[:half]) * sines."""
     if not _is(node, _aten.add.Tensor) or node.kwargs:
         return None
     for straight, crossed in (node.args[:2], node.args[1::-1]):
@@ -72,10 +91,7 @@ def _turned(node: Any) -> _Turned | None:
 
 def _swapped(node: Any) -> fx.Node | None:
     """The x of cat(-x[half:], x[:half])."""
-    if not _is(node, _aten.cat.default) or len(node.args[0]) != 2:
-        return None
-    last = node.meta["val"].dim() - 1
-    if len(node.args) < 2 or node.args[1] not in (-1, last):
+    if not _is(node, _aten.cat.default) or len(node.args[0]) != 2 or not _is_last(node, node.args[1:]):
         return None
     negated, first = node.args[0]
     if not _is(negated, _aten.neg.default):
@@ -88,21 +104,33 @@ def _swapped(node: Any) -> fx.Node | None:
 
 def _part(node: Any) -> tuple[fx.Node | None, int]:
     """Of half the elements of a last dimension: whose they are, and which half."""
-    if _is(node, _aten.slice.Tensor) and len(node.args) == 4:
-        states, dim, begin, end = node.args
-        size, last = states.meta["val"].shape[-1], states.meta["val"].dim() - 1
-        if dim in (-1, last) and isinstance(begin, int) and isinstance(end, int) and size % 2 == 0:
-            for half in (0, 1):
-                if (begin, min(end, size)) == (half * size // 2, (half + 1) * size // 2):
-                    return states, half
-    if _is_call(node) and getattr(node.target, "__name__", "") == "getitem":
+    if _is(node, _aten.slice.Tensor):
+        size = node.args[0].meta["val"].shape[-1]
+        for half in (0, 1):
+            if size % 2 == 0 and _elements(node) == (half * size // 2, (half + 1) * size // 2):
+                return node.args[0], half
+    if _is(node, operator.getitem) and _is(node.args[0], _aten.split.Tensor):
         split, index = node.args
-        if _is(split, _aten.split.Tensor):
-            states, size, dim = (*split.args, 0)[:3]
-            shape = states.meta["val"].shape
-            if dim in (-1, len(shape) - 1) and size * 2 == shape[-1]:
-                return states, index
+        states, size = split.args[:2]
+        if _is_last(states, split.args[2:]) and size * 2 == states.meta["val"].shape[-1]:
+            return states, index
     return None, 0
+
+
+def _elements(part: fx.Node) -> tuple[int, int] | None:
+    """Which of the last dimension's elements a slice takes: from where on, and up to where."""
+    if len(part.args) != 4 or not _is_last(part, part.args[1:2]):
+        return None
+    states, _, begin, end = part.args
+    if not (isinstance(states, fx.Node) and isinstance(begin, int) and isinstance(end, int)):
+        return None
+    return begin, min(end, int(states.meta["val"].shape[-1]))
+
+
+def _is_last(node: fx.Node, dims: Sequence[Any]) -> bool:
+    """Whether a dimension (by default the first) is a tensor's last."""
+    dim = dims[0] if dims else 0
+    return dim in (-1, node.meta["val"].dim() - 1)
 
 
 def _are_angles(node: Any, states: fx.Node) -> bool:
@@ -127,9 +155,5 @@ def _four_dimensional(graph: fx.Graph, states: fx.Node) -> fx.Node:
     return lifted
 
 
-def _is_call(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.op == "call_function"
-
-
 def _is(node: Any, target: Any) -> bool:
-    return _is_call(node) and node.target is target
+    return isinstance(node, fx.Node) and node.target is target

@@ -10,8 +10,7 @@ import torch
 from torch import fx
 
 from specplug.model.fake_inputs import EXAMPLE_LOGITS, EXAMPLE_PLAN, EXAMPLE_TOKENS, FakeInputs
-from specplug.model.products import fuse_products
-from specplug.model.rotations import take_rotations
+from specplug.model.fusions import fuse
 
 if TYPE_CHECKING:
     from specplug.model.attention import AttentionSite
@@ -92,7 +91,5 @@ def trace_forward(model: torch.nn.Module, sites: Sequence[AttentionSite], taps: 
         for index, site in enumerate(sites):
             site.keys, site.values = caches[2 * index : 2 * index + 2]
             site.batch = None
-    fuse_products(module, device)
-    if device.type == "cpu":
-        take_rotations(module)
+    fuse(module, device)
     return ForwardGraph(module, inputs)

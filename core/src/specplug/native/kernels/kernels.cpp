@@ -107,22 +107,23 @@ void check_attend(const Tensor& query, const Tensor& key, const Tensor& value, c
   TORCH_CHECK(!sinks.has_value() || sinks->numel() == query.size(1), "attend: expected ", query.size(1), " sinks");
 }
 
-// Cosines or sines, one row for each token.
-Tensor angles(const Tensor& given, const Tensor& query, const char* name) {
-  TORCH_CHECK(given.scalar_type() == query.scalar_type() && given.dim() >= 2 && given.numel() == query.size(2) * query.size(3) &&
-                  given.size(-1) == query.size(3) && query.size(3) % 2 == 0,
-              "attend: expected ", name, " of ", query.size(2), " tokens and an even number of elements in ",
-              query.scalar_type(), ", not ", given.sizes(), " in ", given.scalar_type());
+// Cosines or sines, one row for each token, of a part of a head or all of it.
+Tensor angles(const Tensor& given, const Tensor& query, int64_t width, const char* name) {
+  TORCH_CHECK(given.scalar_type() == query.scalar_type() && given.dim() >= 2 && given.size(-1) == width && width % 2 == 0 &&
+                  width <= query.size(3) && given.numel() == query.size(2) * width,
+              "attend: expected ", name, " of ", query.size(2), " tokens and an even number of at most ", query.size(3),
+              " elements in ", query.scalar_type(), ", not ", given.sizes(), " in ", given.scalar_type());
   return given.contiguous();
 }
 
 template <typename T>
 void attend_as(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& keys, const Tensor& values,
-                    const Plan& plan, const Tensor& slots, const Shape& shape, const float* sinks,
-                    const std::optional<Tensor>& cosines, const std::optional<Tensor>& sines, Tensor& out) {
+               const Plan& plan, const Tensor& slots, const Shape& shape, const float* sinks,
+               const std::optional<Tensor>& cosines, const std::optional<Tensor>& sines, Tensor& out) {
   if (!cosines.has_value()) return attend_typed<T>(query, key, value, keys, values, plan, slots, shape, sinks, {}, out);
-  const Tensor c = angles(*cosines, query, "cosines"), s = angles(*sines, query, "sines");
-  attend_typed<T>(query, key, value, keys, values, plan, slots, shape, sinks, {data_of<T>(c), data_of<T>(s)}, out);
+  const int64_t width = cosines->dim() ? cosines->size(-1) : 0;
+  const Tensor c = angles(*cosines, query, width, "cosines"), s = angles(*sines, query, width, "sines");
+  attend_typed<T>(query, key, value, keys, values, plan, slots, shape, sinks, {data_of<T>(c), data_of<T>(s), width}, out);
 }
 
 // See `AttentionSite.attend`; `plan` and `slots` are those of the batch. Cosines and sines turn queries and keys first.

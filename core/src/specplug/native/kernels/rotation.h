@@ -5,17 +5,18 @@
 
 namespace specplug {
 
-// Cosines and sines [tokens][dim] of a batch.
+// Cosines and sines [tokens][width] of a batch.
 template <typename T>
 struct Rotation {
   const T *cosines = nullptr, *sines = nullptr;
+  int64_t width = 0;  // of a head's first elements, an even number; those behind stay as they are
 
   explicit operator bool() const { return cosines; }
 
-  // Writes a head of `dim` elements, an even number, turned as its token is.
+  // Writes a head of `dim` elements, turned as its token is.
   void turn(const T* from, int64_t token, int64_t dim, T* to) const {
-    const T *c = cosines + token * dim, *s = sines + token * dim;
-    const int64_t half = dim / 2;
+    const T *c = cosines + token * width, *s = sines + token * width;
+    const int64_t half = width / 2;
     int64_t d = 0;
 #if SPECPLUG_BF16_DOT
     if constexpr (std::is_same_v<T, bf16>)
@@ -32,6 +33,7 @@ struct Rotation {
       store(to + d, low * to_float(c[d]) - high * to_float(s[d]));
       store(to + half + d, high * to_float(c[half + d]) + low * to_float(s[half + d]));
     }
+    std::copy(from + width, from + dim, to + width);
   }
 };
 

@@ -1,0 +1,121 @@
+"""Gated linear units (arXiv:2002.05202) in a traced graph: two products of which one result is made.
+
+The rows in between, several times as wide as a model's own, are then never written.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from typing import Any
+
+import attrs
+import torch
+from torch import fx
+
+from specplug.model.packing import PANEL
+
+_aten = torch.ops.aten
+_operations = torch.ops.specplug
+
+
+@attrs.frozen
+class _Gated:
+    """What is multiplied: a node with both products, whether the first is the gate, and the gate's activation."""
+
+    products: Any
+    gate_first: bool
+    activation: str
+
+
+def gate_products(module: fx.GraphModule) -> int:
+    """Two products of the same rows, one activated and multiplied with the other, become one operation; returns how often.
+
+    Their weights may be two, or the halves of one.
+    """
+    from specplug.native.operators import ACTIVATIONS
+
+    graph, made = module.graph, 0
+    for node in list(graph.nodes):
+        found = _gated(node)
+        if found is None:
+            continue
+        with graph.inserting_before(node):
+            states, branches, size = _branches(graph, found.products)
+            gate, up = branches if found.gate_first else branches[::-1]
+            arguments = (states, gate[0], up[0], gate[1], up[1], size, ACTIVATIONS[found.activation])
+            gated = graph.call_function(_operations.gated_linears.default, arguments)
+        gated.meta = dict(node.meta)
+        node.replace_all_uses_with(gated)
+        graph.erase_node(node)
+        made += 1
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+    return made
+
+
+def _gated(node: fx.Node) -> _Gated | None:
+    """Recognises activation(gate) * up, where nothing else is made of either."""
+    if node.target is not _aten.mul.Tensor:
+        return None
+    factors: Any = node.args
+    for activated, up in (factors, factors[::-1]):
+        if not (_is_used_once(activated) and _is_used_once(up)):
+            continue
+        name = _activation(activated)
+        gate: Any = activated.args[0] if name else None
+        if not (name and _is_used_once(gate) and gate.target is operator.getitem and up.target is operator.getitem):
+            continue
+        products = gate.args[0]
+        if products is up.args[0] and gate.args[1] != up.args[1] and _are_alike(products):
+            return _Gated(products, gate.args[1] == 0, name)
+    return None
+
+
+def _is_used_once(node: Any) -> bool:
+    return isinstance(node, fx.Node) and len(node.users) == 1
+
+
+def _activation(node: fx.Node) -> str | None:
+    if node.target is _aten.silu.default:
+        return "silu"
+    if node.target is _aten.gelu.default and node.kwargs.get("approximate") == "tanh":
+        return "gelu_tanh"
+    return None
+
+
+def _are_alike(products: Any) -> bool:
+    """Whether these are two products of one size."""
+    if products.target is _operations.linears_2.default:
+        return products.args[5] == products.args[6]
+    if products.target is not _aten.split.Tensor:
+        return False
+    whole, size, dim = (*products.args, 0)[:3]
+    return (
+        whole.target is _operations.linear.default
+        and _is_used_once(whole)
+        and dim in (-1, whole.meta["val"].dim() - 1)
+        and whole.args[3] == 2 * size
+        and size % PANEL == 0
+    )
+
+
+def _branches(graph: fx.Graph, products: Any) -> tuple[Any, list[tuple[Any, Any]], int]:
+    """The rows, each product's weight and bias, and its size."""
+    if products.target is _operations.linears_2.default:
+        states, one, other, bias, other_bias, size, _ = products.args
+        return states, [(one, bias), (other, other_bias)], size
+    whole, size = products.args[:2]
+    states, packed, bias, _ = whole.args
+    weights = _halves(graph, packed, size // PANEL)
+    return states, list(zip(weights, _halves(graph, bias, size) if bias else (None, None), strict=True)), size
+
+
+def _halves(graph: fx.Graph, tensor: fx.Node, rows: int) -> list[fx.Node]:
+    halves = []
+    for begin, end in ((0, rows), (rows, sys.maxsize)):
+        half = graph.call_function(_aten.slice.Tensor, (tensor, 0, begin, end))
+        half.meta["val"] = tensor.meta["val"][begin:end]
+        halves.append(half)
+    return halves
