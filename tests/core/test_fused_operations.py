@@ -159,7 +159,8 @@ def test_models_in_which_they_are_found(tmp_path: Path, architecture: str, rotat
     if not (NATIVE and native.packs_bfloat16()):
         return
     folder = save_model(tmp_path, architecture, **({} if architecture == "opt" else WIDE))
-    with LLM(folder, dtype="bfloat16", skip_tokenizer_init=True, memory="64MiB", compile=False) as llm:
+    options = {"skip_tokenizer_init": True, "memory": "64MiB", "compile": False}
+    with LLM(folder, device="cpu", dtype="bfloat16", **options) as llm:
         runner = llm.engine.runner
         graph = trace_forward(runner.model, runner.sites, runner.taps).module.graph
     found = Counter(node.target for node in graph.nodes)
