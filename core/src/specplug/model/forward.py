@@ -149,7 +149,8 @@ class ForwardBatch:
 
     def _on_cpu(self) -> list[torch.Tensor]:
         plan = torch.from_numpy(attention_plan(self._rows)) if self.is_native else torch.empty(0, dtype=torch.int32)
-        return [*(torch.tensor(values) for values in self._host), plan]
+        numbers = np.array([value for values in self._host for value in values], dtype=np.int64)
+        return [*torch.from_numpy(numbers).split([len(values) for values in self._host]), plan]
 
     def _on_gpu(self) -> list[torch.Tensor]:
         return stage(self._host, self._scheduled(self.num_tokens) if self.is_native else [], self._device)
