@@ -14,9 +14,9 @@ from specplug import LLM, native
 from specplug.contract.memory import KVLayer
 from specplug.model.blocks import BlockTable
 from specplug.model.forward import ForwardBatch, ForwardRow
+from specplug.model.fusions import fuse
 from specplug.model.kv_cache import KVCache
 from specplug.model.packing import packed_shape
-from specplug.model.rotations import take_rotations
 from specplug.model.trace import trace_forward
 from specplug.native.operators import ACTIVATIONS
 from support.models import save_model
@@ -193,7 +193,8 @@ def test_heads_that_are_turned_otherwise_stay_as_they_are() -> None:
 
         parts = [torch.randn(1, 2, 2, 16) for _ in range(3)]
         module = make_fx(run)(*parts, angles)
-        taken = take_rotations(module)
+        fuse(module, torch.device("cpu"))
+        taken = sum(node.target is torch.ops.specplug.attend_turned.default for node in module.graph.nodes)
         torch.testing.assert_close(module(*parts, angles), run(*parts, angles), atol=1e-5, rtol=1e-5)
         return taken
 

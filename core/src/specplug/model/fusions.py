@@ -12,10 +12,14 @@ from specplug.model.rotations import take_rotations
 
 def fuse(module: fx.GraphModule, device: torch.device) -> None:
     """Puts together what our kernels for a device do at once; a GPU's compiler puts the rest together itself."""
+    graph = module.graph
     if device.type == "cuda":
-        take_products(module)
-        join_products(module)
+        take_products(graph)
+        join_products(graph)
     else:
-        join_products(module)
-        gate_products(module)
-        take_rotations(module)
+        join_products(graph)
+        gate_products(graph)
+        take_rotations(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()

@@ -10,11 +10,10 @@ import torch
 from torch import fx
 
 
-def take_products(module: fx.GraphModule) -> int:
-    """Products with a weight become our own operation, as packed ones on a CPU are; returns how many."""
+def take_products(graph: fx.Graph) -> None:
+    """Products with a weight become our own operation, as packed ones on a CPU are."""
     aten = torch.ops.aten
     views = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
-    graph, taken = module.graph, 0
     for node in list(graph.nodes):
         bias: Any = None
         states: Any
@@ -39,24 +38,17 @@ def take_products(module: fx.GraphModule) -> int:
             flat.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(flat)
         graph.erase_node(node)
-        taken += 1
-    graph.eliminate_dead_code()
-    graph.lint()
-    module.recompile()
-    return taken
 
 
-def join_products(module: fx.GraphModule) -> int:
-    """Products of the same rows (query, key and value; gate and up) become one operation; returns how many it made."""
+def join_products(graph: fx.Graph) -> None:
+    """Products of the same rows (query, key and value; gate and up) become one operation."""
     from specplug.native.operators import JOINED
 
-    graph = module.graph
     linear = torch.ops.specplug.linear.default
     groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
         if node.target is linear:
             groups[node.args[0]].append(node)
-    made = 0
     for states, nodes in groups.items():
         for begin in range(0, len(nodes), max(JOINED)):
             some = nodes[begin : begin + max(JOINED)]
@@ -74,7 +66,3 @@ def join_products(module: fx.GraphModule) -> int:
                     node.replace_all_uses_with(part)
             for node in some:
                 graph.erase_node(node)
-            made += 1
-    graph.lint()
-    module.recompile()
-    return made

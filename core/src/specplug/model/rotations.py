@@ -27,12 +27,11 @@ class _Turned:
     sines: fx.Node
 
 
-def take_rotations(module: fx.GraphModule) -> int:
-    """Attention over queries and keys that are turned by the same angles becomes one operation; returns how often.
+def take_rotations(graph: fx.Graph) -> None:
+    """Attention over queries and keys that are turned by the same angles becomes one operation.
 
     Heads may be turned in part, their first elements. Others stay as they are: those turned in neighbouring pairs, say.
     """
-    graph, taken = module.graph, 0
     for node in list(graph.nodes):
         if node.target is not torch.ops.specplug.attend.default:
             continue
@@ -46,11 +45,6 @@ def take_rotations(module: fx.GraphModule) -> int:
         attended.meta = dict(node.meta)
         node.replace_all_uses_with(attended)
         graph.erase_node(node)
-        taken += 1
-    graph.eliminate_dead_code()
-    graph.lint()
-    module.recompile()
-    return taken
 
 
 def _turned(node: Any) -> _Turned | None:
