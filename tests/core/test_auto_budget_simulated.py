@@ -21,6 +21,7 @@ USELESS: dict[str, Callable[[], Link]] = {
         f"model at {share} of a step a token": lambda share=share: Link.model(lambda row, at: 0.0, share, TARGET)
         for share in (0.05, 0.2, 0.4, 0.6)
     },
+    "head at 0.3 of a step a token": lambda: Link.head(lambda row, at: 0.0, 0.3, TARGET),
 }
 
 
@@ -214,3 +215,13 @@ def test_sleeping_rows_are_mostly_left_alone_and_their_steps_are_timed_all_the_s
     simulation.run(1)
     assert planned < 0.35 * (simulation.steps - steps)
     assert auto.targets[rows].count - timed > simulation.steps - steps - 40  # but those that are still kept
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_target_states_are_not_lost_while_taking_them_in_is_cheap(rate: float) -> None:
+    """A head that never saw a part of a text drafts worse for the rest of it: it is shown prompts, and sleeping rows in time."""
+    link = Link.head(lambda row, at: rate, 0.3, TARGET)
+    simulation = Simulation([link], target=TARGET, rows=1, length=400, seed=1)
+    simulation.run(8)
+    assert link.lost < 0.06 * 8 * (simulation.prompt + 400)
+    assert simulation.tokens / simulation.seconds > 0.97 * simulation.plain()

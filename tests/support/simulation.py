@@ -17,6 +17,7 @@ from specplug.speculation.asked import SHORT_GAP, Asked
 from specplug.speculation.auto import AutoBudget
 from specplug.speculation.draft import Draft
 from specplug.speculation.policy import FixedBudget
+from specplug.speculation.state_ring import WINDOW
 
 Rate = Callable[[int, int], float]
 """(row number, position in the output) → the chance that a draft of the token there is right."""
@@ -67,6 +68,7 @@ class Link:
     calls: int = 0
     rows_asked: int = 0
     asked_at: int = -1
+    lost: int = 0  # positions whose states were gone when it came to see the row
     seen: dict[int, int] = attrs.field(factory=dict)
 
     @classmethod
@@ -78,6 +80,13 @@ class Link:
         """A draft model: so large a share of a target step for every token of a draft."""
         cost = share * target.seconds(1, 0)
         return cls(Asking(30e-6, cost, 10e-6, cost / 40), rate, SpeculatorTraits(), **options)
+
+    @classmethod
+    def head(cls, rate: Rate, share: float, target: Target, **options: Any) -> Link:
+        """A draft model that reads the target's states, which are kept for a while."""
+        link = cls.model(rate, share, target, **options)
+        link.traits = SpeculatorTraits(hidden_states=("final",))
+        return link
 
 
 class Simulation:
@@ -180,7 +189,7 @@ class Simulation:
                 wishes = auto.plan(index, left, link.seen)
             else:
                 wishes = [self.policy.wish(request, self.speculators[index]) for request in left]
-            asked = [(r, w) for r, w in zip(left, wishes, strict=True) if w]
+            asked = [(r, w) for r, w in zip(left, wishes, strict=True) if w or (w == 0 and not link.traits.token_only)]
             spent, answer = self._ask(index, link, asked) if asked else (0.0, None)
             self.seconds += spent
             if auto is not None:
@@ -196,8 +205,11 @@ class Simulation:
         depths = {}
         for request, wish in asked:
             missed = request.num_computed - link.seen.get(request.number, 0)
+            if link.traits.needs_states and missed > WINDOW and request.num_output_tokens > 1:
+                link.lost += missed - WINDOW
+                missed = WINDOW
             gap += missed
-            fed += missed if missed > SHORT_GAP else 0
+            fed += missed if missed > SHORT_GAP or not wish else 0
             link.seen[request.number] = request.num_computed
             depth = wish.max_depth if isinstance(wish, Budget) else wish
             assert depth <= (self.fixed or link.num_tokens)
@@ -222,7 +234,7 @@ class Simulation:
     def _new(self) -> Request:
         self.made += 1
         params = SamplingParams(max_tokens=self.length)
-        tokens = list(range(self.prompt + 1))
+        tokens = list(range(self.prompt + 1))  # as after the step that computed the prompt
         request = Request("row", self.made, tokens, self.prompt, params, frozenset(), None)  # type: ignore[arg-type]
         request.num_computed = self.prompt
         return request

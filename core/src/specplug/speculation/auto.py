@@ -18,7 +18,7 @@ from specplug.speculation.probing import Probing, vary
 from specplug.speculation.prospect import LEAST_SLOPE, VERIFY_SLOPE, Prospect
 from specplug.speculation.resting import Resting
 from specplug.speculation.trimming import keep_what_pays
-from specplug.speculation.waking import choose_probes, missed_tokens
+from specplug.speculation.waking import choose_probes, is_about_to_lose_states, missed_tokens
 
 _MARGIN = 1.02
 _SETTLED_STEPS, _DRAFTS_PER_PATIENCE = 8, 2.0
@@ -55,6 +55,11 @@ class AutoBudget:
         """A speculator is not asked any more."""
         self.links[index].retired = True
 
+    def restart(self, request: Request) -> None:
+        """A row was preempted: what speculators keep of it is gone, and it is computed anew."""
+        for row in request.estimates:
+            row.settled_at = -1
+
     # ---- before the speculators are asked -------------------------------------------------------------------------
 
     def rests(self, requests: Sequence[Request]) -> bool:
@@ -85,7 +90,7 @@ class AutoBudget:
         for place, request in enumerate(requests):
             gap = missed_tokens(link, request.num_computed, seen.get(request.number, 0))
             if request.num_pending > 1:
-                if self._follows(link, request, request.number in seen):
+                if self._follows(link, request, has_begun=request.number in seen):
                     wishes[place] = 0
             elif limit := deepest_useful(link, request):
                 candidate = Candidate(place, request, self._row(request, index), limit, gap)
@@ -93,6 +98,8 @@ class AutoBudget:
                 if not link.is_auto:
                     wishes[place] = self._fixed.wish(request, link.speculator)
                     self._ask(candidate, limit)
+                elif self._begins(link, candidate, seen) and self._follows(link, request, has_begun=False):
+                    wishes[place] = candidate.gap = 0
         if candidates and link.is_auto:
             self._divide(index, candidates, wishes)
         return wishes
@@ -183,6 +190,11 @@ class AutoBudget:
             candidate.row.wake_at = self.step + 1
             wishes[candidate.place] = budget_of(link, 1)
             self._asked.append((candidate.request, candidate.row, 1))
+        for candidate in idle:
+            if is_about_to_lose_states(link, candidate.gap) and wishes[candidate.place] is None:
+                advance = self.probing.advance(tokens_left(candidate.request))
+                if self.probing.affords(link.feed * candidate.gap, advance):
+                    wishes[candidate.place] = 0
 
     # ---- after ----------------------------------------------------------------------------------------------------
 
@@ -315,8 +327,14 @@ class AutoBudget:
         self._asked.append((candidate.request, candidate.row, depth))
         self._resting.forbid()
 
-    def _follows(self, link: LinkEstimate, request: Request, has_begun: bool) -> bool:
-        """Whether a speculator with a state takes in a prompt while it is computed."""
+    @staticmethod
+    def _begins(link: LinkEstimate, candidate: Candidate, seen: Mapping[int, int]) -> bool:
+        """Whether a speculator must take in a prompt that has just been computed now, because its states are kept no longer."""
+        is_new = candidate.row.settled_at < 0 and candidate.request.number not in seen
+        return is_new and link.speculator.traits.needs_states
+
+    def _follows(self, link: LinkEstimate, request: Request, *, has_begun: bool) -> bool:
+        """Whether a speculator with a state takes in a prompt while it is computed: drafts may pay, or to see is cheap."""
         if link.token_only or request.params.num_speculative_tokens == 0:
             return False
         if has_begun or not link.is_auto or not link.asks:
@@ -327,7 +345,7 @@ class AutoBudget:
         length = request.num_prompt_tokens
         if prospect.repays(link, length, tokens_left(request), rate):
             return True
-        return self.probing.affords(link.feed * length)
+        return self.probing.affords(link.feed * length, self.probing.advance(tokens_left(request)))
 
     def _is_better_left(self, index: int, request: Request, gains: list[float]) -> bool:
         """Whether a row is better drafted for by a speculator that comes later in the chain."""

@@ -101,6 +101,8 @@ class SpeculatorChain:
                 link.ended.append((slot, reason))
             if reason != "preempted":
                 link.banned.discard(request.number)
+        if reason == "preempted" and self._auto is not None:
+            self._auto.restart(request)
         self._states.drop(slot)
 
     def propose(self, requests: Sequence[Request], reserve: Any, contended: bool) -> None:
@@ -157,7 +159,7 @@ class SpeculatorChain:
         link = self._links[index]
         if self._auto is not None:
             requests = [r for r in requests if r.draft is None and r.number not in link.banned]
-            wishes = self._auto.plan(index, requests, link.delivered)
+            wishes = self._auto.plan(index, requests, {**link.delivered, **link.forked} if link.forked else link.delivered)
         else:
             wishes = [self.policy.wish(request, link.speculator) for request in requests]
         chosen = [

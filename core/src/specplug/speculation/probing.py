@@ -11,6 +11,7 @@ _OFTEN, _NOW_AND_THEN, _RARELY = 2, 8, 32
 _NEW, _KNOWN = 24, 256
 _CLOSE = 1.5
 _NEVER = 1 << 20
+_FORESEEN = 256
 
 
 class Probing:
@@ -31,12 +32,16 @@ class Probing:
         self.credit = min(self.credit + _SHARE * seconds, max(_SAVED_STEPS * self._step_seconds, self._wanted))
 
     def affords(self, cost: float, overdraft: float = 0.0) -> bool:
-        """Draws the cost of a probe, if it is there; a row whose last probe was accepted may overdraw."""
+        """Draws the cost of a probe, if it is there; some may overdraw."""
         if cost <= self.credit + overdraft:
             self.credit -= max(cost, 0.0)
             return True
         self._wanted = max(cost, 0.999 * self._wanted)
         return False
+
+    def advance(self, steps: int) -> float:
+        """What may be drawn ahead to keep up with a row that will run for so many steps: half of what they earn."""
+        return 0.5 * _SHARE * self._step_seconds * min(steps, _FORESEEN)
 
     def charge(self, seconds: float) -> None:
         """So long was looked for something to try, in vain."""

@@ -73,6 +73,11 @@ def missed_tokens(link: LinkEstimate, computed: int, seen: int) -> int:
     return min(computed - seen, WINDOW) if link.speculator.traits.needs_states else computed - seen
 
 
+def is_about_to_lose_states(link: LinkEstimate, gap: int) -> bool:
+    """Whether a row's first states that a speculator has not seen will soon be gone; its drafts would be worse ever after."""
+    return link.speculator.traits.needs_states and WINDOW - _WINDOW_END <= gap < WINDOW
+
+
 def ready_at(link: LinkEstimate, row: RowEstimate, gap: int, step: int) -> int:
     """The first step, this one or a later one, in which a row should be woken.
 
