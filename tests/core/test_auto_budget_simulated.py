@@ -219,7 +219,7 @@ def test_sleeping_rows_are_mostly_left_alone_and_their_steps_are_timed_all_the_s
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_target_states_are_not_lost_while_taking_them_in_is_cheap(rate: float) -> None:
-    """A head that never saw a part of a text drafts worse for the rest of it: it is shown prompts, and sleeping rows in time."""
+    """A head that never saw a part of a text drafts worse for the rest of it: so it is shown all in time."""
     link = Link.head(lambda row, at: rate, 0.3, TARGET)
     simulation = Simulation([link], target=TARGET, rows=1, length=400, seed=1)
     simulation.run(8)

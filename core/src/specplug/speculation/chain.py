@@ -159,7 +159,9 @@ class SpeculatorChain:
         link = self._links[index]
         if self._auto is not None:
             requests = [r for r in requests if r.draft is None and r.number not in link.banned]
-            wishes = self._auto.plan(index, requests, {**link.delivered, **link.forked} if link.forked else link.delivered)
+            wishes = self._auto.plan(
+                index, requests, {**link.delivered, **link.forked} if link.forked else link.delivered
+            )
         else:
             wishes = [self.policy.wish(request, link.speculator) for request in requests]
         chosen = [
