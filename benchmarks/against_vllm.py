@@ -9,7 +9,8 @@ a fixed number of requests is under way at any time. vLLM's processes are stoppe
 has one run that does not count. Reported are median tokens per second, prompts included, and the medians of the ratios
 specplug / peer within repetitions with their 95 % bootstrap intervals, of these speeds and of the median time between two
 tokens, prompts not included; what a peer cannot do is n/a. `--context` makes random prompts so long, for a target that is
-given the positions (only costs matter then).
+given the positions (only costs matter then). Drafts are as long as the peer's; `--auto` adds every method with lengths that
+specplug chooses, which is its default.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ COUNTERPARTS = {
     "ngram": "transformers prompt lookup",
     "draft_model": "transformers assisted generation",
 }
+AUTO = " auto"
 MAX_MODEL_LEN = 1024
 _BLOCK = 64
 
@@ -86,6 +88,10 @@ def make_contestants(args: argparse.Namespace, target: str) -> list[Contestant]:
     chosen = configs(args)
     contestants: list[Contestant] = [EngineContestant(PLAIN, target, None, own)]
     contestants += [EngineContestant(method, target, config, own) for method, config in chosen.items()]
+    if args.auto:
+        for method, config in chosen.items():
+            lengths = config | {"num_speculative_tokens": "auto"}
+            contestants.append(EngineContestant(method + AUTO, target, lengths, own))
     for method, config in {PLAIN: None, **chosen}.items():
         if "vllm" in args.peers:
             label = vllm_label(method)
@@ -111,7 +117,8 @@ def ratios(comparison: Comparison, methods: list[str]) -> list[dict[str, Any]]:
     labels = {contestant.label for contestant in comparison.contestants}
     for cell in comparison.cells:
         for method in methods:
-            for peer in (vllm_label(method), COUNTERPARTS.get(method)):
+            base = method.removesuffix(AUTO)
+            for peer in (vllm_label(base), COUNTERPARTS.get(base)):
                 if peer not in labels:
                     continue
                 own, other = (comparison.runs[cell, label] for label in (method, peer))
@@ -170,6 +177,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--ngram-tokens", type=int, default=5)
     parser.add_argument("--draft-tokens", type=int, default=3)
+    parser.add_argument("--auto", action="store_true", help="each method also with lengths that specplug chooses")
     parser.add_argument("--draft", default="tiny", help="of draft_model")
     parser.add_argument("--head", default="tiny", help="of eagle3; a grown target needs a grown head")
     parser.add_argument("--memory", default="3GiB", help="of each of specplug's engines")
@@ -236,7 +244,8 @@ def main() -> None:
                 versions=describe_versions({} if vllm is None else {"vllm": vllm}),
             )
             report = as_json(about, summarize(comparison))
-            report["ratios"] = ratios(comparison, [PLAIN, *configs(args)])
+            methods = list(configs(args))
+            report["ratios"] = ratios(comparison, [PLAIN, *methods, *(m + AUTO for m in methods if args.auto)])
             reports[name] = report
             show(f"{args.target}, {name}, {about.where}", report)
             if args.json:

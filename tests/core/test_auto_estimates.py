@@ -50,7 +50,7 @@ def test_one_rows_depth_is_the_best_of_all() -> None:
             [gains],
             tokens=1.0,
             nodes=0,
-            width=1.0,
+            width=[1.0] * 64,
             target=lambda nodes, step=step, each=each: step + each * nodes,
             ask=lambda rows, ask=ask: [0.1 + ask * depth for depth in range(1, 9)],
         )
@@ -74,7 +74,7 @@ def test_two_rows_share_about_as_well_as_any_two_depths_would() -> None:
             gains,
             tokens=2.0,
             nodes=0,
-            width=1.0,
+            width=[1.0] * 64,
             target=lambda nodes: 3 + 0.2 * nodes,
             ask=lambda rows, ask=ask: [0.1 * rows + ask * depth for depth in range(1, 5)],
         )

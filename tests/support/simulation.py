@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
 
-from specplug import SamplingParams, SpeculatorTraits
+from specplug import SamplingParams, SpeculatorTraits, worth_another_token
 from specplug.contract.batch import Budget, Outcome
 from specplug.contract.settings import SpeculativeConfig
 from specplug.plugins.registry import RegisteredSpeculator
@@ -69,6 +71,9 @@ class Link:
     rows_asked: int = 0
     asked_at: int = -1
     lost: int = 0  # positions whose states were gone when it came to see the row
+    blind: set[int] = attrs.field(factory=set)  # the rows they were of
+    blind_share: float = 1.0  # of their drafts' chances that is left
+    chances: Rate | None = None  # what it takes a token's to be, if it knows, and stops where it is told to
     seen: dict[int, int] = attrs.field(factory=dict)
 
     @classmethod
@@ -201,12 +206,14 @@ class Simulation:
             auto.end(self.requests)
 
     def _ask(self, index: int, link: Link, asked: list[tuple[Request, int | Budget]]) -> tuple[float, Asked]:
-        gap = fed = deepest = 0
-        depths = {}
+        gap = fed = 0
+        depths: dict[int, int] = {}
+        drafting: list[tuple[Request, int, Budget]] = []
         for request, wish in asked:
             missed = request.num_computed - link.seen.get(request.number, 0)
             if link.traits.needs_states and missed > WINDOW and request.num_output_tokens > 1:
                 link.lost += missed - WINDOW
+                link.blind.add(request.number)
                 missed = WINDOW
             gap += missed
             fed += missed if missed > SHORT_GAP or not wish else 0
@@ -214,11 +221,19 @@ class Simulation:
             depth = wish.max_depth if isinstance(wish, Budget) else wish
             assert depth <= (self.fixed or link.num_tokens)
             depth = min(depth, self.length - request.num_output_tokens - 1)
-            deepest = max(deepest, depth)
             if depth > 0:
                 depths[request.number] = depth
             if depth > 0 and self.random.random() < link.asking.fill:
-                request.draft = Draft(f"link {index}", self._draft(request, link, depth), link=index)
+                drafting.append((request, depth, wish if isinstance(wish, Budget) else Budget(depth, depth)))
+        lengths = [depth for _, depth, _ in drafting]
+        scores: list[list[float]] = [[] for _ in drafting]
+        if link.chances is not None:
+            lengths, scores = self._stop(drafting, link.chances)
+        for (request, depth, _), length, own in zip(drafting, lengths, scores, strict=True):
+            tokens = self._draft(request, link, length)
+            request.draft = Draft(f"link {index}", tokens, scores=own or None, link=index, allowed=depth)
+            depths[request.number] = length
+        deepest = max(depths.values(), default=0)
         link.calls += 1
         link.rows_asked += len(asked)
         answer = Asked(depths, 0 if link.traits.token_only else fed)
@@ -226,9 +241,25 @@ class Simulation:
         link.asked_at = self.steps
         return slower * link.asking.seconds(len(asked), deepest, gap, self.steps), answer
 
+    @staticmethod
+    def _stop(drafting: Sequence[tuple[Request, int, Budget]], chances: Rate) -> tuple[list[int], list[list[float]]]:
+        """How long each chain becomes where its tokens' chances are known, and its scores."""
+        scores: list[list[float]] = [[] for _ in drafting]
+        going = list(range(len(drafting)))
+        while going:
+            for place in going:
+                request, own = drafting[place][0], scores[place]
+                chance = chances(request.number, request.num_output_tokens + len(own))
+                own.append((own[-1] if own else 0.0) + math.log(chance))
+            going = [place for place in going if len(scores[place]) < drafting[place][1]]
+            known = [math.exp(scores[place][-1]) for place in going]
+            going = list(itertools.compress(going, worth_another_token([drafting[p][2] for p in going], known)))
+        return [len(own) for own in scores], scores
+
     def _draft(self, request: Request, link: Link, depth: int) -> list[int]:
         at = len(request.tokens)
-        rates = [link.rate(request.number, request.num_output_tokens + ahead) for ahead in range(depth)]
+        share = link.blind_share if request.number in link.blind else 1.0
+        rates = [share * link.rate(request.number, request.num_output_tokens + ahead) for ahead in range(depth)]
         return [at + ahead if self.random.random() < rate else -1 for ahead, rate in enumerate(rates)]
 
     def _new(self) -> Request:

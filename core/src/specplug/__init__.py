@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         VerificationBatch,
         VerificationRow,
     )
+    from specplug.contract.going_on import worth_another_token
     from specplug.contract.hookspecs import hookimpl
     from specplug.contract.memory import KVLayer, MemoryBudget, MemoryRegion
     from specplug.contract.proposal import DraftDistributions, Proposal
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from specplug.outputs import CompletionOutput, RequestOutput
     from specplug.sampling.distributions import process
     from specplug.sampling.drawing import sample
+    from specplug.sampling.likeliest import likeliest
     from specplug.sampling.params import SamplingParams
     from specplug.tiny import resolve_model
 
@@ -53,6 +55,7 @@ _HOMES = {
         "VerificationBatch",
         "VerificationRow",
     ),
+    "specplug.contract.going_on": ("worth_another_token",),
     "specplug.contract.hookspecs": ("hookimpl",),
     "specplug.contract.memory": ("KVLayer", "MemoryBudget", "MemoryRegion"),
     "specplug.contract.proposal": ("DraftDistributions", "Proposal"),
@@ -71,6 +74,7 @@ _HOMES = {
     "specplug.outputs": ("CompletionOutput", "RequestOutput"),
     "specplug.sampling.distributions": ("process",),
     "specplug.sampling.drawing": ("sample",),
+    "specplug.sampling.likeliest": ("likeliest",),
     "specplug.sampling.params": ("SamplingParams",),
     "specplug.tiny": ("resolve_model",),
 }

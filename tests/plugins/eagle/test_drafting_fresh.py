@@ -13,6 +13,7 @@ from recorded_drafts import Drafted, RandomWalk, random_walk
 from specplug import LLM, SamplingParams
 from specplug.model.blocks import BlockAllocator
 from specplug.speculation.state_ring import WINDOW
+from specplug_eagle.drafting.chain import Chain
 from specplug_eagle.drafting.static_tree import StaticTree
 from support.heads import TREES, save_eagle1, save_eagle3
 from support.models import VOCABULARY, save_model
@@ -104,7 +105,9 @@ def compare(walker: RandomWalk, target: Path, head: Path) -> None:
         for path, score in zip(drafted.paths, drafted.scores, strict=True):
             assert score == pytest.approx(fresh.score(path), abs=SCORES_ATOL), (drafted, path)
         limits = (drafted.budget.max_nodes, drafted.budget.max_depth)
-        if isinstance(tree, StaticTree):
+        if isinstance(tree, Chain):
+            expected, gap = static_tree(fresh, [(0,) * depth for depth in range(1, tree.max_depth + 1)], *limits)
+        elif isinstance(tree, StaticTree):
             expected, gap = static_tree(fresh, tree.paths, *limits)
         else:
             expected, gap = dynamic_tree(fresh, tree.depth, tree.top_k, tree.total_tokens, *limits)

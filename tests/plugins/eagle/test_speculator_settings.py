@@ -13,6 +13,7 @@ from specplug import ConfigurationError
 from specplug.configuration.engine import EngineConfig
 from specplug.engine.planning import PlannedEngine, plan_engine
 from specplug_eagle import EagleSettings
+from specplug_eagle.drafting.chain import Chain
 from specplug_eagle.drafting.dynamic_tree import DynamicTree
 from specplug_eagle.drafting.static_tree import StaticTree
 from support.heads import BOUNDARIES, drafted_by_head, save_eagle1, save_eagle3
@@ -41,7 +42,7 @@ def plan(root: Path, head: str, method: str = "eagle3", target: str = "target", 
     return plan_engine(EngineConfig.create(str(root / target), memory="64MiB", **options))
 
 
-def tree_of(planned: PlannedEngine) -> StaticTree | DynamicTree:
+def tree_of(planned: PlannedEngine) -> Chain | StaticTree | DynamicTree:
     return planned.speculators[0].instance.tree
 
 
@@ -66,7 +67,8 @@ def test_the_shape_that_is_asked_for(root: Path, keys: dict[str, Any], nodes: in
     planned = plan_engine(EngineConfig.create(str(root / "target"), memory="64MiB", **options))
     (registered,) = planned.speculators
     assert (registered.traits.max_nodes, registered.traits.max_depth) == (nodes, depth)
-    assert isinstance(tree_of(planned), DynamicTree if any(key.startswith("tree_") for key in keys) else StaticTree)
+    shape = StaticTree if "speculative_token_tree" in keys else Chain
+    assert isinstance(tree_of(planned), DynamicTree if any(key.startswith("tree_") for key in keys) else shape)
 
 
 def test_the_authors_defaults() -> None:

@@ -15,6 +15,7 @@ _SCHEMAS = (
     "float scaling, int window, float softcap, Tensor? sinks) -> Tensor",
     "attend_turned(Tensor query, Tensor key, Tensor value, Tensor keys, Tensor values, Tensor plan, Tensor slots, "
     "float scaling, int window, float softcap, Tensor? sinks, Tensor cosines, Tensor sines) -> Tensor",
+    "likeliest(Tensor logits) -> (Tensor, Tensor)",
     "pack_weight(Tensor weight, Tensor(a!) packed) -> ()",
     "linear(Tensor states, Tensor packed, Tensor? bias, int out_features) -> Tensor",
     "linears_2(Tensor states, Tensor packed_0, Tensor packed_1, Tensor? bias_0, Tensor? bias_1, "

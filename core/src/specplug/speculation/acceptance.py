@@ -36,8 +36,10 @@ class EngineAcceptance:
         """The chance that the first node of a draft is accepted."""
         return self.accepted[0] / self.reached[0]
 
-    def record(self, row: RowAcceptance, accepted: int, *, rejected: bool) -> bool:
+    def record(self, row: RowAcceptance, accepted: int, *, rejected: bool, stopped: bool = False) -> bool:
         """Takes in one draft of a row: how many nodes were accepted, and whether the one behind them was rejected.
+
+        Where the draft stopped before it, since it was too unlikely, it brings as little as if it had been rejected.
 
         Where next to nothing was accepted and one text becomes predictable, others may: what was seen before counts for less,
         so that rows of which one alone would not pay are tried.
@@ -47,11 +49,11 @@ class EngineAcceptance:
         """
         if accepted or rejected:
             self._judge(row, hit=accepted > 0)
-        doubts = row.record(self.first, accepted, rejected=rejected)
+        doubts = row.record(self.first, accepted, rejected=rejected, stopped=stopped)
         if doubts and accepted and self.first < _HOPELESS:
             self.accepted = [count * _DOUBT_KEEPS for count in self.accepted]
             self.reached = [count * _DOUBT_KEEPS for count in self.reached]
-        for index in range(min(accepted + rejected, len(self.reached))):
+        for index in range(min(accepted + (rejected or stopped), len(self.reached))):
             self.reached[index] = self.reached[index] * _ENGINE_FORGETS + 1.0
             self.accepted[index] = self.accepted[index] * _ENGINE_FORGETS + (index < accepted)
         return doubts
@@ -93,13 +95,14 @@ class RowAcceptance:
     run_of_hits: bool = False
     likeness: float = 1.0
 
-    def record(self, others: float, accepted: int, *, rejected: bool) -> bool:
+    def record(self, others: float, accepted: int, *, rejected: bool, stopped: bool = False) -> bool:
         """Takes in one draft. A run that was unlikely makes what was seen before it count for less: texts change.
 
         Args:
             others: the chance that a first node is accepted, in any row.
             accepted: nodes accepted.
             rejected: whether the node behind them was rejected.
+            stopped: whether there was none, though there might have been.
 
         Returns:
             Whether it made what was seen before count for less.
@@ -116,7 +119,7 @@ class RowAcceptance:
             self.likeness += _DOUBT_FADES * (1.0 - self.likeness)
             self.first_accepted = self.first_accepted * _ROW_FORGETS + hit
             self.first_reached = self.first_reached * _ROW_FORGETS + 1.0
-        reached = accepted - 1 + rejected if accepted else 0
+        reached = accepted - 1 + (rejected or stopped) if accepted else 0
         if reached > 0:
             kept = _ROW_FORGETS ** min(reached, 5)
             self.rest_accepted = self.rest_accepted * kept + accepted - 1

@@ -10,7 +10,7 @@ def allocate(
     *,
     tokens: float,
     nodes: int,
-    width: float,
+    width: Sequence[float],
     target: Callable[[int], float],
     ask: Callable[[int], Sequence[float]],
     spent: float = 0.0,
@@ -26,7 +26,7 @@ def allocate(
         gains: for each row the chance that its node at depth 1, 2, … is accepted, non-increasing.
         tokens: what the step is expected to bring without these drafts: one per row, and what other drafts bring.
         nodes: draft nodes that the step holds already.
-        width: verified nodes per level of depth; 1 for a chain.
+        width: verified nodes that a draft has at depth 1, 2, …; 1 for a chain, less where it may have stopped.
         target: seconds of a target step with so many draft nodes.
         ask: seconds of a proposal for so many rows: 1 deep, 2 deep, …
         spent: seconds of the step that are spent already.
@@ -47,17 +47,19 @@ def allocate(
     order = sorted(((gain, row) for row, own in enumerate(gains) for gain in own[:deep]), reverse=True)
     depths = [0] * len(gains)
     rows = deepest = 0
+    held = nodes + 0.5
     cost, asking = spent, ask(1)
     for count, (gain, row) in enumerate(order, start=1):
         tokens += gain
         depth = depths[row] = depths[row] + 1
+        held += width[depth - 1]
         if depth == 1 or depth > deepest:
             if depth == 1:
                 rows += 1
                 asking = ask(rows)
             deepest = max(deepest, depth)
             cost = spent + asking[deepest - 1]
-        reached = tokens / (target(nodes + int(count * width + 0.5)) + cost)
+        reached = tokens / (target(int(held)) + cost)
         if reached > best:
             best, best_count = reached, count
     if not best_count:
@@ -86,7 +88,7 @@ def _best_depth(
     gains: Sequence[Sequence[float]],
     tokens: float,
     nodes: int,
-    width: float,
+    width: Sequence[float],
     target: Callable[[int], float],
     ask: Callable[[int], Sequence[float]],
     spent: float,
@@ -94,16 +96,16 @@ def _best_depth(
     """The depth that is best where every row drafts as deep, and the tokens per second that it brings."""
     asking = ask(sum(1 for own in gains if own))
     best, best_depth = 0.0, 1
-    count = 0
+    held = nodes + 0.5
     for depth in range(max(map(len, gains), default=0)):
         if len(gains) == 1:
             tokens += gains[0][depth]
-            count += 1
+            held += width[depth]
         else:
             level = [own[depth] for own in gains if len(own) > depth]
             tokens += sum(level)
-            count += len(level)
-        rate = tokens / (target(nodes + int(count * width + 0.5)) + spent + asking[depth])
+            held += len(level) * width[depth]
+        rate = tokens / (target(int(held)) + spent + asking[depth])
         if rate > best:
             best, best_depth = rate, depth + 1
     return best_depth, best

@@ -17,7 +17,8 @@ class Asked:
     """One call of `propose` that went well; its drafts are in `request.draft`.
 
     Attributes:
-        depths: request number → the deepest node it was allowed. Rows that might not draft are left out.
+        depths: request number → the deepest node it was allowed, or got, if its speculator may stop before. Rows that might not
+            draft are left out.
         fed: tokens it had to take in beside those of the last step: prompts, and what rows missed while they slept.
     """
 
@@ -26,7 +27,7 @@ class Asked:
 
     @property
     def deepest(self) -> int:
-        """The deepest node of any row; 0 where none might draft."""
+        """The deepest of all rows; 0 where none might draft."""
         return max(self.depths.values(), default=0)
 
 

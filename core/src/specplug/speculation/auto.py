@@ -7,23 +7,24 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
-from specplug.speculation.acceptance import RowAcceptance
 from specplug.speculation.asked import SHORT_GAP, Asked
 from specplug.speculation.candidate import Candidate, budget_of, deepest_useful, tokens_left
 from specplug.speculation.curve import CostCurve
 from specplug.speculation.draft import Draft
 from specplug.speculation.estimates import LinkEstimate, RowEstimate, rows_class
+from specplug.speculation.following import begins, follows, has_lost_states, is_about_to_lose_states, missed_tokens
 from specplug.speculation.policy import FixedBudget, Wish
 from specplug.speculation.probing import Probing, vary
 from specplug.speculation.prospect import LEAST_SLOPE, VERIFY_SLOPE, Prospect
 from specplug.speculation.resting import Resting
 from specplug.speculation.trimming import keep_what_pays
-from specplug.speculation.waking import choose_probes, is_about_to_lose_states, missed_tokens
+from specplug.speculation.waking import choose_probes
 
 _MARGIN = 1.02
 _SETTLED_STEPS, _DRAFTS_PER_PATIENCE = 8, 2.0
 _PREFERENCE = 1.1
 _NEARLY = 0.93
+_LEEWAY = 2
 
 
 class AutoBudget:
@@ -58,7 +59,7 @@ class AutoBudget:
     def restart(self, request: Request) -> None:
         """A row was preempted: what speculators keep of it is gone, and it is computed anew."""
         for row in request.estimates:
-            row.settled_at = -1
+            row.settled_at, row.is_blind = -1, False
 
     # ---- before the speculators are asked -------------------------------------------------------------------------
 
@@ -98,8 +99,11 @@ class AutoBudget:
                 if not link.is_auto:
                     wishes[place] = self._fixed.wish(request, link.speculator)
                     self._ask(candidate, limit)
-                elif self._begins(link, candidate, seen) and self._follows(link, request, has_begun=False):
+                elif begins(link, candidate, seen) and self._follows(link, request, has_begun=False):
                     wishes[place] = candidate.gap = 0
+                    candidate.begins = True
+                elif has_lost_states(link, candidate, seen):
+                    candidate.row.is_blind = True
         if candidates and link.is_auto:
             self._divide(index, candidates, wishes)
         return wishes
@@ -137,7 +141,7 @@ class AutoBudget:
         """Looks for the best depths; returns by what factor they are expected to beat no drafts."""
         link, prospect = self.links[index], self._prospect
         least, base = prospect.least_gain, prospect.rate
-        gains = [c.row.acceptance.gains(link.acceptance, c.limit, least) for c in candidates]
+        gains = [link.gains(c.row, c.limit, least) for c in candidates]
         if index + 1 < len(self.links):
             for number, candidate in enumerate(candidates):
                 if gains[number] and self._is_better_left(index, candidate.request, gains[number]):
@@ -154,7 +158,13 @@ class AutoBudget:
                 gains[number] = []
             depths, rate = prospect.divide(link, gains, margin)
         if not any(depths):
+            gains = [[] if c.row.is_blind else own for c, own in zip(candidates, gains, strict=True)]
             depths = self._try_out(link, candidates, gains)
+        if link.going:  # how deep is left to it, but not wholly: its chances may be wrong
+            depths = [
+                min(depth + _LEEWAY, c.limit) if depth else 0 for depth, c in zip(depths, candidates, strict=True)
+            ]
+        link.least_chance, link.least_sum = prospect.least_chances(link, depths, rate)
         link.settled_at = self.step
         link.is_close = any(depths) or prospect.might_pay(link, gains)
         for candidate, depth in zip(candidates, depths, strict=True):
@@ -191,7 +201,7 @@ class AutoBudget:
             wishes[candidate.place] = budget_of(link, 1)
             self._asked.append((candidate.request, candidate.row, 1))
         for candidate in idle:
-            if is_about_to_lose_states(link, candidate.gap) and wishes[candidate.place] is None:
+            if is_about_to_lose_states(link, candidate) and wishes[candidate.place] is None:
                 advance = self.probing.advance(tokens_left(candidate.request))
                 if self.probing.affords(link.feed * candidate.gap, advance):
                     wishes[candidate.place] = 0
@@ -212,6 +222,8 @@ class AutoBudget:
             if not self._resting.is_forbidden:
                 self.probing.charge(seconds)
             return
+        if link.going:
+            link.observe_deepest(asked.deepest, max((depth for _, _, depth in self._asked), default=0))
         is_last = index + 1 == len(self.links)
         for request, row, depth in self._asked:
             if request.number not in asked.depths:
@@ -225,6 +237,8 @@ class AutoBudget:
                     row.wake_at = self.step + link.rest(row.misses)
                 continue
             link.samples = link.samples or draft.probs is not None
+            if draft.is_scored_chain:
+                link.observe_length(len(draft), draft.allowed)
             if row.probes and link.compares:
                 roots = [t for t, parent in zip(draft.tokens, draft.parent_list(), strict=True) if parent < 0]
                 row.guess = (len(request.tokens), frozenset(roots))
@@ -232,7 +246,7 @@ class AutoBudget:
                 continue
             prospect.nodes += len(draft)
             if not is_last:
-                prospect.tokens += sum(row.acceptance.gains(link.acceptance, depth, 0.0)[: len(draft)])
+                prospect.tokens += sum(link.gains(row, depth, 0.0)[: len(draft)])
 
     def trim(self, drafts: Sequence[Draft | None]) -> list[Draft | None]:
         """Keeps the nodes of scored drafts that are worth verifying."""
@@ -294,9 +308,10 @@ class AutoBudget:
         draft, row.draft = row.draft, None
         count = len(accepted)
         rejected = count < nodes
+        stopped = not rejected and draft is not None and draft.is_scored_chain and nodes < draft.allowed
         if rejected and draft is not None and draft.parents is not None:
             rejected = (accepted[-1] if count else -1) in draft.parents
-        link.learn(row, count, rejected=rejected, step=self.step)
+        link.learn(row, count, rejected=rejected, step=self.step, stopped=stopped)
         if row.predicted:
             link.predicted = 0.97 * link.predicted + row.predicted
             link.accepted = 0.97 * link.accepted + count
@@ -327,25 +342,9 @@ class AutoBudget:
         self._asked.append((candidate.request, candidate.row, depth))
         self._resting.forbid()
 
-    @staticmethod
-    def _begins(link: LinkEstimate, candidate: Candidate, seen: Mapping[int, int]) -> bool:
-        """Whether a speculator must take in a prompt that has just been computed now, because its states are kept no longer."""
-        is_new = candidate.row.settled_at < 0 and candidate.request.number not in seen
-        return is_new and link.speculator.traits.needs_states
-
     def _follows(self, link: LinkEstimate, request: Request, *, has_begun: bool) -> bool:
-        """Whether a speculator with a state takes in a prompt while it is computed: drafts may pay, or to see is cheap."""
-        if link.token_only or request.params.num_speculative_tokens == 0:
-            return False
-        if has_begun or not link.is_auto or not link.asks:
-            return True
-        prospect = Prospect(max(1, self._prospect.rows), self.targets)
-        gains = RowAcceptance().gains(link.acceptance, link.depth_to_try, prospect.least_gain)
-        _, rate = prospect.divide(link, [gains] * prospect.rows)
-        length = request.num_prompt_tokens
-        if prospect.repays(link, length, tokens_left(request), rate):
-            return True
-        return self.probing.affords(link.feed * length, self.probing.advance(tokens_left(request)))
+        prospect = self._prospect if self._prospect.rows else Prospect(1, self.targets)
+        return follows(link, request, prospect, self.probing, has_begun=has_begun)
 
     def _is_better_left(self, index: int, request: Request, gains: list[float]) -> bool:
         """Whether a row is better drafted for by a speculator that comes later in the chain."""
@@ -353,7 +352,7 @@ class AutoBudget:
         for later in range(index + 1, len(self.links)):
             link = self.links[later]
             limit = 0 if link.retired else deepest_useful(link, request)
-            others = self._row(request, later).acceptance.gains(link.acceptance, limit, 0.002) if limit > 0 else []
+            others = link.gains(self._row(request, later), limit, 0.002) if limit > 0 else []
             if others:
                 own = self._prospect.worth(self.links[index], gains) if own is None else own
                 if self._prospect.worth(link, others) > _PREFERENCE * own:

@@ -21,6 +21,7 @@ class Candidate:
         row: what is known of it.
         limit: the deepest draft it can use.
         gap: tokens that a speculator with a state has not taken in.
+        begins: whether it takes in the row's prompt in this step, whatever becomes of its drafts.
     """
 
     place: int
@@ -28,6 +29,7 @@ class Candidate:
     row: RowEstimate
     limit: int
     gap: int
+    begins: bool = False
 
 
 def deepest_useful(link: LinkEstimate, request: Request) -> int:
@@ -39,7 +41,7 @@ def deepest_useful(link: LinkEstimate, request: Request) -> int:
 
 def budget_of(link: LinkEstimate, depth: int) -> Budget:
     """So deep a draft, with as many nodes as the speculator's trees have."""
-    return Budget(math.ceil(depth * link.width), depth)
+    return Budget(math.ceil(depth * link.width), depth, link.least_chance, link.least_sum)
 
 
 def tokens_left(request: Request) -> int:

@@ -206,8 +206,15 @@ class SpeculatorChain:
         for request, draft, budget in zip(requests, drafts, budgets, strict=True):
             request.draft = draft
             if draft is not None:
-                draft.link, draft.allowed = place, budget.max_nodes
-        depths = {r.number: budget.max_depth for r, budget in zip(requests, budgets, strict=True) if budget.max_nodes}
+                draft.link = place
+                draft.allowed = (
+                    budget.max_nodes if draft.parents is not None else min(budget.max_nodes, budget.max_depth)
+                )
+        depths = {
+            r.number: len(draft) if draft is not None and draft.is_scored_chain else budget.max_depth
+            for r, draft, budget in zip(requests, drafts, budgets, strict=True)
+            if budget.max_nodes
+        }
         return Asked(depths, 0 if traits.token_only else fed_tokens(batch))
 
     def _build_batch(self, link: ChainLink, requests: Sequence[Request], budgets: Sequence[Budget]) -> ProposalBatch:

@@ -34,6 +34,11 @@ class Draft:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def is_scored_chain(self) -> bool:
+        """Whether its speculator knew how likely each token was, and could stop where another would not have paid."""
+        return self.scores is not None and self.parents is None
+
     def parent_list(self) -> list[int]:
         """Each node's parent, chains included."""
         return list(range(-1, len(self.tokens) - 1)) if self.parents is None else self.parents

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
+
 import attrs
 
 from specplug.plugins.registry import RegisteredSpeculator
@@ -13,6 +16,7 @@ from specplug.speculation.draft import Draft
 _FILL_FORGETS = 0.9
 _FEED_FORGETS = 0.8
 _FIRST_DEPTH = 3
+_GOING_FORGETS, _GOING_AT_FIRST = 0.97, 0.8
 _LONGEST_COMPARED, _LONGEST_DRAFTED = 8, 32
 
 
@@ -31,6 +35,7 @@ class RowEstimate:
         guess: (tokens it had, candidates for the next one) of a proposal that is compared with the text and not verified.
         draft: what is being verified.
         predicted: accepted nodes that the draft's scores promise.
+        is_blind: whether the speculator was not shown a part of the text; see `following`.
     """
 
     acceptance: RowAcceptance = attrs.field(factory=RowAcceptance)
@@ -43,6 +48,7 @@ class RowEstimate:
     guess: tuple[int, frozenset[int]] | None = None
     draft: Draft | None = None
     predicted: float = 0.0
+    is_blind: bool = False
 
 
 @attrs.define(eq=False)
@@ -54,11 +60,16 @@ class LinkEstimate:
         is_auto: whether core chooses its budgets.
         depth: the deepest node.
         width: nodes per level of depth.
-        acceptance: of all rows.
+        acceptance: of all rows but those that it is blind to.
+        blind_acceptance: of those.
         asks: rows → seconds of a proposal as a function of its depth.
         feed: seconds of taking in one token of a gap.
         fill: the share of rows that are given a draft when they are asked for one.
         deepest: the deepest draft that was timed.
+        least_chance: what it is told of it, see `Budget`; `least_sum`: the same.
+        nodes_at: how many nodes a draft is expected to have at depth 1, 2, …, if it may be so deep.
+        going: how likely a chain of 1, 2, … tokens is to go on, if it may; empty while none was seen that could stop.
+        levels: how likely any of a proposal's chains is to.
         samples: whether it reported distributions: then a mere comparison with the text would count too little.
         predicted: accepted nodes that scores promised, lately; `accepted`: those that came.
         settled_at: the step in which the budgets of its rows were last divided.
@@ -71,10 +82,16 @@ class LinkEstimate:
     depth: int
     width: float
     acceptance: EngineAcceptance
+    blind_acceptance: EngineAcceptance
     asks: dict[int, CostCurve] = attrs.field(factory=dict)
     feed: float = 0.0
     fill: float = 1.0
     deepest: int = 0
+    least_chance: float = 0.0
+    least_sum: float = 0.0
+    nodes_at: list[float] = attrs.field(default=attrs.Factory(lambda self: [self.width] * self.depth, takes_self=True))
+    going: list[float] = attrs.field(factory=list)
+    levels: list[float] = attrs.field(factory=list)
     samples: bool = False
     predicted: float = 2.0
     accepted: float = 2.0
@@ -88,7 +105,9 @@ class LinkEstimate:
         traits, most = speculator.traits, speculator.config.num_speculative_tokens
         depth = traits.max_depth or most
         width = max(1.0, (traits.max_nodes or depth) / depth)
-        return cls(speculator, speculator.config.is_auto, depth, width, EngineAcceptance(depth))
+        return cls(
+            speculator, speculator.config.is_auto, depth, width, EngineAcceptance(depth), EngineAcceptance(depth)
+        )
 
     @property
     def token_only(self) -> bool:
@@ -111,9 +130,24 @@ class LinkEstimate:
         return 0.0 if curve is None else curve.seconds(depth)
 
     def ask_table(self, rows: int) -> list[float]:
-        """What a proposal for so many rows is expected to take: 1 deep, 2 deep, … as deep as any."""
+        """What a proposal for so many rows is expected to take: 1 deep, 2 deep, … as deep as any, if it goes on so far."""
         curve = self._asking(rows)
-        return [0.0] * self.depth if curve is None else curve.table(1, self.depth + 1)
+        if curve is None:
+            return [0.0] * self.depth
+        table = curve.table(1, self.depth + 1)
+        if not self.going:
+            return table
+        before = expected = table[0]
+        reach = 1.0
+        for index, goes_on in enumerate(self.levels, start=1):
+            reach *= goes_on
+            expected += reach * (table[index] - before)
+            before, table[index] = table[index], expected
+        return table
+
+    def level_seconds(self, rows: int, depth: int) -> float:
+        """What each level behind the first takes of a proposal that goes on so far."""
+        return (self.ask_seconds(rows, depth) - self.ask_seconds(rows, 1)) / (depth - 1)
 
     def _asking(self, rows: int) -> CostCurve | None:
         curve = self.asks.get(rows_class(rows))
@@ -141,10 +175,27 @@ class LinkEstimate:
             self.observe_feed(asked.fed, seconds - drafting)
         return drafting
 
-    def learn(self, row: RowEstimate, count: int, *, rejected: bool, step: int) -> None:
-        """Takes in what became of a draft of a row, or of a guess: nodes accepted, and whether the next was rejected."""
+    def observe_length(self, length: int, most: int) -> None:
+        """Takes in how long a chain became, of a speculator that stops where it is unsure."""
+        if not self.going:
+            self.going = [_GOING_AT_FIRST] * (self.depth - 1)
+            self.levels = list(self.going)
+        _learn_length(self.going, length, most)
+        self.nodes_at = [1.0, *itertools.accumulate(self.going, operator.mul)]
+
+    def observe_deepest(self, deepest: int, most: int) -> None:
+        """Takes in how long the longest of a proposal's chains became."""
+        _learn_length(self.levels, deepest, most)
+
+    def gains(self, row: RowEstimate, depth: int, least: float) -> list[float]:
+        """The chance that each node of a draft for a row is accepted; see `RowAcceptance.gains`."""
+        return row.acceptance.gains(self.blind_acceptance if row.is_blind else self.acceptance, depth, least)
+
+    def learn(self, row: RowEstimate, count: int, *, rejected: bool, step: int, stopped: bool = False) -> None:
+        """Takes in what became of a draft, or a guess: nodes accepted, and whether the next was rejected, or not drafted."""
         row.patience -= 1
-        if self.acceptance.record(row.acceptance, count, rejected=rejected):
+        acceptance = self.blind_acceptance if row.is_blind else self.acceptance
+        if acceptance.record(row.acceptance, count, rejected=rejected, stopped=stopped):
             row.settled_at = -1
         if row.probes:
             row.misses = 0 if count else row.misses + 1
@@ -170,6 +221,11 @@ class LinkEstimate:
     def calibration(self) -> float:
         """By how much scores promise too little (above 1) or too much."""
         return min(max(self.accepted / self.predicted, 0.2), 3.0)
+
+
+def _learn_length(chances: list[float], length: int, most: int) -> None:
+    for index in range(min(length, most - 1)):
+        chances[index] += (1.0 - _GOING_FORGETS) * ((index + 1 < length) - chances[index])
 
 
 def rows_class(rows: int) -> int:

@@ -59,13 +59,15 @@ def plan_budgets(
         assert request.params.max_tokens is not None
         still = request.params.max_tokens - request.num_output_tokens - 1
         room = max_model_len - len(request.tokens) - 1
+        least = total = 0.0
         if isinstance(wish, Budget):
             most, deepest = wish.max_nodes, wish.max_depth
+            least, total = wish.least_chance, wish.least_sum
         else:
             most, deepest = traits.max_nodes or 0, (traits.max_depth or wish) if wish else 0
         depth = max(0, min(deepest, still, room))
         nodes = max(0, min(most or depth, node_limit)) if depth else 0
         if request.params.num_speculative_tokens is not None:
             nodes = min(nodes, request.params.num_speculative_tokens)
-        budgets.append(Budget(nodes, min(depth, nodes)) if nodes else NO_BUDGET)
+        budgets.append(Budget(nodes, min(depth, nodes), least, total) if nodes else NO_BUDGET)
     return budgets

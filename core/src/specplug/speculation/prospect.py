@@ -12,6 +12,8 @@ VERIFY_SLOPE, LEAST_SLOPE = 0.015, 0.003
 """Beforehand, one more token to verify is taken to cost so much of a step; and never less than that."""
 _CAUTION = 0.8
 _NEGLIGIBLE = 0.01
+_NEXT, _LIKELY = 0.9, 0.9
+"""How likely one more token of a chain is that was likely so far; and how likely that must be at most."""
 _UNKNOWN = CostCurve(VERIFY_SLOPE, least_slope=LEAST_SLOPE)
 _UNKNOWN.observe(0, 1e-3)
 
@@ -64,12 +66,24 @@ class Prospect:
             gains,
             tokens=self.tokens,
             nodes=self.nodes,
-            width=link.width,
+            width=link.nodes_at,
             target=self.curve.seconds,
             ask=link.ask_table if fill == 1.0 else lambda rows: [seconds / fill for seconds in link.ask_table(rows)],
             spent=self.spent,
             margin=margin,
         )
+
+    def least_chances(self, link: LinkEstimate, depths: Sequence[int], rate: float) -> tuple[float, float]:
+        """How likely chains must be for another token to pay at this rate: `least_chance` and `least_sum` of `Budget`."""
+        depth = max(depths)
+        if depth < 2:
+            return 0.0, 0.0
+        rows = sum(map(bool, depths))
+        nodes = max(1, round(sum(sum(link.nodes_at[:own]) for own in depths)))
+        verifying = (self.curve.seconds(self.nodes + nodes) - self.curve.seconds(self.nodes)) / nodes
+        worth = rate / (_NEXT * link.calibration)
+        own = min(verifying * worth, _LIKELY)
+        return own, min(link.level_seconds(rows, depth) * worth, rows * (_LIKELY - own))
 
     def might_pay(self, link: LinkEstimate, gains: Sequence[Sequence[float]]) -> bool:
         """Whether the drafts would pay if all of them cost no more than the shortest."""
@@ -83,7 +97,7 @@ class Prospect:
             [gains],
             tokens=self.tokens,
             nodes=self.nodes,
-            width=link.width,
+            width=link.nodes_at,
             target=self.curve.seconds,
             ask=lambda rows: [seconds / self.rows for seconds in link.ask_table(self.rows)],
             spent=self.spent,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from specplug.speculation.allocation import allocate
 from specplug.speculation.draft import Draft, trim_drafts
 from specplug.speculation.estimates import LinkEstimate
 from specplug.speculation.prospect import Prospect
@@ -19,29 +18,37 @@ def keep_what_pays(
     A score is taken as the logarithm of the chance that the node is accepted, corrected by how such promises were kept so far.
     Every draft's share is decided by scores alone, as in `trim_drafts`.
     """
-    scored = [draft if draft is not None and draft.scores is not None else None for draft in drafts]
-    chances = sorted(
-        (
-            min(1.0, math.exp(min(score, 0.0)) * links[draft.link].calibration)
-            for draft in scored
-            if draft is not None and draft.scores is not None
-            for score in draft.scores
-        ),
-        reverse=True,
-    )
-    if not chances:
+    chances: list[float] = []
+    others = least = 0
+    for draft in drafts:
+        if draft is None:
+            continue
+        if draft.scores is None:
+            others += len(draft)
+            continue
+        least += 1
+        calibration = links[draft.link].calibration
+        chances += [math.exp(min(score, 0.0)) * calibration for score in draft.scores]
+    if len(chances) <= least:
         return list(drafts)
-    (kept,), _ = allocate(
-        [chances],
-        tokens=float(prospect.rows),
-        nodes=sum(len(draft) for draft in drafts if draft is not None and draft.scores is None),
-        width=1.0,
-        target=prospect.curve.seconds,
-        ask=lambda rows: [0.0] * len(chances),
-        spent=prospect.spent,
-    )
-    most = max(kept, sum(draft is not None for draft in scored))
-    trimmed = trim_drafts(scored, most)
+    kept = max(_worth_verifying(sorted(chances, reverse=True), others, prospect), least)
+    if kept == len(chances):
+        return list(drafts)
+    scored = [draft if draft is not None and draft.scores is not None else None for draft in drafts]
+    trimmed = trim_drafts(scored, kept)
     return [
         own if draft is None or draft.scores is not None else draft for draft, own in zip(drafts, trimmed, strict=True)
     ]
+
+
+def _worth_verifying(chances: Sequence[float], others: int, prospect: Prospect) -> int:
+    """Of nodes with these chances, likeliest first, how many make the most tokens per second, beside those of other drafts."""
+    tokens, spent = float(prospect.rows), prospect.spent
+    seconds = prospect.curve.table(others, others + len(chances) + 1)
+    best, kept = tokens / (seconds[0] + spent), 0
+    for count, chance in enumerate(chances, start=1):
+        tokens += min(chance, 1.0)
+        rate = tokens / (seconds[count] + spent)
+        if rate > best:
+            best, kept = rate, count
+    return kept

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from specplug.speculation.asked import SHORT_GAP
 from specplug.speculation.candidate import Candidate
 from specplug.speculation.estimates import LinkEstimate, RowEstimate
+from specplug.speculation.following import WINDOW_END
 from specplug.speculation.probing import Probing
 from specplug.speculation.prospect import Prospect
 from specplug.speculation.state_ring import WINDOW
 
-_WINDOW_END = 8
-_TOGETHER = 4
+_TOGETHER, _MOST_RESERVED = 4, 2.0
 
 
 def choose_probes(
@@ -47,7 +47,7 @@ def choose_probes(
     later = min((at for at in times if at > latest), default=None)
     if not ready:
         return [], later
-    ready.sort(key=lambda c: (c.row.misses > 0, c.gap, c.row.wake_at))
+    ready.sort(key=lambda c: (not c.begins, c.row.misses > 0, c.gap, c.row.wake_at))
     deepest = max(asked, default=0)
     target, nodes = prospect.curve.seconds, prospect.nodes
     while True:
@@ -56,7 +56,9 @@ def choose_probes(
         cost += link.feed * sum(c.gap for c in ready if c.gap > SHORT_GAP)
         if not link.compares:
             cost += target(nodes + math.ceil(len(ready) * link.width)) - target(nodes)
-        overdraft = target(0) if any(c.row.probes and not c.row.misses for c in ready) else 0.0
+        # What a prompt has been taken in for, and what was accepted last time, is looked at whatever the account holds.
+        overdraft = target(0) if any(c.begins or (c.row.probes and not c.row.misses) for c in ready) else 0.0
+        overdraft -= max(_reserve(link, c, target(0)) for c in ready)
         if account.affords(cost, overdraft):
             return ready, later
         if len(ready) == 1:
@@ -66,16 +68,11 @@ def choose_probes(
     return [], affordable if later is None else min(later, affordable)
 
 
-def missed_tokens(link: LinkEstimate, computed: int, seen: int) -> int:
-    """How many tokens a speculator must take in of a row: of target states no more than are kept."""
-    if link.token_only:
-        return 0
-    return min(computed - seen, WINDOW) if link.speculator.traits.needs_states else computed - seen
-
-
-def is_about_to_lose_states(link: LinkEstimate, gap: int) -> bool:
-    """Whether a row's first states that a speculator has not seen will soon be gone; its drafts would be worse ever after."""
-    return link.speculator.traits.needs_states and WINDOW - _WINDOW_END <= gap < WINDOW
+def _reserve(link: LinkEstimate, candidate: Candidate, step: float) -> float:
+    """What the account must still hold after a probe: of a row that the speculator is blind to, the next prompt."""
+    if not candidate.row.is_blind:
+        return 0.0
+    return min(link.feed * candidate.request.num_prompt_tokens, _MOST_RESERVED * step)
 
 
 def ready_at(link: LinkEstimate, row: RowEstimate, gap: int, step: int) -> int:
@@ -85,4 +82,4 @@ def ready_at(link: LinkEstimate, row: RowEstimate, gap: int, step: int) -> int:
     """
     if not link.speculator.traits.needs_states or gap >= WINDOW:
         return max(step, row.wake_at)
-    return max(step, min(row.wake_at, step + WINDOW - _WINDOW_END - gap))
+    return max(step, min(row.wake_at, step + WINDOW - WINDOW_END - gap))

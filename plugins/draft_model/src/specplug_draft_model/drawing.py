@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 
-from specplug import process
+from specplug import likeliest, process
 from specplug import sample as draw_tokens
 
 if TYPE_CHECKING:
@@ -22,10 +22,12 @@ class Draws:
     Attributes:
         tokens: per row the index of its token among the shared ones; None: the row stops here.
         probs: per row the distribution its token was drawn from, float32 [S]; None for a deterministic one.
+        chances: per row the probability of its token, if that is the most likely one; None for one that was sampled.
     """
 
     tokens: list[int | None]
     probs: list[torch.Tensor | None]
+    chances: list[float | None]
 
 
 def draw(logits: torch.Tensor, rows: Sequence[ProposalRow], *, sample: bool, threshold: float) -> Draws:
@@ -42,10 +44,11 @@ def draw(logits: torch.Tensor, rows: Sequence[ProposalRow], *, sample: bool, thr
     """
     sampled = [index for index, row in enumerate(rows) if sample and is_sampled(row)]
     distributions: list[torch.Tensor | None] = [None] * len(rows)
+    chances: list[float | None] = [None] * len(rows)
     if len(sampled) < len(rows):
-        best = logits.max(dim=-1)
-        tokens = best.indices.tolist()
-        going = _are_confident(logits, best.values, threshold)
+        ids, best = likeliest(logits)
+        tokens, chances = ids.tolist(), best.tolist()
+        going = [chance is None or chance >= threshold for chance in chances]
     else:
         tokens, going = [0] * len(rows), [True] * len(rows)
     if sampled:
@@ -55,8 +58,8 @@ def draw(logits: torch.Tensor, rows: Sequence[ProposalRow], *, sample: bool, thr
         drawn = draw_tokens(probs, [rows[index].generator for index in sampled])[:, 0].tolist()
         for place, index in enumerate(sampled):
             tokens[index], going[index] = drawn[place], confident[place]
-            distributions[index] = probs[place]
-    return Draws([token if goes else None for token, goes in zip(tokens, going, strict=True)], distributions)
+            distributions[index], chances[index] = probs[place], None
+    return Draws([token if goes else None for token, goes in zip(tokens, going, strict=True)], distributions, chances)
 
 
 def is_sampled(row: ProposalRow) -> bool:
@@ -66,10 +69,3 @@ def is_sampled(row: ProposalRow) -> bool:
     proposed: there the most likely token is the best guess.
     """
     return not row.sampling.greedy and row.sampling.seed is None
-
-
-def _are_confident(logits: torch.Tensor, best: torch.Tensor, threshold: float) -> list[bool]:
-    if not threshold:
-        return [True] * len(best)
-    most_likely = (best.float() - logits.float().logsumexp(dim=-1)).exp()
-    return (most_likely >= threshold).tolist()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +21,7 @@ from specplug import (
     Proposal,
     SpeculatorTraits,
     hookimpl,
+    worth_another_token,
 )
 from specplug_draft_model.drawing import draw
 from specplug_draft_model.sequence import DraftSequence
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("specplug.draft_model")
 EMBEDDED = "tiny"
+_LEAST = 1e-30
 _COPIES_TO_DRAW = 8
 """Distributions of a row that exist at once while one is truncated (sorted values and places, cumulated, scattered) and drawn
 from. Those of the tokens before are held as well; at the end all are held twice, when a row's are put together."""
@@ -53,6 +57,7 @@ class _Draft:
         tokens: target ids.
         last: the last token as the draft's id.
         probs: the distribution of each token; empty for a deterministic draft.
+        chances: how likely the chain is up to each token; empty for sampled tokens.
     """
 
     row: ProposalRow
@@ -60,6 +65,7 @@ class _Draft:
     tokens: list[int] = attrs.field(factory=list)
     last: int = -1
     probs: list[torch.Tensor] = attrs.field(factory=list)
+    chances: list[float] = attrs.field(factory=list)
 
 
 @attrs.define(eq=False)
@@ -138,6 +144,7 @@ class DraftModelSpeculator:
             active, logits = self._extend(active, logits)
         return Proposal(
             tokens=[draft.tokens for draft in drafts],
+            scores=[[math.log(max(c, _LEAST)) for c in draft.chances] or None for draft in drafts],
             probs=[self._distributions(draft) for draft in drafts],
         )
 
@@ -194,15 +201,19 @@ class DraftModelSpeculator:
             threshold=self.settings.draft_confidence_threshold,
         )
         going = []
-        for draft, token, probs in zip(active, draws.tokens, draws.probs, strict=True):
+        for draft, token, probs, chance in zip(active, draws.tokens, draws.probs, draws.chances, strict=True):
             if token is None:
                 continue
             draft.tokens.append(token if self._target_ids is None else self._target_ids[token])
             draft.last = token if self._draft_ids is None else self._draft_ids[token]
             if probs is not None:
                 draft.probs.append(probs)
+            if chance is not None:
+                draft.chances.append(chance * (draft.chances[-1] if draft.chances else 1.0))
             if len(draft.tokens) < draft.max_tokens:
                 going.append(draft)
+        chances = [draft.chances[-1] if draft.chances else None for draft in going]
+        going = list(itertools.compress(going, worth_another_token([draft.row.budget for draft in going], chances)))
         if not going:
             return [], None
         rows = []

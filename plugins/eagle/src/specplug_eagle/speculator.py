@@ -22,6 +22,7 @@ from specplug import (
     pack_linears,
 )
 from specplug_eagle.checkpoint import EagleCheckpoint, resolve_layer_ids, validate
+from specplug_eagle.drafting.chain import Chain
 from specplug_eagle.drafting.dynamic_tree import DynamicTree
 from specplug_eagle.drafting.runner import HeadRunner, HeadSequence, Roots
 from specplug_eagle.drafting.static_tree import StaticTree
@@ -62,7 +63,7 @@ class EagleSpeculator:
     checkpoint: EagleCheckpoint
     weights: WeightsHandle
     target: TargetModel
-    tree: StaticTree | DynamicTree
+    tree: Chain | StaticTree | DynamicTree
     traits: SpeculatorTraits
     _runner: HeadRunner | None = attrs.field(default=None, init=False, repr=False)
     _sequences: dict[int, HeadSequence] = attrs.field(factory=dict, init=False, repr=False)
@@ -78,10 +79,9 @@ class EagleSpeculator:
         )
         if self.target.device.type == "cuda":  # outputs of captured steps, see `Resources.compile`
             states += CAPTURED_TOKENS * 2 * spec.hidden_size * budget.dtype.itemsize
-        width = self.tree.top_k if isinstance(self.tree, DynamicTree) else max(len(x.nodes) for x in self.tree.levels)
-        copies = 2 * width
-        if isinstance(self.tree, StaticTree) and self.tree.samples:
-            inner = sum(len(level.nodes) for level in self.tree.levels)
+        width, inner = self.tree.width, self.tree.num_inner
+        copies = 1 if isinstance(self.tree, Chain) and self.target.device.type == "cpu" else 2 * width
+        if self.tree.samples:
             copies = max(2 * inner, inner + _COPIES_TO_DRAW * width)
         logits = budget.max_num_seqs * copies * spec.draft_vocab_size * torch.float32.itemsize
         ids = spec.draft_vocab_size * torch.int64.itemsize if spec.draft_vocab_size != spec.vocab_size else 0
@@ -240,7 +240,9 @@ def load_speculator(config: SpeculativeConfig, target: TargetModel) -> EagleSpec
     )
 
 
-def make_tree(settings: EagleSettings, num_speculative_tokens: int, draft_vocab_size: int) -> StaticTree | DynamicTree:
+def make_tree(
+    settings: EagleSettings, num_speculative_tokens: int, draft_vocab_size: int
+) -> Chain | StaticTree | DynamicTree:
     """The shape of drafts that the settings ask for."""
     if settings.is_dynamic:
         depth, top_k, total = settings.dynamic_sizes()
@@ -248,7 +250,7 @@ def make_tree(settings: EagleSettings, num_speculative_tokens: int, draft_vocab_
     sampled = settings.draft_sample_method == "probabilistic"
     paths = settings.static_paths()
     if paths is None:
-        return StaticTree.chain(num_speculative_tokens, sampled=sampled)
+        return Chain(num_speculative_tokens, sampled=sampled)
     return StaticTree(paths, sampled=sampled)
 
 

@@ -2,11 +2,13 @@
 #include <torch/library.h>
 
 #include "attend_tensors.h"
+#include "likeliest.h"
 #include "multiply_tensors.h"
 
 TORCH_LIBRARY_IMPL(specplug, CPU, library) {
   library.impl("attend", &specplug::attend);
   library.impl("attend_turned", &specplug::attend_turned);
+  library.impl("likeliest", &specplug::likeliest);
 #if SPECPLUG_BF16_DOT
   library.impl("pack_weight", &specplug::pack);
   library.impl("linear", &specplug::linear);

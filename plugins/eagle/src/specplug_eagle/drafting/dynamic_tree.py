@@ -40,6 +40,16 @@ class DynamicTree:
         return self.depth + 1
 
     @property
+    def width(self) -> int:
+        """Nodes of a row that are expanded at once."""
+        return self.top_k
+
+    @property
+    def num_inner(self) -> int:
+        """Nodes that are expanded, the root included."""
+        return 1 + self.depth * self.top_k
+
+    @property
     def scratch(self) -> int:
         """KV entries that drafting writes."""
         return self.depth * self.top_k

@@ -41,6 +41,12 @@ class HeadRunner:
         flat = self.head.logits(output.reshape(-1, output.shape[-1])).float().log_softmax(dim=-1)
         return flat.view(*output.shape[:-1], -1)
 
+    def reported_ids(self, device: torch.device) -> torch.Tensor | None:
+        """What `DraftDistributions` needs for the target ids of all draft ids; None where they are the same."""
+        if self.head.draft_to_target is None and self.head.spec.draft_vocab_size != self.head.spec.vocab_size:
+            return torch.arange(self.head.spec.draft_vocab_size, device=device)
+        return self.head.draft_to_target
+
     def target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         """Draft ids of any shape → target ids."""
         table = self.head.draft_to_target

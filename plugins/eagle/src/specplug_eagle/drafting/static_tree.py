@@ -1,4 +1,4 @@
-"""Trees of a fixed shape, chains among them: children of given ranks at given nodes, whatever the text."""
+"""Trees of a fixed shape: children of given ranks at given nodes, whatever the text."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from collections.abc import Sequence
 import attrs
 import torch
 
-from specplug import ConfigurationError, DraftDistributions, ForwardRow, ProposalRow, TreeMask, process, sample
+from specplug import (
+    ConfigurationError,
+    DraftDistributions,
+    ForwardRow,
+    ProposalRow,
+    TreeMask,
+    process,
+    sample,
+)
 from specplug_eagle.drafting.runner import HeadRunner, Roots
-from specplug_eagle.drafting.tree_draft import TreeDraft, best_nodes, renumber
+from specplug_eagle.drafting.tree_draft import TreeDraft, best_nodes, is_sampled, renumber
 
 
 @attrs.frozen(eq=False)
@@ -65,12 +73,6 @@ class StaticTree:
         self.parents = [number[path[:-1]] for path in self.paths]
         self.depths = [len(path) for path in self.paths]
         self.levels = self._levels()
-        self._has_siblings = any(path[-1] for path in self.paths)
-
-    @classmethod
-    def chain(cls, length: int, *, sampled: bool) -> StaticTree:
-        """A tree without branches."""
-        return cls([(0,) * depth for depth in range(1, length + 1)], sampled=sampled)
 
     @property
     def max_nodes(self) -> int:
@@ -81,6 +83,16 @@ class StaticTree:
     def max_depth(self) -> int:
         """The deepest node."""
         return self.depths[-1]
+
+    @property
+    def width(self) -> int:
+        """Nodes of a row whose children are drawn at once."""
+        return max(len(level.nodes) for level in self.levels)
+
+    @property
+    def num_inner(self) -> int:
+        """Nodes that have children, the root included."""
+        return sum(len(level.nodes) for level in self.levels)
 
     @property
     def scratch(self) -> int:
@@ -138,9 +150,7 @@ class StaticTree:
         row, start = roots.rows[index], roots.start(index)
         assert row.table is not None, "core gives every row its blocks"
         before = len(level.depths) - len(level.nodes)
-        tree = None
-        if self._has_siblings:
-            tree = TreeMask(start, level.visible, [start + depth for depth in level.depths])
+        tree = TreeMask(start, level.visible, [start + depth for depth in level.depths])
         return ForwardRow([0] * len(level.nodes), start + before, row.table, tree, roots.first[index])
 
     def finish(self, row: ProposalRow, tokens: list[int], scores: list[float] | None) -> list[int]:
@@ -189,7 +199,7 @@ class _Drawing:
             runner=runner,
             tokens=torch.full(shape, -1, dtype=torch.long, device=device),
             scores=torch.zeros(shape, device=device),
-            sampled=[index for index, row in enumerate(roots.rows) if tree.samples and _is_sampled(row)],
+            sampled=[index for index, row in enumerate(roots.rows) if tree.samples and is_sampled(row)],
         )
 
     def extend(self, members: list[int], level: Level, output: torch.Tensor) -> None:
@@ -235,7 +245,6 @@ class _Drawing:
         inner = [node for level in self.tree.levels for node in level.nodes]
         entry = {node: index for index, node in enumerate(inner)}
         parents = self.tree.parents
-        is_chain = self.tree.max_depth == self.tree.max_nodes
         drafts = []
         for index, row in enumerate(self.roots.rows):
             is_sampled = index in self.distributions
@@ -243,24 +252,15 @@ class _Drawing:
             probs = None
             if is_sampled and kept:
                 values = torch.stack(self.distributions[index])
-                probs = DraftDistributions(values, [entry[parents[node]] for node in kept], self._token_ids(values))
+                probs = DraftDistributions(
+                    values, [entry[parents[node]] for node in kept], self.runner.reported_ids(values.device)
+                )
             drafts.append(
                 TreeDraft(
                     tokens=[tokens[index][node] for node in kept],
-                    parents=None if is_chain else renumber(parents, kept),
+                    parents=renumber(parents, kept),
                     scores=None if is_sampled else [scores[index][node] for node in kept],
                     probs=probs,
                 )
             )
         return drafts
-
-    def _token_ids(self, values: torch.Tensor) -> torch.Tensor | None:
-        head = self.runner.head
-        if head.draft_to_target is None and head.spec.draft_vocab_size != head.spec.vocab_size:
-            return torch.arange(head.spec.draft_vocab_size, device=values.device)
-        return head.draft_to_target
-
-
-def _is_sampled(row: ProposalRow) -> bool:
-    """A greedy row has one right token; a seeded row is verified by matching: the likeliest tokens serve both best."""
-    return not row.sampling.greedy and row.sampling.seed is None

@@ -1,0 +1,29 @@
+"""The most likely token of every row of logits, and its probability: what a greedy draft needs of a vocabulary."""
+
+from __future__ import annotations
+
+import torch
+
+from specplug.native import library
+
+_NATIVE = (torch.float32, torch.bfloat16)
+
+
+def likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first of the highest logits of each row, and its probability under the softmax.
+
+    Both are found without writing a distribution: on a GPU by PyTorch's operations, which write one of all rows, and on a
+    processor that the kernels are not for one row after the other.
+
+    Args:
+        logits: [N, V], of any floating dtype.
+
+    Returns:
+        int64 [N], token ids; float32 [N], their probabilities, NaN where a row holds NaN.
+    """
+    is_native = logits.device.type == "cpu" and logits.dtype in _NATIVE and library.available()
+    if is_native and logits.stride(1) == 1:
+        return torch.ops.specplug.likeliest(logits)
+    parts = logits.split(1) if logits.device.type == "cpu" else (logits,)
+    best = [part.softmax(dim=-1, dtype=torch.float32).max(dim=-1) for part in parts]
+    return torch.cat([part.indices for part in best]), torch.cat([part.values for part in best])
