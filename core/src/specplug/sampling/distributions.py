@@ -12,6 +12,7 @@ import torch
 from specplug.errors import ModelOutputError
 from specplug.model.device import to_device
 from specplug.native import cuda
+from specplug.sampling.likeliest import is_fast, likeliest
 from specplug.sampling.params import SamplingParams
 from specplug.sampling.rules import LogitsRules
 from specplug.sampling.workspace import Workspace
@@ -111,6 +112,10 @@ def most_likely(logits: torch.Tensor) -> tuple[list[int], int | None]:
 
         tokens, broken = argmax(logits)
         return tokens, next((row for row, is_broken in enumerate(broken) if is_broken), None)
+    if is_fast(logits):
+        ids, chances = likeliest(logits)
+        if not bool(chances.isnan().any()):  # else NaN or infinity: which of them is seen below
+            return ids.tolist(), None
     values, indices = logits.max(dim=-1)
     if logits.device.type == "cpu":
         highest, tokens = values.tolist(), indices.tolist()

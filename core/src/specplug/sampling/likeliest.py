@@ -9,6 +9,12 @@ from specplug.native import library
 _NATIVE = (torch.float32, torch.bfloat16)
 
 
+def is_fast(logits: torch.Tensor) -> bool:
+    """Whether the kernels do it."""
+    is_native = logits.device.type == "cpu" and logits.dtype in _NATIVE and library.available()
+    return is_native and logits.stride(1) == 1
+
+
 def likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The first of the highest logits of each row, and its probability under the softmax.
 
@@ -21,8 +27,7 @@ def likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         int64 [N], token ids; float32 [N], their probabilities, NaN where a row holds NaN.
     """
-    is_native = logits.device.type == "cpu" and logits.dtype in _NATIVE and library.available()
-    if is_native and logits.stride(1) == 1:
+    if is_fast(logits):
         return torch.ops.specplug.likeliest(logits)
     parts = logits.split(1) if logits.device.type == "cpu" else (logits,)
     best = [part.softmax(dim=-1, dtype=torch.float32).max(dim=-1) for part in parts]
