@@ -22,7 +22,7 @@ class Draws:
     Attributes:
         tokens: per row the index of its token among the shared ones; None: the row stops here.
         probs: per row the distribution its token was drawn from, float32 [S]; None for a deterministic one.
-        chances: per row the probability of its token, if that is the most likely one; None for one that was sampled.
+        chances: per row the probability of its token, if that is the most likely one and known; None for one that was sampled.
     """
 
     tokens: list[int | None]
@@ -46,8 +46,7 @@ def draw(logits: torch.Tensor, rows: Sequence[ProposalRow], *, sample: bool, thr
     distributions: list[torch.Tensor | None] = [None] * len(rows)
     chances: list[float | None] = [None] * len(rows)
     if len(sampled) < len(rows):
-        ids, best = likeliest(logits)
-        tokens, chances = ids.tolist(), best.tolist()
+        tokens, chances = _best(logits, threshold > 0.0 or any(row.budget.least_sum for row in rows))
         going = [chance is None or chance >= threshold for chance in chances]
     else:
         tokens, going = [0] * len(rows), [True] * len(rows)
@@ -60,6 +59,17 @@ def draw(logits: torch.Tensor, rows: Sequence[ProposalRow], *, sample: bool, thr
             tokens[index], going[index] = drawn[place], confident[place]
             distributions[index], chances[index] = probs[place], None
     return Draws([token if goes else None for token, goes in zip(tokens, going, strict=True)], distributions, chances)
+
+
+def _best(logits: torch.Tensor, asks: bool) -> tuple[list[int], list[float | None]]:
+    """The most likely token of every row, and its probability, which costs a GPU more: there it is None if nobody asks."""
+    if logits.device.type == "cpu":
+        ids, chances = likeliest(logits)
+        return ids.tolist(), chances.tolist()
+    if not asks:
+        return logits.max(dim=-1).indices.tolist(), [None] * len(logits)
+    columns = torch.stack([part.double() for part in likeliest(logits)]).tolist()  # one copy; float64 holds every index
+    return [int(token) for token in columns[0]], columns[1]
 
 
 def is_sampled(row: ProposalRow) -> bool:
