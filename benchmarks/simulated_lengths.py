@@ -12,6 +12,7 @@ budget, which sees the same times with 10 % of noise. What choosing itself costs
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -33,8 +34,8 @@ from support.simulation import Link, Simulation
 
 _DEEPEST = 8
 _WARM, _MEASURED, _SEEDS = 12, 36, 8
-Trace = list[list[tuple[int, int]]]
-"""For each text and position: tokens drafted there, and how many of them came true."""
+Trace = list[list[tuple[int, int, list[float]]]]
+"""For each text and position: tokens drafted there, how many of them came true, and how likely each was to its speculator."""
 
 
 @attrs.frozen
@@ -80,10 +81,17 @@ class Replayed(Simulation):
         super().__init__(**options)
 
     def _draft(self, request: Request, link: Link, depth: int) -> list[int]:
-        text = self._trace[request.number % len(self._trace)]
-        drafted, accepted = text[min(request.num_output_tokens - 1, len(text) - 1)]
+        drafted, accepted, _ = self._at(request)
         at = len(request.tokens)
         return [at + ahead if ahead < accepted else -1 for ahead in range(min(depth, drafted))]
+
+    def _chance(self, request: Request, link: Link, ahead: int) -> float:
+        chances = self._at(request)[2]
+        return chances[ahead] if ahead < len(chances) else 1e-9
+
+    def _at(self, request: Request) -> tuple[int, int, list[float]]:
+        text = self._trace[request.number % len(self._trace)]
+        return text[min(request.num_output_tokens - 1, len(text) - 1)]
 
     def _ask(self, index: int, link: Link, asked: Any) -> Any:
         answer = super()._ask(index, link, asked)
@@ -108,12 +116,18 @@ def record(llm: LLM, prompts: list[list[int]], tokens: int) -> Trace:
             engine.step()
             request = engine.scheduler.running[0]
             drafted = len(request.draft) if request.draft else 0
+            scores = request.draft.scores if request.draft else None
             engine.step()
-            text.append((drafted, request.num_output_tokens - 2))
+            text.append((drafted, request.num_output_tokens - 2, chances_of(scores or [])))
             engine.abort(name)
         trace.append(text)
     engine.chain.policy = policy
     return trace
+
+
+def chances_of(scores: Sequence[float]) -> list[float]:
+    """How likely each token of a chain is behind those before it, of cumulative logarithms."""
+    return [math.exp(score - before) for score, before in zip(scores, [0.0, *scores], strict=False)]
 
 
 def costs(llm: LLM, prompts: list[list[int]], rows: int, tokens: int) -> tuple[MeasuredTarget, MeasuredAsking]:
@@ -132,7 +146,8 @@ def replay(
     trace: Trace, target: MeasuredTarget, asking: MeasuredAsking, traits: SpeculatorTraits, fixed: int | None, seed: int
 ) -> tuple[float, float]:
     """Tokens per second over plain decoding's, and the share of steps in which depths were looked for."""
-    link = Link(asking, lambda row, at: 0.0, traits, num_tokens=_DEEPEST)
+    knows = any(chances for text in trace for _, _, chances in text)
+    link = Link(asking, _unused, traits, num_tokens=_DEEPEST, chances=_unused if knows else None)
     batch = Replayed(
         trace,
         links=[link],
@@ -157,6 +172,10 @@ def replay(
     finally:
         AutoBudget._settle = settle  # type: ignore[method-assign]
     return rate / batch.plain(), looked / (batch.steps - steps)
+
+
+def _unused(row: int, at: int) -> float:
+    return 0.0  # what was recorded is taken instead
 
 
 def main() -> None:

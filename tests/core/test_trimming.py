@@ -63,3 +63,16 @@ def test_how_many_tokens_a_sampled_draft_came_with_does_not_decide_what_is_kept(
             assert trimmed is not None
             kept.append(len(trimmed))
         assert kept == [min(length, total // 2) for length in range(1, 5)]
+
+
+def test_how_far_a_sampled_draft_is_cut_depends_on_no_rows_length() -> None:
+    """Another row's draft may go on as long as a sampled one does, which depends on what was drawn."""
+    probs = DraftDistributions(torch.full((8, 9), 1 / 9))
+    kept = set()
+    for length in range(1, 9):
+        sampled, greedy = Draft("m", [1] * 8, probs=probs, allowed=8), Draft("m", [1] * length, allowed=8)
+        for drafts in ([sampled, greedy], [greedy, sampled]):
+            trimmed = trim_drafts(drafts, 12)[drafts.index(sampled)]
+            assert trimmed is not None
+            kept.add(len(trimmed))
+    assert kept == {6}

@@ -36,7 +36,7 @@ class Hinted(FixedBudget):
         return self.budget
 
 
-def run(method: str, policy: FixedBudget, params: SamplingParams = GREEDY) -> tuple[list[list[int]], list[list[Draft]]]:
+def run(method: str, policy: FixedBudget, params: Any = GREEDY) -> tuple[list[list[int]], list[list[Draft]]]:
     """Outputs, and the drafts of every step in which all of them could be of full length."""
     config = {"method": method, "num_speculative_tokens": DEPTH}
     drafts: list[list[Draft]] = []
@@ -92,10 +92,22 @@ def test_all_rows_stop_where_together_they_are_not_worth_a_forward(method: str, 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_without_a_hint_and_where_drafts_are_sampled_no_row_stops(method: str) -> None:
-    assert all(len(d) == DEPTH for drafts in run(method, FixedBudget())[1] for d in drafts)
     sampled = SamplingParams(temperature=1.0, max_tokens=24, ignore_eos=True)
-    if method == "draft_model":
-        assert all(len(d) == DEPTH for drafts in run(method, Hinted(0.5, 1e-9), sampled)[1] for d in drafts)
+    for policy, params in ((FixedBudget(), GREEDY), (Hinted(0.5, 1e-9), sampled)):
+        drafts = [draft for step in run(method, policy, params)[1] for draft in step]
+        assert len(drafts) > 20
+        assert all(len(draft) == DEPTH for draft in drafts)
+        assert all((draft.probs is None) == (params is GREEDY) for draft in drafts)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sampled_rows_go_on_beside_greedy_ones_that_stop(method: str, plain: list[list[int]]) -> None:
+    sampled = SamplingParams(temperature=1.0, max_tokens=24, ignore_eos=True)
+    outputs, steps = run(method, Hinted(0.5, 0.3), [GREEDY, sampled, GREEDY])
+    drafts = [draft for step in steps for draft in step]
+    assert {len(draft) for draft in drafts if draft.probs is not None} == {DEPTH}
+    assert len({len(draft) for draft in drafts if draft.probs is None}) > 2
+    assert [outputs[0], outputs[2]] == [plain[0], plain[2]]
 
 
 def test_a_draft_models_scores_are_its_log_probabilities() -> None:

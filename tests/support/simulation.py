@@ -191,7 +191,7 @@ class Simulation:
         for index, link in enumerate(self.links):
             left = [request for request in self.requests if request.draft is None]
             if auto is not None:
-                wishes = auto.plan(index, left, link.seen)
+                wishes = auto.plan(index, left, link.seen, lambda request: request.num_output_tokens == 1)
             else:
                 wishes = [self.policy.wish(request, self.speculators[index]) for request in left]
             asked = [(r, w) for r, w in zip(left, wishes, strict=True) if w or (w == 0 and not link.traits.token_only)]
@@ -228,33 +228,39 @@ class Simulation:
         lengths = [depth for _, depth, _ in drafting]
         scores: list[list[float]] = [[] for _ in drafting]
         if link.chances is not None:
-            lengths, scores = self._stop(drafting, link.chances)
+            lengths, scores = self._stop(drafting, link)
         for (request, depth, _), length, own in zip(drafting, lengths, scores, strict=True):
             tokens = self._draft(request, link, length)
-            request.draft = Draft(f"link {index}", tokens, scores=own or None, link=index, allowed=depth)
+            request.draft = Draft(
+                f"link {index}", tokens, scores=own or None, link=index, allowed=depth, proposed=length
+            )
             depths[request.number] = length
         deepest = max(depths.values(), default=0)
         link.calls += 1
         link.rows_asked += len(asked)
-        answer = Asked(depths, 0 if link.traits.token_only else fed)
+        allowed = max((depth for _, depth, _ in drafting), default=0)
+        answer = Asked(depths, 0 if link.traits.token_only else fed, allowed)
         slower = 1.0 if link.asked_at == self.steps - 1 else link.asking.cold
         link.asked_at = self.steps
         return slower * link.asking.seconds(len(asked), deepest, gap, self.steps), answer
 
-    @staticmethod
-    def _stop(drafting: Sequence[tuple[Request, int, Budget]], chances: Rate) -> tuple[list[int], list[list[float]]]:
+    def _stop(self, drafting: Sequence[tuple[Request, int, Budget]], link: Link) -> tuple[list[int], list[list[float]]]:
         """How long each chain becomes where its tokens' chances are known, and its scores."""
         scores: list[list[float]] = [[] for _ in drafting]
         going = list(range(len(drafting)))
         while going:
             for place in going:
-                request, own = drafting[place][0], scores[place]
-                chance = chances(request.number, request.num_output_tokens + len(own))
-                own.append((own[-1] if own else 0.0) + math.log(chance))
+                own = scores[place]
+                own.append((own[-1] if own else 0.0) + math.log(self._chance(drafting[place][0], link, len(own))))
             going = [place for place in going if len(scores[place]) < drafting[place][1]]
             known = [math.exp(scores[place][-1]) for place in going]
             going = list(itertools.compress(going, worth_another_token([drafting[p][2] for p in going], known)))
         return [len(own) for own in scores], scores
+
+    def _chance(self, request: Request, link: Link, ahead: int) -> float:
+        """What a speculator takes the chance of a token to be."""
+        assert link.chances is not None
+        return link.chances(request.number, request.num_output_tokens + ahead)
 
     def _draft(self, request: Request, link: Link, depth: int) -> list[int]:
         at = len(request.tokens)

@@ -64,6 +64,11 @@ class Budget:
     least_chance: float = 0.0
     least_sum: float = 0.0
 
+    @property
+    def may_stop(self) -> bool:
+        """Whether it names chances."""
+        return self.least_chance > 0.0 or self.least_sum > 0.0
+
 
 @attrs.frozen
 class Outcome:

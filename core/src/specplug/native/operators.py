@@ -56,6 +56,12 @@ def _gated_linears(states: torch.Tensor, *arguments: Any) -> torch.Tensor:
     return states.new_empty(*states.shape[:-1], arguments[-2])
 
 
+@torch.library.register_fake("specplug::likeliest", lib=_library)
+def _likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = logits.shape[0]
+    return logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=torch.float32)
+
+
 # Products of the same rows in one operation, by their number; compiled code calls an operation with lists through Python.
 JOINED = {2: torch.ops.specplug.linears_2.default, 3: torch.ops.specplug.linears_3.default}
 

@@ -20,10 +20,12 @@ class Asked:
         depths: request number → the deepest node it was allowed, or got, if its speculator may stop before. Rows that might not
             draft are left out.
         fed: tokens it had to take in beside those of the last step: prompts, and what rows missed while they slept.
+        allowed: the deepest node that any row was allowed.
     """
 
     depths: Mapping[int, int]
     fed: int = 0
+    allowed: int = 0
 
     @property
     def deepest(self) -> int:

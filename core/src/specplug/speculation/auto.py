@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
@@ -61,6 +61,15 @@ class AutoBudget:
         for row in request.estimates:
             row.settled_at, row.is_blind = -1, False
 
+    def lose(self, request: Request, index: int) -> None:
+        """Target states of a row were gone before a speculator was shown them."""
+        self._row(request, index).is_blind = True
+
+    def fork(self, parent: Request, child: Request) -> None:
+        """A sequence starts on another one's prompt, and on what speculators stored for that."""
+        for index, row in enumerate(parent.estimates):
+            self._row(child, index).is_blind = row.is_blind
+
     # ---- before the speculators are asked -------------------------------------------------------------------------
 
     def rests(self, requests: Sequence[Request]) -> bool:
@@ -76,13 +85,20 @@ class AutoBudget:
         self._resting.begin()
         self._prospect = Prospect(sum(request.num_pending == 1 for request in requests), self.targets)
 
-    def plan(self, index: int, requests: Sequence[Request], seen: Mapping[int, int]) -> list[Wish]:
+    def plan(
+        self,
+        index: int,
+        requests: Sequence[Request],
+        seen: Mapping[int, int],
+        has_all_states: Callable[[Request], bool],
+    ) -> list[Wish]:
         """What each row may draft with one speculator; see `BudgetPolicy.wish`.
 
         Args:
             index: the speculator's place in the chain.
             requests: the rows that it may be asked for.
             seen: request number → the first position that the speculator was not shown yet.
+            has_all_states: whether the target's states of a row are there from its first token on.
         """
         link = self.links[index]
         self._asked = []
@@ -99,9 +115,10 @@ class AutoBudget:
                 if not link.is_auto:
                     wishes[place] = self._fixed.wish(request, link.speculator)
                     self._ask(candidate, limit)
-                elif begins(link, candidate, seen) and self._follows(link, request, has_begun=False):
-                    wishes[place] = candidate.gap = 0
-                    candidate.begins = True
+                elif begins(link, candidate, seen) and has_all_states(request):
+                    if self._follows(link, request, has_begun=False):
+                        wishes[place] = candidate.gap = 0
+                        candidate.begins = True
                 elif has_lost_states(link, candidate, seen):
                     candidate.row.is_blind = True
         if candidates and link.is_auto:
@@ -162,7 +179,8 @@ class AutoBudget:
             depths = self._try_out(link, candidates, gains)
         if link.going:  # how deep is left to it, but not wholly: its chances may be wrong
             depths = [
-                min(depth + _LEEWAY, c.limit) if depth else 0 for depth, c in zip(depths, candidates, strict=True)
+                min(depth + _LEEWAY, c.limit) if depth and c.row.stops else depth
+                for depth, c in zip(depths, candidates, strict=True)
             ]
         link.least_chance, link.least_sum = prospect.least_chances(link, depths, rate)
         link.settled_at = self.step
@@ -223,7 +241,7 @@ class AutoBudget:
                 self.probing.charge(seconds)
             return
         if link.going:
-            link.observe_deepest(asked.deepest, max((depth for _, _, depth in self._asked), default=0))
+            link.observe_deepest(asked.deepest, asked.allowed)
         is_last = index + 1 == len(self.links)
         for request, row, depth in self._asked:
             if request.number not in asked.depths:
@@ -237,7 +255,8 @@ class AutoBudget:
                     row.wake_at = self.step + link.rest(row.misses)
                 continue
             link.samples = link.samples or draft.probs is not None
-            if draft.is_scored_chain:
+            row.stops = draft.is_scored_chain
+            if draft.parents is None and (draft.stopped or link.going):
                 link.observe_length(len(draft), draft.allowed)
             if row.probes and link.compares:
                 roots = [t for t, parent in zip(draft.tokens, draft.parent_list(), strict=True) if parent < 0]
@@ -308,7 +327,7 @@ class AutoBudget:
         draft, row.draft = row.draft, None
         count = len(accepted)
         rejected = count < nodes
-        stopped = not rejected and draft is not None and draft.is_scored_chain and nodes < draft.allowed
+        stopped = not rejected and draft is not None and draft.stopped and nodes == draft.proposed
         if rejected and draft is not None and draft.parents is not None:
             rejected = (accepted[-1] if count else -1) in draft.parents
         link.learn(row, count, rejected=rejected, step=self.step, stopped=stopped)

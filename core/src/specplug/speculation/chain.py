@@ -90,6 +90,8 @@ class SpeculatorChain:
             if parent.number not in link.banned:
                 link.forked[child.number] = min(link.delivered.get(parent.number, 0), child.num_forked_tokens)
                 link.parents[child.number] = parent.number
+        if self._auto is not None:
+            self._auto.fork(parent, child)
 
     def end(self, request: Request, slot: int, reason: EndReason) -> None:
         """Notes that a row left its slot; every speculator that knew it is told at its next call."""
@@ -159,9 +161,8 @@ class SpeculatorChain:
         link = self._links[index]
         if self._auto is not None:
             requests = [r for r in requests if r.draft is None and r.number not in link.banned]
-            wishes = self._auto.plan(
-                index, requests, {**link.delivered, **link.forked} if link.forked else link.delivered
-            )
+            seen = {**link.delivered, **link.forked} if link.forked else link.delivered
+            wishes = self._auto.plan(index, requests, seen, self._has_all_states)
         else:
             wishes = [self.policy.wish(request, link.speculator) for request in requests]
         chosen = [
@@ -206,7 +207,7 @@ class SpeculatorChain:
         for request, draft, budget in zip(requests, drafts, budgets, strict=True):
             request.draft = draft
             if draft is not None:
-                draft.link = place
+                draft.link, draft.proposed = place, len(draft)
                 draft.allowed = (
                     budget.max_nodes if draft.parents is not None else min(budget.max_nodes, budget.max_depth)
                 )
@@ -215,7 +216,8 @@ class SpeculatorChain:
             for r, draft, budget in zip(requests, drafts, budgets, strict=True)
             if budget.max_nodes
         }
-        return Asked(depths, 0 if traits.token_only else fed_tokens(batch))
+        allowed = max((min(b.max_nodes, b.max_depth) for b in budgets), default=0)
+        return Asked(depths, 0 if traits.token_only else fed_tokens(batch), allowed)
 
     def _build_batch(self, link: ChainLink, requests: Sequence[Request], budgets: Sequence[Budget]) -> ProposalBatch:
         traits = link.speculator.traits
@@ -229,7 +231,10 @@ class SpeculatorChain:
                 start = link.forked.pop(request.number, 0)
             shared, parent = start, link.parents.pop(request.number, None)
             if traits.needs_states:
-                start = min(self._states.available_from(request.slot, start), request.num_computed)
+                kept = min(self._states.available_from(request.slot, start), request.num_computed)
+                if kept > start and self._auto is not None:
+                    self._auto.lose(request, self._links.index(link))
+                start = kept
             spans.append((request.slot, range(start, request.num_computed)))
             forked.append(parent is not None and 0 < start == shared)
             link.delivered[request.number] = request.num_computed
@@ -271,6 +276,10 @@ class SpeculatorChain:
         """What became of another speculator's proposal; one of the same method would be taken for the speculator's own."""
         outcome = request.outcome
         return None if outcome is None or outcome.method == link.speculator.method else outcome
+
+    def _has_all_states(self, request: Request) -> bool:
+        """Whether the target's states of a row are kept from its first token on."""
+        return self._states.available_from(request.slot, 0) == 0
 
     def _keep_unseen_states(self, requests: Sequence[Request]) -> None:
         """Rows that some speculator has not seen up to date keep their states for a while."""

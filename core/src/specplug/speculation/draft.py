@@ -21,6 +21,7 @@ class Draft:
         probs: what the nodes were drawn from, or None for a deterministic draft.
         link: the proposer's place in the chain of speculators; a method may occur in it twice.
         allowed: the most nodes that it was asked for.
+        proposed: the nodes that it had before any were cut.
     """
 
     method: str
@@ -30,6 +31,7 @@ class Draft:
     probs: DraftDistributions | None = None
     link: int = 0
     allowed: int = 0
+    proposed: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -38,6 +40,11 @@ class Draft:
     def is_scored_chain(self) -> bool:
         """Whether its speculator knew how likely each token was, and could stop where another would not have paid."""
         return self.scores is not None and self.parents is None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it is shorter than it might be, because its speculator stopped."""
+        return self.is_scored_chain and self.proposed < self.allowed
 
     def parent_list(self) -> list[int]:
         """Each node's parent, chains included."""
@@ -61,12 +68,8 @@ class Draft:
             probs=probs,
             link=self.link,
             allowed=self.allowed,
+            proposed=self.proposed,
         )
-
-    @property
-    def weight(self) -> int:
-        """Nodes it counts for where drafts are cut: what was allowed if it was sampled, since their number may tell tokens."""
-        return len(self) if self.probs is None else max(self.allowed, len(self))
 
 
 def depths_of(parents: Sequence[int]) -> list[int]:
@@ -82,10 +85,13 @@ def trim_drafts(drafts: Sequence[Draft | None], total: int) -> list[Draft | None
 
     Deterministic trees with scores keep the best nodes of all rows together, which are ancestor-closed. Other drafts keep their
     first nodes, up to an equal share of the total: which nodes go must not depend on the tokens that were sampled, nor on
-    how many came, since a speculator may stop where it is unsure.
+    how many came in any row, since a speculator may stop where it is unsure. So beside a sampled draft all count for what they
+    were allowed.
     """
-    count = sum(draft is not None for draft in drafts)
-    if sum(draft.weight for draft in drafts if draft is not None) <= total:
+    present = [draft for draft in drafts if draft is not None]
+    count = len(present)
+    is_any_sampled = any(draft.probs is not None for draft in present)
+    if sum(max(draft.allowed, len(draft)) if is_any_sampled else len(draft) for draft in present) <= total:
         return list(drafts)
     share = total // count
     cut = [

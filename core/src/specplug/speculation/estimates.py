@@ -36,6 +36,7 @@ class RowEstimate:
         draft: what is being verified.
         predicted: accepted nodes that the draft's scores promise.
         is_blind: whether the speculator was not shown a part of the text; see `following`.
+        stops: whether its last draft was one that may stop where it is unsure.
     """
 
     acceptance: RowAcceptance = attrs.field(factory=RowAcceptance)
@@ -49,6 +50,7 @@ class RowEstimate:
     draft: Draft | None = None
     predicted: float = 0.0
     is_blind: bool = False
+    stops: bool = False
 
 
 @attrs.define(eq=False)
@@ -176,7 +178,7 @@ class LinkEstimate:
         return drafting
 
     def observe_length(self, length: int, most: int) -> None:
-        """Takes in how long a chain became, of a speculator that stops where it is unsure."""
+        """Takes in how long a chain became, of a speculator that was seen to stop where it is unsure."""
         if not self.going:
             self.going = [_GOING_AT_FIRST] * (self.depth - 1)
             self.levels = list(self.going)

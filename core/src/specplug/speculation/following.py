@@ -50,7 +50,7 @@ def follows(link: LinkEstimate, request: Request, prospect: Prospect, account: P
 
 
 def begins(link: LinkEstimate, candidate: Candidate, seen: Mapping[int, int]) -> bool:
-    """Whether a prompt has just been computed, and a speculator must take it in now or never see most of it."""
+    """Whether a speculator was never shown a row: its prompt must be taken in now, if it has just been computed."""
     is_new = candidate.row.settled_at < 0 and candidate.request.number not in seen
     return is_new and link.speculator.traits.needs_states
 

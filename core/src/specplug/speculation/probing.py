@@ -36,7 +36,7 @@ class Probing:
         if cost <= self.credit + overdraft:
             self.credit -= max(cost, 0.0)
             return True
-        self._wanted = max(cost, 0.999 * self._wanted)
+        self._wanted = max(cost - min(overdraft, 0.0), 0.999 * self._wanted)
         return False
 
     def advance(self, steps: int) -> float:

@@ -30,7 +30,9 @@ class Draws:
     chances: list[float | None]
 
 
-def draw(logits: torch.Tensor, rows: Sequence[ProposalRow], *, sample: bool, threshold: float) -> Draws:
+def draw(
+    logits: torch.Tensor, rows: Sequence[ProposalRow], *, sample: bool, threshold: float, asks: bool = False
+) -> Draws:
     """Draws one token per row.
 
     Whether a row goes on is decided by its distribution, before anything is drawn from it: leaving a token out because of
@@ -41,12 +43,13 @@ def draw(logits: torch.Tensor, rows: Sequence[ProposalRow], *, sample: bool, thr
         rows: the N rows.
         sample: sample rows that can be verified by rejection; else all take the most likely token.
         threshold: a row whose most likely token is less probable stops.
+        asks: whether tokens' probabilities are wanted; on a CPU they cost nothing.
     """
     sampled = [index for index, row in enumerate(rows) if sample and is_sampled(row)]
     distributions: list[torch.Tensor | None] = [None] * len(rows)
     chances: list[float | None] = [None] * len(rows)
     if len(sampled) < len(rows):
-        tokens, chances = _best(logits, threshold > 0.0 or any(row.budget.least_sum for row in rows))
+        tokens, chances = _best(logits, asks or threshold > 0.0)
         going = [chance is None or chance >= threshold for chance in chances]
     else:
         tokens, going = [0] * len(rows), [True] * len(rows)

@@ -111,6 +111,8 @@ class DraftModelSpeculator:
         if self.samples:
             held = max(2 * self.num_speculative_tokens, self.num_speculative_tokens + _COPIES_TO_DRAW)
             bytes_ += rows * held * self.vocabulary.size * torch.float32.itemsize
+        elif self.model.device.type != "cpu":  # there a token's probability takes a softmax
+            bytes_ += rows * self.vocabulary.size * torch.float32.itemsize
         return [
             *self.model.regions(scratch_tokens_per_row=self.num_speculative_tokens),
             MemoryRegion("draft distributions", "buffers", fixed_bytes=bytes_),
@@ -140,8 +142,9 @@ class DraftModelSpeculator:
         drafts = [_Draft(row, self._most_tokens(row)) for row in batch.rows]
         logits = self._catch_up(drafts)
         active = [draft for draft in drafts if draft.max_tokens]
+        asks = any(row.budget.may_stop for row in batch.rows)
         while active and logits is not None:
-            active, logits = self._extend(active, logits)
+            active, logits = self._extend(active, logits, asks)
         return Proposal(
             tokens=[draft.tokens for draft in drafts],
             scores=[[math.log(max(c, _LEAST)) for c in draft.chances] or None for draft in drafts],
@@ -188,7 +191,9 @@ class DraftModelSpeculator:
         active = [index for index, draft in enumerate(drafts) if draft.max_tokens]
         return torch.stack([last[index] for index in active]) if active else None
 
-    def _extend(self, active: list[_Draft], logits: torch.Tensor) -> tuple[list[_Draft], torch.Tensor | None]:
+    def _extend(
+        self, active: list[_Draft], logits: torch.Tensor, asks: bool
+    ) -> tuple[list[_Draft], torch.Tensor | None]:
         """Draws one token for every row, and runs it through the draft where another may follow.
 
         Returns:
@@ -199,6 +204,7 @@ class DraftModelSpeculator:
             [draft.row for draft in active],
             sample=self.samples,
             threshold=self.settings.draft_confidence_threshold,
+            asks=asks,
         )
         going = []
         for draft, token, probs, chance in zip(active, draws.tokens, draws.probs, draws.chances, strict=True):

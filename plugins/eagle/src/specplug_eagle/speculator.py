@@ -251,7 +251,8 @@ def make_tree(
     paths = settings.static_paths()
     if paths is None:
         return Chain(num_speculative_tokens, sampled=sampled)
-    return StaticTree(paths, sampled=sampled)
+    tree = StaticTree(paths, sampled=sampled)
+    return Chain(tree.max_nodes, sampled=sampled) if tree.max_depth == tree.max_nodes else tree
 
 
 def _source(method: str, settings: EagleSettings, target: TargetModel) -> str:

@@ -115,7 +115,7 @@ def _draw(
 def _promising(going: list[int], level: _Level, roots: Roots, sampled: set[int]) -> list[int]:
     """The rows whose chains are likely enough to go on. On a GPU all do: to look would make the host wait."""
     budgets = [roots.rows[member].budget for member in going]
-    if level.scores.device.type != "cpu" or not any(budget.least_sum for budget in budgets):
+    if level.scores.device.type != "cpu" or not any(budget.may_stop for budget in budgets):
         return going
     chances = dict(zip(level.members, level.scores.exp().tolist(), strict=True))
     known = [None if member in sampled else chances[member] for member in going]
