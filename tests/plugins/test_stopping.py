@@ -68,8 +68,8 @@ def test_a_row_stops_behind_the_first_token_that_makes_it_too_unlikely(method: s
     for draft in (draft for drafts in steps for draft in drafts):
         assert draft.scores is not None
         chances = [math.exp(score) for score in draft.scores]
-        assert all(chance >= 0.5 for chance in chances[:-1])
-        assert len(chances) == DEPTH or chances[-1] < 0.5
+        assert all(chance * (1 + chance) / 2 >= 0.5 for chance in chances[:-1])
+        assert len(chances) == DEPTH or chances[-1] * (1 + chances[-1]) / 2 < 0.5
         lengths.add(len(chances))
     assert outputs == plain
     assert {1, DEPTH} < lengths
@@ -85,7 +85,7 @@ def test_all_rows_stop_where_together_they_are_not_worth_a_forward(method: str, 
             chances = [math.exp(d.scores[length - 1]) for d in before if d.scores is not None]
             goes = worth_another_token([Budget(DEPTH, DEPTH, 0.2, 1.0)] * len(before), chances)
             assert [len(d) > length for d in before] == goes
-            stopped += sum(goes) == 0 and max(chances, default=0.0) >= 0.2
+            stopped += sum(goes) == 0 and max(chances, default=0.0) >= 0.4
     assert outputs == plain
     assert stopped
 
@@ -132,11 +132,13 @@ def test_a_draft_models_scores_are_its_log_probabilities() -> None:
     ("chances", "expected"),
     [
         ([0.9, 0.9], [True, True]),
-        ([0.9, 0.1], [True, False]),  # 0.9 - 0.3 reaches 0.5
-        ([0.7, 0.1], [False, False]),  # 0.7 - 0.3 does not
-        ([0.6, 0.6], [True, True]),  # but two do
+        ([0.9, 0.1], [True, False]),  # 0.855 - 0.3 reaches 0.5
+        ([0.7, 0.1], [False, False]),  # 0.595 - 0.3 does not
+        ([0.7, 0.7], [True, True]),  # but two do
+        ([0.7], [False]),
+        ([0.9], [True]),
         ([0.1, 0.1], [False, False]),
-        ([0.4, None], [True, True]),  # one goes on in any case
+        ([0.5, None], [True, True]),  # one goes on in any case
         ([0.1, None], [False, True]),
         ([], []),
     ],

@@ -52,10 +52,10 @@ class Budget:
     Attributes:
         max_nodes: draft tokens of the row.
         max_depth: draft tokens on one path from the root.
-        least_chance: a hint for speculators that draft token after token and know how likely each is: behind a deterministic
-            chain that is less likely to be accepted than this, by the product of its tokens' probabilities, another token
-            costs more to verify than it is expected to save. What was drafted until then is proposed. Whoever stops for it
-            gives `Proposal.scores`. 0 never stops. `worth_another_token` applies this and the next.
+        least_chance: a hint for speculators that draft token after token and know how likely each is: a token of a
+            deterministic chain that is less likely than this to be accepted, with all before it, costs more to verify than it
+            is expected to save. Whoever stops for it gives `Proposal.scores`. 0 never stops. `worth_another_token` applies
+            this and the next.
         least_sum: how much more than that the chances of all rows that go on must come to, for drafting to pay as well.
     """
 

@@ -83,6 +83,7 @@ class AutoBudget:
     def begin(self, requests: Sequence[Request]) -> None:
         """Begins a step's budgets."""
         self._resting.begin()
+        self.probing.begin()
         self._prospect = Prospect(sum(request.num_pending == 1 for request in requests), self.targets)
 
     def plan(
@@ -177,7 +178,7 @@ class AutoBudget:
         if not any(depths):
             gains = [[] if c.row.is_blind else own for c, own in zip(candidates, gains, strict=True)]
             depths = self._try_out(link, candidates, gains)
-        if link.going:  # how deep is left to it, but not wholly: its chances may be wrong
+        if link.going and len(candidates) == 1:  # how deep is left to it, but not wholly: its chances may be wrong
             depths = [
                 min(depth + _LEEWAY, c.limit) if depth and c.row.stops else depth
                 for depth, c in zip(depths, candidates, strict=True)
@@ -242,6 +243,8 @@ class AutoBudget:
             return
         if link.going:
             link.observe_deepest(asked.deepest, asked.allowed)
+        if not self._resting.is_forbidden:
+            self.probing.settle(seconds)
         is_last = index + 1 == len(self.links)
         for request, row, depth in self._asked:
             if request.number not in asked.depths:

@@ -23,8 +23,13 @@ class Probing:
 
     def __init__(self) -> None:
         self.credit = 0.0
+        self._drawn = 0.0
         self._wanted = 0.0
         self._step_seconds = 0.0
+
+    def begin(self) -> None:
+        """Begins a step."""
+        self._drawn = 0.0
 
     def earn(self, seconds: float) -> None:
         """A step took so long."""
@@ -35,9 +40,15 @@ class Probing:
         """Draws the cost of a probe, if it is there; some may overdraw."""
         if cost <= self.credit + overdraft:
             self.credit -= max(cost, 0.0)
+            self._drawn += max(cost, 0.0)
             return True
         self._wanted = max(cost - min(overdraft, 0.0), 0.999 * self._wanted)
         return False
+
+    def settle(self, seconds: float) -> None:
+        """What was drawn for took so long; where that is more than was expected, the rest is drawn too."""
+        self.credit -= max(0.0, seconds - self._drawn)
+        self._drawn = 0.0
 
     def advance(self, steps: int) -> float:
         """What may be drawn ahead to keep up with a row that will run for so many steps: half of what they earn."""

@@ -12,8 +12,8 @@ VERIFY_SLOPE, LEAST_SLOPE = 0.015, 0.003
 """Beforehand, one more token to verify is taken to cost so much of a step; and never less than that."""
 _CAUTION = 0.8
 _NEGLIGIBLE = 0.01
-_NEXT, _LIKELY = 0.9, 0.9
-"""How likely one more token of a chain is that was likely so far; and how likely that must be at most."""
+_LIKELY = 0.9
+"""How likely a further token of a chain must be at most to be drafted."""
 _UNKNOWN = CostCurve(VERIFY_SLOPE, least_slope=LEAST_SLOPE)
 _UNKNOWN.observe(0, 1e-3)
 
@@ -81,7 +81,7 @@ class Prospect:
         rows = sum(map(bool, depths))
         nodes = max(1, round(sum(sum(link.nodes_at[:own]) for own in depths)))
         verifying = (self.curve.seconds(self.nodes + nodes) - self.curve.seconds(self.nodes)) / nodes
-        worth = rate / (_NEXT * link.calibration)
+        worth = rate / min(link.calibration, 1.0)  # who is too modest about all may still be right about the sure ones
         own = min(verifying * worth, _LIKELY)
         return own, min(link.level_seconds(rows, depth) * worth, rows * (_LIKELY - own))
 
