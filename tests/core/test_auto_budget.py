@@ -274,3 +274,13 @@ def test_what_was_not_asked_teaches_nothing(folder: Path, small: Path) -> None:
         policy.proposed(0, 0.0, asked)
     assert link.ask_seconds(1, 1) == price
     llm.close()
+
+
+def test_taking_in_prompts_alone_teaches_what_it_takes(folder: Path) -> None:
+    """Else a speculator that is only ever shown prompts would seem to take them in for nothing, and be shown all of them."""
+    _, llm = run(folder, **auto(lambda c, t: Useless(SpeculatorTraits(hidden_states=(1,)))))
+    policy = AutoBudget(llm.engine.chain.speculators)
+    policy.begin([])
+    policy.proposed(0, 0.5, Asked({}, fed=500))
+    llm.close()
+    assert policy.links[0].feed == pytest.approx(1e-3)

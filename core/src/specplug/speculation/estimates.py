@@ -173,7 +173,7 @@ class LinkEstimate:
                 self.observe_ask(rows, asked.deepest, seconds)
             return seconds
         drafting = min(self.ask_seconds(rows, asked.deepest) if rows else 0.0, seconds)
-        if self.asks:
+        if self.asks or not rows:
             self.observe_feed(asked.fed, seconds - drafting)
         return drafting
 

@@ -39,7 +39,7 @@ def follows(link: LinkEstimate, request: Request, prospect: Prospect, account: P
     """
     if link.token_only or request.params.num_speculative_tokens == 0:
         return False
-    if has_begun or not link.is_auto or not link.asks:
+    if has_begun or not link.is_auto or not (link.asks or link.feed):
         return True
     gains = RowAcceptance().gains(link.acceptance, link.depth_to_try, prospect.least_gain)
     _, rate = prospect.divide(link, [gains] * prospect.rows)
