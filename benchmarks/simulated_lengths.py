@@ -80,6 +80,11 @@ class Replayed(Simulation):
         self._trace = trace
         super().__init__(**options)
 
+    @property
+    def num_looks(self) -> int:
+        """How often it was looked for the best depths."""
+        return self.policy.num_looks if isinstance(self.policy, AutoBudget) else 0
+
     def _draft(self, request: Request, link: Link, depth: int) -> list[int]:
         drafted, accepted, _ = self._at(request)
         at = len(request.tokens)
@@ -159,19 +164,9 @@ def replay(
         noise=0.1,
     )
     batch.run(-(-_WARM // target.rows))
-    looked, steps, settle = 0, batch.steps, AutoBudget._settle
-
-    def counted(self: AutoBudget, *args: Any) -> float:
-        nonlocal looked
-        looked += 1
-        return settle(self, *args)
-
-    AutoBudget._settle = counted  # type: ignore[method-assign]
-    try:
-        rate = batch.run(_MEASURED // target.rows)
-    finally:
-        AutoBudget._settle = settle  # type: ignore[method-assign]
-    return rate / batch.plain(), looked / (batch.steps - steps)
+    looks, steps = batch.num_looks, batch.steps
+    rate = batch.run(_MEASURED // target.rows)
+    return rate / batch.plain(), (batch.num_looks - looks) / (batch.steps - steps)
 
 
 def _unused(row: int, at: int) -> float:

@@ -51,7 +51,7 @@ def test_one_rows_depth_is_the_best_of_all() -> None:
             tokens=1.0,
             nodes=0,
             width=[1.0] * 64,
-            target=lambda nodes, step=step, each=each: step + each * nodes,
+            target=[step + each * nodes for nodes in range(64)],
             ask=lambda rows, ask=ask: [0.1 + ask * depth for depth in range(1, 9)],
         )
         assert rate == pytest.approx(max(rates))
@@ -75,7 +75,7 @@ def test_two_rows_share_about_as_well_as_any_two_depths_would() -> None:
             tokens=2.0,
             nodes=0,
             width=[1.0] * 64,
-            target=lambda nodes: 3 + 0.2 * nodes,
+            target=[3 + 0.2 * nodes for nodes in range(64)],
             ask=lambda rows, ask=ask: [0.1 * rows + ask * depth for depth in range(1, 5)],
         )
         assert rate == pytest.approx(rate_of(tuple(depths)))

@@ -8,8 +8,9 @@ _ROW_FORGETS, _ENGINE_FORGETS, _LOSS_FORGETS = 0.94, 0.99, 0.99
 _ENGINE_TRUST = 2.0
 _FIRST_GUESS, _GUESS_TRUST = 0.6, 3.0
 _TRUSTS = (24.0, 6.0, 1.5)
-_HANDICAP = 0.05
+_HANDICAPS = (1.0, 1.05, 1.1)
 _HOPELESS = 0.5
+_STEP_KEEPS = 0.5 ** (1 / 128)
 _UNLIKELY, _DOUBT_KEEPS, _DOUBT_FADES = 0.04, 0.3, 0.02
 
 
@@ -35,6 +36,11 @@ class EngineAcceptance:
     def first(self) -> float:
         """The chance that the first node of a draft is accepted."""
         return self.accepted[0] / self.reached[0]
+
+    @property
+    def drafts(self) -> float:
+        """How many drafts were seen, lately."""
+        return max(self.reached[0] - _GUESS_TRUST, 0.0)
 
     def record(self, row: RowAcceptance, accepted: int, *, rejected: bool, stopped: bool = False) -> bool:
         """Takes in one draft of a row: how many nodes were accepted, and whether the one behind them was rejected.
@@ -65,11 +71,12 @@ class EngineAcceptance:
         drafts of every row that had bad luck.
         """
         came, first = float(hit), self.accepted[0] / self.reached[0]
-        accepted, reached, losses = row.first_accepted, row.first_reached, self._losses
-        for index, trust in enumerate(_TRUSTS):
-            missed = came - (accepted + trust * first) / (reached + trust)
-            losses[index] = losses[index] * _LOSS_FORGETS + missed * missed
-        judged = [loss * (1.0 + _HANDICAP * index) for index, loss in enumerate(losses)]
+        accepted, reached = row.first_accepted, row.first_reached
+        self._losses = losses = [
+            loss * _LOSS_FORGETS + (came - (accepted + trust * first) / (reached + trust)) ** 2
+            for loss, trust in zip(self._losses, _TRUSTS, strict=True)
+        ]
+        judged = [loss * handicap for loss, handicap in zip(losses, _HANDICAPS, strict=True)]
         self.trust = _TRUSTS[judged.index(min(judged))]
 
 
@@ -126,13 +133,20 @@ class RowAcceptance:
             self.rest_reached = self.rest_reached * kept + reached
         return doubts
 
+    def fade(self, steps: int) -> None:
+        """Nothing was drafted for so many steps: texts change, and what was seen says less of what comes now."""
+        self._keep(_STEP_KEEPS**steps)
+
     def _doubt(self) -> None:
         self.run = 1.0
         self.likeness *= _DOUBT_KEEPS
-        self.first_accepted *= _DOUBT_KEEPS
-        self.first_reached *= _DOUBT_KEEPS
-        self.rest_accepted *= _DOUBT_KEEPS
-        self.rest_reached *= _DOUBT_KEEPS
+        self._keep(_DOUBT_KEEPS)
+
+    def _keep(self, share: float) -> None:
+        self.first_accepted *= share
+        self.first_reached *= share
+        self.rest_accepted *= share
+        self.rest_reached *= share
 
     def gains(self, engine: EngineAcceptance, depth: int, least: float) -> list[float]:
         """The chance that each node of a draft is accepted, depth 1 first, as far as it is at least `least`.

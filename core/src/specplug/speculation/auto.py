@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
-from specplug.speculation.asked import SHORT_GAP, Asked
+from specplug.speculation.asked import Asked
 from specplug.speculation.candidate import Candidate, budget_of, deepest_useful, tokens_left
-from specplug.speculation.curve import CostCurve
 from specplug.speculation.draft import Draft
-from specplug.speculation.estimates import LinkEstimate, RowEstimate, rows_class
+from specplug.speculation.estimates import LinkEstimate, RowEstimate, estimate_of
 from specplug.speculation.following import begins, follows, has_lost_states, is_about_to_lose_states, missed_tokens
+from specplug.speculation.held_plan import HeldPlan
+from specplug.speculation.lessons import Lessons
 from specplug.speculation.policy import FixedBudget, Wish
 from specplug.speculation.probing import Probing, vary
-from specplug.speculation.prospect import LEAST_SLOPE, VERIFY_SLOPE, Prospect
+from specplug.speculation.prospect import Prospect, target_costs
 from specplug.speculation.resting import Resting
+from specplug.speculation.settling import SETTLED_STEPS, is_settled, settle
 from specplug.speculation.trimming import keep_what_pays
 from specplug.speculation.waking import choose_probes
 
-_MARGIN = 1.02
-_SETTLED_STEPS, _DRAFTS_PER_PATIENCE = 8, 2.0
-_PREFERENCE = 1.1
-_NEARLY = 0.93
-_LEEWAY = 2
+_MOST_STEPS_LATE = 2
 
 
 class AutoBudget:
@@ -36,17 +33,27 @@ class AutoBudget:
     A row drafts while that is expected to raise the tokens per second of the batch, and sleeps otherwise. A sleeping row is
     *probed* now and then, ever more rarely while probes fail, within a small share of the time (see `Probing`): a speculator
     that sees tokens alone is asked for a guess, which is compared with the text and never verified; any other drafts one level.
+
+    Attributes:
+        links: what is known of the speculators, in the order they are asked.
+        targets: rows → seconds of a target step over its draft nodes.
+        probing: the account that probes are paid from.
+        step: the number of the step.
+        num_looks: how often it was looked for the best depths.
     """
 
     def __init__(self, speculators: Sequence[RegisteredSpeculator]) -> None:
         self.links = [LinkEstimate.of(speculator) for speculator in speculators]
-        self.targets: dict[int, CostCurve] = {}
+        self.targets = target_costs()
         self.probing = Probing()
         self.step = 0
+        self.num_looks = 0
         self._fixed = FixedBudget()
         self._prospect = Prospect(0, self.targets)
         self._asked: list[tuple[Request, RowEstimate, int]] = []
         self._resting = Resting()
+        self._lessons = Lessons()
+        self._held: dict[int, HeldPlan] = {}
 
     def wish(self, request: Request, speculator: RegisteredSpeculator) -> Wish:
         """The upper bound, as in `BudgetPolicy.wish`; what decides is `plan`."""
@@ -58,6 +65,7 @@ class AutoBudget:
 
     def restart(self, request: Request) -> None:
         """A row was preempted: what speculators keep of it is gone, and it is computed anew."""
+        self._held.clear()
         for row in request.estimates:
             row.settled_at, row.is_blind = -1, False
 
@@ -82,6 +90,8 @@ class AutoBudget:
 
     def begin(self, requests: Sequence[Request]) -> None:
         """Begins a step's budgets."""
+        if self._lessons.since is not None and self.step - self._lessons.since >= min(len(requests) - 1, _MOST_STEPS_LATE):
+            self._learn()
         self._resting.begin()
         self.probing.begin()
         self._prospect = Prospect(sum(request.num_pending == 1 for request in requests), self.targets)
@@ -101,6 +111,12 @@ class AutoBudget:
             seen: request number → the first position that the speculator was not shown yet.
             has_all_states: whether the target's states of a row are there from its first token on.
         """
+        held = self._held.get(index)
+        if held is not None and held.holds(requests, self.step):
+            self._asked = held.asked
+            self._resting.forbid()
+            return held.wishes
+        self._learn()
         link = self.links[index]
         self._asked = []
         wishes: list[Wish] = [None] * len(requests)
@@ -123,20 +139,20 @@ class AutoBudget:
                 elif has_lost_states(link, candidate, seen):
                     candidate.row.is_blind = True
         if candidates and link.is_auto:
-            self._divide(index, candidates, wishes)
+            self._divide(index, requests, candidates, wishes)
         return wishes
 
-    def _divide(self, index: int, candidates: list[Candidate], wishes: list[Wish]) -> None:
+    def _divide(self, index: int, requests: Sequence[Request], candidates: list[Candidate], wishes: list[Wish]) -> None:
         """Gives a budget to every row that it pays for, and to some others a probe."""
         link, prospect = self.links[index], self._prospect
-        gain = 1.0
-        if not self._is_settled(link, candidates):
-            gain = self._settle(index, candidates)
-        best = [min(c.row.depth, c.limit) for c in candidates]
-        depths = best
-        if any(best):
+        if not is_settled(link, candidates, self.step):
+            self.num_looks += 1
+            settle(index, self.links, candidates, prospect, self.probing, self.step)
+        depths = [min(c.row.depth, c.limit) for c in candidates]
+        steps = 0
+        if any(depths):
             self._resting.forbid()
-            depths = vary(best, [c.limit for c in candidates], self.step, prospect.curve.count, gain)
+            depths, steps = vary(depths, [c.limit for c in candidates], self.step, prospect.timings, link.gain)
         idle = []
         for candidate, depth in zip(candidates, depths, strict=True):
             if depth:
@@ -147,67 +163,9 @@ class AutoBudget:
                 idle.append(candidate)
         if idle:
             self._probe(link, idle, wishes)
-
-    def _is_settled(self, link: LinkEstimate, candidates: Iterable[Candidate]) -> bool:
-        """Whether the depths that were found best a few steps ago still hold."""
-        at = link.settled_at
-        return self.step - at < _SETTLED_STEPS and all(
-            c.row.settled_at == at and c.row.patience > 0 for c in candidates
-        )
-
-    def _settle(self, index: int, candidates: list[Candidate]) -> float:
-        """Looks for the best depths; returns by what factor they are expected to beat no drafts."""
-        link, prospect = self.links[index], self._prospect
-        least, base = prospect.least_gain, prospect.rate
-        gains = [link.gains(c.row, c.limit, least) for c in candidates]
-        if index + 1 < len(self.links):
-            for number, candidate in enumerate(candidates):
-                if gains[number] and self._is_better_left(index, candidate.request, gains[number]):
-                    gains[number] = []
-        margin = 1.0 if any(c.row.depth for c in candidates) else _MARGIN
-        depths, rate = prospect.divide(link, gains, margin)
-        late = [
-            number
-            for number, (c, depth) in enumerate(zip(candidates, depths, strict=True))
-            if depth and c.gap > SHORT_GAP and not prospect.repays(link, c.gap, tokens_left(c.request), rate)
-        ]
-        if late:
-            for number in late:
-                gains[number] = []
-            depths, rate = prospect.divide(link, gains, margin)
-        if not any(depths):
-            gains = [[] if c.row.is_blind else own for c, own in zip(candidates, gains, strict=True)]
-            depths = self._try_out(link, candidates, gains)
-        if link.going and len(candidates) == 1:  # how deep is left to it, but not wholly: its chances may be wrong
-            depths = [
-                min(depth + _LEEWAY, c.limit) if depth and c.row.stops else depth
-                for depth, c in zip(depths, candidates, strict=True)
-            ]
-        link.least_chance, link.least_sum = prospect.least_chances(link, depths, rate)
-        link.settled_at = self.step
-        link.is_close = any(depths) or prospect.might_pay(link, gains)
-        for candidate, depth in zip(candidates, depths, strict=True):
-            row = candidate.row
-            if row.depth and not depth:
-                row.misses, row.wake_at = 1, self.step + 2
-            row.depth = depth
-            row.settled_at = self.step
-            row.patience = 1 + int(row.acceptance.first_reached / _DRAFTS_PER_PATIENCE)
-        return rate / base
-
-    def _try_out(self, link: LinkEstimate, candidates: list[Candidate], gains: list[list[float]]) -> list[int]:
-        """Depths that nearly pay, if what may be lost until the next look is affordable; else none.
-
-        What is done now and then finds cold caches and seems to cost more than if it were done at every step.
-        """
-        prospect = self._prospect
-        depths, rate = prospect.divide(link, gains, _NEARLY)
-        if any(depths):
-            lost = max(0.0, 1.0 - rate / prospect.rate) * _SETTLED_STEPS * prospect.tokens / prospect.rate
-            gaps = sum(c.gap for c, depth in zip(candidates, depths, strict=True) if depth and c.gap > SHORT_GAP)
-            if self.probing.affords(lost + link.feed * gaps):
-                return depths
-        return [0] * len(candidates)
+        elif len(candidates) == len(requests):
+            until = min(self.step + steps, link.settled_until)
+            self._held[index] = HeldPlan([request.number for request in requests], wishes, self._asked, until)
 
     def _probe(self, link: LinkEstimate, idle: list[Candidate], wishes: list[Wish]) -> None:
         """Tries some of the rows that sleep."""
@@ -241,27 +199,25 @@ class AutoBudget:
             if not self._resting.is_forbidden:
                 self.probing.charge(seconds)
             return
-        if link.going:
-            link.observe_deepest(asked.deepest, asked.allowed)
         if not self._resting.is_forbidden:
             self.probing.settle(seconds)
         is_last = index + 1 == len(self.links)
+        drafts: list[Draft] = []
+        refused = 0
         for request, row, depth in self._asked:
             if request.number not in asked.depths:
                 continue
             draft = request.draft
-            if not row.probes or draft is not None:
-                link.observe_fill(draft is not None)
             if draft is None:
-                if row.probes and not prospect.is_negligible(seconds):
+                if not row.probes:
+                    refused += 1
+                elif not prospect.is_negligible(seconds):
                     row.misses += 1
                     row.wake_at = self.step + link.rest(row.misses)
                 continue
-            link.samples = link.samples or draft.probs is not None
+            drafts.append(draft)
             row.stops = draft.is_scored_chain
-            if draft.parents is None and (draft.stopped or link.going):
-                link.observe_length(len(draft), draft.allowed)
-            if row.probes and link.compares:
+            if row.probes and (link.compares and draft.probs is None):
                 roots = [t for t, parent in zip(draft.tokens, draft.parent_list(), strict=True) if parent < 0]
                 row.guess = (len(request.tokens), frozenset(roots))
                 request.draft = None
@@ -269,6 +225,7 @@ class AutoBudget:
             prospect.nodes += len(draft)
             if not is_last:
                 prospect.tokens += sum(link.gains(row, depth, 0.0)[: len(draft)])
+        link.observe_drafts(drafts, refused, asked)
 
     def trim(self, drafts: Sequence[Draft | None]) -> list[Draft | None]:
         """Keeps the nodes of scored drafts that are worth verifying."""
@@ -281,9 +238,7 @@ class AutoBudget:
         for request in requests:
             draft = request.draft
             if draft is not None:
-                row = self._row(request, draft.link)
-                row.draft = draft
-                row.predicted = 0.0 if draft.scores is None else sum(math.exp(min(s, 0.0)) for s in draft.scores)
+                self._row(request, draft.link).draft = draft
         if not self._resting.is_forbidden and not self._resting.probes:
             self._plan_rest(requests)
 
@@ -304,12 +259,14 @@ class AutoBudget:
             outcome = request.outcome
             if outcome is not None:
                 nodes += outcome.num_nodes
-                self._record(request, outcome.accepted, outcome.num_nodes)
+                link, row = self.links[request.outcome_link], self._row(request, request.outcome_link)
+                self._lessons.add(link, row, outcome.accepted, outcome.num_nodes, self.step)
             for index, row in enumerate(request.estimates):
                 if row.guess is not None:
                     self._compare(request, row, index)
         self._time(len(requests), seconds, decoding, nodes)
         if self._resting.probes:
+            self._learn()
             for request in requests:
                 for row in request.estimates:
                     self._resting.wake(row.wake_at)
@@ -318,25 +275,13 @@ class AutoBudget:
     def _time(self, rows: int, seconds: float, decoding: bool, nodes: int = 0) -> None:
         """Takes in a step's time."""
         if decoding:
-            key = rows_class(rows)
-            if key not in self.targets:
-                self.targets[key] = CostCurve(VERIFY_SLOPE, least_slope=LEAST_SLOPE)
-            self.targets[key].observe(nodes, seconds)
+            self.targets.observe(rows, nodes, seconds)
         self.probing.earn(seconds)
 
-    def _record(self, request: Request, accepted: Sequence[int], nodes: int) -> None:
-        """Takes in what became of a draft that was verified."""
-        link, row = self.links[request.outcome_link], self._row(request, request.outcome_link)
-        draft, row.draft = row.draft, None
-        count = len(accepted)
-        rejected = count < nodes
-        stopped = not rejected and draft is not None and draft.stopped and nodes == draft.proposed
-        if rejected and draft is not None and draft.parents is not None:
-            rejected = (accepted[-1] if count else -1) in draft.parents
-        link.learn(row, count, rejected=rejected, step=self.step, stopped=stopped)
-        if row.predicted:
-            link.predicted = 0.97 * link.predicted + row.predicted
-            link.accepted = 0.97 * link.accepted + count
+    def _learn(self) -> None:
+        """Takes in what became of drafts; where that was unlikely depths are looked for at once."""
+        if self._lessons.take_in():
+            self._held.clear()
 
     def _compare(self, request: Request, row: RowEstimate, index: int) -> None:
         """Takes in whether a guess that was not verified came true."""
@@ -350,14 +295,12 @@ class AutoBudget:
     # ---- details --------------------------------------------------------------------------------------------------
 
     def _row(self, request: Request, index: int) -> RowEstimate:
-        if not request.estimates:
-            request.estimates = [RowEstimate() for _ in self.links]
-        return request.estimates[index]
+        return estimate_of(request, index, len(self.links))
 
     def _plan_rest(self, requests: Sequence[Request]) -> None:
         """Rows rest: where drafts are far from paying longer than where the next look at costs may decide otherwise."""
         is_close = any(link.is_close for link in self.links if not link.retired)
-        self._resting.plan(requests, self.step, _SETTLED_STEPS if is_close else None)
+        self._resting.plan(requests, self.step, SETTLED_STEPS if is_close else None)
 
     def _ask(self, candidate: Candidate, depth: int) -> None:
         """Notes that a row drafts."""
@@ -367,16 +310,3 @@ class AutoBudget:
     def _follows(self, link: LinkEstimate, request: Request, *, has_begun: bool) -> bool:
         prospect = self._prospect if self._prospect.rows else Prospect(1, self.targets)
         return follows(link, request, prospect, self.probing, has_begun=has_begun)
-
-    def _is_better_left(self, index: int, request: Request, gains: list[float]) -> bool:
-        """Whether a row is better drafted for by a speculator that comes later in the chain."""
-        own = None
-        for later in range(index + 1, len(self.links)):
-            link = self.links[later]
-            limit = 0 if link.retired else deepest_useful(link, request)
-            others = link.gains(self._row(request, later), limit, 0.002) if limit > 0 else []
-            if others:
-                own = self._prospect.worth(self.links[index], gains) if own is None else own
-                if self._prospect.worth(link, others) > _PREFERENCE * own:
-                    return True
-        return False

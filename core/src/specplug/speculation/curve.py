@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
 
 _FAST = 0.1
@@ -17,6 +19,8 @@ _FINE = 0.03
 """Differences in shape of this share are worth telling apart: of sizes seen too rarely for that the line is believed."""
 _STEEP = 0.015
 _FINEST = 16
+_LENT, _LEVEL_AFTER = 4.0, 8
+"""As how many timings counts the shape of something similar; of the level the first timings are averaged then."""
 
 
 @attrs.define
@@ -53,7 +57,19 @@ class CostCurve:
         self._length = _SMALLEST_TABLE
         self._stale = 0
         self._noise = 0.01
+        self._until_level = 0
         self._waiting: list[tuple[int, float]] = []
+
+    def begin_another(self) -> CostCurve:
+        """A curve of something like this: of the same shape until it is known better, at a level of its own."""
+        if self._waiting:
+            self._take_in()
+        other = CostCurve(self._slope, proportional=self._proportional, least_slope=self._least_slope)
+        other._cells = {
+            key: _Cell(cell.size, cell.shape, min(cell.weight, _LENT)) for key, cell in self._cells.items()
+        }
+        other._until_level = _LEVEL_AFTER
+        return other
 
     @property
     def count(self) -> int:
@@ -68,6 +84,13 @@ class CostCurve:
             return self._level * self._shapes[size]
         except IndexError:
             return self._level * self._shape(size)
+
+    def shapes(self, largest: int) -> tuple[Sequence[float], float]:
+        """The expected times of all sizes up to `largest` at least, over a level; and that level. They are not copied."""
+        if self._waiting:
+            self._take_in()
+        self._shape(largest)
+        return self._shapes, self._level
 
     def table(self, begin: int, end: int) -> list[float]:
         """The expected times of sizes from `begin` to before `end`."""
@@ -91,9 +114,10 @@ class CostCurve:
     def _learn(self, size: int, seconds: float) -> None:
         self._count += 1
         if self._level <= 0.0:
-            self._level = max(seconds, 1e-9)
-            self._cells[_cell_of(size)] = _Cell(size, 1.0)
+            if not self._cells:
+                self._cells[_cell_of(size)] = _Cell(size, 1.0)
             self._shapes = []
+            self._level = max(seconds, 1e-9) / self._shape(size)
             return
         key = _cell_of(size)
         cell, shape = self._cells.get(key), self._shape(size)
@@ -112,7 +136,8 @@ class CostCurve:
             self._stale = _SETTLED_EVERY
         else:
             known = cell.weight
-            self._level *= 1.0 + _FAST * known / (known + 3.0) * beyond
+            fast = 1.0 / self._count if self._count <= self._until_level else _FAST * known / (known + 3.0)
+            self._level *= 1.0 + fast * beyond
             cell.weight = known + 1.0 if known < _MOST - 1.0 else _MOST
             share = 1.0 / (cell.weight + 1.0)
             cell.shape *= 1.0 + share * beyond

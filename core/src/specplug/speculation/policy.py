@@ -69,5 +69,9 @@ def plan_budgets(
         nodes = max(0, min(most or depth, node_limit)) if depth else 0
         if request.params.num_speculative_tokens is not None:
             nodes = min(nodes, request.params.num_speculative_tokens)
-        budgets.append(Budget(nodes, min(depth, nodes), least, total) if nodes else NO_BUDGET)
+        depth = min(depth, nodes)
+        if isinstance(wish, Budget) and (nodes, depth) == (wish.max_nodes, wish.max_depth):
+            budgets.append(wish)
+        else:
+            budgets.append(Budget(nodes, depth, least, total) if nodes else NO_BUDGET)
     return budgets

@@ -64,7 +64,9 @@ class Probing:
         return max(1, math.ceil((cost - self.credit) / earned)) if earned > 0.0 else _NEVER
 
 
-def vary(depths: list[int], limits: Sequence[int], step: int, timings: int, gain: float) -> list[int]:
+def vary(
+    depths: list[int], limits: Sequence[int], step: int, timings: int, gain: float
+) -> tuple[list[int], int]:
     """Now and then something else than the best depths, so that what looks worse is timed too: none, half, one more or less.
 
     Args:
@@ -73,15 +75,20 @@ def vary(depths: list[int], limits: Sequence[int], step: int, timings: int, gain
         step: the step's number.
         timings: how many steps like this were timed.
         gain: by what factor the best depths are expected to beat none.
+
+    Returns:
+        The depths for this step, and for how many steps, this one included, they are meant.
     """
     often = _OFTEN if timings < _NEW else _NOW_AND_THEN if timings < _KNOWN else _RARELY
+    if gain > _CLOSE and timings >= _NEW:  # there something else is unlikely to be better, and costs more
+        often *= 2
     turn, between = divmod(step, often)
     if between:
-        return depths
+        return depths, often - between
     if turn % 2 == 0:
-        return [depth // 2 for depth in depths]
+        return [depth // 2 for depth in depths], 1
     if turn % 4 == 3:
-        return [min(depth + 1, limit) if depth else 0 for depth, limit in zip(depths, limits, strict=True)]
+        return [min(depth + 1, limit) if depth else 0 for depth, limit in zip(depths, limits, strict=True)], 1
     if gain < _CLOSE or timings < _NEW:
-        return [0] * len(depths)
-    return [max(depth - 1, 1) if depth else 0 for depth in depths]
+        return [0] * len(depths), 1
+    return [max(depth - 1, 1) if depth else 0 for depth in depths], 1

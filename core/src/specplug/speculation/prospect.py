@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 
 from specplug.speculation.allocation import allocate, might_pay
 from specplug.speculation.curve import CostCurve
-from specplug.speculation.estimates import LinkEstimate, rows_class
+from specplug.speculation.estimates import LinkEstimate
+from specplug.speculation.row_costs import RowCosts
 
-VERIFY_SLOPE, LEAST_SLOPE = 0.015, 0.003
+_VERIFY_SLOPE, _LEAST_SLOPE = 0.015, 0.003
 """Beforehand, one more token to verify is taken to cost so much of a step; and never less than that."""
 _CAUTION = 0.8
 _NEGLIGIBLE = 0.01
 _LIKELY = 0.9
 """How likely a further token of a chain must be at most to be drafted."""
-_UNKNOWN = CostCurve(VERIFY_SLOPE, least_slope=LEAST_SLOPE)
+_UNKNOWN = CostCurve(_VERIFY_SLOPE, least_slope=_LEAST_SLOPE)
 _UNKNOWN.observe(0, 1e-3)
+
+
+def target_costs() -> RowCosts:
+    """Seconds of target steps over their draft nodes, before anything is known."""
+    return RowCosts(lambda: CostCurve(_VERIFY_SLOPE, least_slope=_LEAST_SLOPE))
 
 
 class Prospect:
@@ -30,16 +37,18 @@ class Prospect:
         known: whether anything of that kind was timed.
     """
 
-    def __init__(self, rows: int, targets: Mapping[int, CostCurve]) -> None:
+    def __init__(self, rows: int, targets: RowCosts) -> None:
         self.rows = rows
         self.nodes = 0
         self.tokens = float(rows)
         self.spent = 0.0
-        key = rows_class(max(1, rows))
-        curve = targets.get(key)
-        if curve is None and targets:
-            curve = targets[min(targets, key=lambda known: abs(known - key))]
-        self.curve = _UNKNOWN if curve is None else curve
+        self.curve = targets.of(max(1, rows)) or _UNKNOWN
+        self._targets = targets
+
+    @property
+    def timings(self) -> int:
+        """How many steps like this were timed; see `RowCosts.count`."""
+        return self._targets.count(max(1, self.rows))
 
     @property
     def rate(self) -> float:
@@ -62,13 +71,31 @@ class Prospect:
     ) -> tuple[list[int], float]:
         """The best depths for rows whose nodes have these chances, and the rate; see `allocate`."""
         fill = 1.0 if self.is_negligible(link.ask_seconds(1, 1)) else max(link.fill, 0.02)
+        return self._allocate(
+            link,
+            gains,
+            link.ask_table if fill == 1.0 else lambda rows: [seconds / fill for seconds in link.ask_table(rows)],
+            margin,
+        )
+
+    def _allocate(
+        self,
+        link: LinkEstimate,
+        gains: Sequence[Sequence[float]],
+        ask: Callable[[int], Sequence[float]],
+        margin: float = 1.0,
+    ) -> tuple[list[int], float]:
+        width = link.nodes_at
+        most = self.nodes + 1 + math.ceil(max(width) * sum(map(len, gains)))
+        target, level = self.curve.shapes(most)
         return allocate(
             gains,
             tokens=self.tokens,
             nodes=self.nodes,
-            width=link.nodes_at,
-            target=self.curve.seconds,
-            ask=link.ask_table if fill == 1.0 else lambda rows: [seconds / fill for seconds in link.ask_table(rows)],
+            width=width,
+            target=target,
+            ask=ask,
+            level=level,
             spent=self.spent,
             margin=margin,
         )
@@ -93,14 +120,8 @@ class Prospect:
 
     def worth(self, link: LinkEstimate, gains: Sequence[float]) -> float:
         """The rate that the best draft of one row adds, where the row bears its share of asking."""
-        _, rate = allocate(
-            [gains],
-            tokens=self.tokens,
-            nodes=self.nodes,
-            width=link.nodes_at,
-            target=self.curve.seconds,
-            ask=lambda rows: [seconds / self.rows for seconds in link.ask_table(self.rows)],
-            spent=self.spent,
+        _, rate = self._allocate(
+            link, [gains], lambda rows: [seconds / self.rows for seconds in link.ask_table(self.rows)]
         )
         return rate - self.rate
 

@@ -15,30 +15,31 @@ def keep_what_pays(
 ) -> list[Draft | None]:
     """Keeps as many of the best nodes of all scored drafts as pay; other drafts stay as they are.
 
+    So do the chains of a speculator that stops where it is unsure: they end where another token was not worth its costs.
+
     A score is taken as the logarithm of the chance that the node is accepted, corrected by how such promises were kept so far.
     Every draft's share is decided by scores alone, as in `trim_drafts`.
     """
-    chances: list[float] = []
-    others = least = 0
-    for draft in drafts:
-        if draft is None:
-            continue
-        if draft.scores is None:
-            others += len(draft)
-            continue
-        least += 1
-        calibration = links[draft.link].calibration
-        chances += [math.exp(min(score, 0.0)) * calibration for score in draft.scores]
+    scored = [draft if draft is not None and _may_be_cut(draft, links[draft.link]) else None for draft in drafts]
+    chances = [
+        math.exp(min(score, 0.0)) * links[draft.link].calibration
+        for draft in scored
+        if draft is not None
+        for score in draft.scores or ()
+    ]
+    least = sum(draft is not None for draft in scored)
     if len(chances) <= least:
         return list(drafts)
+    others = sum(len(draft) for draft in drafts if draft is not None) - len(chances)
     kept = max(_worth_verifying(sorted(chances, reverse=True), others, prospect), least)
     if kept == len(chances):
         return list(drafts)
-    scored = [draft if draft is not None and draft.scores is not None else None for draft in drafts]
     trimmed = trim_drafts(scored, kept)
-    return [
-        own if draft is None or draft.scores is not None else draft for draft, own in zip(drafts, trimmed, strict=True)
-    ]
+    return [own if cut is None else cut for own, cut in zip(drafts, trimmed, strict=True)]
+
+
+def _may_be_cut(draft: Draft, link: LinkEstimate) -> bool:
+    return draft.scores is not None and not (link.going and draft.parents is None)
 
 
 def _worth_verifying(chances: Sequence[float], others: int, prospect: Prospect) -> int:
