@@ -90,7 +90,9 @@ class AutoBudget:
 
     def begin(self, requests: Sequence[Request]) -> None:
         """Begins a step's budgets."""
-        if self._lessons.since is not None and self.step - self._lessons.since >= min(len(requests) - 1, _MOST_STEPS_LATE):
+        if self._lessons.since is not None and self.step - self._lessons.since >= min(
+            len(requests) - 1, _MOST_STEPS_LATE
+        ):
             self._learn()
         self._resting.begin()
         self.probing.begin()

@@ -65,9 +65,7 @@ class CostCurve:
         if self._waiting:
             self._take_in()
         other = CostCurve(self._slope, proportional=self._proportional, least_slope=self._least_slope)
-        other._cells = {
-            key: _Cell(cell.size, cell.shape, min(cell.weight, _LENT)) for key, cell in self._cells.items()
-        }
+        other._cells = {key: _Cell(cell.size, cell.shape, min(cell.weight, _LENT)) for key, cell in self._cells.items()}
         other._until_level = _LEVEL_AFTER
         return other
 

@@ -205,7 +205,9 @@ class LinkEstimate:
     def drafts_behind(self, row: RowEstimate, others: float) -> float:
         """As how many drafts counts what a row is judged by: its own, and such a share of what is known of others."""
         acceptance = self.blind_acceptance if row.is_blind else self.acceptance
-        return row.acceptance.first_reached + others * row.acceptance.likeness * min(acceptance.trust, acceptance.drafts)
+        return row.acceptance.first_reached + others * row.acceptance.likeness * min(
+            acceptance.trust, acceptance.drafts
+        )
 
     def gains(self, row: RowEstimate, depth: int, least: float) -> list[float]:
         """The chance that each node of a draft for a row is accepted; see `RowAcceptance.gains`."""

@@ -64,9 +64,7 @@ class Probing:
         return max(1, math.ceil((cost - self.credit) / earned)) if earned > 0.0 else _NEVER
 
 
-def vary(
-    depths: list[int], limits: Sequence[int], step: int, timings: int, gain: float
-) -> tuple[list[int], int]:
+def vary(depths: list[int], limits: Sequence[int], step: int, timings: int, gain: float) -> tuple[list[int], int]:
     """Now and then something else than the best depths, so that what looks worse is timed too: none, half, one more or less.
 
     Args:
