@@ -137,7 +137,7 @@ class AutoBudget:
                 elif begins(link, candidate, seen) and has_all_states(request):
                     if self._follows(link, request, has_begun=False):
                         wishes[place] = candidate.gap = 0
-                        candidate.begins = True
+                        candidate.row.is_owed = True
                 elif has_lost_states(link, candidate, seen):
                     candidate.row.is_blind = True
         if candidates and link.is_auto:
@@ -158,7 +158,7 @@ class AutoBudget:
         idle = []
         for candidate, depth in zip(candidates, depths, strict=True):
             if depth:
-                candidate.row.probes, candidate.row.guess = False, None
+                candidate.row.probes, candidate.row.is_owed, candidate.row.guess = False, False, None
                 wishes[candidate.place] = budget_of(link, depth)
                 self._ask(candidate, depth)
             elif not candidate.row.depth:
@@ -175,7 +175,7 @@ class AutoBudget:
         chosen, later = choose_probes(link, self._prospect, self.probing, idle, depths, self.step)
         self._resting.wake(later, probes=bool(chosen))
         for candidate in chosen:
-            candidate.row.probes = True
+            candidate.row.probes, candidate.row.is_owed = True, False
             candidate.row.wake_at = self.step + 1
             wishes[candidate.place] = budget_of(link, 1)
             self._asked.append((candidate.request, candidate.row, 1))
@@ -196,7 +196,7 @@ class AutoBudget:
             asked: what came of it; None where it was not called, or failed: then nothing is learned.
         """
         link, prospect = self.links[index], self._prospect
-        prospect.spent += seconds if asked is None else link.observe_proposal(asked, seconds)
+        prospect.spent += seconds if asked is None else link.observe_proposal(asked, seconds, self.step)
         if asked is None:
             if not self._resting.is_forbidden:
                 self.probing.charge(seconds)
@@ -256,17 +256,18 @@ class AutoBudget:
         if self._resting.is_resting:  # taken in later, many at once: by themselves each would find cold caches
             self._resting.keep_timing(len(requests), seconds, decoding=decoding)
             return
-        nodes = 0
+        nodes, is_typical = 0, True
         for request in requests:
             outcome = request.outcome
             if outcome is not None:
                 nodes += outcome.num_nodes
                 link, row = self.links[request.outcome_link], self._row(request, request.outcome_link)
                 self._lessons.add(link, row, outcome.accepted, outcome.num_nodes, self.step)
+                is_typical = is_typical and (link.is_warm or not link.was_warm(self.step))
             for index, row in enumerate(request.estimates):
                 if row.guess is not None:
                     self._compare(request, row, index)
-        self._time(len(requests), seconds, decoding, nodes)
+        self._time(len(requests), seconds, decoding and is_typical, nodes)
         if self._resting.probes:
             self._learn()
             for request in requests:

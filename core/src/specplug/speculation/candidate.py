@@ -21,7 +21,6 @@ class Candidate:
         row: what is known of it.
         limit: the deepest draft it can use.
         gap: tokens that a speculator with a state has not taken in.
-        begins: whether it takes in the row's prompt in this step, whatever becomes of its drafts.
     """
 
     place: int
@@ -29,7 +28,6 @@ class Candidate:
     row: RowEstimate
     limit: int
     gap: int
-    begins: bool = False
 
 
 def deepest_useful(link: LinkEstimate, request: Request) -> int:

@@ -22,6 +22,7 @@ _FEED_FORGETS = 0.8
 _SCORES_FORGET = 0.97
 _FIRST_DEPTH = 3
 _GOING_FORGETS, _GOING_AT_FIRST = 0.97, 0.8
+_WARM_AFTER, _WARM_LASTS = 2, 512
 _LONGEST_COMPARED, _LONGEST_DRAFTED = 8, 32
 
 
@@ -35,7 +36,8 @@ class RowEstimate:
         settled_at: the step in which that was; -1 when it must be looked for again.
         probes: whether its last budget was only to see whether drafts would be accepted by now.
         misses: probes in a row that were not accepted.
-        wake_at: the step from which on it may be probed again.
+        wake_at: the step from which on it may be probed again; -1 before that was decided.
+        is_owed: whether the speculator was shown its prompt, and was not asked for a draft since.
         guess: (tokens it had, candidates for the next one) of a proposal that is compared with the text and not verified.
         draft: what is being verified.
         is_blind: whether the speculator was not shown a part of the text; see `following`.
@@ -47,7 +49,8 @@ class RowEstimate:
     settled_at: int = -1
     probes: bool = False
     misses: int = 0
-    wake_at: int = 0
+    wake_at: int = -1
+    is_owed: bool = False
     guess: tuple[int, frozenset[int]] | None = None
     draft: Draft | None = None
     is_blind: bool = False
@@ -76,6 +79,9 @@ class LinkEstimate:
         predicted: accepted nodes that scores promised, lately; `accepted`: those that came.
         settled_at: the step in which the depths of its rows were last looked for.
         settled_until: that in which they are again.
+        asked_at: the step in which it was last asked for drafts.
+        streak: for how many steps on end it was then.
+        warm_at: the last step in which it was asked after others in a row: what is done now and then finds cold caches.
         gain: by what factor those depths were expected to beat no drafts.
         is_close: whether drafts might have paid then, had they cost no more than the least.
         retired: whether it is not asked any more.
@@ -100,6 +106,9 @@ class LinkEstimate:
     accepted: float = 2.0
     settled_at: int = -1
     settled_until: int = 0
+    asked_at: int = -1
+    streak: int = 0
+    warm_at: int = -_WARM_LASTS
     gain: float = 1.0
     is_close: bool = True
     retired: bool = False
@@ -165,16 +174,34 @@ class LinkEstimate:
         """What each level behind the first takes of a proposal that goes on so far."""
         return (self.ask_seconds(rows, depth) - self.ask_seconds(rows, 1)) / (depth - 1)
 
+    @property
+    def is_warm(self) -> bool:
+        """Whether it has been asked for some steps on end."""
+        return self.streak > _WARM_AFTER
+
+    def was_warm(self, step: int) -> bool:
+        """Whether what it costs when it is asked in every step was measured lately."""
+        return step - self.warm_at < _WARM_LASTS
+
+    def note_asked(self, step: int) -> None:
+        """It is asked for drafts."""
+        self.streak = self.streak + 1 if self.asked_at == step - 1 else 1
+        self.asked_at = step
+        if self.is_warm:
+            self.warm_at = step
+
     def observe_ask(self, rows: int, depth: int, seconds: float) -> None:
         """Takes in the time of a proposal."""
         self.asks.observe(rows, depth, seconds)
         self.deepest = max(self.deepest, depth)
 
-    def observe_proposal(self, asked: Asked, seconds: float) -> float:
+    def observe_proposal(self, asked: Asked, seconds: float, step: int) -> float:
         """Takes in what asking took; returns what of it was drafting: catching up serves later steps too."""
         rows = len(asked.depths)
+        if rows:
+            self.note_asked(step)
         if not asked.fed:
-            if rows:
+            if rows and (self.is_warm or not self.was_warm(step)):
                 self.observe_ask(rows, asked.deepest, seconds)
             return seconds
         drafting = min(self.ask_seconds(rows, asked.deepest) if rows else 0.0, seconds)

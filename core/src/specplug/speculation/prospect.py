@@ -16,6 +16,8 @@ _CAUTION = 0.8
 _NEGLIGIBLE = 0.01
 _LIKELY = 0.9
 """How likely a further token of a chain must be at most to be drafted."""
+_WARM_SHARE = 0.75
+"""As much of what asking takes now and then it may take in every step."""
 _UNKNOWN = CostCurve(_VERIFY_SLOPE, least_slope=_LEAST_SLOPE)
 _UNKNOWN.observe(0, 1e-3)
 
@@ -44,6 +46,16 @@ class Prospect:
         self.spent = 0.0
         self.curve = targets.of(max(1, rows)) or _UNKNOWN
         self._targets = targets
+        self._asking = 1.0
+
+    def if_warm(self) -> Prospect:
+        """The same, if drafts cost as much less as they may when they are made in every step."""
+        view = Prospect(self.rows, self._targets)
+        view.nodes, view.tokens, view.spent = self.nodes, self.tokens, self.spent
+        view.curve = CostCurve(_VERIFY_SLOPE, least_slope=_LEAST_SLOPE)
+        view.curve.observe(0, self.curve.seconds(0))
+        view._asking = _WARM_SHARE
+        return view
 
     @property
     def timings(self) -> int:
@@ -71,10 +83,11 @@ class Prospect:
     ) -> tuple[list[int], float]:
         """The best depths for rows whose nodes have these chances, and the rate; see `allocate`."""
         fill = 1.0 if self.is_negligible(link.ask_seconds(1, 1)) else max(link.fill, 0.02)
+        times = self._asking / fill
         return self._allocate(
             link,
             gains,
-            link.ask_table if fill == 1.0 else lambda rows: [seconds / fill for seconds in link.ask_table(rows)],
+            link.ask_table if times == 1.0 else lambda rows: [times * seconds for seconds in link.ask_table(rows)],
             margin,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from specplug.request import Request
 from specplug.speculation.asked import SHORT_GAP
@@ -15,7 +15,8 @@ SETTLED_STEPS = 8
 _DRAFTS_PER_PATIENCE = 2.0
 _MARGIN = 1.02
 _PREFERENCE = 1.1
-_NEARLY = 0.93
+_NEARLY, _PERHAPS, _DOUBT = 0.93, 0.85, 0.1
+_ADVANCED_STEPS = 3.0
 _LEEWAY = 2
 _LEAST_FILL = 0.25
 
@@ -51,10 +52,12 @@ def settle(
         if not row.depth and row.settled_at >= 0:
             row.acceptance.fade(step - row.settled_at)
     gains = [link.gains(c.row, c.limit, least) for c in candidates]
+    left: set[int] = set()
     if place + 1 < len(links):
         for number, candidate in enumerate(candidates):
             if gains[number] and _is_better_left(place, links, candidate.request, gains[number], prospect):
                 gains[number] = []
+                left.add(number)
     margin = 1.0 if any(c.row.depth for c in candidates) else _MARGIN
     depths, rate = prospect.divide(link, gains, margin)
     late = [
@@ -67,8 +70,8 @@ def settle(
             gains[number] = []
         depths, rate = prospect.divide(link, gains, margin)
     if not any(depths):
-        gains = [[] if c.row.is_blind else own for c, own in zip(candidates, gains, strict=True)]
-        depths = _try_out(link, candidates, gains, prospect, account)
+        left.update(late, (number for number, c in enumerate(candidates) if c.row.is_blind))
+        depths = _try_out(link, candidates, left, prospect, account, step)
     if link.going and len(candidates) == 1:  # how deep is left to it, but not wholly: its chances may be wrong
         depths = [
             min(depth + _LEEWAY, c.limit) if depth and c.row.stops else depth
@@ -99,19 +102,37 @@ def _steps_to_hold(link: LinkEstimate, candidates: Sequence[Candidate], depths: 
 def _try_out(
     link: LinkEstimate,
     candidates: Sequence[Candidate],
-    gains: Sequence[Sequence[float]],
+    left: Container[int],
     prospect: Prospect,
     account: Probing,
+    step: int,
 ) -> list[int]:
     """Depths that nearly pay, if what may be lost until the next look is affordable; else none.
 
-    What is done now and then finds cold caches and seems to cost more than if it were done at every step.
+    What is done now and then finds cold caches and seems to cost more than if it were done at every step. Where nothing else was
+    measured lately, it is taken to cost less.
+
+    Args:
+        link: the speculator.
+        candidates: the rows that may be given a draft.
+        left: the places among them of those that are not tried.
+        prospect: the step that is being prepared.
+        account: what is paid from.
+        step: the step's number.
     """
-    depths, rate = prospect.divide(link, gains, _NEARLY)
+    is_known = link.was_warm(step)
+    view = prospect if is_known else prospect.if_warm()
+    least = view.least_gain
+    gains = [[] if number in left else link.gains(c.row, c.limit, least) for number, c in enumerate(candidates)]
+    depths, rate = view.divide(link, gains, _NEARLY if is_known else _PERHAPS)
     if any(depths):
-        lost = max(0.0, 1.0 - rate / prospect.rate) * SETTLED_STEPS * prospect.tokens / prospect.rate
+        lost = max(0.0, 1.0 - rate / prospect.rate) + (0.0 if is_known else _DOUBT)
         gaps = sum(c.gap for c, depth in zip(candidates, depths, strict=True) if depth and c.gap > SHORT_GAP)
-        if account.affords(lost + link.feed * gaps):
+        seconds = lost * SETTLED_STEPS * prospect.tokens / prospect.rate
+        # What a prompt has been taken in for is looked at, if need be on credit.
+        is_owed = any(c.row.is_owed and 0 <= c.row.wake_at <= step for c in candidates)
+        overdraft = _ADVANCED_STEPS * prospect.tokens / prospect.rate if is_owed else 0.0
+        if account.affords(seconds + link.feed * gaps, overdraft):
             return depths
     return [0] * len(candidates)
 

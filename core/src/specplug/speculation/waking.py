@@ -13,6 +13,7 @@ from specplug.speculation.probing import Probing
 from specplug.speculation.prospect import Prospect
 from specplug.speculation.state_ring import WINDOW
 
+_FIRST_WITHIN, _GOLDEN = 32, 0.6180339887
 _TOGETHER, _MOST_RESERVED = 4, 2.0
 
 
@@ -40,6 +41,9 @@ def choose_probes(
         The rows to probe now, and the first later step in which another could be; None if that is never.
     """
     waiting = [c for c in idle if c.row.guess is None]
+    for candidate in waiting:
+        if candidate.row.wake_at < 0:
+            candidate.row.wake_at = step + (0 if link.token_only else _first_look(candidate.request.number))
     times = [ready_at(link, c.row, c.gap, step) for c in waiting]
     # A guess for one row more costs next to nothing, so those that are to be woken soon do not wake by themselves.
     latest = step + _TOGETHER if link.compares and step in times else step
@@ -47,7 +51,7 @@ def choose_probes(
     later = min((at for at in times if at > latest), default=None)
     if not ready:
         return [], later
-    ready.sort(key=lambda c: (not c.begins, c.row.misses > 0, c.gap, c.row.wake_at))
+    ready.sort(key=lambda c: (not c.row.is_owed, c.row.misses > 0, c.gap, c.row.wake_at))
     deepest = max(asked, default=0)
     target, nodes = prospect.curve.seconds, prospect.nodes
     while True:
@@ -57,7 +61,7 @@ def choose_probes(
         if not link.compares:
             cost += target(nodes + math.ceil(len(ready) * link.width)) - target(nodes)
         # What a prompt has been taken in for, and what was accepted last time, is looked at whatever the account holds.
-        overdraft = target(0) if any(c.begins or (c.row.probes and not c.row.misses) for c in ready) else 0.0
+        overdraft = target(0) if any(c.row.is_owed or (c.row.probes and not c.row.misses) for c in ready) else 0.0
         overdraft -= max(_reserve(link, c, target(0)) for c in ready)
         if account.affords(cost, overdraft):
             return ready, later
@@ -66,6 +70,11 @@ def choose_probes(
         ready = ready[: len(ready) // 2]
     affordable = step + account.steps_until(cost - overdraft, 0.0 if link.token_only else link.feed)
     return [], affordable if later is None else min(later, affordable)
+
+
+def _first_look(number: int) -> int:
+    """After how many steps a row is probed first: what comes right behind a prompt is not like all that follows."""
+    return int(_FIRST_WITHIN * (number * _GOLDEN % 1.0))
 
 
 def _reserve(link: LinkEstimate, candidate: Candidate, step: float) -> float:
