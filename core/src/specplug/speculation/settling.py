@@ -109,8 +109,8 @@ def _try_out(
 ) -> list[int]:
     """Depths that nearly pay, if what may be lost until the next look is affordable; else none.
 
-    What is done now and then finds cold caches and seems to cost more than if it were done at every step. Where nothing else was
-    measured lately, it is taken to cost less.
+    What is done now and then finds cold caches and seems to cost more than if it were done at every step. Where nothing else
+    was measured lately, it is taken to cost less.
 
     Args:
         link: the speculator.
