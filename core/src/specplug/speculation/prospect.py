@@ -16,7 +16,7 @@ _CAUTION = 0.8
 _NEGLIGIBLE = 0.01
 _LIKELY = 0.9
 """How likely a further token of a chain must be at most to be drafted."""
-_WARM_SHARE = 0.75
+_WARM_SHARE = 0.5
 """As much of what asking takes now and then it may take in every step."""
 _UNKNOWN = CostCurve(_VERIFY_SLOPE, least_slope=_LEAST_SLOPE)
 _UNKNOWN.observe(0, 1e-3)

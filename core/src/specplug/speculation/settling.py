@@ -70,7 +70,7 @@ def settle(
             gains[number] = []
         depths, rate = prospect.divide(link, gains, margin)
     if not any(depths):
-        left.update(late, (number for number, c in enumerate(candidates) if c.row.is_blind))
+        left.update(late)
         depths = _try_out(link, candidates, left, prospect, account, step)
     if link.going and len(candidates) == 1:  # how deep is left to it, but not wholly: its chances may be wrong
         depths = [
