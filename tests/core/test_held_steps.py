@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from specplug.speculation.state_ring import WINDOW, Channel, ChannelSpec
+from specplug.native import library
+from specplug.speculation.state_ring import WINDOW, Channel, ChannelSpec, copy_states
 from specplug.speculation.states import StateStore
 
 CPU = torch.device("cpu")
@@ -20,8 +21,17 @@ def value(sequence: int, position: int) -> float:
     return float((sequence * 37 + position) % 251)
 
 
+@pytest.fixture(params=["kernels", "PyTorch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "PyTorch":
+        monkeypatch.setattr(library, "available", lambda: False)
+    elif not library.load():
+        pytest.skip("no kernels on this machine")
+    return request.param
+
+
 @pytest.mark.parametrize("seed", range(12))
-def test_what_is_delivered_is_what_was_computed(seed: int) -> None:
+def test_what_is_delivered_is_what_was_computed(way: str, seed: int) -> None:
     """Rows sleep, wake, end and draft in steps small and large; what is there reaches back as far as is promised."""
     choose = random.Random(seed)
     store = StateStore(SPECS, SLOTS, 400, CPU)
@@ -66,3 +76,22 @@ def test_what_is_delivered_is_what_was_computed(seed: int) -> None:
         store.end_step()
     assert delivered > 1000
     assert longest >= WINDOW
+
+
+def test_states_are_copied_whatever_their_type_and_layout(way: str) -> None:
+    wide = torch.arange(60, dtype=torch.float32).reshape(6, 10)
+    sources: dict[Channel, torch.Tensor] = {1: wide, "final": wide.t().contiguous().t()[:, 2:]}
+    kept = {channel: torch.zeros(5, spec.width, dtype=spec.dtype) for channel, spec in SPECS.items()}
+    for read, write in (([4, 0], [1, 3]), ([2, 3], [0, 1])):
+        copy_states(SPECS, sources, read, kept, write)
+        for channel, buffer in kept.items():
+            expected = sources[channel][read][:, : buffer.shape[1]].to(buffer.dtype)
+            assert torch.equal(buffer[write], expected)
+
+
+@pytest.mark.parametrize(("read", "write"), [([6], [0]), ([-1], [0]), ([0], [5]), ([0, 1], [0])])
+def test_no_row_beyond_a_matrix_is_touched(read: list[int], write: list[int]) -> None:
+    if not library.load():
+        pytest.skip("no kernels on this machine")
+    with pytest.raises(RuntimeError, match="copy_rows"):
+        torch.ops.specplug.copy_rows([torch.zeros(6, 3)], read, [torch.zeros(5, 3)], write)

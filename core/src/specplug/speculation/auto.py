@@ -73,6 +73,10 @@ class AutoBudget:
         """Target states of a row were gone before a speculator was shown them."""
         self._row(request, index).is_blind = True
 
+    def keeps_states(self, index: int, request: Request) -> bool:
+        """Whether target states that a speculator has not seen are worth keeping: of a row that is lost to it, hardly."""
+        return not (self.links[index].is_hopeless and self._row(request, index).is_blind)
+
     def fork(self, parent: Request, child: Request) -> None:
         """A sequence starts on another one's prompt, and on what speculators stored for that."""
         for index, row in enumerate(parent.estimates):

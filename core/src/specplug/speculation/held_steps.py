@@ -8,75 +8,73 @@ from collections.abc import Iterable, Mapping
 import attrs
 import torch
 
-from specplug.speculation.state_ring import WINDOW, Captured, Channel, ChannelSpec, StepRows
+from specplug.speculation.state_ring import WINDOW, Captured, Channel, ChannelSpec, StepRows, copy_states
 
 _SPARE = 2
-_MOST_VIEWS = 256
 
 
 @attrs.frozen(eq=False)
 class _Step:
     begin: int
     end: int
-    rows: StepRows
+    rows: dict[int, tuple[range, int]]  # slot → (positions, where the first of them lies)
 
 
 class HeldSteps:
     """The states of the last steps, for slots whose states somebody may ask for later. Of most of them nobody ever does.
 
-    A step is copied whole, by one operation, over the oldest. (To hold the step's own tensors would be for nothing at first
-    sight; but then the next steps find other memory to compute in, which no cache knows.)
+    A step's are copied behind one another, by one operation, over the oldest. (To hold the step's own tensors would be for
+    nothing at first sight; but then the next steps find other memory to compute in, which no cache knows.)
 
     Args:
         specs: the channels.
-        max_num_seqs: slots; steps of up to twice as many tokens are taken.
+        max_num_seqs: slots.
         device: where states live.
 
     Attributes:
         buffers: [tokens, width] per channel.
+        most: as many positions of a step may be put aside: then those of the last `WINDOW` steps are there.
     """
 
     def __init__(self, specs: Mapping[Channel, ChannelSpec], max_num_seqs: int, device: torch.device) -> None:
+        self._specs = specs
         self._tokens = self.planned_positions(max_num_seqs)
         self.buffers = {
             channel: torch.zeros(self._tokens, spec.width, dtype=spec.dtype, device=device)
             for channel, spec in specs.items()
         }
-        self._limit = _SPARE * max_num_seqs
+        self.most = _SPARE * max_num_seqs
         self._end = 0
         self._steps: deque[_Step] = deque()
         self._forgotten = 0  # steps
         self._first: dict[int, int] = {}  # slot → the number of the first step that holds it
-        self._views: dict[tuple[int, int], list[torch.Tensor]] = {}
 
     @staticmethod
     def planned_positions(max_num_seqs: int) -> int:
         """Positions for which there is memory."""
         return _SPARE * WINDOW * max_num_seqs
 
-    @property
-    def slots(self) -> list[int]:
-        """The slots of which something is held."""
-        return list(self._first)
-
-    def add(self, captured: Captured, rows: StepRows, slots: Iterable[int]) -> bool:
-        """Puts a step aside; False if it is too large."""
-        states = [captured[channel] for channel in self.buffers]
-        tokens = len(states[0])
-        if tokens > self._limit:
-            return False
-        begin = self._end if self._end + tokens <= self._tokens else 0
-        end = self._end = begin + tokens
+    def add(self, captured: Captured, rows: StepRows, slots: Iterable[int]) -> None:
+        """Puts the states of some of a step's slots aside, `most` positions at most."""
+        read: list[int] = []
+        lengths: dict[int, tuple[range, int]] = {}
+        for slot in slots:
+            positions, packed = rows[slot]
+            lengths[slot] = positions, len(read)
+            read += packed
+        count = len(read)
+        assert count <= self.most
+        begin = self._end if self._end + count <= self._tokens else 0
+        end = self._end = begin + count
         steps = self._steps
         while steps and steps[0].begin < end and steps[0].end > begin:
             steps.popleft()
             self._forgotten += 1
-        torch._foreach_copy_(self._view(begin, end), states)
+        copy_states(self._specs, captured, read, self.buffers, range(begin, end))
         number = self._forgotten + len(steps)
-        for slot in slots:
+        for slot in lengths:
             self._first.setdefault(slot, number)
-        steps.append(_Step(begin, end, rows))
-        return True
+        steps.append(_Step(begin, end, lengths))
 
     def take_out(self, slot: int) -> tuple[range, list[int], bool] | None:
         """A slot's last positions, `WINDOW` at most; None if none are held.
@@ -90,9 +88,9 @@ class HeldSteps:
         places: list[int] = []
         stop = 0
         for step, _ in zip(reversed(self._steps), range(self._forgotten + len(self._steps) - first), strict=False):
-            positions, packed = step.rows.get(slot, (range(0), []))
+            positions, first_place = step.rows.get(slot, (range(0), 0))
             stop = stop or positions.stop
-            places.extend(step.begin + place for place in reversed(packed))
+            places.extend(reversed(range(step.begin + first_place, step.begin + first_place + len(positions))))
             if len(places) >= WINDOW:
                 break
         is_cut = first < self._forgotten
@@ -107,12 +105,3 @@ class HeldSteps:
         if not self._first:
             self._forgotten += len(self._steps)
             self._steps.clear()
-
-    def _view(self, begin: int, end: int) -> list[torch.Tensor]:
-        """A part of all buffers; the same few are wanted again and again."""
-        views = self._views.get((begin, end))
-        if views is None:
-            if len(self._views) >= _MOST_VIEWS:
-                self._views.clear()
-            views = self._views[begin, end] = [buffer[begin:end] for buffer in self.buffers.values()]
-        return views

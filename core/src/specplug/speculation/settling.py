@@ -121,6 +121,8 @@ def _try_out(
         step: the step's number.
     """
     is_known = link.was_warm(step)
+    if link.is_hopeless and not any(c.row.acceptance.first_accepted for c in candidates):
+        return [0] * len(candidates)
     view = prospect if is_known else prospect.if_warm()
     least = view.least_gain
     gains = [[] if number in left else link.gains(c.row, c.limit, least) for number, c in enumerate(candidates)]

@@ -1,8 +1,8 @@
 """The target states that speculators asked for: captured per step, kept for rows that sleep, handed over once.
 
 A *channel* is one kind of state: a boundary of the residual stream, or the target's top-k ids and probabilities. What a
-step computed lies in that step's tensors; of rows that are not shown it at once the last `WINDOW` positions are kept: small
-steps are put aside whole, large ones, and what a speculator asks for, sorted into a ring.
+step computed lies in that step's tensors; of rows that are not shown it at once the last `WINDOW` positions are kept: those of
+small steps are put aside as they come, prompts, and what a speculator asks for, sorted into a ring.
 """
 
 from __future__ import annotations
@@ -119,10 +119,18 @@ class StateStore:
 
     def keep(self, slots: Sequence[int]) -> None:
         """Keeps this step's states of rows that somebody has not seen yet."""
-        if not slots or not self.specs or self._held.add(self._current, self._step, slots):
+        rows = self._step
+        slots = [slot for slot in slots if slot in rows]
+        if not slots or not self.specs:
             return
-        self._settle(self._held.slots)
-        self._ring.take(self._current, self._step, slots)
+        long = []
+        if sum(len(rows[slot][0]) for slot in slots) > self._held.most:
+            long = [slot for slot in slots if len(rows[slot][0]) > 1]
+            slots = [slot for slot in slots if len(rows[slot][0]) == 1]
+            self._settle(long)
+            self._ring.take(self._current, rows, long)
+        if slots:
+            self._held.add(self._current, rows, slots)
 
     def drop(self, slot: int) -> None:
         """Forgets what was kept for a row: everybody has seen it, or it ended."""

@@ -43,14 +43,14 @@ def choose_probes(
     waiting = [c for c in idle if c.row.guess is None]
     for candidate in waiting:
         if candidate.row.wake_at < 0:
-            candidate.row.wake_at = step + (0 if link.token_only else _first_look(candidate.request.number))
+            candidate.row.wake_at = step + (0 if link.token_only else _first_look(candidate))
     times = [ready_at(link, c.row, c.gap, step) for c in waiting]
     # A guess for one row more costs next to nothing, so those that are to be woken soon do not wake by themselves.
     latest = step + _TOGETHER if link.compares and step in times else step
     ready = [c for c, at in zip(waiting, times, strict=True) if at <= latest]
     later = min((at for at in times if at > latest), default=None)
     if not ready:
-        return [], later
+        return [], _not_before(later, link, prospect, account, waiting, step)
     ready.sort(key=lambda c: (not c.row.is_owed, c.row.misses > 0, c.gap, c.row.wake_at))
     deepest = max(asked, default=0)
     target, nodes = prospect.curve.seconds, prospect.nodes
@@ -69,12 +69,26 @@ def choose_probes(
             break
         ready = ready[: len(ready) // 2]
     affordable = step + account.steps_until(cost - overdraft, 0.0 if link.token_only else link.feed)
-    return [], affordable if later is None else min(later, affordable)
+    later = affordable if later is None else min(later, affordable)
+    return [], _not_before(later, link, prospect, account, waiting, step)
 
 
-def _first_look(number: int) -> int:
+def _not_before(
+    at: int | None, link: LinkEstimate, prospect: Prospect, account: Probing, waiting: Sequence[Candidate], step: int
+) -> int | None:
+    """A step to look again in: some steps away, and none in which the account will not hold what the least probe takes."""
+    if at is None or link.token_only:
+        return at
+    target, nodes = prospect.curve.seconds, prospect.nodes
+    least = link.ask_seconds(1, 1) + target(nodes + math.ceil(link.width)) - target(nodes)
+    if any(c.row.is_owed for c in waiting):
+        least -= target(0)
+    return max(at, step + _TOGETHER, step + account.steps_until(least, 0.0))
+
+
+def _first_look(candidate: Candidate) -> int:
     """After how many steps a row is probed first: what comes right behind a prompt is not like all that follows."""
-    return int(_FIRST_WITHIN * (number * _GOLDEN % 1.0))
+    return int(_FIRST_WITHIN * (candidate.request.number * _GOLDEN % 1.0)) if candidate.row.is_owed else _FIRST_WITHIN
 
 
 def _reserve(link: LinkEstimate, candidate: Candidate, step: float) -> float:

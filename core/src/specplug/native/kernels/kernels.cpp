@@ -4,10 +4,12 @@
 #include "attend_tensors.h"
 #include "likeliest.h"
 #include "multiply_tensors.h"
+#include "rows.h"
 
 TORCH_LIBRARY_IMPL(specplug, CPU, library) {
   library.impl("attend", &specplug::attend);
   library.impl("attend_turned", &specplug::attend_turned);
+  library.impl("copy_rows", &specplug::copy_rows);
   library.impl("likeliest", &specplug::likeliest);
 #if SPECPLUG_BF16_DOT
   library.impl("pack_weight", &specplug::pack);
