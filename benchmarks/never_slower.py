@@ -4,13 +4,14 @@ fixed length with good ones.
     python benchmarks/never_slower.py --target build/33m --batches 1 4 16 --json build/never-slower.json
 
 Within every repetition the prompts are served by all contestants in turn, in an order that is drawn anew: one by one, or from
-a queue that keeps as many rows busy as the batch has until all have been taken. Reported are means of the ratios of the
+a queue that keeps as many rows busy as the batch has until all have been taken (where rows draft they end at different
+times, so the longer the queue, the less its end counts, where rows are idle). Reported are means of the ratios of the
 repetitions' times, with 95 % intervals (Student's t). All lengths, auto's included, are drafted for by one and the same
 engine, whose policy is exchanged: two copies of the same weights differ in speed by some per cent, by where they lie in
-memory. *Plain* decoding has an engine of its own, so its ratio carries that difference: run the benchmark several times to
-see it. *Bare* is the drafting engine without its speculators, which takes that difference away (and what handing out the
-target's states costs). Which fixed length is best is decided by one half of the repetitions and measured in the other, and
-the other way round: the best of several is else also the luckiest.
+memory. *Plain* decoding has an engine of its own, so its ratio carries that difference: `--engines` makes the pair anew
+several times, and the interval is one of the pairs' means. *Bare* is the drafting engine without its speculators, which takes
+that difference away (and what handing out the target's states costs). Which fixed length is best is decided by one half of
+the repetitions and measured in the other, and the other way round: the best of several is else also the luckiest.
 
 *Adversarial* speculators are the shipped ones at their full cost, whose drafts are replaced by tokens that the target has
 least reason to say: `ngram` (it is made to draft always), `draft_model`, `eagle3`. *Good* ones are the shipped ones as they
@@ -45,7 +46,6 @@ from specplug.speculation.policy import FixedBudget
 from specplug.stats import SpeculationStats
 
 PLAIN, BARE, AUTO = "plain", "bare", "auto"
-_QUEUE = 3  # prompts for every row, at least
 METHODS: Mapping[str, dict[str, Any]] = {
     "ngram": {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 1},
     "draft_model": {"method": "draft_model"},
@@ -118,8 +118,11 @@ def serve(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> float:
     return time.perf_counter() - started
 
 
-def interval(ratios: list[float]) -> dict[str, float]:
-    """Mean and half the width of its 95 % interval."""
+def interval(ratios: list[float], pairs: int = 1) -> dict[str, float]:
+    """Mean and half the width of its 95 % interval: over repetitions, or over the means of several pairs of engines."""
+    if pairs > 1:
+        each = len(ratios) // pairs
+        ratios = [statistics.mean(ratios[pair * each : (pair + 1) * each]) for pair in range(pairs)]
     half = stats.t.ppf(0.975, len(ratios) - 1) * statistics.stdev(ratios) / math.sqrt(len(ratios))
     return {"mean": round(statistics.mean(ratios), 4), "plus_minus": round(float(half), 4)}
 
@@ -131,6 +134,40 @@ def against_best(seconds: Mapping[str, list[float]], lengths: Sequence[str]) -> 
         best = min(lengths, key=lambda name: sum(seconds[name][1 - half :: 2]))
         ratios += [b / a for b, a in zip(seconds[best][half::2], seconds[AUTO][half::2], strict=True)]
     return ratios
+
+
+def take_turns(
+    args: argparse.Namespace, plain: LLM, drafting: LLM, prompts: list[list[int]], batch: int, lengths: Sequence[int]
+) -> tuple[dict[str, list[float]], SpeculationStats]:
+    """Seconds of every repetition by contestant, for one pair of engines; and what became of automatic drafts."""
+    params = SamplingParams(temperature=args.temperature, max_tokens=args.tokens, ignore_eos=True)
+    groups = [[prompt] for prompt in prompts] if batch == 1 else [prompts]
+    chain = drafting.engine.chain
+    auto, fixed = chain.policy, FixedBudget()
+    chains = {PLAIN: plain.engine.chain, BARE: without_speculators(drafting)}
+    contestants: dict[str, tuple[LLM, Any, SamplingParams]] = {
+        PLAIN: (plain, fixed, params),
+        BARE: (drafting, fixed, params),
+        AUTO: (drafting, auto, params),
+    }
+    for length in lengths:
+        contestants[str(length)] = (drafting, fixed, attrs.evolve(params, num_speculative_tokens=length))
+    order, stats = list(contestants), SpeculationStats()
+    seconds: dict[str, list[float]] = {name: [0.0] * args.repeats for name in contestants}
+    for repeat in range(-1, args.repeats):  # the first one does not count
+        for group in groups:
+            random.shuffle(order)
+            for name in order:
+                llm, policy, own = contestants[name]
+                llm.engine.chain = chains.get(name, chain)
+                llm.engine.chain.policy = policy
+                before = llm.engine.stats
+                llm.engine.stats = stats if name == AUTO and repeat >= 0 else SpeculationStats()
+                took = serve(llm, group, own)
+                llm.engine.stats = before
+                if repeat >= 0:
+                    seconds[name][repeat] += took
+    return seconds, stats
 
 
 def measure(
@@ -147,63 +184,40 @@ def measure(
         "max_num_batched_tokens": max(512, 64 * batch),
         "memory": args.memory,
     }
+    drafting_options = {**options, "speculative_config": keys}
     if spoiled:
         keys["method"] = "spoiled"
-        options["plugins"] = {"spoiled": adversary(method, args.token)}
-    params = SamplingParams(temperature=args.temperature, max_tokens=args.tokens, ignore_eos=True)
-    groups = [[prompt] for prompt in prompts] if batch == 1 else [prompts]
-    stats: dict[str, SpeculationStats] = {}
-    with ExitStack() as stack:
-        plain = stack.enter_context(LLM(args.target, **{**options, "plugins": {}}))
-        drafting = stack.enter_context(LLM(args.target, speculative_config=keys, **options))
-        chain = drafting.engine.chain
-        auto, fixed = chain.policy, FixedBudget()
-        chains = {PLAIN: plain.engine.chain, BARE: without_speculators(drafting)}
-        contestants: dict[str, tuple[LLM, Any, SamplingParams]] = {
-            PLAIN: (plain, fixed, params),
-            BARE: (drafting, fixed, params),
-            AUTO: (drafting, auto, params),
+        drafting_options["plugins"] = {"spoiled": adversary(method, args.token)}
+    lengths = [] if spoiled else args.lengths
+    counts = SpeculationStats()
+    seconds: dict[str, list[float]] = {}
+    for number in range(args.engines):
+        with ExitStack() as stack:
+            pair: dict[bool, LLM] = {}
+            for drafts in (False, True) if number % 2 == 0 else (True, False):
+                pair[drafts] = stack.enter_context(LLM(args.target, **(drafting_options if drafts else options)))
+            own, counts = take_turns(args, pair[False], pair[True], prompts, batch, lengths)
+        for name, times in own.items():
+            seconds.setdefault(name, []).extend(times)
+    row: dict[str, Any] = {
+        "method": method,
+        "drafts": "never accepted" if spoiled else "as they are",
+        "batch": batch,
+        "workload": workload,
+        "to_plain": interval([p / a for p, a in zip(seconds[PLAIN], seconds[AUTO], strict=True)], args.engines),
+        "to_bare": interval([b / a for b, a in zip(seconds[BARE], seconds[AUTO], strict=True)], args.engines),
+        "auto_tokens_per_second": round(len(prompts) * args.tokens / statistics.median(seconds[AUTO]), 1),
+        "tau": round(counts.mean_acceptance_length or 1.0, 3),
+        "drafted_a_step": round(counts.num_draft_tokens / max(1, counts.num_steps), 3),
+    }
+    if lengths:
+        best = min((str(length) for length in lengths), key=lambda name: statistics.mean(seconds[name]))
+        row["best_length"] = int(best)
+        row["to_best"] = interval(against_best(seconds, [str(length) for length in lengths]))
+        row["fixed"] = {
+            str(length): interval([p / f for p, f in zip(seconds[PLAIN], seconds[str(length)], strict=True)])
+            for length in lengths
         }
-        if not spoiled:
-            for length in args.lengths:
-                capped = attrs.evolve(params, num_speculative_tokens=length)
-                contestants[str(length)] = (drafting, fixed, capped)
-        order = list(contestants)
-        seconds: dict[str, list[float]] = {name: [0.0] * args.repeats for name in contestants}
-        for repeat in range(-1, args.repeats):  # the first one does not count
-            for group in groups:
-                random.shuffle(order)
-                for name in order:
-                    llm, policy, own = contestants[name]
-                    llm.engine.chain = chains.get(name, chain)
-                    llm.engine.chain.policy = policy
-                    llm.engine.stats, before = stats.get(name, SpeculationStats()), llm.engine.stats
-                    took = serve(llm, group, own)
-                    stats[name], llm.engine.stats = llm.engine.stats, before
-                    if repeat >= 0:
-                        seconds[name][repeat] += took
-            if repeat < 0:
-                stats.clear()
-        counts = stats[AUTO]
-        row: dict[str, Any] = {
-            "method": method,
-            "drafts": "never accepted" if spoiled else "as they are",
-            "batch": batch,
-            "workload": workload,
-            "to_plain": interval([p / a for p, a in zip(seconds[PLAIN], seconds[AUTO], strict=True)]),
-            "to_bare": interval([b / a for b, a in zip(seconds[BARE], seconds[AUTO], strict=True)]),
-            "auto_tokens_per_second": round(len(prompts) * args.tokens / statistics.median(seconds[AUTO]), 1),
-            "tau": round(counts.mean_acceptance_length or 1.0, 3),
-            "drafted_a_step": round(counts.num_draft_tokens / max(1, counts.num_steps), 3),
-        }
-        if not spoiled:
-            best = min((str(length) for length in args.lengths), key=lambda name: statistics.mean(seconds[name]))
-            row["best_length"] = int(best)
-            row["to_best"] = interval(against_best(seconds, [str(length) for length in args.lengths]))
-            row["fixed"] = {
-                str(length): interval([p / f for p, f in zip(seconds[PLAIN], seconds[str(length)], strict=True)])
-                for length in args.lengths
-            }
     return row
 
 
@@ -221,7 +235,9 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=7, help="with each pair of engines")
+    parser.add_argument("--engines", type=int, default=1, help="pairs of engines, one after the other")
+    parser.add_argument("--queue", type=int, default=6, help="prompts for every row, at least")
     parser.add_argument("--memory", default="4GiB", help="of each engine")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
@@ -231,7 +247,7 @@ def main() -> None:
     rows = []
     for workload in args.workloads:
         for batch in args.batches:
-            prompts = WORKLOADS[workload](tokenizer, max(args.prompts, _QUEUE * batch))
+            prompts = WORKLOADS[workload](tokenizer, max(args.prompts, args.queue * batch))
             for method in args.methods:
                 for spoiled in (True, False):
                     if args.only and spoiled != (args.only == "adversarial"):
@@ -242,8 +258,9 @@ def main() -> None:
         "target": args.target,
         "dtype": args.dtype,
         "temperature": args.temperature,
-        "prompts": f"at least {args.prompts} of each workload and {_QUEUE} for every row, {args.tokens} tokens each",
+        "prompts": f"at least {args.prompts} of each workload and {args.queue} for every row, {args.tokens} tokens each",
         "repeats": args.repeats,
+        "engines": args.engines,
         "threads": args.threads,
         "versions": f"specplug {__version__}, torch {torch.__version__}, {platform.machine()}",
     }

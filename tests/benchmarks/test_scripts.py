@@ -47,7 +47,8 @@ def test_costs_of_steps(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_never_slower(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, picture = tmp_path / "never.json", tmp_path / "never.svg"
-    small = ["--prompts", 2, "--tokens", 8, "--repeats", 2, "--lengths", 1, 2, "--memory", "96MiB"]
+    small = ["--prompts", 2, "--tokens", 8, "--repeats", 2, "--engines", 2, "--queue", 2, "--lengths", 1, 2]
+    small += ["--memory", "96MiB"]
     run(never_slower, "--methods", "ngram", "--batches", 2, "--workloads", "editing", *small, "--json", out)
     adversarial, good = json.loads(out.read_text())["rows"]
     assert adversarial["tau"] == 1.0

@@ -78,6 +78,7 @@ class DraftModelSpeculator:
         vocabulary: the tokens that target and draft share.
         settings: the user's keys.
         num_speculative_tokens: the most tokens of a draft.
+        may_stop: whether budgets may say how likely a token must be, which is then worked out.
         max_model_len: rows longer than this go on without drafts.
         max_num_batched_tokens: the most tokens of one forward.
         device: the target's.
@@ -90,6 +91,7 @@ class DraftModelSpeculator:
     vocabulary: VocabularyMap
     settings: DraftModelSettings
     num_speculative_tokens: int
+    may_stop: bool
     max_model_len: int
     max_num_batched_tokens: int
     device: torch.device
@@ -111,7 +113,7 @@ class DraftModelSpeculator:
         if self.samples:
             held = max(2 * self.num_speculative_tokens, self.num_speculative_tokens + _COPIES_TO_DRAW)
             bytes_ += rows * held * self.vocabulary.size * torch.float32.itemsize
-        elif self.model.device.type != "cpu":  # there a token's probability takes a softmax
+        elif self.may_stop and self.model.device.type != "cpu":  # there a token's probability takes a softmax
             bytes_ += rows * self.vocabulary.size * torch.float32.itemsize
         return [
             *self.model.regions(scratch_tokens_per_row=self.num_speculative_tokens),
@@ -261,6 +263,7 @@ def load_speculator(config: SpeculativeConfig, target: TargetModel) -> DraftMode
         vocabulary=vocabulary,
         settings=settings,
         num_speculative_tokens=config.num_speculative_tokens,
+        may_stop=config.is_auto,
         max_model_len=min(model.max_model_len, settings.max_model_len or model.max_model_len),
         max_num_batched_tokens=target.max_num_batched_tokens,
         device=target.device,
