@@ -9,7 +9,8 @@ _ENGINE_TRUST = 2.0
 _FIRST_GUESS, _GUESS_TRUST = 0.6, 3.0
 _TRUSTS = (24.0, 6.0, 1.5)
 _HANDICAPS = (1.0, 1.05, 1.1)
-_HOPELESS = 0.5
+_DOUBTED_BELOW = 0.5
+_MISSES, _HOPEFUL = 6, 0.3
 _STEP_KEEPS = 0.5 ** (1 / 128)
 _UNLIKELY, _DOUBT_KEEPS, _DOUBT_FADES = 0.04, 0.3, 0.02
 
@@ -23,6 +24,7 @@ class EngineAcceptance:
         accepted: for each depth (depth 1 first), drafts accepted there, lately.
         reached: drafts whose node there was decided, its ancestors being accepted.
         trust: as how many drafts of a row what is known of all rows counts.
+        misses: drafts on end of which nothing was accepted.
     """
 
     def __init__(self, depth: int) -> None:
@@ -30,12 +32,18 @@ class EngineAcceptance:
         self.reached = [0.0] * depth
         self.accepted[0], self.reached[0] = _FIRST_GUESS * _GUESS_TRUST, _GUESS_TRUST
         self.trust = _TRUSTS[0]
+        self.misses = 0
         self._losses = [0.0] * len(_TRUSTS)
 
     @property
     def first(self) -> float:
         """The chance that the first node of a draft is accepted."""
         return self.accepted[0] / self.reached[0]
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether next to nothing was accepted lately."""
+        return self.misses >= _MISSES and self.first < _HOPEFUL
 
     @property
     def drafts(self) -> float:
@@ -55,8 +63,9 @@ class EngineAcceptance:
         """
         if accepted or rejected:
             self._judge(row, hit=accepted > 0)
+            self.misses = 0 if accepted else self.misses + 1
         doubts = row.record(self.first, accepted, rejected=rejected, stopped=stopped)
-        if doubts and accepted and self.first < _HOPELESS:
+        if doubts and accepted and self.first < _DOUBTED_BELOW:
             self.accepted = [count * _DOUBT_KEEPS for count in self.accepted]
             self.reached = [count * _DOUBT_KEEPS for count in self.reached]
         for index in range(min(accepted + (rejected or stopped), len(self.reached))):

@@ -75,7 +75,7 @@ class AutoBudget:
 
     def keeps_states(self, index: int, request: Request) -> bool:
         """Whether target states that a speculator has not seen are worth keeping: of a row that is lost to it, hardly."""
-        return not (self.links[index].is_hopeless and self._row(request, index).is_blind)
+        return not (self.links[index].acceptance.is_hopeless and self._row(request, index).is_blind)
 
     def fork(self, parent: Request, child: Request) -> None:
         """A sequence starts on another one's prompt, and on what speculators stored for that."""

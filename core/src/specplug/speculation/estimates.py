@@ -22,7 +22,6 @@ _FEED_FORGETS = 0.8
 _SCORES_FORGET = 0.97
 _FIRST_DEPTH = 3
 _GOING_FORGETS, _GOING_AT_FIRST = 0.97, 0.8
-_HOPELESS = 0.1
 _WARM_AFTER, _WARM_LASTS = 2, 512
 _LONGEST_COMPARED, _LONGEST_DRAFTED = 8, 32
 
@@ -144,11 +143,6 @@ class LinkEstimate:
     def nodes_at(self) -> list[float]:
         """How many nodes a draft is expected to have at depth 1, 2, …, if it may be so deep."""
         return [1.0, *itertools.accumulate(self.going, operator.mul)] if self.going else [self.width] * self.depth
-
-    @property
-    def is_hopeless(self) -> bool:
-        """Whether next to nothing that it drafted was accepted lately, whatever it was shown before."""
-        return self.acceptance.first < _HOPELESS
 
     @property
     def depth_to_try(self) -> int:

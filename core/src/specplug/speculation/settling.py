@@ -121,7 +121,7 @@ def _try_out(
         step: the step's number.
     """
     is_known = link.was_warm(step)
-    if link.is_hopeless and not any(c.row.acceptance.first_accepted for c in candidates):
+    if link.acceptance.is_hopeless and not any(c.row.acceptance.first_accepted for c in candidates):
         return [0] * len(candidates)
     view = prospect if is_known else prospect.if_warm()
     least = view.least_gain
