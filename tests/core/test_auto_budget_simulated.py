@@ -74,7 +74,7 @@ def test_a_good_speculator_is_used_as_well_as_at_its_best_length(rows: int, shar
 
     best = max(relative(make, rows, fixed=length, seeds=2) for length in range(1, 9))
     assert (
-        relative(make, rows, seeds=4) >= 0.97 * best - 0.01
+        relative(make, rows, seeds=8) >= 0.97 * best - 0.01
     )  # a percent of luck, since the best of eight is the luckiest
 
 
@@ -255,7 +255,7 @@ def test_a_batch_that_empties_drafts_on_as_it_did() -> None:
     assert statistics.mean(gained) > best  # of requests whose ends count too
 
 
-@pytest.mark.parametrize(("later", "least"), [(0.7, 1.1), (0.85, 1.2)])
+@pytest.mark.parametrize(("later", "least"), [(0.7, 1.15), (0.85, 1.35)])
 def test_what_comes_right_behind_a_prompt_is_not_taken_for_all_that_follows(later: float, least: float) -> None:
     """A costly head whose drafts pay from the ninth token on; asked once in a while it takes a third longer."""
     cost = 0.3 * TARGET.seconds(1, 0)

@@ -11,6 +11,7 @@ _TRUSTS = (24.0, 6.0, 1.5)
 _HANDICAPS = (1.0, 1.05, 1.1)
 _DOUBTED_BELOW = 0.5
 _MISSES, _HOPEFUL = 6, 0.3
+_STRETCHES, _STRETCH_TRUST = 5, 12.0
 _STEP_KEEPS = 0.5 ** (1 / 128)
 _UNLIKELY, _DOUBT_KEEPS, _DOUBT_FADES = 0.04, 0.3, 0.02
 
@@ -25,6 +26,8 @@ class EngineAcceptance:
         reached: drafts whose node there was decided, its ancestors being accepted.
         trust: as how many drafts of a row what is known of all rows counts.
         misses: drafts on end of which nothing was accepted.
+        stretches: for each stretch of a text (tokens 0 to 7, to 31, to 127, to 511, all others) the first nodes that were
+            accepted there, and drafts: what comes right behind a prompt is not like what follows later.
     """
 
     def __init__(self, depth: int) -> None:
@@ -33,12 +36,18 @@ class EngineAcceptance:
         self.accepted[0], self.reached[0] = _FIRST_GUESS * _GUESS_TRUST, _GUESS_TRUST
         self.trust = _TRUSTS[0]
         self.misses = 0
+        self.stretches = [[0.0, 0.0] for _ in range(_STRETCHES)]
         self._losses = [0.0] * len(_TRUSTS)
 
     @property
     def first(self) -> float:
         """The chance that the first node of a draft is accepted."""
         return self.accepted[0] / self.reached[0]
+
+    def first_at(self, position: int) -> float:
+        """The same, of drafts for the token at a place of the output."""
+        accepted, drafts = self.stretches[_stretch(position)]
+        return (accepted + _STRETCH_TRUST * self.first) / (drafts + _STRETCH_TRUST)
 
     @property
     def is_hopeless(self) -> bool:
@@ -50,8 +59,10 @@ class EngineAcceptance:
         """How many drafts were seen, lately."""
         return max(self.reached[0] - _GUESS_TRUST, 0.0)
 
-    def record(self, row: RowAcceptance, accepted: int, *, rejected: bool, stopped: bool = False) -> bool:
-        """Takes in one draft of a row: how many nodes were accepted, and whether the one behind them was rejected.
+    def record(
+        self, row: RowAcceptance, accepted: int, *, rejected: bool, stopped: bool = False, position: int = 0
+    ) -> bool:
+        """Takes in one draft of a row: where, how many nodes were accepted, and whether the one behind them was rejected.
 
         Where the draft stopped before it, since it was too unlikely, it brings as little as if it had been rejected.
 
@@ -61,26 +72,31 @@ class EngineAcceptance:
         Returns:
             Whether it made what was seen of the row before count for less.
         """
+        first = self.first_at(position)
         if accepted or rejected:
-            self._judge(row, hit=accepted > 0)
+            self._judge(row, first, hit=accepted > 0)
             self.misses = 0 if accepted else self.misses + 1
-        doubts = row.record(self.first, accepted, rejected=rejected, stopped=stopped)
+        doubts = row.record(first, accepted, rejected=rejected, stopped=stopped)
         if doubts and accepted and self.first < _DOUBTED_BELOW:
             self.accepted = [count * _DOUBT_KEEPS for count in self.accepted]
             self.reached = [count * _DOUBT_KEEPS for count in self.reached]
+            self.stretches = [[count * _DOUBT_KEEPS for count in stretch] for stretch in self.stretches]
+        if accepted or rejected:
+            stretch = self.stretches[_stretch(position)]
+            stretch[0] = stretch[0] * _ENGINE_FORGETS + (accepted > 0)
+            stretch[1] = stretch[1] * _ENGINE_FORGETS + 1.0
         for index in range(min(accepted + (rejected or stopped), len(self.reached))):
             self.reached[index] = self.reached[index] * _ENGINE_FORGETS + 1.0
             self.accepted[index] = self.accepted[index] * _ENGINE_FORGETS + (index < accepted)
         return doubts
 
-    def _judge(self, row: RowAcceptance, *, hit: bool) -> None:
+    def _judge(self, row: RowAcceptance, first: float, *, hit: bool) -> None:
         """Compares how well a row's first node is foretold with more or less trust in the other rows.
 
         Less trust has to foretell clearly better: a row's own few drafts are chance above all, and following them costs the
         drafts of every row that had bad luck.
         """
-        came, first = float(hit), self.accepted[0] / self.reached[0]
-        accepted, reached = row.first_accepted, row.first_reached
+        came, accepted, reached = float(hit), row.first_accepted, row.first_reached
         self._losses = losses = [
             loss * _LOSS_FORGETS + (came - (accepted + trust * first) / (reached + trust)) ** 2
             for loss, trust in zip(self._losses, _TRUSTS, strict=True)
@@ -157,14 +173,20 @@ class RowAcceptance:
         self.rest_accepted *= share
         self.rest_reached *= share
 
-    def gains(self, engine: EngineAcceptance, depth: int, least: float) -> list[float]:
+    def gains(self, engine: EngineAcceptance, depth: int, least: float, position: int) -> list[float]:
         """The chance that each node of a draft is accepted, depth 1 first, as far as it is at least `least`.
 
         A depth that was not reached lately is taken to be like the one before it.
+
+        Args:
+            engine: what was seen of all rows.
+            depth: of the deepest node.
+            least: the least chance of interest.
+            position: the place in the output that the first node is for.
         """
         accepted, reached = engine.accepted, engine.reached
         trust = max(engine.trust * self.likeness, 1.0)
-        rate = (self.first_accepted + trust * accepted[0] / reached[0]) / (self.first_reached + trust)
+        rate = (self.first_accepted + trust * engine.first_at(position)) / (self.first_reached + trust)
         gain, gains = rate, []
         own, seen = self.rest_accepted, self.rest_reached + trust
         for index in range(1, depth + 1):
@@ -176,3 +198,7 @@ class RowAcceptance:
                 rate = (own + trust * prior) / seen
                 gain *= rate
         return gains
+
+
+def _stretch(position: int) -> int:
+    return min(max(position.bit_length() - 2, 0) // 2, _STRETCHES - 1)

@@ -230,7 +230,7 @@ class AutoBudget:
                 continue
             prospect.nodes += len(draft)
             if not is_last:
-                prospect.tokens += sum(link.gains(row, depth, 0.0)[: len(draft)])
+                prospect.tokens += sum(link.gains(row, depth, 0.0, request.num_output_tokens)[: len(draft)])
         link.observe_drafts(drafts, refused, asked)
 
     def trim(self, drafts: Sequence[Draft | None]) -> list[Draft | None]:
@@ -266,7 +266,8 @@ class AutoBudget:
             if outcome is not None:
                 nodes += outcome.num_nodes
                 link, row = self.links[request.outcome_link], self._row(request, request.outcome_link)
-                self._lessons.add(link, row, outcome.accepted, outcome.num_nodes, self.step)
+                position = max(request.num_output_tokens - len(outcome.accepted) - 1, 0)
+                self._lessons.add(link, row, outcome.accepted, outcome.num_nodes, self.step, position)
                 is_typical = is_typical and (link.is_warm or not link.was_warm(self.step))
             for index, row in enumerate(request.estimates):
                 if row.guess is not None:
@@ -297,7 +298,8 @@ class AutoBudget:
         if len(request.tokens) > length:
             row.guess = None
             hit = request.tokens[length] in candidates
-            self.links[index].learn(row, int(hit), rejected=not hit, step=self.step)
+            position = length - request.num_prompt_tokens
+            self.links[index].learn(row, int(hit), rejected=not hit, step=self.step, position=position)
 
     # ---- details --------------------------------------------------------------------------------------------------
 

@@ -236,14 +236,25 @@ class LinkEstimate:
             acceptance.trust, acceptance.drafts
         )
 
-    def gains(self, row: RowEstimate, depth: int, least: float) -> list[float]:
+    def gains(self, row: RowEstimate, depth: int, least: float, position: int) -> list[float]:
         """The chance that each node of a draft for a row is accepted; see `RowAcceptance.gains`."""
-        return row.acceptance.gains(self.blind_acceptance if row.is_blind else self.acceptance, depth, least)
+        return row.acceptance.gains(self.blind_acceptance if row.is_blind else self.acceptance, depth, least, position)
 
-    def learn(self, row: RowEstimate, count: int, *, rejected: bool, step: int, stopped: bool = False) -> None:
-        """Takes in what became of a draft, or a guess: nodes accepted, and whether the next was rejected, or not drafted."""
+    def learn(
+        self, row: RowEstimate, count: int, *, rejected: bool, step: int, position: int, stopped: bool = False
+    ) -> None:
+        """Takes in what became of a draft, or a guess.
+
+        Args:
+            row: whose it was.
+            count: nodes accepted.
+            rejected: whether the next was rejected.
+            step: the step's number.
+            position: the place in the output that the first node was for.
+            stopped: whether the next was not drafted, though it might have been.
+        """
         acceptance = self.blind_acceptance if row.is_blind else self.acceptance
-        if acceptance.record(row.acceptance, count, rejected=rejected, stopped=stopped):
+        if acceptance.record(row.acceptance, count, rejected=rejected, stopped=stopped, position=position):
             row.settled_at = -1
         if row.probes:
             row.misses = 0 if count else row.misses + 1

@@ -41,10 +41,11 @@ def follows(link: LinkEstimate, request: Request, prospect: Prospect, account: P
         return False
     if has_begun or not link.is_auto or not (link.asks or link.feed):
         return True
-    gains = RowAcceptance().gains(link.acceptance, link.depth_to_try, prospect.least_gain)
+    halfway = tokens_left(request) // 2
+    gains = RowAcceptance().gains(link.acceptance, link.depth_to_try, prospect.least_gain, halfway)
     _, rate = prospect.divide(link, [gains] * prospect.rows)
     length = request.num_prompt_tokens
-    if prospect.repays(link, length, tokens_left(request), rate):
+    if account.is_sound and prospect.repays(link, length, tokens_left(request), rate):
         return True
     return account.affords(link.feed * length, account.advance(tokens_left(request)))
 

@@ -18,6 +18,7 @@ class _Lesson:
     accepted: Sequence[int]
     nodes: int
     step: int
+    position: int
 
 
 class Lessons:
@@ -31,7 +32,9 @@ class Lessons:
         self.since: int | None = None
         self._waiting: list[_Lesson] = []
 
-    def add(self, link: LinkEstimate, row: RowEstimate, accepted: Sequence[int], nodes: int, step: int) -> None:
+    def add(
+        self, link: LinkEstimate, row: RowEstimate, accepted: Sequence[int], nodes: int, step: int, position: int
+    ) -> None:
         """Notes what became of a row's draft.
 
         Args:
@@ -40,9 +43,10 @@ class Lessons:
             accepted: the nodes that were, from the root down.
             nodes: how many were verified.
             step: the step's number.
+            position: the place in the output that the first node was for.
         """
         self.since = step if self.since is None else self.since
-        self._waiting.append(_Lesson(link, row, row.draft, accepted, nodes, step))
+        self._waiting.append(_Lesson(link, row, row.draft, accepted, nodes, step, position))
         row.draft = None
 
     def take_in(self) -> bool:
@@ -63,4 +67,4 @@ def _learn(lesson: _Lesson) -> None:
         if rejected and draft.parents is not None:
             rejected = (accepted[-1] if count else -1) in draft.parents
         lesson.link.observe_scores(draft, count)
-    lesson.link.learn(lesson.row, count, rejected=rejected, step=lesson.step, stopped=stopped)
+    lesson.link.learn(lesson.row, count, rejected=rejected, step=lesson.step, position=lesson.position, stopped=stopped)

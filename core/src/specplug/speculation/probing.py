@@ -27,6 +27,11 @@ class Probing:
         self._wanted = 0.0
         self._step_seconds = 0.0
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether no more was overdrawn than some steps take: what was to pay did not, if more was."""
+        return self.credit > -_SAVED_STEPS * self._step_seconds
+
     def begin(self) -> None:
         """Begins a step."""
         self._drawn = 0.0

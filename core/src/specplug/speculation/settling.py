@@ -51,7 +51,7 @@ def settle(
         row = candidate.row
         if not row.depth and row.settled_at >= 0:
             row.acceptance.fade(step - row.settled_at)
-    gains = [link.gains(c.row, c.limit, least) for c in candidates]
+    gains = [link.gains(c.row, c.limit, least, c.request.num_output_tokens) for c in candidates]
     left: set[int] = set()
     if place + 1 < len(links):
         for number, candidate in enumerate(candidates):
@@ -125,7 +125,10 @@ def _try_out(
         return [0] * len(candidates)
     view = prospect if is_known else prospect.if_warm()
     least = view.least_gain
-    gains = [[] if number in left else link.gains(c.row, c.limit, least) for number, c in enumerate(candidates)]
+    gains = [
+        [] if number in left else link.gains(c.row, c.limit, least, c.request.num_output_tokens)
+        for number, c in enumerate(candidates)
+    ]
     depths, rate = view.divide(link, gains, _NEARLY if is_known else _PERHAPS)
     if any(depths):
         lost = max(0.0, 1.0 - rate / prospect.rate) + (0.0 if is_known else _DOUBT)
@@ -147,7 +150,8 @@ def _is_better_left(
     for later in range(place + 1, len(links)):
         link = links[later]
         limit = 0 if link.retired else deepest_useful(link, request)
-        others = link.gains(estimate_of(request, later, len(links)), limit, 0.002) if limit > 0 else []
+        row, position = estimate_of(request, later, len(links)), request.num_output_tokens
+        others = link.gains(row, limit, 0.002, position) if limit > 0 else []
         if others:
             own = prospect.worth(links[place], gains) if own is None else own
             if prospect.worth(link, others) > _PREFERENCE * own:
