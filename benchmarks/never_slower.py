@@ -111,7 +111,22 @@ def without_speculators(llm: LLM) -> SpeculatorChain:
     )
 
 
-def serve(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> float:
+def requests(args: argparse.Namespace, prompts: list[list[int]]) -> list[tuple[list[int], SamplingParams]]:
+    """The prompts, and how many tokens each asks for: half as many up to half as many again, in an order of chance.
+
+    Where all ask for as many, rows that draft nothing go in step from beginning to end, and their prompts are computed
+    together: plain decoding then gains by what no queue of requests in life grants it.
+    """
+    last = max(1, len(prompts) - 1)
+    tokens = [round(args.tokens * (1 + args.spread * (2 * place / last - 1))) for place in range(len(prompts))]
+    random.Random(0).shuffle(tokens)
+    return [
+        (prompt, SamplingParams(temperature=args.temperature, max_tokens=count, ignore_eos=True))
+        for prompt, count in zip(prompts, tokens, strict=True)
+    ]
+
+
+def serve(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> float:
     """Seconds for a batch of prompts."""
     started = time.perf_counter()
     llm.generate(prompts, params, use_tqdm=False)
@@ -140,30 +155,31 @@ def take_turns(
     args: argparse.Namespace, plain: LLM, drafting: LLM, prompts: list[list[int]], batch: int, lengths: Sequence[int]
 ) -> tuple[dict[str, list[float]], SpeculationStats]:
     """Seconds of every repetition by contestant, for one pair of engines; and what became of automatic drafts."""
-    params = SamplingParams(temperature=args.temperature, max_tokens=args.tokens, ignore_eos=True)
-    groups = [[prompt] for prompt in prompts] if batch == 1 else [prompts]
+    asked = requests(args, prompts)
+    groups = [[request] for request in asked] if batch == 1 else [asked]
     chain = drafting.engine.chain
     auto, fixed = chain.policy, FixedBudget()
     chains = {PLAIN: plain.engine.chain, BARE: without_speculators(drafting)}
-    contestants: dict[str, tuple[LLM, Any, SamplingParams]] = {
-        PLAIN: (plain, fixed, params),
-        BARE: (drafting, fixed, params),
-        AUTO: (drafting, auto, params),
+    contestants: dict[str, tuple[LLM, Any, int | None]] = {
+        PLAIN: (plain, fixed, None),
+        BARE: (drafting, fixed, None),
+        AUTO: (drafting, auto, None),
     }
     for length in lengths:
-        contestants[str(length)] = (drafting, fixed, attrs.evolve(params, num_speculative_tokens=length))
+        contestants[str(length)] = (drafting, fixed, length)
     order, stats = list(contestants), SpeculationStats()
     seconds: dict[str, list[float]] = {name: [0.0] * args.repeats for name in contestants}
     for repeat in range(-1, args.repeats):  # the first one does not count
         for group in groups:
             random.shuffle(order)
             for name in order:
-                llm, policy, own = contestants[name]
+                llm, policy, length = contestants[name]
+                own = [attrs.evolve(params, num_speculative_tokens=length) for _, params in group]
                 llm.engine.chain = chains.get(name, chain)
                 llm.engine.chain.policy = policy
                 before = llm.engine.stats
                 llm.engine.stats = stats if name == AUTO and repeat >= 0 else SpeculationStats()
-                took = serve(llm, group, own)
+                took = serve(llm, [prompt for prompt, _ in group], own)
                 llm.engine.stats = before
                 if repeat >= 0:
                     seconds[name][repeat] += took
@@ -199,6 +215,7 @@ def measure(
             own, counts = take_turns(args, pair[False], pair[True], prompts, batch, lengths)
         for name, times in own.items():
             seconds.setdefault(name, []).extend(times)
+    tokens = sum(params.max_tokens or 0 for _, params in requests(args, prompts))
     row: dict[str, Any] = {
         "method": method,
         "drafts": "never accepted" if spoiled else "as they are",
@@ -206,7 +223,7 @@ def measure(
         "workload": workload,
         "to_plain": interval([p / a for p, a in zip(seconds[PLAIN], seconds[AUTO], strict=True)], args.engines),
         "to_bare": interval([b / a for b, a in zip(seconds[BARE], seconds[AUTO], strict=True)], args.engines),
-        "auto_tokens_per_second": round(len(prompts) * args.tokens / statistics.median(seconds[AUTO]), 1),
+        "auto_tokens_per_second": round(tokens / statistics.median(seconds[AUTO]), 1),
         "tau": round(counts.mean_acceptance_length or 1.0, 3),
         "drafted_a_step": round(counts.num_draft_tokens / max(1, counts.num_steps), 3),
     }
@@ -234,7 +251,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--tokens", type=int, default=96, help="of a request, on average")
+    parser.add_argument("--spread", type=float, default=0.5, help="by which share requests ask for more or fewer")
     parser.add_argument("--repeats", type=int, default=7, help="with each pair of engines")
     parser.add_argument("--engines", type=int, default=1, help="pairs of engines, one after the other")
     parser.add_argument("--queue", type=int, default=6, help="prompts for every row, at least")
@@ -258,7 +276,8 @@ def main() -> None:
         "target": args.target,
         "dtype": args.dtype,
         "temperature": args.temperature,
-        "prompts": f"at least {args.prompts} of each workload and {args.queue} for every row, {args.tokens} tokens each",
+        "prompts": f"at least {args.prompts} of each workload and {args.queue} for every row, {args.tokens} tokens on average",
+        "spread": args.spread,
         "repeats": args.repeats,
         "engines": args.engines,
         "threads": args.threads,

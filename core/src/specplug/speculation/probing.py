@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-_SHARE = 0.015
+_SHARE, _HOPELESS_SHARE = 0.015, 0.012
 _SAVED_STEPS = 4.0
 _OFTEN, _NOW_AND_THEN, _RARELY = 2, 8, 32
 _NEW, _KNOWN = 24, 256
@@ -19,13 +19,22 @@ class Probing:
 
     So is the time of seeing that nothing can be tried yet. However useless a speculator, and however many rows there are, what
     is lost to finding out stays a small share.
+
+    Attributes:
+        credit: seconds that it holds; below 0 where some was drawn ahead.
+        share: of the time that flows in.
     """
 
     def __init__(self) -> None:
         self.credit = 0.0
+        self.share = _SHARE
         self._drawn = 0.0
         self._wanted = 0.0
         self._step_seconds = 0.0
+
+    def be_thrifty(self, is_hopeless: bool) -> None:
+        """Less flows in where next to nothing that was tried lately came true."""
+        self.share = _HOPELESS_SHARE if is_hopeless else _SHARE
 
     @property
     def is_sound(self) -> bool:
@@ -39,7 +48,7 @@ class Probing:
     def earn(self, seconds: float) -> None:
         """A step took so long."""
         self._step_seconds += 0.1 * (min(seconds, 4 * self._step_seconds or seconds) - self._step_seconds)
-        self.credit = min(self.credit + _SHARE * seconds, max(_SAVED_STEPS * self._step_seconds, self._wanted))
+        self.credit = min(self.credit + self.share * seconds, max(_SAVED_STEPS * self._step_seconds, self._wanted))
 
     def affords(self, cost: float, overdraft: float = 0.0) -> bool:
         """Draws the cost of a probe, if it is there; some may overdraw."""
@@ -57,7 +66,7 @@ class Probing:
 
     def advance(self, steps: int) -> float:
         """What may be drawn ahead to keep up with a row that will run for so many steps: half of what they earn."""
-        return 0.5 * _SHARE * self._step_seconds * min(steps, _FORESEEN)
+        return 0.5 * self.share * self._step_seconds * min(steps, _FORESEEN)
 
     def charge(self, seconds: float) -> None:
         """So long was looked for something to try, in vain."""
@@ -65,7 +74,7 @@ class Probing:
 
     def steps_until(self, cost: float, growth: float) -> int:
         """How many steps like those before earn what a probe costs, which grows with every step."""
-        earned = _SHARE * self._step_seconds - growth
+        earned = self.share * self._step_seconds - growth
         return max(1, math.ceil((cost - self.credit) / earned)) if earned > 0.0 else _NEVER
 
 
