@@ -221,7 +221,7 @@ def test_sleeping_rows_are_mostly_left_alone_and_their_steps_are_timed_all_the_s
     assert auto.targets[rows].count - timed > simulation.steps - steps - 40  # but those that are still kept
 
 
-@pytest.mark.parametrize(("rate", "share"), [(0.0, 0.15), (0.3, 0.1)])
+@pytest.mark.parametrize(("rate", "share"), [(0.0, 0.25), (0.3, 0.1)])
 def test_target_states_are_not_lost_while_taking_them_in_is_cheap(rate: float, share: float) -> None:
     """A head that never saw a part of a text drafts worse for the rest of it: so it is shown all in time."""
     lost, gained, requests = [], [], 8
@@ -231,7 +231,7 @@ def test_target_states_are_not_lost_while_taking_them_in_is_cheap(rate: float, s
         simulation.run(requests)
         lost.append(link.lost / requests / (simulation.prompt + 400))
         gained.append(simulation.tokens / simulation.seconds / simulation.plain())
-    assert statistics.mean(lost) < share  # 0.88 if it were never shown any but the last ones
+    assert statistics.mean(lost) < share  # of a useless head more; 0.88 if it were never shown any but the last ones
     assert min(gained) > 0.97
 
 
