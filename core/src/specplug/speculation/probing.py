@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-_SHARE, _HOPELESS_SHARE = 0.015, 0.012
+_SHARE, _HOPELESS_SHARE, _FIRST_SHARE = 0.015, 0.012, 0.05
+_FIRST_STEPS = 512
 _SAVED_STEPS = 4.0
 _OFTEN, _NOW_AND_THEN, _RARELY = 2, 8, 32
 _NEW, _KNOWN = 24, 256
@@ -27,14 +28,15 @@ class Probing:
 
     def __init__(self) -> None:
         self.credit = 0.0
-        self.share = _SHARE
+        self.share = _FIRST_SHARE
+        self._steps = 0
         self._drawn = 0.0
         self._wanted = 0.0
         self._step_seconds = 0.0
 
     def be_thrifty(self, is_hopeless: bool) -> None:
-        """Less flows in where next to nothing that was tried lately came true."""
-        self.share = _HOPELESS_SHARE if is_hopeless else _SHARE
+        """More flows in while little is known, less where next to nothing that was tried lately came true."""
+        self.share = _FIRST_SHARE if self._steps < _FIRST_STEPS else _HOPELESS_SHARE if is_hopeless else _SHARE
 
     @property
     def is_sound(self) -> bool:
@@ -47,6 +49,7 @@ class Probing:
 
     def earn(self, seconds: float) -> None:
         """A step took so long."""
+        self._steps += 1
         self._step_seconds += 0.1 * (min(seconds, 4 * self._step_seconds or seconds) - self._step_seconds)
         self.credit = min(self.credit + self.share * seconds, max(_SAVED_STEPS * self._step_seconds, self._wanted))
 
