@@ -134,9 +134,9 @@ def _try_out(
         lost = max(0.0, 1.0 - rate / prospect.rate) + (0.0 if is_known else _DOUBT)
         gaps = sum(c.gap for c, depth in zip(candidates, depths, strict=True) if depth and c.gap > SHORT_GAP)
         seconds = lost * SETTLED_STEPS * prospect.tokens / prospect.rate
-        # What a prompt has been taken in for is looked at, if need be on credit.
-        is_owed = any(c.row.is_owed and 0 <= c.row.wake_at <= step for c in candidates)
-        overdraft = _ADVANCED_STEPS * prospect.tokens / prospect.rate if is_owed else 0.0
+        # On credit, what was not measured lately; and what a prompt has been taken in for, when that is due.
+        is_due = not is_known or any(c.row.is_owed and 0 <= c.row.wake_at <= step for c in candidates)
+        overdraft = _ADVANCED_STEPS * prospect.tokens / prospect.rate if is_due else 0.0
         if account.affords(seconds + link.feed * gaps, overdraft):
             return depths
     return [0] * len(candidates)
