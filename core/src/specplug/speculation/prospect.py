@@ -36,7 +36,6 @@ class Prospect:
         tokens: tokens that it is expected to bring so far.
         spent: seconds spent on it so far, beside the target's.
         curve: seconds of a target step over its draft nodes.
-        known: whether anything of that kind was timed.
     """
 
     def __init__(self, rows: int, targets: RowCosts) -> None:
