@@ -110,6 +110,35 @@ class Useless:
         return Proposal([[VOCABULARY - 1] * min(row.budget.max_nodes, row.budget.max_depth) for row in batch.rows])
 
 
+class Attentive(Useless):
+    """Notes the positions of which it was never shown the states, though it was shown some before and after."""
+
+    def __init__(self) -> None:
+        super().__init__(SpeculatorTraits(hidden_states=(1,)))
+        self.shown: dict[int, int] = {}
+        self.missed = self.calls = 0
+
+    @hookimpl
+    def propose(self, batch: Any) -> Proposal:
+        for row in batch.rows:
+            if not row.is_new:
+                self.missed += row.computed.start - self.shown[row.slot]
+            self.shown[row.slot] = row.computed.stop
+            self.calls += 1
+        return super().propose(batch)
+
+
+def test_states_of_rows_that_rest_are_kept_until_they_are_shown(folder: Path) -> None:
+    attentive = Attentive()
+    few = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)  # fewer than positions are kept
+    _, llm = run(folder, few, repeats=6, **auto(lambda c, t: attentive))
+    rested = llm.engine.num_steps - llm.engine.chain.policy.num_looks
+    llm.close()
+    assert rested > 100
+    assert attentive.calls > 20
+    assert attentive.missed == 0
+
+
 @pytest.mark.parametrize("traits", [SpeculatorTraits(), SpeculatorTraits(hidden_states=(1,))])
 def test_a_useless_speculator_is_hardly_asked(
     folder: Path, plain: dict[str, list[list[int]]], traits: SpeculatorTraits

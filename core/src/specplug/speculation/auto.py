@@ -122,6 +122,7 @@ class AutoBudget:
             self._asked = held.asked
             self._resting.forbid()
             return held.wishes
+        self._held.pop(index, None)
         self._learn()
         link = self.links[index]
         self._asked = []

@@ -52,7 +52,7 @@ class SpeculatorChain:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_draft_tokens = max_num_draft_tokens
         self._strict = strict
-        self._unseen: list[int] = []  # slots whose states some speculator has not seen
+        self._kept_at_rest: list[int] = []  # slots whose states are kept in steps without budgets
 
     @property
     def speculators(self) -> list[RegisteredSpeculator]:
@@ -118,7 +118,7 @@ class SpeculatorChain:
         """
         auto = self._auto
         if auto is not None and auto.rests(requests):
-            self._states.keep(self._unseen)
+            self._states.keep(self._kept_at_rest)
             self._states.end_step()
             return
         decoding = max(1, sum(request.num_pending == 1 for request in requests))
@@ -286,24 +286,22 @@ class SpeculatorChain:
         if not self._states.specs:
             return
         stateful = [index for index, link in enumerate(self._links) if self._is_shown_states(link)]
-        self._unseen = []
+        unseen = []
+        self._kept_at_rest = []
         for request in requests:
-            if any(self._may_be_shown(index, request) for index in stateful):
-                self._unseen.append(request.slot)
-            else:
+            wanted_by = [index for index in stateful if self._auto is None or self._auto.keeps_states(index, request)]
+            if wanted_by:
+                self._kept_at_rest.append(request.slot)
+            if all(self._links[index].delivered.get(request.number) == request.num_computed for index in wanted_by):
                 self._states.drop(request.slot)
-        self._states.keep(self._unseen)
+            else:
+                unseen.append(request.slot)
+        self._states.keep(unseen)
         self._states.end_step()
 
     @staticmethod
     def _is_shown_states(link: ChainLink) -> bool:
         return link.enabled and link.speculator.traits.needs_states
-
-    def _may_be_shown(self, index: int, request: Request) -> bool:
-        """Whether a speculator has not seen all states of a row, and may want to."""
-        if self._links[index].delivered.get(request.number) == request.num_computed:
-            return False
-        return self._auto is None or self._auto.keeps_states(index, request)
 
     def _fault(self, link: ChainLink, requests: Sequence[Request], error: Exception) -> None:
         method = link.speculator.method

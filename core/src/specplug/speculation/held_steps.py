@@ -64,12 +64,14 @@ class HeldSteps:
             read += packed
         count = len(read)
         assert count <= self.most
-        begin = self._end if self._end + count <= self._tokens else 0
+        steps, begin = self._steps, self._end
+        if begin + count > self._tokens:  # a lap ends; what lies behind here is of the one before
+            while steps and steps[0].begin >= self._end:
+                self._forget_oldest()
+            begin = 0
         end = self._end = begin + count
-        steps = self._steps
         while steps and steps[0].begin < end and steps[0].end > begin:
-            steps.popleft()
-            self._forgotten += 1
+            self._forget_oldest()
         copy_states(self._specs, captured, read, self.buffers, range(begin, end))
         number = self._forgotten + len(steps)
         for slot in lengths:
@@ -105,3 +107,7 @@ class HeldSteps:
         if not self._first:
             self._forgotten += len(self._steps)
             self._steps.clear()
+
+    def _forget_oldest(self) -> None:
+        self._steps.popleft()
+        self._forgotten += 1
