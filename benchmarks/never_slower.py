@@ -167,7 +167,7 @@ def take_turns(
     }
     for length in lengths:
         contestants[str(length)] = (drafting, fixed, length)
-    order, stats = list(contestants), SpeculationStats()
+    order, counts = list(contestants), SpeculationStats()
     seconds: dict[str, list[float]] = {name: [0.0] * args.repeats for name in contestants}
     for repeat in range(-1, args.repeats):  # the first one does not count
         for group in groups:
@@ -178,12 +178,12 @@ def take_turns(
                 llm.engine.chain = chains.get(name, chain)
                 llm.engine.chain.policy = policy
                 before = llm.engine.stats
-                llm.engine.stats = stats if name == AUTO and repeat >= 0 else SpeculationStats()
+                llm.engine.stats = counts if name == AUTO and repeat >= 0 else SpeculationStats()
                 took = serve(llm, [prompt for prompt, _ in group], own)
                 llm.engine.stats = before
                 if repeat >= 0:
                     seconds[name][repeat] += took
-    return seconds, stats
+    return seconds, counts
 
 
 def measure(

@@ -26,13 +26,13 @@ USELESS: dict[str, Callable[[], Link]] = {
 
 
 def relative(
-    make: Callable[[], Link], rows: int, *, fixed: int | None = None, seeds: int = 3, warm: int = 3, requests: int = 12
+    make: Callable[[], Link], rows: int, *, fixed: int | None = None, seeds: int = 3, requests: int = 12
 ) -> float:
     """Throughput over plain decoding's, after some requests, mean over seeds."""
     ratios = []
     for seed in range(seeds):
         simulation = Simulation([make()], target=TARGET, rows=rows, fixed=fixed, seed=seed, noise=0.1)
-        simulation.run(warm)
+        simulation.run(3)
         ratios.append(simulation.run(requests) / simulation.plain())
     return statistics.mean(ratios)
 
@@ -40,7 +40,7 @@ def relative(
 @pytest.mark.parametrize("rows", [1, 4, 16])
 @pytest.mark.parametrize("name", list(USELESS))
 def test_a_useless_speculator_costs_less_than_three_percent(name: str, rows: int) -> None:
-    assert relative(USELESS[name], rows, seeds=2, warm=6, requests=6) >= 0.97
+    assert relative(USELESS[name], rows, seeds=2, requests=6) >= 0.97
 
 
 @pytest.mark.parametrize("rows", [1, 4, 16])
@@ -79,14 +79,16 @@ def test_a_good_speculator_is_used_as_well_as_at_its_best_length(rows: int, shar
 
 
 @pytest.mark.parametrize(
-    ("share", "rows", "within"), [(0.0, 1, 24), (0.0, 16, 24), (0.2, 1, 64), (0.2, 4, 64), (0.2, 16, 200)]
+    ("share", "rows", "turn", "within"),
+    [(0.0, 1, 600, 24), (0.0, 16, 600, 24), (0.2, 1, 600, 64), (0.2, 4, 600, 64), (0.2, 16, 300, 200)],
 )
-def test_speculation_returns_when_the_text_becomes_predictable(share: float, rows: int, within: int) -> None:
-    """Four rows that a costly model must catch up with, of which one alone would not pay, take their time."""
-    assert statistics.median(tokens_until_return(share, rows, seed) for seed in range(32)) <= within
+def test_speculation_returns_when_the_text_becomes_predictable(share: float, rows: int, turn: int, within: int) -> None:
+    """Rows that a costly model must catch up with, of which one alone would not pay, take their time; of sixteen that are 600
+    tokens behind more than half never return, since by then what they gain no longer repays it."""
+    assert statistics.median(tokens_until_return(share, rows, seed, turn=turn) for seed in range(32)) <= within
 
 
-def tokens_until_return(share: float, rows: int, seed: int, *, length: int = 1200, turn: int = 300) -> float:
+def tokens_until_return(share: float, rows: int, seed: int, *, turn: int, length: int = 1200) -> float:
     """Tokens of the median row between the turn and the third step on end in which it has a draft: a probe comes alone."""
     chance: Rate = lambda row, at: 0.9 if at >= turn else 0.0  # noqa: E731
     link = Link.model(chance, share, TARGET) if share else Link.tokens(chance)
@@ -152,7 +154,7 @@ def test_what_finds_cold_caches_now_and_then_is_tried_for_some_steps() -> None:
     for seed in range(12):
         link = Link(Asking(0.2 * cost, 0.8 * cost, 0.0, cost / 60, cold=1.5), chance, SpeculatorTraits())
         simulation = Simulation([link], target=TARGET, rows=1, length=128, seed=seed, noise=0.06)
-        simulation.run(32)
+        simulation.run(16)
         gained.append(simulation.run(24) / simulation.plain())
     assert statistics.mean(gained) > 1.015  # 1.046 if one token were always drafted
 
@@ -221,7 +223,7 @@ def test_sleeping_rows_are_mostly_left_alone_and_their_steps_are_timed_all_the_s
     assert auto.targets[rows].count - timed > simulation.steps - steps - 40  # but those that are still kept
 
 
-@pytest.mark.parametrize(("rate", "share"), [(0.0, 0.25), (0.3, 0.1)])
+@pytest.mark.parametrize(("rate", "share"), [(0.0, 0.16), (0.3, 0.06)])
 def test_target_states_are_not_lost_while_taking_them_in_is_cheap(rate: float, share: float) -> None:
     """A head that never saw a part of a text drafts worse for the rest of it: so it is shown all in time."""
     lost, gained, requests = [], [], 8

@@ -183,7 +183,7 @@ class LinkEstimate:
         """Whether what it costs when it is asked in every step was measured lately."""
         return step - self.warm_at < _WARM_LASTS
 
-    def note_asked(self, step: int) -> None:
+    def _note_asked(self, step: int) -> None:
         """It is asked for drafts."""
         self.streak = self.streak + 1 if self.asked_at == step - 1 else 1
         self.asked_at = step
@@ -199,7 +199,7 @@ class LinkEstimate:
         """Takes in what asking took; returns what of it was drafting: catching up serves later steps too."""
         rows = len(asked.depths)
         if rows:
-            self.note_asked(step)
+            self._note_asked(step)
         if not asked.fed:
             if rows and (self.is_warm or not self.was_warm(step)):
                 self.observe_ask(rows, asked.deepest, seconds)
