@@ -11,7 +11,7 @@ from torch import nn
 
 from specplug import LLM, native
 from specplug.model import loading, packing
-from specplug.model.packing import PackedLinear, can_pack, pack_linears
+from specplug.model.packing import PackedLinear, can_pack, is_packable, pack_linears
 from support.models import ARCHITECTURES, VOCABULARY, save_model
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def test_equals_a_plain_linear_layer(inner: int, outer: int, rows: int, bias: bo
     torch.manual_seed(rows)
     plain = nn.Linear(inner, outer, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
     states = torch.randn(1, rows, inner, dtype=torch.bfloat16)
-    packed = PackedLinear(plain) if PACKS else plain
+    packed = PackedLinear(plain) if is_packable(plain) else plain
     exact = torch.nn.functional.linear(
         states.double(), plain.weight.double(), None if plain.bias is None else plain.bias.double()
     )

@@ -24,12 +24,16 @@ _MOST_PADDING = 0.03  # blocks are 32 by 64 or so; a small layer that they would
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether weights of this dtype on this device are packed."""
-    return (
-        device.type == "cpu"
-        and dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
+    return device.type == "cpu" and dtype == torch.bfloat16 and (native.load() and native.packs_bfloat16() or _has_onednn())
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def is_packable(linear: nn.Linear) -> bool:
+    """Whether a layer's weight can be packed, by our own kernel's rules or by oneDNN's."""
+    return can_pack(linear.weight.dtype, linear.weight.device) and (is_native(linear) or _has_onednn())
 
 
 def packed_shape(out_features: int, in_features: int) -> tuple[int, int]:
@@ -94,7 +98,7 @@ def pack_linears(model: nn.Module) -> int:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and can_pack(child.weight.dtype, child.weight.device)
+        if type(child) is nn.Linear and is_packable(child)
     ]
     rooms = _rooms([child for _, _, child in chosen])
     count = 0

@@ -20,7 +20,7 @@ class _State:
     """What this process has loaded: None until it was tried."""
 
     loaded: bool | None = None
-    has_bf16_dot = False
+    packs_bf16 = False
     has_matrix_units = False
     key = ""
 
@@ -45,7 +45,7 @@ def _try_to_load() -> bool:
         path = _load_library()
         _State.key = path.stem
         library = ctypes.CDLL(str(path))
-        _State.has_bf16_dot = bool(library.kernels_have_bf16_dot())
+        _State.packs_bf16 = bool(library.kernels_pack_bf16())
         _State.has_matrix_units = bool(library.kernels_have_matrix_units())
     except (BuildError, OSError) as error:
         logger.warning("native kernels are not used, PyTorch's are: %s", error)
@@ -76,8 +76,8 @@ def available() -> bool:
 
 
 def packs_bfloat16() -> bool:
-    """Whether they include products with packed bfloat16 weights, for which the processor needs such instructions."""
-    return available() and _State.has_bf16_dot
+    """Whether they include products with packed bfloat16 weights, for which the processor needs vectors (AVX2 at least)."""
+    return available() and _State.packs_bf16
 
 
 def has_matrix_units() -> bool:

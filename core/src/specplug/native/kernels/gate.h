@@ -25,6 +25,14 @@ inline __m512 activate(__m512 x, Activation activation) {
   return _mm512_div_ps(_mm512_mul_ps(x, _mm512_mask_blend_ps(negative, _mm512_set1_ps(1.0f), small)), below);
 }
 
+#else
+
+inline float activate(float x, Activation activation) {
+  const float z = activation == Activation::kGeluTanh ? x * kGeluScale * (kGeluCube * x * x + 1.0f) : x;
+  const float small = exp2_nonpositive(std::fabs(z) * -kLog2E);
+  return x * (z < 0.0f ? small : 1.0f) / (small + 1.0f);
+}
+
 #endif
 
 }  // namespace specplug

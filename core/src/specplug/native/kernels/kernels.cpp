@@ -11,7 +11,7 @@ TORCH_LIBRARY_IMPL(specplug, CPU, library) {
   library.impl("attend_turned", &specplug::attend_turned);
   library.impl("copy_rows", &specplug::copy_rows);
   library.impl("likeliest", &specplug::likeliest);
-#if SPECPLUG_BF16_DOT
+#if SPECPLUG_PACKS_BF16
   library.impl("pack_weight", &specplug::pack);
   library.impl("linear", &specplug::linear);
   library.impl("linears_2", &specplug::linears_2);
@@ -20,5 +20,5 @@ TORCH_LIBRARY_IMPL(specplug, CPU, library) {
 #endif
 }
 
-extern "C" bool kernels_have_bf16_dot() { return SPECPLUG_BF16_DOT; }
+extern "C" bool kernels_pack_bf16() { return SPECPLUG_PACKS_BF16; }
 extern "C" bool kernels_have_matrix_units() { return specplug::has_matrix_units(); }

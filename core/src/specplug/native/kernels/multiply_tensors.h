@@ -10,7 +10,7 @@
 
 namespace specplug {
 
-#if SPECPLUG_BF16_DOT
+#if SPECPLUG_PACKS_BF16
 
 inline void check_packed(const Tensor& packed, int64_t ins, int64_t outs) {
   const int64_t panels = (outs + kPanel - 1) / kPanel;

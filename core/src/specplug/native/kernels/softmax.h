@@ -27,8 +27,10 @@ inline float softmax_tile(float* score, int64_t width, float factor, float& high
   const float added = _mm512_reduce_add_ps(sum);
 #else
   float most = kNone, added = 0.0f;
+#pragma omp simd reduction(max : most)
   for (int64_t k = 0; k < width; ++k) most = score[k] > most ? score[k] : most;
   const float top = std::max(highest, most * factor), base = top == kNone ? 0.0f : top;
+#pragma omp simd reduction(+ : added)
   for (int64_t k = 0; k < width; ++k) {
     score[k] = exp2_nonpositive(score[k] * factor - base);
     added += score[k];

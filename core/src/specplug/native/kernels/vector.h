@@ -18,6 +18,13 @@
 #else
 #define SPECPLUG_BF16_DOT 0
 #endif
+#if !SPECPLUG_BF16_DOT && defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define SPECPLUG_FLOAT_PAIRS 1
+#else
+#define SPECPLUG_FLOAT_PAIRS 0
+#endif
+#define SPECPLUG_PACKS_BF16 (SPECPLUG_BF16_DOT || SPECPLUG_FLOAT_PAIRS)
 
 namespace specplug {
 
@@ -82,15 +89,19 @@ inline __m512 exp2_nonpositive(__m512 x) {
 inline float exp2_nonpositive(float x) { return _mm512_cvtss_f32(exp2_nonpositive(_mm512_set1_ps(x))); }
 #else
 inline float exp2_nonpositive(float x) {
-  if (x < kLeastExponent) return 0.0f;
-  const float n = std::nearbyint(x), r = x - n;
+  constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number, in its last bits
+  const float shifted = x + kWhole, r = x - (shifted - kWhole);
   float p = kExp2[5];
   for (int i = 4; i >= 0; --i) p = p * r + kExp2[i];
-  return std::ldexp(p, static_cast<int>(n));
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits << 23) + 0x3f800000u;
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return x < kLeastExponent ? 0.0f : p * power;
 }
 #endif
 
-#if SPECPLUG_BF16_DOT
 // The two neighbouring elements that one dot product takes, as the bits of one lane.
 inline uint32_t read_pair(const bf16* at) {
   uint32_t pair;
@@ -98,6 +109,7 @@ inline uint32_t read_pair(const bf16* at) {
   return pair;
 }
 
+#if SPECPLUG_BF16_DOT
 inline __m512 dot_pairs(__m512 sum, __m512i pairs, uint32_t pair) {
   return _mm512_dpbf16_ps(sum, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(static_cast<int>(pair)));
 }

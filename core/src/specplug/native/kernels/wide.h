@@ -1,0 +1,97 @@
+// Products of rows with one panel, and what becomes of their sums, with vectors of 512 bits and dot products of pairs.
+#pragma once
+
+#include "panels.h"
+
+namespace specplug {
+
+#if SPECPLUG_BF16_DOT
+
+constexpr int64_t kMostRows = 14;  // 2 x 14 accumulators, 2 weight vectors and a broadcast fit 32 registers
+
+// A panel's bias in full width: behind its last output lie zeros.
+class PanelBias {
+ public:
+  explicit PanelBias(const Panel& panel) : given_(panel.bias) {
+    if (!given_ || panel.width == kPanel) return;
+    std::copy(panel.bias, panel.bias + panel.width, padded_);
+    given_ = padded_;
+  }
+  PanelBias(const PanelBias&) = delete;
+  PanelBias& operator=(const PanelBias&) = delete;
+  const float* low() const { return given_; }
+  const float* high() const { return given_ ? given_ + 16 : nullptr; }
+
+ private:
+  float padded_[kPanel] = {};
+  const float* given_;
+};
+
+// The sums of 16 outputs, with their bias.
+inline __m512 with_bias(const float* sum, const float* bias) {
+  return bias ? _mm512_add_ps(_mm512_loadu_ps(sum), _mm512_loadu_ps(bias)) : _mm512_loadu_ps(sum);
+}
+
+// The first `width` of 16 outputs, rounded.
+inline void store_some(bf16* to, __m512 values, int64_t width) {
+  if (width >= 16) return store_rounded(to, values);
+  alignas(32) bf16 rounded[16];
+  store_rounded(rounded, values);
+  std::copy(rounded, rounded + std::max<int64_t>(width, 0), to);
+}
+
+// Sums [rows][32], bias added and rounded, go to the rows of the output from `first_row` on.
+inline void store_sums(const float* sums, int64_t rows, const Panel& panel, int64_t first_row) {
+  const PanelBias bias(panel);
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* sum = sums + row * kPanel;
+    bf16* to = panel.out + (first_row + row) * panel.stride;
+    store_some(to, with_bias(sum, bias.low()), panel.width);
+    store_some(to + 16, with_bias(sum + 16, bias.high()), panel.width - 16);
+  }
+}
+
+// The same for a gate and its panel: one output, where the gate's lies.
+inline void store_gated(const float* gates, const float* sums, int64_t rows, const Pair& pair, Activation activation,
+                        int64_t first_row) {
+  const PanelBias gate(pair.one), bias(pair.other);
+  for (int64_t row = 0; row < rows; ++row) {
+    const float *of_gate = gates + row * kPanel, *sum = sums + row * kPanel;
+    bf16* to = pair.one.out + (first_row + row) * pair.one.stride;
+    const __m512 low = activate(with_bias(of_gate, gate.low()), activation);
+    const __m512 high = activate(with_bias(of_gate + 16, gate.high()), activation);
+    store_some(to, _mm512_mul_ps(low, with_bias(sum, bias.low())), pair.one.width);
+    store_some(to + 16, _mm512_mul_ps(high, with_bias(sum + 16, bias.high())), pair.one.width - 16);
+  }
+}
+
+// `Rows` rows against pairs [begin, end) of one panel; sums continue in `sums` [rows][32] unless this is the first pass.
+template <int Rows>
+inline void multiply_block(const bf16* x, int64_t stride, const bf16* panel, int64_t begin, int64_t end, bool first,
+                           float* sums) {
+  __m512 low[Rows], high[Rows];
+#pragma GCC unroll 14
+  for (int row = 0; row < Rows; ++row) {
+    low[row] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + row * kPanel);
+    high[row] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + row * kPanel + 16);
+  }
+  for (int64_t pair = begin; pair < end; ++pair) {
+    const bf16* at = panel + pair * 2 * kPanel;
+    const __m512i w0 = _mm512_loadu_si512(at), w1 = _mm512_loadu_si512(at + 32);
+#pragma GCC unroll 14
+    for (int row = 0; row < Rows; ++row) {
+      const uint32_t inputs = read_pair(x + row * stride + pair * 2);
+      low[row] = dot_pairs(low[row], w0, inputs);
+      high[row] = dot_pairs(high[row], w1, inputs);
+    }
+  }
+#pragma GCC unroll 14
+  for (int row = 0; row < Rows; ++row) {
+    _mm512_storeu_ps(sums + row * kPanel, low[row]);
+    _mm512_storeu_ps(sums + row * kPanel + 16, high[row]);
+  }
+}
+
+#endif
+
+}  // namespace specplug
