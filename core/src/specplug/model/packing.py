@@ -24,7 +24,11 @@ _MOST_PADDING = 0.03  # blocks are 32 by 64 or so; a small layer that they would
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether weights of this dtype on this device are packed."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and (native.load() and native.packs_bfloat16() or _has_onednn())
+    return (
+        device.type == "cpu"
+        and dtype == torch.bfloat16
+        and ((native.load() and native.packs_bfloat16()) or _has_onednn())
+    )
 
 
 def _has_onednn() -> bool:
