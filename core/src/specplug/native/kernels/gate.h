@@ -27,8 +27,9 @@ inline __m512 activate(__m512 x, Activation activation) {
 
 #else
 
-inline float activate(float x, Activation activation) {
-  const float z = activation == Activation::kGeluTanh ? x * kGeluScale * (kGeluCube * x * x + 1.0f) : x;
+template <Activation kind>
+inline float activate(float x) {
+  const float z = kind == Activation::kGeluTanh ? x * kGeluScale * (kGeluCube * x * x + 1.0f) : x;
   const float small = exp2_nonpositive(std::fabs(z) * -kLog2E);
   return x * (z < 0.0f ? small : 1.0f) / (small + 1.0f);
 }

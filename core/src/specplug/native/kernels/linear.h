@@ -18,7 +18,7 @@ constexpr int64_t kRowChunk = 224;  // rows whose inputs stay in the second-leve
 constexpr int64_t kDepth = 2048;    // inputs per pass of long rows
 
 // What a pair's sums become.
-inline void store_pair(const float* sums, const float* other_sums, int64_t rows, const Pair& pair, const Panels& panels,
+inline void store_pair(float* sums, float* other_sums, int64_t rows, const Pair& pair, const Panels& panels,
                        int64_t first_row) {
   if (panels.gate) return store_gated(sums, other_sums, rows, pair, *panels.gate, first_row);
   store_sums(sums, rows, pair.one, first_row);

@@ -68,27 +68,37 @@ inline void multiply_block(const bf16* x, int64_t stride, const bf16* panel, int
   multiply_part<Rows, 2>(x, stride, panel, begin, end, first, sums, 16);
 }
 
+// Adds a panel's bias to sums [rows][32].
+inline void add_bias(float* sums, int64_t rows, const Panel& panel) {
+  if (!panel.bias) return;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t n = 0; n < panel.width; ++n) sums[row * kPanel + n] += panel.bias[n];
+}
+
 // Sums [rows][32], bias added and rounded, go to the rows of the output from `first_row` on.
-inline void store_sums(const float* sums, int64_t rows, const Panel& panel, int64_t first_row) {
+inline void store_sums(float* sums, int64_t rows, const Panel& panel, int64_t first_row) {
+  add_bias(sums, rows, panel);
   for (int64_t row = 0; row < rows; ++row) {
-    const float* sum = sums + row * kPanel;
-    bf16* to = panel.out + (first_row + row) * panel.stride;
-    for (int64_t n = 0; n < panel.width; ++n) to[n] = to_bf16(panel.bias ? sum[n] + panel.bias[n] : sum[n]);
+    bf16 rounded[kPanel];
+    for (int64_t n = 0; n < kPanel; ++n) rounded[n] = to_bf16(sums[row * kPanel + n]);
+    std::copy(rounded, rounded + panel.width, panel.out + (first_row + row) * panel.stride);
   }
 }
 
+template <Activation kind>
+inline void activate_rows(float* gates, const float* sums, int64_t rows) {
+  for (int64_t at = 0; at < rows * kPanel; ++at) gates[at] = activate<kind>(gates[at]) * sums[at];
+}
+
 // The same for a gate and its panel: one output, where the gate's lies.
-inline void store_gated(const float* gates, const float* sums, int64_t rows, const Pair& pair, Activation activation,
-                        int64_t first_row) {
-  const float *gate_bias = pair.one.bias, *bias = pair.other.bias;
-  for (int64_t row = 0; row < rows; ++row) {
-    const float *of_gate = gates + row * kPanel, *sum = sums + row * kPanel;
-    bf16* to = pair.one.out + (first_row + row) * pair.one.stride;
-    for (int64_t n = 0; n < pair.one.width; ++n) {
-      const float gate = activate(gate_bias ? of_gate[n] + gate_bias[n] : of_gate[n], activation);
-      to[n] = to_bf16(gate * (bias ? sum[n] + bias[n] : sum[n]));
-    }
-  }
+inline void store_gated(float* gates, float* sums, int64_t rows, const Pair& pair, Activation activation, int64_t first_row) {
+  add_bias(gates, rows, pair.one);
+  add_bias(sums, rows, pair.other);
+  if (activation == Activation::kSilu) activate_rows<Activation::kSilu>(gates, sums, rows);
+  else activate_rows<Activation::kGeluTanh>(gates, sums, rows);
+  Panel out = pair.one;
+  out.bias = nullptr;
+  store_sums(gates, rows, out, first_row);
 }
 
 #endif
