@@ -11,6 +11,7 @@
 namespace specplug {
 
 constexpr int64_t kLogitsOfThread = 32768;  // fewer are not worth another
+constexpr int64_t kLogitsOfSum = 512;       // one float that took in all of a vocabulary would lose the last of them
 
 #if SPECPLUG_VECTOR
 inline __m512 load_logits(const float* at, __mmask16 there) {
@@ -50,7 +51,13 @@ inline float likeliest_of(const T* logits, int64_t vocabulary, int64_t& id) {
 #else
   for (int64_t at = 0; at < vocabulary; ++at)
     if (to_float(logits[at]) > highest) highest = to_float(logits[id = at]);
-  for (int64_t at = 0; at < vocabulary; ++at) total += exp2_nonpositive((to_float(logits[at]) - highest) * kLog2E);
+  for (int64_t begin = 0; begin < vocabulary; begin += kLogitsOfSum) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t at = begin; at < std::min(begin + kLogitsOfSum, vocabulary); ++at)
+      sum += exp2_nonpositive((to_float(logits[at]) - highest) * kLog2E);
+    total += sum;
+  }
 #endif
   return 1.0f / total;
 }
