@@ -30,10 +30,11 @@ def test_it_is_the_softmaxs(way: str, dtype: torch.dtype, vocabulary: int, rows:
     logits = logits[:, :vocabulary]  # rows that do not lie close
     logits[-1, vocabulary // 2 :] = logits[-1].max()  # equals: the first counts
     ids, chances = likeliest(logits)
-    expected = logits.double().softmax(dim=-1).float()  # PyTorch's in float32 is off by 1e-5 on some processors
+    exact = logits.double() if way == "kernels" else logits.float()  # in float32 PyTorch's is off by 8e-6 on AVX2
+    expected = exact.softmax(dim=-1).float()
     assert (ids.dtype, chances.dtype) == (torch.int64, torch.float32)
     assert ids.tolist() == logits.float().argmax(dim=-1).tolist()
-    torch.testing.assert_close(chances, expected.amax(dim=-1), rtol=2e-5, atol=1e-7)
+    torch.testing.assert_close(chances, expected.amax(dim=-1), rtol=1e-5, atol=1e-7)
 
 
 def test_what_is_masked_counts_as_nothing(way: str) -> None:

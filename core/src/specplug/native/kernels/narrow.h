@@ -35,23 +35,19 @@ inline void multiply_part(const bf16* x, int64_t stride, const bf16* panel, int6
     _mm_prefetch(reinterpret_cast<const char*>(at + kPairsAhead * 2 * kPanel), _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(at + kPairsAhead * 2 * kPanel + 32), _MM_HINT_T0);
     const __m256i* line = reinterpret_cast<const __m256i*>(at + 2 * from);
-    __m256 weight[Vectors];
+    const auto add = [&](auto half) __attribute__((always_inline)) {
+      __m256 weight[Vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) weight[v] = first_of(_mm256_loadu_si256(line + v));
+      for (int v = 0; v < Vectors; ++v) weight[v] = half(_mm256_loadu_si256(line + v));
 #pragma GCC unroll 6
-    for (int row = 0; row < Rows; ++row) {
-      const __m256 input = first_of(_mm256_set1_epi32(static_cast<int>(read_pair(x + row * stride + pair * 2))));
+      for (int row = 0; row < Rows; ++row) {
+        const __m256 input = half(_mm256_set1_epi32(static_cast<int>(read_pair(x + row * stride + pair * 2))));
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) sum[row][v] = _mm256_fmadd_ps(weight[v], input, sum[row][v]);
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) weight[v] = second_of(_mm256_loadu_si256(line + v));
-#pragma GCC unroll 6
-    for (int row = 0; row < Rows; ++row) {
-      const __m256 input = second_of(_mm256_set1_epi32(static_cast<int>(read_pair(x + row * stride + pair * 2))));
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) sum[row][v] = _mm256_fmadd_ps(weight[v], input, sum[row][v]);
-    }
+        for (int v = 0; v < Vectors; ++v) sum[row][v] = _mm256_fmadd_ps(weight[v], input, sum[row][v]);
+      }
+    };
+    add([](__m256i pairs) { return first_of(pairs); });
+    add([](__m256i pairs) { return second_of(pairs); });
   }
 #pragma GCC unroll 6
   for (int row = 0; row < Rows; ++row)
