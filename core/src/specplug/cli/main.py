@@ -23,6 +23,7 @@ from specplug.cli.libraries import INTERRUPTED
 from specplug.cli.listing import list_command
 from specplug.cli.new import new
 from specplug.cli.plan import plan
+from specplug.cli.quick_end import quick_end
 from specplug.cli.terminal import Terminal
 from specplug.version import __version__
 
@@ -170,7 +171,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    cli(prog_name="specplug")
+    with quick_end():
+        cli(prog_name="specplug")
 
 
 if __name__ == "__main__":
