@@ -14,8 +14,7 @@ namespace specplug {
 
 #if SPECPLUG_PACKS_BF16
 
-constexpr int64_t kRowChunk = 224;  // rows whose inputs stay in the second-level cache while panels pass
-constexpr int64_t kDepth = 2048;    // inputs per pass of long rows
+constexpr int64_t kDepth = 2048;  // inputs per pass of long rows
 
 // What a pair's sums become.
 inline void store_pair(float* sums, float* other_sums, int64_t rows, const Pair& pair, const Panels& panels,
@@ -25,7 +24,7 @@ inline void store_pair(float* sums, float* other_sums, int64_t rows, const Pair&
   if (pair.both) store_sums(other_sums, rows, pair.other, first_row);
 }
 
-using Block = void (*)(const bf16*, int64_t, const bf16*, int64_t, int64_t, bool, float*);
+using Block = decltype(&multiply_block<1>);
 template <int... Less>
 inline Block block_of(int64_t rows, std::integer_sequence<int, Less...>) {
   static const Block blocks[] = {multiply_block<Less + 1>...};
@@ -33,27 +32,25 @@ inline Block block_of(int64_t rows, std::integer_sequence<int, Less...>) {
 }
 inline Block block_of(int64_t rows) { return block_of(rows, std::make_integer_sequence<int, kMostRows>()); }
 
-// Rows [0, rows) of x [rows, in] times one panel: sums [rows][32].
-inline void multiply_panel(const bf16* x, int64_t rows, int64_t in_features, const bf16* weight, float* sums) {
-  const int64_t pairs = in_features / 2, passes = (rows + kMostRows - 1) / kMostRows;
+// `rows` rows times one panel: sums [rows][32].
+inline void multiply_panel(const Inputs& x, int64_t rows, int64_t in_features, const bf16* weight, float* sums) {
+  const int64_t pairs = in_features / 2;
   for (int64_t begin = 0; begin < pairs || begin == 0; begin += kDepth / 2) {
     const int64_t end = begin + kDepth / 2 < pairs ? begin + kDepth / 2 : pairs;
-    int64_t row = 0;
-    for (int64_t pass = 0; pass < passes; ++pass) {
-      const int64_t count = (rows - row + passes - pass - 1) / (passes - pass);
-      block_of(count)(x + row * in_features, in_features, weight, begin, end, begin == 0, sums + row * kPanel);
-      row += count;
-    }
+    each_pass(rows, kMostRows, [&](int64_t row, int64_t count) {
+      block_of(count)(x.pass(row, in_features), in_features, weight, begin, end, begin == 0, sums + row * kPanel);
+    });
   }
 }
 
 // Rows [0, rows) of x times units [begin, end); `first_row` is that of the output.
 inline void multiply_units(const bf16* x, int64_t rows, const Panels& panels, int64_t begin, int64_t end, int64_t first_row) {
   float sums[2][kRowChunk * kPanel];
+  const Inputs inputs(x, rows, panels.in_features);
   for (int64_t unit = begin; unit < end; ++unit) {
     const Pair pair = Pairs(panels, unit, unit + 1)[0];
-    multiply_panel(x, rows, panels.in_features, pair.one.weight, sums[0]);
-    if (panels.gate) multiply_panel(x, rows, panels.in_features, pair.other.weight, sums[1]);
+    multiply_panel(inputs, rows, panels.in_features, pair.one.weight, sums[0]);
+    if (panels.gate) multiply_panel(inputs, rows, panels.in_features, pair.other.weight, sums[1]);
     store_pair(sums[0], sums[1], rows, pair, panels, first_row);
   }
 }

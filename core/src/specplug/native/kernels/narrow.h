@@ -1,8 +1,11 @@
-// The same with vectors of 256 bits, which know no bfloat16: the numbers of a pair become floats, one after the other.
+// The same with vectors of 256 bits, which know no bfloat16: rows become floats once, and the numbers of a weight's pair as
+// they are read, one after the other.
 //
 // Every output has one accumulator, which takes its products in the order of the inputs, for any number of rows: a row comes
 // out the same to the bit, alone or among others.
 #pragma once
+
+#include <vector>
 
 #include "panels.h"
 
@@ -13,6 +16,27 @@ namespace specplug {
 constexpr int64_t kMostRows = 6;     // 2 x 6 accumulators, 2 weight vectors and a broadcast fit 16 registers
 constexpr int kRowsOfWhole = 3;      // up to which a panel's 32 outputs are taken together
 constexpr int64_t kPairsAhead = 16;  // of a panel, whose lines are fetched before they are read
+constexpr int64_t kRowChunk = 120;   // rows whose inputs stay in the second-level cache while panels pass
+
+// Rows as floats, those of a pass [inputs][rows] side by side.
+class Inputs {
+ public:
+  Inputs(const bf16* x, int64_t rows, int64_t in_features) {
+    thread_local std::vector<float> memory;
+    if (static_cast<int64_t>(memory.size()) < rows * in_features) memory.resize(rows * in_features);
+    at_ = memory.data();
+    each_pass(rows, kMostRows, [&](int64_t row, int64_t count) {
+      float* to = memory.data() + row * in_features;
+      for (int64_t each = 0; each < count; ++each)
+        for (int64_t input = 0; input < in_features; ++input)
+          to[input * count + each] = to_float(x[(row + each) * in_features + input]);
+    });
+  }
+  const float* pass(int64_t row, int64_t in_features) const { return at_ + row * in_features; }
+
+ private:
+  const float* at_;
+};
 
 // The first, and the second, numbers of 8 pairs.
 inline __m256 first_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
@@ -22,8 +46,8 @@ inline __m256 second_of(__m256i pairs) {
 
 // `Vectors` x 8 outputs, from the panel's output `from` on.
 template <int Rows, int Vectors>
-inline void multiply_part(const bf16* x, int64_t stride, const bf16* panel, int64_t begin, int64_t end, bool first,
-                          float* sums, int64_t from) {
+inline void multiply_part(const float* x, const bf16* panel, int64_t begin, int64_t end, bool first, float* sums,
+                          int64_t from) {
   __m256 sum[Rows][Vectors];
 #pragma GCC unroll 6
   for (int row = 0; row < Rows; ++row)
@@ -35,19 +59,19 @@ inline void multiply_part(const bf16* x, int64_t stride, const bf16* panel, int6
     _mm_prefetch(reinterpret_cast<const char*>(at + kPairsAhead * 2 * kPanel), _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(at + kPairsAhead * 2 * kPanel + 32), _MM_HINT_T0);
     const __m256i* line = reinterpret_cast<const __m256i*>(at + 2 * from);
-    const auto add = [&](auto half) __attribute__((always_inline)) {
+    const auto add = [&](auto half, const float* inputs) __attribute__((always_inline)) {
       __m256 weight[Vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) weight[v] = half(_mm256_loadu_si256(line + v));
 #pragma GCC unroll 6
       for (int row = 0; row < Rows; ++row) {
-        const __m256 input = half(_mm256_set1_epi32(static_cast<int>(read_pair(x + row * stride + pair * 2))));
+        const __m256 input = _mm256_broadcast_ss(inputs + row);
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) sum[row][v] = _mm256_fmadd_ps(weight[v], input, sum[row][v]);
       }
     };
-    add([](__m256i pairs) { return first_of(pairs); });
-    add([](__m256i pairs) { return second_of(pairs); });
+    add([](__m256i pairs) { return first_of(pairs); }, x + 2 * pair * Rows);
+    add([](__m256i pairs) { return second_of(pairs); }, x + (2 * pair + 1) * Rows);
   }
 #pragma GCC unroll 6
   for (int row = 0; row < Rows; ++row)
@@ -57,11 +81,10 @@ inline void multiply_part(const bf16* x, int64_t stride, const bf16* panel, int6
 
 // `Rows` rows against pairs [begin, end) of one panel; sums continue in `sums` [rows][32] unless this is the first pass.
 template <int Rows>
-inline void multiply_block(const bf16* x, int64_t stride, const bf16* panel, int64_t begin, int64_t end, bool first,
-                           float* sums) {
-  if constexpr (Rows <= kRowsOfWhole) return multiply_part<Rows, 4>(x, stride, panel, begin, end, first, sums, 0);
-  multiply_part<Rows, 2>(x, stride, panel, begin, end, first, sums, 0);
-  multiply_part<Rows, 2>(x, stride, panel, begin, end, first, sums, 16);
+inline void multiply_block(const float* x, int64_t, const bf16* panel, int64_t begin, int64_t end, bool first, float* sums) {
+  if constexpr (Rows <= kRowsOfWhole) return multiply_part<Rows, 4>(x, panel, begin, end, first, sums, 0);
+  multiply_part<Rows, 2>(x, panel, begin, end, first, sums, 0);
+  multiply_part<Rows, 2>(x, panel, begin, end, first, sums, 16);
 }
 
 // Adds a panel's bias to sums [rows][32].

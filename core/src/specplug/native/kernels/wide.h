@@ -7,7 +7,18 @@ namespace specplug {
 
 #if SPECPLUG_BF16_DOT
 
-constexpr int64_t kMostRows = 14;  // 2 x 14 accumulators, 2 weight vectors and a broadcast fit 32 registers
+constexpr int64_t kMostRows = 14;   // 2 x 14 accumulators, 2 weight vectors and a broadcast fit 32 registers
+constexpr int64_t kRowChunk = 224;  // rows whose inputs stay in the second-level cache while panels pass
+
+// Rows as they lie.
+class Inputs {
+ public:
+  Inputs(const bf16* x, int64_t, int64_t) : at_(x) {}
+  const bf16* pass(int64_t row, int64_t in_features) const { return at_ + row * in_features; }
+
+ private:
+  const bf16* at_;
+};
 
 // A panel's bias in full width: behind its last output lie zeros.
 class PanelBias {
