@@ -32,13 +32,16 @@ inline Block block_of(int64_t rows, std::integer_sequence<int, Less...>) {
 }
 inline Block block_of(int64_t rows) { return block_of(rows, std::make_integer_sequence<int, kMostRows>()); }
 
-// `rows` rows times one panel: sums [rows][32].
-inline void multiply_panel(const Inputs& x, int64_t rows, int64_t in_features, const bf16* weight, float* sums) {
-  const int64_t pairs = in_features / 2;
+// `rows` rows times one panel: sums [rows][32]. The panel after it is fetched meanwhile.
+inline void multiply_panel(const Inputs& x, int64_t rows, int64_t in_features, const bf16* weight, const bf16* next,
+                           float* sums) {
+  const int64_t pairs = in_features / 2, passes = (rows + kMostRows - 1) / kMostRows;
   for (int64_t begin = 0; begin < pairs || begin == 0; begin += kDepth / 2) {
     const int64_t end = begin + kDepth / 2 < pairs ? begin + kDepth / 2 : pairs;
+    Fetching fetching{reinterpret_cast<const char*>(next + begin * 2 * kPanel), 4 * kPanel / passes};
     each_pass(rows, kMostRows, [&](int64_t row, int64_t count) {
-      block_of(count)(x.pass(row, in_features), in_features, weight, begin, end, begin == 0, sums + row * kPanel);
+      block_of(count)(x.pass(row, in_features), in_features, weight, begin, end, begin == 0, sums + row * kPanel, fetching);
+      fetching.at += fetching.step * (end - begin);
     });
   }
 }
@@ -49,8 +52,10 @@ inline void multiply_units(const bf16* x, int64_t rows, const Panels& panels, in
   const Inputs inputs(x, rows, panels.in_features);
   for (int64_t unit = begin; unit < end; ++unit) {
     const Pair pair = Pairs(panels, unit, unit + 1)[0];
-    multiply_panel(inputs, rows, panels.in_features, pair.one.weight, sums[0]);
-    if (panels.gate) multiply_panel(inputs, rows, panels.in_features, pair.other.weight, sums[1]);
+    const bf16 *one = pair.one.weight, *other = pair.other.weight;
+    const bf16* next = unit + 1 < end ? Pairs(panels, unit + 1, unit + 2)[0].one.weight : one;
+    multiply_panel(inputs, rows, panels.in_features, one, panels.gate ? other : next, sums[0]);
+    if (panels.gate) multiply_panel(inputs, rows, panels.in_features, other, next, sums[1]);
     store_pair(sums[0], sums[1], rows, pair, panels, first_row);
   }
 }

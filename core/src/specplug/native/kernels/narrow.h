@@ -15,7 +15,6 @@ namespace specplug {
 
 constexpr int64_t kMostRows = 6;     // 2 x 6 accumulators, 2 weight vectors and a broadcast fit 16 registers
 constexpr int kRowsOfWhole = 3;      // up to which a panel's 32 outputs are taken together
-constexpr int64_t kPairsAhead = 16;  // of a panel, whose lines are fetched before they are read
 constexpr int64_t kRowChunk = 120;   // rows whose inputs stay in the second-level cache while panels pass
 
 // Rows as floats, those of a pass [inputs][rows] side by side.
@@ -44,10 +43,11 @@ inline __m256 second_of(__m256i pairs) {
   return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
-// `Vectors` x 8 outputs, from the panel's output `from` on.
+// `Vectors` x 8 outputs, from the panel's output `from` on, while the next panel is fetched: memory then never waits for the
+// products, nor these for memory.
 template <int Rows, int Vectors>
 inline void multiply_part(const float* x, const bf16* panel, int64_t begin, int64_t end, bool first, float* sums,
-                          int64_t from) {
+                          int64_t from, Fetching fetching) {
   __m256 sum[Rows][Vectors];
 #pragma GCC unroll 6
   for (int row = 0; row < Rows; ++row)
@@ -56,8 +56,9 @@ inline void multiply_part(const float* x, const bf16* panel, int64_t begin, int6
       sum[row][v] = first ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + row * kPanel + from + 8 * v);
   for (int64_t pair = begin; pair < end; ++pair) {
     const bf16* at = panel + pair * 2 * kPanel;
-    _mm_prefetch(reinterpret_cast<const char*>(at + kPairsAhead * 2 * kPanel), _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(at + kPairsAhead * 2 * kPanel + 32), _MM_HINT_T0);
+    _mm_prefetch(fetching.at, _MM_HINT_T1);
+    if constexpr (Vectors == 4) _mm_prefetch(fetching.at + 64, _MM_HINT_T1);
+    fetching.at += fetching.step;
     const __m256i* line = reinterpret_cast<const __m256i*>(at + 2 * from);
     const auto add = [&](auto half, const float* inputs) __attribute__((always_inline)) {
       __m256 weight[Vectors];
@@ -81,10 +82,12 @@ inline void multiply_part(const float* x, const bf16* panel, int64_t begin, int6
 
 // `Rows` rows against pairs [begin, end) of one panel; sums continue in `sums` [rows][32] unless this is the first pass.
 template <int Rows>
-inline void multiply_block(const float* x, int64_t, const bf16* panel, int64_t begin, int64_t end, bool first, float* sums) {
-  if constexpr (Rows <= kRowsOfWhole) return multiply_part<Rows, 4>(x, panel, begin, end, first, sums, 0);
-  multiply_part<Rows, 2>(x, panel, begin, end, first, sums, 0);
-  multiply_part<Rows, 2>(x, panel, begin, end, first, sums, 16);
+inline void multiply_block(const float* x, int64_t, const bf16* panel, int64_t begin, int64_t end, bool first, float* sums,
+                           Fetching fetching) {
+  if constexpr (Rows <= kRowsOfWhole) return multiply_part<Rows, 4>(x, panel, begin, end, first, sums, 0, fetching);
+  const auto [low, high] = fetching.halves(end - begin);
+  multiply_part<Rows, 2>(x, panel, begin, end, first, sums, 0, low);
+  multiply_part<Rows, 2>(x, panel, begin, end, first, sums, 16, high);
 }
 
 // Adds a panel's bias to sums [rows][32].

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "gate.h"
@@ -37,6 +38,15 @@ inline void each_pass(int64_t rows, int64_t most, const Pass& pass) {
     row += count;
   }
 }
+
+// Bytes that are fetched while others are multiplied, so many with every pair.
+struct Fetching {
+  const char* at;
+  int64_t step;
+
+  // The same, in twice as many pairs: those of the first time through the panel, and of the second.
+  std::pair<Fetching, Fetching> halves(int64_t pairs) const { return {{at, step / 2}, {at + step / 2 * pairs, step / 2}}; }
+};
 
 // One product of a call: its outputs begin with a panel of all products' panels.
 struct Product {

@@ -79,7 +79,7 @@ inline void store_gated(const float* gates, const float* sums, int64_t rows, con
 // `Rows` rows against pairs [begin, end) of one panel; sums continue in `sums` [rows][32] unless this is the first pass.
 template <int Rows>
 inline void multiply_block(const bf16* x, int64_t stride, const bf16* panel, int64_t begin, int64_t end, bool first,
-                           float* sums) {
+                           float* sums, Fetching) {
   __m512 low[Rows], high[Rows];
 #pragma GCC unroll 14
   for (int row = 0; row < Rows; ++row) {
