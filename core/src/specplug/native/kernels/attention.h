@@ -9,6 +9,7 @@
 
 #include "attend_across.h"
 #include "few.h"
+#include "float_tiles.h"
 
 namespace specplug {
 
@@ -68,34 +69,36 @@ class Attention {
       scratch.highest[q] = has_sink ? sinks_[head_of(share, row, q)] * kLog2E : kNone;
       scratch.total[q] = has_sink ? 1.0f : 0.0f;
     }
+    if (SPECPLUG_FLOAT_PAIRS || way == Way::kMatrix) ahead.begin(share, next);
 #if SPECPLUG_MATRIX
     if constexpr (kHasFew<T>)
       if (way == Way::kMatrix) {
         const T* queries[kMostQueries];
         for (int64_t q = 0; q < count; ++q) queries[q] = query_of(share, row, q);
-        ahead.begin(share, next);
         const auto attend = count > kFewAcross ? attend_across<true> : attend_across<false>;
         attend(queries, shape_, share, sight, scratch, ahead);
         return finish(share, row, scratch.highest, scratch.total, scratch.sums);
       }
 #endif
-    attend_down(way, share, row, sight, scratch);
+    attend_down(way, share, row, sight, scratch, ahead);
     finish(share, row, scratch.highest, scratch.total, scratch.sums);
   }
 
   // Query after query: scores of a tile, its softmax, its values.
-  void attend_down(Way way, const Share& share, const Row& row, const Sight& sight, const Scratch<T>& scratch) const {
+  void attend_down(Way way, const Share& share, const Row& row, const Sight& sight, const Scratch<T>& scratch,
+                   Ahead<T>& ahead) const {
     const int64_t count = sight.count(), dim = shape_.value_dim;
     const int64_t size = way == Way::kFew ? few_tile(shape_.key_dim) : kTile;
     for (int64_t q = 0; q < count; ++q)
       std::memcpy(scratch.queries + q * shape_.key_dim, query_of(share, row, q), sizeof(T) * shape_.key_dim);
     std::fill(scratch.sums, scratch.sums + count * dim, 0.0f);
     const Span span = sight.span(0, count);
-    Rows<T> rows;
+    Rows<T> located;
     for (int64_t tile = share.begin; tile < share.end; tile += size) {
-      cache_.locate(share, tile, size, rows);
+      if (!SPECPLUG_FLOAT_PAIRS) cache_.locate(share, tile, size, located);
+      const Rows<T>& rows = SPECPLUG_FLOAT_PAIRS ? ahead.advance() : located;
       const int64_t width = rows.count, padded = (width + kLanes - 1) / kLanes * kLanes;
-      score(way, scratch, count, rows);
+      score(way, scratch, count, rows, ahead);
       const bool unmasked = span.holds(tile, width);
       for (int64_t q = 0; q < count; ++q) {
         float* scores = scratch.scores + q * kTile;
@@ -133,12 +136,16 @@ class Attention {
     return query_ + head_of(share, row, q) * shape_.query_head + (row.query + (share.first + q) % row.count) * shape_.query_token;
   }
 
-  void score(Way way, const Scratch<T>& scratch, int64_t count, const Rows<T>& rows) const {
+  void score(Way way, const Scratch<T>& scratch, int64_t count, const Rows<T>& rows, Ahead<T>& ahead) const {
     const int64_t dim = shape_.key_dim;
 #if SPECPLUG_BF16_DOT
     if constexpr (kHasFew<T>) {
       if (way == Way::kFew) return kScoreFew[count - 1](scratch.queries, rows.keys, rows.count, dim, scratch.scores);
     }
+#endif
+#if SPECPLUG_FLOAT_PAIRS
+    if (dim % 8 == 0)
+      return score_in_floats(scratch.queries, count, rows.keys, rows.count, dim, scratch.scores, [&] { ahead.step(); });
 #endif
     Scores<T>::tile(scratch.queries, count, rows.keys, rows.count, dim, scratch.scores);
   }
@@ -149,6 +156,9 @@ class Attention {
     if constexpr (kHasFew<T>) {
       if (way == Way::kFew) return kAddFew[count - 1](scratch.scores, rows.values, rows.count, dim, scratch.sums);
     }
+#endif
+#if SPECPLUG_FLOAT_PAIRS
+    if (dim % 8 == 0) return add_in_floats(scratch.scores, count, rows.values, rows.count, dim, scratch.sums);
 #endif
     add_values<T>(scratch.scores, count, rows.values, rows.count, dim, scratch.sums);
   }

@@ -27,18 +27,6 @@ inline void pack_weight(const bf16* weight, int64_t out_features, int64_t in_fea
         }
 }
 
-// Calls `pass` with the first and the number of rows of each of the passes, evenly filled, that so many rows take.
-template <typename Pass>
-inline void each_pass(int64_t rows, int64_t most, const Pass& pass) {
-  const int64_t passes = (rows + most - 1) / most;
-  int64_t row = 0;
-  for (int64_t index = 0; index < passes; ++index) {
-    const int64_t count = (rows - row + passes - index - 1) / (passes - index);
-    pass(row, count);
-    row += count;
-  }
-}
-
 // Bytes that are fetched while others are multiplied, so many with every pair.
 struct Fetching {
   const char* at;

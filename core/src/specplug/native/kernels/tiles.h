@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "float_tiles.h"
+#include "vector.h"
 
 namespace specplug {
 
@@ -18,9 +18,6 @@ template <typename T>
 struct Scores {
   static void tile(const T* queries, int64_t count, const T* const* keys, int64_t width, int64_t dim,
                    float* scores) {
-#if SPECPLUG_FLOAT_PAIRS
-    if (dim % 8 == 0) return score_in_floats(queries, count, keys, width, dim, scores, kTile);
-#endif
     for (int64_t q = 0; q < count; ++q)
       for (int64_t k = 0; k < width; ++k) {
         float sum = 0.0f;
@@ -35,9 +32,6 @@ struct Scores {
 // Adds probabilities [count][64] times the tile's values to `sums` [count][dim].
 template <typename T>
 inline void add_values(const float* probs, int64_t count, const T* const* values, int64_t width, int64_t dim, float* sums) {
-#if SPECPLUG_FLOAT_PAIRS
-  if (dim % 8 == 0) return add_in_floats(probs, count, values, width, dim, sums, kTile);
-#endif
   for (int64_t q = 0; q < count; ++q) {
     float* sum = sums + q * dim;
     for (int64_t k = 0; k < width; ++k) {

@@ -102,6 +102,18 @@ inline float exp2_nonpositive(float x) {
 }
 #endif
 
+// Calls `pass` with the first and the number of rows of each of the passes, evenly filled, that so many rows take.
+template <typename Pass>
+inline void each_pass(int64_t rows, int64_t most, const Pass& pass) {
+  const int64_t passes = (rows + most - 1) / most;
+  int64_t row = 0;
+  for (int64_t index = 0; index < passes; ++index) {
+    const int64_t count = (rows - row + passes - index - 1) / (passes - index);
+    pass(row, count);
+    row += count;
+  }
+}
+
 // The two neighbouring elements that one dot product takes, as the bits of one lane.
 inline uint32_t read_pair(const bf16* at) {
   uint32_t pair;
