@@ -30,7 +30,7 @@ inline const float* as_floats(const bf16* from, int64_t count, float* to) {
   return to;
 }
 
-// The same of up to 64 rows.
+// The same of up to a tile of rows.
 class FloatRows {
  public:
   template <typename T>
@@ -43,7 +43,7 @@ class FloatRows {
   const float* operator[](int64_t row) const { return rows_[row]; }
 
  private:
-  const float* rows_[64];
+  const float* rows_[kTile];
 };
 
 // The sums of four vectors, in order.

@@ -32,7 +32,7 @@ inline Block block_of(int64_t rows, std::integer_sequence<int, Less...>) {
 }
 inline Block block_of(int64_t rows) { return block_of(rows, std::make_integer_sequence<int, kMostRows>()); }
 
-// `rows` rows times one panel: sums [rows][32]. The panel after it is fetched meanwhile.
+// `rows` rows times one panel: sums [rows][32]. Where it pays, the next panel is fetched meanwhile.
 inline void multiply_panel(const Inputs& x, int64_t rows, int64_t in_features, const bf16* weight, const bf16* next,
                            float* sums) {
   const int64_t pairs = in_features / 2, passes = (rows + kMostRows - 1) / kMostRows;

@@ -75,9 +75,10 @@ inline void multiply(const bf16* x, int64_t rows, const Panels& panels) {
 #if SPECPLUG_MATRIX
   if (has_matrix_units() && panels.in_features % kTileInputs == 0) return multiply_on_matrix_units(x, rows, panels);
 #endif
-  for (int64_t row = 0; row < rows; row += kRowChunk)
+  const int64_t chunk = chunk_of(panels.in_features);
+  for (int64_t row = 0; row < rows; row += chunk)
     at::parallel_for(0, panels.units(), grain_of(panels), [&](int64_t begin, int64_t end) {
-      multiply_units(x + row * panels.in_features, std::min(kRowChunk, rows - row), panels, begin, end, row);
+      multiply_units(x + row * panels.in_features, std::min(chunk, rows - row), panels, begin, end, row);
     });
 }
 

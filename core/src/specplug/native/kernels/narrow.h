@@ -15,7 +15,14 @@ namespace specplug {
 
 constexpr int64_t kMostRows = 6;     // 2 x 6 accumulators, 2 weight vectors and a broadcast fit 16 registers
 constexpr int kRowsOfWhole = 3;      // up to which a panel's 32 outputs are taken together
-constexpr int64_t kRowChunk = 120;   // rows whose inputs stay in the second-level cache while panels pass
+constexpr int64_t kRowChunk = 120;   // the most rows whose inputs are made floats at once
+constexpr int64_t kChunkBytes = 1 << 20;
+
+// How many rows' inputs are made floats at once: as many as stay near while panels pass.
+inline int64_t chunk_of(int64_t in_features) {
+  const int64_t rows = kChunkBytes / (in_features * static_cast<int64_t>(sizeof(float)));
+  return std::clamp(rows / kMostRows * kMostRows, 2 * kMostRows, kRowChunk);
+}
 
 // Rows as floats, those of a pass [inputs][rows] side by side.
 class Inputs {

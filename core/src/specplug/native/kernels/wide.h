@@ -10,6 +10,8 @@ namespace specplug {
 constexpr int64_t kMostRows = 14;   // 2 x 14 accumulators, 2 weight vectors and a broadcast fit 32 registers
 constexpr int64_t kRowChunk = 224;  // rows whose inputs stay in the second-level cache while panels pass
 
+inline int64_t chunk_of(int64_t) { return kRowChunk; }
+
 // Rows as they lie.
 class Inputs {
  public:
