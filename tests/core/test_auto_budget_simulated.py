@@ -44,6 +44,18 @@ def test_a_useless_speculator_costs_less_than_three_percent(name: str, rows: int
 
 
 @pytest.mark.parametrize("rows", [1, 4, 16])
+def test_a_head_that_has_long_been_useless_costs_less_than_one_percent(rows: int) -> None:
+    """What it is shown of prompts, and probes. Beside a real batch its states are put aside too."""
+    ratios = []
+    for seed in range(6):
+        link = Link.head(lambda row, at: 0.0, 0.3, TARGET)
+        simulation = Simulation([link], target=TARGET, rows=rows, seed=seed, noise=0.1)
+        simulation.run(8)
+        ratios.append(simulation.run(12) / simulation.plain())
+    assert statistics.mean(ratios) >= 0.99
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16])
 def test_a_useless_speculator_costs_little_from_the_start(rows: int) -> None:
     """Nothing is known at first; most of what is lost is taking in the first prompts."""
     simulation = Simulation([USELESS["model at 0.2 of a step a token"]()], target=TARGET, rows=rows, seed=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-_SHARE, _HOPELESS_SHARE, _FIRST_SHARE = 0.015, 0.012, 0.03
+_SHARE, _HOPELESS_SHARE, _FIRST_SHARE = 0.015, 0.008, 0.03
 _FIRST_STEPS = 512
 _SAVED_STEPS = 4.0
 _OFTEN, _NOW_AND_THEN, _RARELY = 2, 8, 32
