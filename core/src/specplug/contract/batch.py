@@ -123,6 +123,15 @@ class ProposalRow:
     _generator: Callable[[], torch.Generator] | None = None
 
     @property
+    def gains_by_sampling(self) -> bool:
+        """Whether drafts that are drawn, and whose distribution is reported, are accepted oftener than the likeliest tokens.
+
+        A row at temperature 0 has one right token. A seeded row is verified by sampling the target and comparing, whatever was
+        proposed: there the likeliest token is the best guess too.
+        """
+        return not self.sampling.greedy and self.sampling.seed is None
+
+    @property
     def generator(self) -> torch.Generator:
         """The row's own random stream for drafting, on the engine's device; independent of the verifier's."""
         if self._generator is None:

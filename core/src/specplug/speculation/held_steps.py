@@ -72,7 +72,7 @@ class HeldSteps:
         end = self._end = begin + count
         while steps and steps[0].begin < end and steps[0].end > begin:
             self._forget_oldest()
-        copy_states(self._specs, captured, read, self.buffers, list(range(begin, end)))  # a list is quicker to hand over than a range
+        copy_states(self._specs, captured, read, self.buffers, list(range(begin, end)))
         number = self._forgotten + len(steps)
         for slot in lengths:
             self._first.setdefault(slot, number)

@@ -45,7 +45,7 @@ def draw(
         threshold: a row whose most likely token is less probable stops.
         asks: whether tokens' probabilities are wanted; on a CPU they cost nothing.
     """
-    sampled = [index for index, row in enumerate(rows) if sample and is_sampled(row)]
+    sampled = [index for index, row in enumerate(rows) if sample and row.gains_by_sampling]
     distributions: list[torch.Tensor | None] = [None] * len(rows)
     chances: list[float | None] = [None] * len(rows)
     if len(sampled) < len(rows):
@@ -73,12 +73,3 @@ def _best(logits: torch.Tensor, asks: bool) -> tuple[list[int], list[float | Non
         return logits.max(dim=-1).indices.tolist(), [None] * len(logits)
     columns = torch.stack([part.double() for part in likeliest(logits)]).tolist()  # one copy; float64 holds every index
     return [int(token) for token in columns[0]], columns[1]
-
-
-def is_sampled(row: ProposalRow) -> bool:
-    """Whether sampling drafts for a row can pay.
-
-    A row at temperature 0 has one right token. A seeded row is verified by sampling the target and comparing, whatever was
-    proposed: there the most likely token is the best guess.
-    """
-    return not row.sampling.greedy and row.sampling.seed is None

@@ -10,7 +10,7 @@ import torch
 
 from specplug import DraftDistributions, ForwardRow, likeliest, process, sample, worth_another_token
 from specplug_eagle.drafting.runner import HeadRunner, Roots
-from specplug_eagle.drafting.tree_draft import TreeDraft, is_sampled
+from specplug_eagle.drafting.tree_draft import TreeDraft
 
 
 @attrs.frozen(eq=False)
@@ -59,7 +59,7 @@ class Chain:
 
     def draft(self, roots: Roots, runner: HeadRunner) -> list[TreeDraft]:
         """Drafts one chain per row, with one head forward per level for all rows that go on."""
-        sampled = {index for index, row in enumerate(roots.rows) if self.samples and is_sampled(row)}
+        sampled = {index for index, row in enumerate(roots.rows) if self.samples and row.gains_by_sampling}
         members, output, hidden = list(range(len(roots.rows))), roots.output, roots.hidden
         before = torch.zeros(len(members), device=output.device)
         levels: list[_Level] = []

@@ -17,7 +17,7 @@ from specplug import (
     sample,
 )
 from specplug_eagle.drafting.runner import HeadRunner, Roots
-from specplug_eagle.drafting.tree_draft import TreeDraft, best_nodes, is_sampled, renumber
+from specplug_eagle.drafting.tree_draft import TreeDraft, best_nodes, renumber
 
 
 @attrs.frozen(eq=False)
@@ -199,7 +199,7 @@ class _Drawing:
             runner=runner,
             tokens=torch.full(shape, -1, dtype=torch.long, device=device),
             scores=torch.zeros(shape, device=device),
-            sampled=[index for index, row in enumerate(roots.rows) if tree.samples and is_sampled(row)],
+            sampled=[index for index, row in enumerate(roots.rows) if tree.samples and row.gains_by_sampling],
         )
 
     def extend(self, members: list[int], level: Level, output: torch.Tensor) -> None:

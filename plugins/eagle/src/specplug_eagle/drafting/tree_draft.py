@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import attrs
 
-from specplug import DraftDistributions, ProposalRow
+from specplug import DraftDistributions
 
 
 @attrs.frozen(eq=False)
@@ -27,11 +27,6 @@ class TreeDraft:
 
 
 EMPTY = TreeDraft([])
-
-
-def is_sampled(row: ProposalRow) -> bool:
-    """A greedy row has one right token; a seeded row is verified by matching: the likeliest tokens serve both best."""
-    return not row.sampling.greedy and row.sampling.seed is None
 
 
 def best_nodes(scores: Sequence[float], count: int) -> list[int]:
