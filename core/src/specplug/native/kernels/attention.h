@@ -87,10 +87,17 @@ class Attention {
   // Query after query: scores of a tile, its softmax, its values.
   void attend_down(Way way, const Share& share, const Row& row, const Sight& sight, const Scratch<T>& scratch,
                    Ahead<T>& ahead) const {
-    const int64_t count = sight.count(), dim = shape_.value_dim;
-    const int64_t size = way == Way::kFew ? few_tile(shape_.key_dim) : kTile;
-    for (int64_t q = 0; q < count; ++q)
-      std::memcpy(scratch.queries + q * shape_.key_dim, query_of(share, row, q), sizeof(T) * shape_.key_dim);
+    const int64_t count = sight.count(), dim = shape_.value_dim, key_dim = shape_.key_dim;
+    const int64_t size = way == Way::kFew ? few_tile(key_dim) : kTile;
+    for (int64_t q = 0; q < count; ++q) {
+#if SPECPLUG_FLOAT_PAIRS
+      if (key_dim % 8 == 0) {
+        arrange(query_of(share, row, q), key_dim, scratch.arranged + q * key_dim);
+        continue;
+      }
+#endif
+      std::memcpy(scratch.queries + q * key_dim, query_of(share, row, q), sizeof(T) * key_dim);
+    }
     std::fill(scratch.sums, scratch.sums + count * dim, 0.0f);
     const Span span = sight.span(0, count);
     Rows<T> located;
@@ -114,6 +121,10 @@ class Attention {
       }
       add(way, scratch, count, rows);
     }
+#if SPECPLUG_FLOAT_PAIRS
+    if (dim % 8 == 0)
+      for (int64_t q = 0; q < count; ++q) put_in_order<T>(scratch.sums + q * dim, dim);
+#endif
   }
 
   // Writes what became of a share; of a range of a cut block, if it is the last, what became of all.
@@ -145,7 +156,7 @@ class Attention {
 #endif
 #if SPECPLUG_FLOAT_PAIRS
     if (dim % 8 == 0)
-      return score_in_floats(scratch.queries, count, rows.keys, rows.count, dim, scratch.scores, [&] { ahead.step(); });
+      return score_in_floats(scratch.arranged, count, rows.keys, rows.count, dim, scratch.scores, [&] { ahead.step(); });
 #endif
     Scores<T>::tile(scratch.queries, count, rows.keys, rows.count, dim, scratch.scores);
   }

@@ -1,5 +1,6 @@
-// Scores and values of one tile with vectors of 256 bits. Keys, values and queries in bfloat16 become floats once a tile, for
-// all queries.
+// Scores and values of one tile with vectors of 256 bits. Keys and values in bfloat16 become floats in registers: of 16 numbers
+// the ones at even places, then those at odd ones, which is two instructions; queries are arranged likewise beforehand, and sums
+// of values are put in order when a share is done.
 //
 // Every score has one accumulator of 8 floats, and every value's sum one float, whose terms come in one order: a query comes
 // out the same to the bit, alone or among others.
@@ -13,134 +14,166 @@ namespace specplug {
 
 #if SPECPLUG_FLOAT_PAIRS
 
-using Memory = std::vector<float>;
+constexpr int64_t kLine = 16;  // numbers that are made floats together
 
-inline float* room_for(int64_t count, Memory& memory) {
-  if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
-  return memory.data();
+// Numbers of a line at even and at odd places; of floats the first and the last half.
+inline __m256 even_of(const float* line) { return _mm256_loadu_ps(line); }
+inline __m256 odd_of(const float* line) { return _mm256_loadu_ps(line + 8); }
+inline __m256 even_of(const bf16* line) { return first_of(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(line))); }
+inline __m256 odd_of(const bf16* line) { return second_of(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(line))); }
+
+// Half a line, as it lies: what is left of a row of an odd number of halves.
+inline __m256 load_half(const float* at) { return _mm256_loadu_ps(at); }
+inline __m256 load_half(const bf16* at) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
-// A multiple of 8 numbers as floats: such lie where they lay.
-inline const float* as_floats(const float* from, int64_t, float*) { return from; }
-inline const float* as_floats(const bf16* from, int64_t count, float* to) {
-  for (int64_t at = 0; at < count; at += 8) {
-    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at));
-    _mm256_storeu_ps(to + at, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)));
+// A row of a multiple of 8 numbers as floats, in the order of its lines.
+template <typename T>
+inline void arrange(const T* from, int64_t dim, float* to) {
+  int64_t d = 0;
+  for (; d + kLine <= dim; d += kLine) {
+    _mm256_storeu_ps(to + d, even_of(from + d));
+    _mm256_storeu_ps(to + d + kLine / 2, odd_of(from + d));
   }
-  return to;
+  if (d < dim) _mm256_storeu_ps(to + d, load_half(from + d));
 }
 
-// The same of up to a tile of rows.
-class FloatRows {
- public:
-  template <typename T>
-  FloatRows(const T* const* rows, int64_t count, int64_t dim, Memory& memory) {
-    float* to = room_for(count * dim, memory);
-    for (int64_t row = 0; row < count; ++row) rows_[row] = as_floats(rows[row], dim, to + row * dim);
-  }
-  FloatRows(const FloatRows&) = delete;
-  FloatRows& operator=(const FloatRows&) = delete;
-  const float* operator[](int64_t row) const { return rows_[row]; }
-
- private:
-  const float* rows_[kTile];
-};
+// Back to the order in which the numbers of a row of T lie.
+template <typename T>
+inline void put_in_order(float* row, int64_t dim) {
+  if constexpr (std::is_same_v<T, bf16>)
+    for (int64_t d = 0; d + kLine <= dim; d += kLine) {
+      const __m256 even = _mm256_loadu_ps(row + d), odd = _mm256_loadu_ps(row + d + 8);
+      const __m256 low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+      _mm256_storeu_ps(row + d, _mm256_permute2f128_ps(low, high, 0x20));
+      _mm256_storeu_ps(row + d + 8, _mm256_permute2f128_ps(low, high, 0x31));
+    }
+}
 
 // The sums of four vectors, in order.
 inline __m128 sums_of(__m256 a, __m256 b, __m256 c, __m256 d) {
-  const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  const __m256d ab = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)));
+  const __m256d cd = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)));
+  const __m256 all = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)), _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)));
   return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 }
 
-// Scores [Queries][64] of four keys.
-template <int Queries>
-inline void score_four(const float* queries, const float* const (&keys)[4], int64_t dim, float* scores) {
-  __m256 sum[Queries][4];
-#pragma GCC unroll 3
-  for (int q = 0; q < Queries; ++q)
+// Adds the products of half a line of some queries and some keys, given as floats.
+template <int Queries, int Keys>
+inline void add_products(const float* queries, int64_t dim, const __m256 (&numbers)[Keys], __m256 (&sum)[Queries][Keys]) {
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) sum[q][k] = _mm256_setzero_ps();
-  for (int64_t d = 0; d < dim; d += 8) {
-    __m256 query[Queries];
-#pragma GCC unroll 3
-    for (int q = 0; q < Queries; ++q) query[q] = _mm256_loadu_ps(queries + q * dim + d);
+  for (int q = 0; q < Queries; ++q) {
+    const __m256 query = _mm256_loadu_ps(queries + q * dim);
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-      const __m256 key = _mm256_loadu_ps(keys[k] + d);
-#pragma GCC unroll 3
-      for (int q = 0; q < Queries; ++q) sum[q][k] = _mm256_fmadd_ps(query[q], key, sum[q][k]);
-    }
+    for (int k = 0; k < Keys; ++k) sum[q][k] = _mm256_fmadd_ps(query, numbers[k], sum[q][k]);
   }
-#pragma GCC unroll 3
-  for (int q = 0; q < Queries; ++q)
-    _mm_storeu_ps(scores + q * kTile, sums_of(sum[q][0], sum[q][1], sum[q][2], sum[q][3]));
 }
 
-// Adds weights [Queries][64] times `Vectors` x 8 numbers of the values, from `offset` on, to sums [Queries][dim].
-template <int Queries, int Vectors>
-inline void add_part(const float* weights, const FloatRows& values, int64_t width, int64_t offset, int64_t dim, float* sums) {
-  __m256 sum[Queries][Vectors];
-#pragma GCC unroll 3
+// Scores [Queries][64] of some keys.
+template <int Queries, int Keys, typename T>
+inline void score_keys(const float* queries, const T* const* keys, int64_t dim, float* scores) {
+  __m256 sum[Queries][Keys], numbers[Keys];
+#pragma GCC unroll 4
   for (int q = 0; q < Queries; ++q)
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) sum[q][v] = _mm256_loadu_ps(sums + q * dim + offset + 8 * v);
+    for (int k = 0; k < Keys; ++k) sum[q][k] = _mm256_setzero_ps();
+  int64_t d = 0;
+  for (; d + kLine <= dim; d += kLine) {
+#pragma GCC unroll 4
+    for (int k = 0; k < Keys; ++k) numbers[k] = even_of(keys[k] + d);
+    add_products(queries + d, dim, numbers, sum);
+#pragma GCC unroll 4
+    for (int k = 0; k < Keys; ++k) numbers[k] = odd_of(keys[k] + d);
+    add_products(queries + d + kLine / 2, dim, numbers, sum);
+  }
+  if (d < dim) {
+#pragma GCC unroll 4
+    for (int k = 0; k < Keys; ++k) numbers[k] = load_half(keys[k] + d);
+    add_products(queries + d, dim, numbers, sum);
+  }
+  const __m256* each = &sum[0][0];
+#pragma GCC unroll 2
+  for (int at = 0; at < Queries * Keys; at += 4) {
+    float four[4];
+    _mm_storeu_ps(four, sums_of(each[at], each[at + 1], each[at + 2], each[at + 3]));
+#pragma GCC unroll 2
+    for (int q = at / Keys; q * Keys < at + 4; ++q)
+      std::memcpy(scores + q * kTile, four + q * Keys - at, Keys * sizeof(float));
+  }
+}
+
+// Adds weights [Queries][64] times `Halves` x 8 numbers of the values, from `offset` on, to sums [Queries][dim].
+template <int Queries, int Halves, typename T>
+inline void add_part(const float* weights, const T* const* values, int64_t width, int64_t offset, int64_t dim, float* sums) {
+  __m256 sum[Queries][Halves];
+#pragma GCC unroll 4
+  for (int q = 0; q < Queries; ++q)
+#pragma GCC unroll 8
+    for (int v = 0; v < Halves; ++v) sum[q][v] = _mm256_loadu_ps(sums + q * dim + offset + 8 * v);
   for (int64_t k = 0; k < width; ++k) {
-    const float* value = values[k] + offset;
-    __m256 weight[Queries];
-#pragma GCC unroll 3
-    for (int q = 0; q < Queries; ++q) weight[q] = _mm256_broadcast_ss(weights + q * kTile + k);
+    const T* value = values[k] + offset;
+    __m256 numbers[Halves];
+    if constexpr (Halves == 1) numbers[0] = load_half(value);
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) {
-      const __m256 numbers = _mm256_loadu_ps(value + 8 * v);
-#pragma GCC unroll 3
-      for (int q = 0; q < Queries; ++q) sum[q][v] = _mm256_fmadd_ps(weight[q], numbers, sum[q][v]);
+    for (int line = 0; line < Halves / 2; ++line) {
+      numbers[2 * line] = even_of(value + kLine * line);
+      numbers[2 * line + 1] = odd_of(value + kLine * line);
+    }
+#pragma GCC unroll 4
+    for (int q = 0; q < Queries; ++q) {
+      const __m256 weight = _mm256_broadcast_ss(weights + q * kTile + k);
+#pragma GCC unroll 8
+      for (int v = 0; v < Halves; ++v) sum[q][v] = _mm256_fmadd_ps(weight, numbers[v], sum[q][v]);
     }
   }
-#pragma GCC unroll 3
-  for (int q = 0; q < Queries; ++q)
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) _mm256_storeu_ps(sums + q * dim + offset + 8 * v, sum[q][v]);
+  for (int q = 0; q < Queries; ++q)
+#pragma GCC unroll 8
+    for (int v = 0; v < Halves; ++v) _mm256_storeu_ps(sums + q * dim + offset + 8 * v, sum[q][v]);
 }
 
-template <int Queries>
-inline void add_rows(const float* weights, const FloatRows& values, int64_t width, int64_t dim, float* sums) {
+template <int Queries, typename T>
+inline void add_rows(const float* weights, const T* const* values, int64_t width, int64_t dim, float* sums) {
+  constexpr int kHalves = 8 / Queries;
   int64_t offset = 0;
-  for (; offset + 32 <= dim; offset += 32) add_part<Queries, 4>(weights, values, width, offset, dim, sums);
-  for (; offset < dim; offset += 8) add_part<Queries, 1>(weights, values, width, offset, dim, sums);
+  for (; offset + 8 * kHalves <= dim; offset += 8 * kHalves)
+    add_part<Queries, kHalves>(weights, values, width, offset, dim, sums);
+  for (; offset + kLine <= dim; offset += kLine) add_part<Queries, 2>(weights, values, width, offset, dim, sums);
+  if (offset < dim) add_part<Queries, 1>(weights, values, width, offset, dim, sums);
 }
 
-// Calls `block` with the number of queries, known when compiling, and the first of them, by threes and twos.
+// Calls `block` with the number of queries, known when compiling, and the first of them: four, two or one.
 template <typename Block>
-inline void in_threes(int64_t count, const Block& block) {
-  each_pass(count, 3, [&](int64_t first, int64_t size) {
-    if (size == 3) block(std::integral_constant<int, 3>(), first);
-    if (size == 2) block(std::integral_constant<int, 2>(), first);
-    if (size == 1) block(std::integral_constant<int, 1>(), first);
-  });
+inline void in_fours(int64_t count, const Block& block) {
+  int64_t q = 0;
+  for (; q + 4 <= count; q += 4) block(std::integral_constant<int, 4>(), q);
+  if (count & 2) block(std::integral_constant<int, 2>(), q), q += 2;
+  if (count & 1) block(std::integral_constant<int, 1>(), q);
 }
 
 // Scores [count][64] of up to 64 keys, and of the last one again up to a multiple of 4. `step` is called with every four.
 template <typename T, typename Step>
-inline void score_in_floats(const T* queries, int64_t count, const T* const* rows, int64_t width, int64_t dim, float* scores,
-                            const Step& step) {
-  thread_local Memory memory, query_memory;
-  const FloatRows keys(rows, width, dim, memory);
-  const float* floats = as_floats(queries, count * dim, room_for(count * dim, query_memory));
+inline void score_in_floats(const float* queries, int64_t count, const T* const* rows, int64_t width, int64_t dim,
+                            float* scores, const Step& step) {
   for (int64_t k = 0; k < width; k += 4) {
-    const auto key = [&](int64_t at) { return keys[std::min(at, width - 1)]; };
-    const float* const four[4] = {key(k), key(k + 1), key(k + 2), key(k + 3)};
-    in_threes(count, [&](auto size, int64_t q) { score_four<size()>(floats + q * dim, four, dim, scores + q * kTile + k); });
+    const T* const four[] = {rows[k], rows[std::min(k + 1, width - 1)], rows[std::min(k + 2, width - 1)],
+                             rows[std::min(k + 3, width - 1)]};
+    in_fours(count, [&](auto size, int64_t q) {
+      constexpr int kKeys = size() == 4 ? 2 : 4;  // as many as there are registers for
+      for (int first = 0; first < 4; first += kKeys)
+        score_keys<size(), kKeys>(queries + q * dim, four + first, dim, scores + q * kTile + k + first);
+    });
     step();
   }
 }
 
-// Adds weights [count][64] times up to 64 values to sums [count][dim].
+// Adds weights [count][64] times up to 64 values to sums [count][dim], in the order of lines.
 template <typename T>
 inline void add_in_floats(const float* weights, int64_t count, const T* const* rows, int64_t width, int64_t dim, float* sums) {
-  thread_local Memory memory;
-  const FloatRows values(rows, width, dim, memory);
-  in_threes(count, [&](auto size, int64_t q) {
-    add_rows<size()>(weights + q * kTile, values, width, dim, sums + q * dim);
+  in_fours(count, [&](auto size, int64_t q) {
+    add_rows<size()>(weights + q * kTile, rows, width, dim, sums + q * dim);
   });
 }
 

@@ -44,12 +44,6 @@ class Inputs {
   const float* at_;
 };
 
-// The first, and the second, numbers of 8 pairs.
-inline __m256 first_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
-inline __m256 second_of(__m256i pairs) {
-  return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
-}
-
 // `Vectors` x 8 outputs, from the panel's output `from` on, while the next panel is fetched: memory then never waits for the
 // products, nor these for memory.
 template <int Rows, int Vectors>

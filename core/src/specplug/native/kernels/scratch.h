@@ -14,15 +14,16 @@ enum class Way { kMatrix, kFew, kTiles };
 template <typename T>
 struct Scratch {
   float *scores, *highest, *total, *sums;
+  float* arranged;                       // queries as floats, in the place of
   T *queries, *keys, *values, *weights;  // the last three for matrix units alone
 
   Scratch(std::vector<char>& memory, Way way, int64_t count, int64_t key_dim, int64_t value_dim) {
     const bool on_matrix_units = way == Way::kMatrix;
     const int64_t size = sizeof(T), rows = on_matrix_units ? (count + kLanes - 1) / kLanes * kLanes : count;
-    const int64_t arranged = on_matrix_units ? kTile * size : 0;
+    const int64_t tile = on_matrix_units ? kTile * size : 0, query_size = SPECPLUG_FLOAT_PAIRS ? sizeof(float) : size;
     const int64_t scored = on_matrix_units ? kLanes * std::max(kTile, value_dim) : rows * kTile;
     const int64_t bytes[] = {scored * 4,         rows * 4,           rows * 4,             rows * value_dim * 4,
-                             rows * key_dim * size, arranged * key_dim, arranged * value_dim, arranged * kLanes};
+                             rows * key_dim * query_size, tile * key_dim, tile * value_dim, tile * kLanes};
     int64_t begins[9] = {};
     for (int part = 0; part < 8; ++part) begins[part + 1] = begins[part] + (bytes[part] + 63) / 64 * 64;
     if (static_cast<int64_t>(memory.size()) < begins[8] + 64) memory.resize(begins[8] + 64);
@@ -32,6 +33,7 @@ struct Scratch {
     total = reinterpret_cast<float*>(base + begins[2]);
     sums = reinterpret_cast<float*>(base + begins[3]);
     queries = reinterpret_cast<T*>(base + begins[4]);
+    arranged = reinterpret_cast<float*>(queries);
     keys = reinterpret_cast<T*>(base + begins[5]);
     values = reinterpret_cast<T*>(base + begins[6]);
     weights = reinterpret_cast<T*>(base + begins[7]);

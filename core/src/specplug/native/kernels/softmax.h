@@ -2,6 +2,7 @@
 #pragma once
 
 #include <limits>
+#include <numeric>
 
 #include "vector.h"
 
@@ -25,6 +26,21 @@ inline float softmax_tile(float* score, int64_t width, float factor, float& high
     _mm512_storeu_ps(score + k, weight);
   }
   const float added = _mm512_reduce_add_ps(sum);
+#elif SPECPLUG_FLOAT_PAIRS
+  __m256 most = _mm256_set1_ps(kNone);
+  for (int64_t k = 0; k < width; k += 8) most = _mm256_max_ps(most, _mm256_loadu_ps(score + k));
+  alignas(32) float lanes[8];
+  _mm256_store_ps(lanes, most);
+  const float top = std::max(highest, *std::max_element(lanes, lanes + 8) * factor);
+  const __m256 base = _mm256_set1_ps(top == kNone ? 0.0f : top), factors = _mm256_set1_ps(factor);
+  __m256 sum = _mm256_setzero_ps();
+  for (int64_t k = 0; k < width; k += 8) {
+    const __m256 weight = exp2_nonpositive(_mm256_fmsub_ps(_mm256_loadu_ps(score + k), factors, base));
+    sum = _mm256_add_ps(sum, weight);
+    _mm256_storeu_ps(score + k, weight);
+  }
+  _mm256_store_ps(lanes, sum);
+  const float added = std::accumulate(lanes, lanes + 8, 0.0f);
 #else
   float most = kNone, added = 0.0f;
 #pragma omp simd reduction(max : most)

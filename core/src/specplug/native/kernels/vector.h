@@ -102,6 +102,18 @@ inline float exp2_nonpositive(float x) {
 }
 #endif
 
+#if SPECPLUG_FLOAT_PAIRS
+inline __m256 exp2_nonpositive(__m256 x) {
+  const __m256 counts = _mm256_cmp_ps(x, _mm256_set1_ps(kLeastExponent), _CMP_NLT_UQ);
+  const __m256 n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm256_sub_ps(x, n);
+  __m256 p = _mm256_set1_ps(kExp2[5]);
+#pragma GCC unroll 5
+  for (int i = 4; i >= 0; --i) p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kExp2[i]));
+  const __m256i exponent = _mm256_add_epi32(_mm256_slli_epi32(_mm256_cvtps_epi32(n), 23), _mm256_set1_epi32(0x3f800000));
+  return _mm256_and_ps(counts, _mm256_mul_ps(p, _mm256_castsi256_ps(exponent)));
+}
+#endif
+
 // Calls `pass` with the first and the number of rows of each of the passes, evenly filled, that so many rows take.
 template <typename Pass>
 inline void each_pass(int64_t rows, int64_t most, const Pass& pass) {
@@ -120,6 +132,14 @@ inline uint32_t read_pair(const bf16* at) {
   std::memcpy(&pair, at, sizeof(pair));
   return pair;
 }
+
+#if SPECPLUG_FLOAT_PAIRS
+// The first, and the second, numbers of 8 pairs.
+inline __m256 first_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+inline __m256 second_of(__m256i pairs) {
+  return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+#endif
 
 #if SPECPLUG_BF16_DOT
 inline __m512 dot_pairs(__m512 sum, __m512i pairs, uint32_t pair) {
