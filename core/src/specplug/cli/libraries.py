@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import signal
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +20,29 @@ _MODULES = ("specplug.llm", "transformers.modeling_utils", "transformers.models.
 
 def import_libraries() -> None:
     """Imports what every start needs, so that the startup steps show what they cost themselves."""
-    with _ending_at_once():
-        for name in _MODULES:
+    missing = [name for name in _MODULES if name not in sys.modules]
+    if not missing:
+        return
+    with _ending_at_once(), _without_collecting():
+        for name in missing:
             importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Lets the collector of cycles rest: half a million new objects, nearly all of which stay, make it a tenth of the time.
+
+    What has been imported is frozen afterwards, so that no later collection goes through it, for a third of a second, while
+    requests wait.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,33 @@
+"""Importing the libraries costs no collections, and leaves a collector that works and does not go through them again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+SCRIPT = """
+import gc
+from specplug.cli.libraries import import_libraries
+
+gc.{before}()
+collections = []
+gc.callbacks.append(lambda phase, info: collections.append(info["generation"]))
+import_libraries()
+assert not collections, collections
+assert gc.isenabled() == {enabled}
+frozen = gc.get_freeze_count()
+assert frozen > 100_000, frozen
+mine = [[]]
+mine[0].append(mine)
+import_libraries()
+assert gc.get_freeze_count() == frozen, "what a program makes itself is frozen too"
+del mine
+assert gc.collect() >= 2
+"""
+
+
+def test_nothing_is_collected_meanwhile_and_all_of_it_is_frozen() -> None:
+    for before, enabled in (("enable", True), ("disable", False)):
+        script = SCRIPT.format(before=before, enabled=enabled)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
