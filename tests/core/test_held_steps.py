@@ -94,4 +94,4 @@ def test_no_row_beyond_a_matrix_is_touched(read: list[int], write: list[int]) ->
     if not library.load():
         pytest.skip("no kernels on this machine")
     with pytest.raises(RuntimeError, match="copy_rows"):
-        torch.ops.specplug.copy_rows([torch.zeros(6, 3)], read, [torch.zeros(5, 3)], write)
+        torch.ops.specplug.copy_rows([torch.zeros(6, 3)], [len(read)], read, [torch.zeros(5, 3)], write)

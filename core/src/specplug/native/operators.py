@@ -15,7 +15,7 @@ _SCHEMAS = (
     "float scaling, int window, float softcap, Tensor? sinks) -> Tensor",
     "attend_turned(Tensor query, Tensor key, Tensor value, Tensor keys, Tensor values, Tensor plan, Tensor slots, "
     "float scaling, int window, float softcap, Tensor? sinks, Tensor cosines, Tensor sines) -> Tensor",
-    "copy_rows(Tensor[] sources, int[] read, Tensor(a!)[] destinations, int[] write) -> ()",
+    "copy_rows(Tensor[] sources, int[] counts, int[] read, Tensor(a!)[] destinations, int[] write) -> ()",
     "likeliest(Tensor logits) -> (Tensor, Tensor)",
     "pack_weight(Tensor weight, Tensor(a!) packed) -> ()",
     "linear(Tensor states, Tensor packed, Tensor? bias, int out_features) -> Tensor",

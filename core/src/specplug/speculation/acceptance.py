@@ -55,6 +55,11 @@ class EngineAcceptance:
         return self.misses >= _MISSES and self.first < _HOPEFUL
 
     @property
+    def hopeless_misses(self) -> int:
+        """How many drafts on end brought nothing, if it is hopeless; else 0."""
+        return self.misses if self.is_hopeless else 0
+
+    @property
     def drafts(self) -> float:
         """How many drafts were seen, lately."""
         return max(self.reached[0] - _GUESS_TRUST, 0.0)

@@ -291,7 +291,7 @@ class AutoBudget:
         """Takes in what became of drafts; where that was unlikely depths are looked for at once."""
         if self._lessons.take_in():
             self._held.clear()
-        self.probing.be_thrifty(all(link.acceptance.is_hopeless for link in self.links))
+        self.probing.be_thrifty(min(link.acceptance.hopeless_misses for link in self.links))
 
     def _compare(self, request: Request, row: RowEstimate, index: int) -> None:
         """Takes in whether a guess that was not verified came true."""

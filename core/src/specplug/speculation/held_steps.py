@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
 
-from specplug.speculation.state_ring import WINDOW, Captured, Channel, ChannelSpec, StepRows, copy_states
+from specplug.speculation.state_ring import WINDOW, Captured, Channel, ChannelSpec, StepCopy, StepRows, copy_steps
 
 _SPARE = 2
+_MOST_WAITING = 7
 
 
 @attrs.frozen(eq=False)
@@ -23,8 +24,9 @@ class _Step:
 class HeldSteps:
     """The states of the last steps, for slots whose states somebody may ask for later. Of most of them nobody ever does.
 
-    A step's are copied behind one another, by one operation, over the oldest. (To hold the step's own tensors would be for
-    nothing at first sight; but then the next steps find other memory to compute in, which no cache knows.)
+    A step's are copied behind one another, over the oldest. On a CPU several steps wait for that in their own tensors, since
+    what costs is to call an operation whose code has left the caches. (Were all held like this, the next steps would find ever
+    other memory to compute in, which no cache knows.)
 
     Args:
         specs: the channels.
@@ -48,20 +50,49 @@ class HeldSteps:
         self._steps: deque[_Step] = deque()
         self._forgotten = 0  # steps
         self._first: dict[int, int] = {}  # slot → the number of the first step that holds it
+        self._waiting: list[tuple[Captured, StepRows, Sequence[int]]] = []
+        self._most_waiting = (
+            _MOST_WAITING if device.type == "cpu" else 0
+        )  # a captured step writes over what it returned
 
     @staticmethod
     def planned_positions(max_num_seqs: int) -> int:
         """Positions for which there is memory."""
         return _SPARE * WINDOW * max_num_seqs
 
-    def add(self, captured: Captured, rows: StepRows, slots: Iterable[int]) -> None:
-        """Puts the states of some of a step's slots aside, `most` positions at most."""
+    def add(self, captured: Captured, rows: StepRows, slots: Sequence[int], *, at_once: bool = False) -> None:
+        """Puts the states of some of a step's slots aside, `most` positions at most.
+
+        Args:
+            captured: the step's states.
+            rows: its rows.
+            slots: those to put aside; what the step had not is left out.
+            at_once: whether its tensors are too large to wait.
+        """
+        self._waiting.append((captured, rows, slots))
+        if at_once or len(self._waiting) > self._most_waiting:
+            self._take_in()
+
+    def _take_in(self) -> None:
+        """Copies what waits."""
+        waiting, self._waiting = self._waiting, []
+        copies: list[StepCopy] = []
+        for captured, rows, slots in waiting:
+            read, begin = self._place(rows, slots)
+            if read:
+                copies.append(([captured[channel] for channel in self._specs], read, range(begin, begin + len(read))))
+        if copies:
+            copy_steps(copies, list(self.buffers.values()))
+
+    def _place(self, rows: StepRows, slots: Sequence[int]) -> tuple[list[int], int]:
+        """Makes room for a step: what is read of its tensors, and where the first of it goes."""
         read: list[int] = []
         lengths: dict[int, tuple[range, int]] = {}
         for slot in slots:
-            positions, packed = rows[slot]
-            lengths[slot] = positions, len(read)
-            read += packed
+            if slot in rows:
+                positions, packed = rows[slot]
+                lengths[slot] = positions, len(read)
+                read += packed
         count = len(read)
         assert count <= self.most
         steps, begin = self._steps, self._end
@@ -72,11 +103,11 @@ class HeldSteps:
         end = self._end = begin + count
         while steps and steps[0].begin < end and steps[0].end > begin:
             self._forget_oldest()
-        copy_states(self._specs, captured, read, self.buffers, list(range(begin, end)))
         number = self._forgotten + len(steps)
         for slot in lengths:
             self._first.setdefault(slot, number)
         steps.append(_Step(begin, end, lengths))
+        return read, begin
 
     def take_out(self, slot: int) -> tuple[range, list[int], bool] | None:
         """A slot's last positions, `WINDOW` at most; None if none are held.
@@ -84,6 +115,8 @@ class HeldSteps:
         Returns:
             The positions, where they lie in the buffers, and whether some between them and those before are gone.
         """
+        if self._waiting:
+            self._take_in()
         first = self._first.get(slot)
         if first is None:
             return None
@@ -103,6 +136,8 @@ class HeldSteps:
 
     def drop(self, slot: int) -> None:
         """Lets go of a slot."""
+        if self._waiting:
+            self._take_in()
         self._first.pop(slot, None)
         if not self._first:
             self._forgotten += len(self._steps)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-_SHARE, _HOPELESS_SHARE, _FIRST_SHARE = 0.015, 0.008, 0.03
-_FIRST_STEPS = 512
+_SHARE, _HOPELESS_SHARE, _USELESS_SHARE, _FIRST_SHARE = 0.015, 0.012, 0.006, 0.03
+_FIRST_STEPS, _USELESS_AFTER = 512, 12
 _SAVED_STEPS = 4.0
 _OFTEN, _NOW_AND_THEN, _RARELY = 2, 8, 32
 _NEW, _KNOWN = 24, 256
@@ -34,9 +34,18 @@ class Probing:
         self._wanted = 0.0
         self._step_seconds = 0.0
 
-    def be_thrifty(self, is_hopeless: bool) -> None:
-        """More flows in while little is known, less where next to nothing that was tried lately came true."""
-        self.share = _FIRST_SHARE if self._steps < _FIRST_STEPS else _HOPELESS_SHARE if is_hopeless else _SHARE
+    def be_thrifty(self, misses: int) -> None:
+        """More flows in while little is known, less where next to nothing that was tried lately came true.
+
+        Args:
+            misses: drafts on end that brought nothing, where that leaves little hope for others; else 0.
+        """
+        if self._steps < _FIRST_STEPS:
+            self.share = _FIRST_SHARE
+        elif misses >= _USELESS_AFTER:
+            self.share = _USELESS_SHARE
+        else:
+            self.share = _HOPELESS_SHARE if misses else _SHARE
 
     @property
     def is_sound(self) -> bool:

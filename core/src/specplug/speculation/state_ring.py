@@ -17,6 +17,8 @@ Channel = Boundary | str
 Captured = Mapping[Channel, torch.Tensor]
 StepRows = Mapping[int, tuple[range, list[int]]]
 """Slot → (positions that became final, where they lie in the packed batch)."""
+StepCopy = tuple[Sequence[torch.Tensor], Sequence[int], Sequence[int]]
+"""A step's states in the order of the channels, the rows that are read of them, and where they are written."""
 
 
 @attrs.frozen
@@ -82,13 +84,31 @@ def copy_states(
     write: Sequence[int],
 ) -> None:
     """Copies the states at some places to others, in all channels."""
-    if not read:
-        return
-    sources, destinations = [source[channel] for channel in specs], [destination[channel] for channel in specs]
+    if read:
+        copy_steps([([source[channel] for channel in specs], read, write)], [destination[channel] for channel in specs])
+
+
+def copy_steps(steps: Sequence[StepCopy], destinations: Sequence[torch.Tensor]) -> None:
+    """The same of several steps at once, each with some rows at least."""
     device = destinations[0].device
     if device.type == "cpu" and library.available():
-        torch.ops.specplug.copy_rows.default(sources, read, destinations, write)
+        sources, reads, writes = zip(*steps, strict=True)
+        torch.ops.specplug.copy_rows.default(
+            [tensor for own in sources for tensor in own],
+            [len(read) for read in reads],
+            [place for read in reads for place in read],
+            destinations,
+            [place for write in writes for place in write],
+        )
         return
+    for step in steps:
+        _copy(*step, destinations)
+
+
+def _copy(
+    sources: Sequence[torch.Tensor], read: Sequence[int], write: Sequence[int], destinations: Sequence[torch.Tensor]
+) -> None:
+    device = destinations[0].device
     if _is_run(read) and _is_run(write):
         count = len(read)
         torch._foreach_copy_(

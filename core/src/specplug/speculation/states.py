@@ -119,18 +119,19 @@ class StateStore:
 
     def keep(self, slots: Sequence[int]) -> None:
         """Keeps this step's states of rows that somebody has not seen yet."""
-        rows = self._step
-        slots = [slot for slot in slots if slot in rows]
-        if not slots or not self.specs:
+        rows, current = self._step, self._current
+        if not slots or not current:
             return
-        long = []
-        if sum(len(rows[slot][0]) for slot in slots) > self._held.most:
+        if len(next(iter(current.values()))) > self._held.most:
+            slots = [slot for slot in slots if slot in rows]
             long = [slot for slot in slots if len(rows[slot][0]) > 1]
             slots = [slot for slot in slots if len(rows[slot][0]) == 1]
             self._settle(long)
-            self._ring.take(self._current, rows, long)
-        if slots:
-            self._held.add(self._current, rows, slots)
+            self._ring.take(current, rows, long)
+            if slots:
+                self._held.add(current, rows, slots, at_once=True)
+        else:
+            self._held.add(current, rows, slots)
 
     def drop(self, slot: int) -> None:
         """Forgets what was kept for a row: everybody has seen it, or it ended."""

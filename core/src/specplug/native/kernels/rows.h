@@ -36,11 +36,26 @@ inline void copy_rows_of(const Tensor& source, at::IntArrayRef read, const Tenso
     put_aside(data_of<char>(to) + write[row] * to_step, data_of<char>(from) + read[row] * from_step, bytes);
 }
 
-inline void copy_rows(at::TensorList sources, at::IntArrayRef read, at::TensorList destinations, at::IntArrayRef write) {
-  TORCH_CHECK(sources.size() == destinations.size(), "copy_rows: ", sources.size(), " sources, ", destinations.size(),
-              " destinations");
-  TORCH_CHECK(read.size() == write.size(), "copy_rows: ", read.size(), " rows to read, ", write.size(), " to write");
-  for (size_t each = 0; each < sources.size(); ++each) copy_rows_of(sources[each], read, destinations[each], write);
+// Of several steps, one after the other: the sources of each, as many as there are destinations, and the rows of `counts`.
+inline void copy_rows(at::TensorList sources, at::IntArrayRef counts, at::IntArrayRef read, at::TensorList destinations,
+                      at::IntArrayRef write) {
+  const size_t channels = destinations.size();
+  TORCH_CHECK(sources.size() == counts.size() * channels, "copy_rows: ", sources.size(), " sources of ", counts.size(),
+              " steps, ", channels, " destinations");
+  int64_t total = 0;
+  for (const int64_t count : counts) {
+    TORCH_CHECK(count >= 0, "copy_rows: ", count, " rows of a step");
+    total += count;
+  }
+  TORCH_CHECK(total == static_cast<int64_t>(read.size()) && read.size() == write.size(), "copy_rows: ", total, " rows, ",
+              read.size(), " to read, ", write.size(), " to write");
+  size_t row = 0;
+  for (size_t step = 0; step < counts.size(); ++step) {
+    for (size_t each = 0; each < channels; ++each)
+      copy_rows_of(sources[step * channels + each], read.slice(row, counts[step]), destinations[each],
+                   write.slice(row, counts[step]));
+    row += counts[step];
+  }
 #if SPECPLUG_VECTOR
   _mm_sfence();
 #endif
