@@ -176,7 +176,7 @@ def test_what_does_not_work_when_new_is_not_used(
     assert llm.engine.runner.compiled is None
     assert len(llm.generate([[3, 4, 5]], SamplingParams(max_tokens=3))[0].outputs[0].token_ids) == 3
     llm.close()
-    (record,) = caplog.records
+    (record,) = [each for each in caplog.records if each.name == "specplug"]  # some PyTorch versions trace themselves
     assert record.getMessage().startswith("LlamaForCausalLM runs uncompiled: ")
     assert message in record.getMessage()
     assert "\n" not in record.getMessage()
