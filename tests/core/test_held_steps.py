@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 
 from specplug.native import library
-from specplug.speculation.state_ring import WINDOW, Channel, ChannelSpec, copy_states
+from specplug.speculation import held_steps
+from specplug.speculation.held_steps import HeldSteps
+from specplug.speculation.state_ring import WINDOW, Channel, ChannelSpec, copy_states, copy_steps
 from specplug.speculation.states import StateStore
 
 CPU = torch.device("cpu")
@@ -78,6 +82,61 @@ def test_what_is_delivered_is_what_was_computed(way: str, seed: int) -> None:
     assert longest >= WINDOW
 
 
+def test_small_steps_wait_for_each_other(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 24 there are three copies; a slot that goes to another row meanwhile gives out none of the first one's."""
+    copies: list[int] = []
+
+    def count(steps: Sequence[Any], destinations: Sequence[torch.Tensor]) -> None:
+        copies.append(len(steps))
+        copy_steps(steps, destinations)
+
+    monkeypatch.setattr(held_steps, "copy_steps", count)
+    store = StateStore(SPECS, SLOTS, 400, CPU)
+    lengths = [0, 5]
+    sequences = [0, 1]
+    for step in range(200):
+        if step == 101:  # while some wait
+            store.drop(1)
+            sequences[1], lengths[1] = 2, 9
+        states = torch.tensor([[value(sequences[slot], lengths[slot])] * 3 for slot in (1, 0)])
+        store.record(
+            {1: states, "final": states[:, :2].bfloat16()},
+            {slot: (range(lengths[slot], lengths[slot] + 1), [1 - slot]) for slot in (0, 1)},
+        )
+        lengths = [length + 1 for length in lengths]
+        store.keep([0, 1])
+        store.end_step()
+        if step == 23:
+            assert copies == [8, 8, 8]
+        for slot, first in ((0, 150), (1, lengths[1] - 20)):
+            if step == 190 or (slot == 1 and step == 103):
+                first = max(first, 9)
+                assert store.available_from(slot, first) == first
+                channels, (where,) = store.deliver([(slot, range(first, lengths[slot]))])
+                expected = torch.tensor([value(sequences[slot], position) for position in range(first, lengths[slot])])
+                for there in channels.values():
+                    assert torch.equal(there[where].float(), expected[:, None].expand(-1, there.shape[1]))
+                assert store.available_from(slot, 0) >= (9 if slot else 0)
+    assert max(copies) == 8
+
+
+def test_a_step_that_puts_nothing_aside_hides_nothing_of_the_others(way: str) -> None:
+    """What lies behind it in the buffer is written over a lap later, and no longer given out then."""
+    held = HeldSteps(SPECS, SLOTS, CPU)
+    for step in range(500):
+        states = torch.full((1, 3), value(0, step))
+        slot = 1 if step <= 5 else 0
+        held.add(
+            {1: states, "final": states[:, :2].bfloat16()},
+            {slot: (range(step, step + 1), [0])},
+            [2] if step == 0 else [slot],
+        )
+    assert held.take_out(1) is None
+    positions, places, _ = held.take_out(0) or (range(0), [], False)
+    assert positions == range(500 - WINDOW, 500)
+    assert held.buffers[1][places, 0].tolist() == [value(0, position) for position in positions]
+
+
 def test_states_are_copied_whatever_their_type_and_layout(way: str) -> None:
     wide = torch.arange(60, dtype=torch.float32).reshape(6, 10)
     sources: dict[Channel, torch.Tensor] = {1: wide, "final": wide.t().contiguous().t()[:, 2:]}
@@ -89,9 +148,20 @@ def test_states_are_copied_whatever_their_type_and_layout(way: str) -> None:
             assert torch.equal(buffer[write], expected)
 
 
-@pytest.mark.parametrize(("read", "write"), [([6], [0]), ([-1], [0]), ([0], [5]), ([0, 1], [0])])
-def test_no_row_beyond_a_matrix_is_touched(read: list[int], write: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("counts", "read", "write"),
+    [
+        ([1], [6], [0]),
+        ([1], [-1], [0]),
+        ([1], [0], [5]),
+        ([2], [0, 1], [0]),
+        ([1], [0, 1], [0, 1]),
+        ([3, -1], [0, 1], [0, 1]),
+        ([1, 1], [0, 1], [0, 1]),
+    ],
+)
+def test_no_row_beyond_a_matrix_is_touched(counts: list[int], read: list[int], write: list[int]) -> None:
     if not library.load():
         pytest.skip("no kernels on this machine")
     with pytest.raises(RuntimeError, match="copy_rows"):
-        torch.ops.specplug.copy_rows([torch.zeros(6, 3)], [len(read)], read, [torch.zeros(5, 3)], write)
+        torch.ops.specplug.copy_rows([torch.zeros(6, 3)], counts, read, [torch.zeros(5, 3)], write)

@@ -49,7 +49,7 @@ def random_row(rng: np.random.Generator, free: list[int], kind: str) -> ForwardR
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (32, 96), (20, 24), (128, 128)])
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (32, 96), (20, 24), (24, 20), (40, 72), (128, 128)])
 @pytest.mark.parametrize(("window", "softcap", "sinks"), [(None, None, False), (9, None, False), (40, 5.0, True)])
 def test_attention_equals_pytorch(
     dtype: torch.dtype, key_dim: int, value_dim: int, window: int | None, softcap: float | None, sinks: bool
@@ -152,6 +152,26 @@ def test_any_number_of_queries_of_a_decoding_row(heads: int, dim: int) -> None:
             site.batch.is_native = is_native
             results.append(site.attend(query, key, value, dim**-0.5, None, None, None))
         torch.testing.assert_close(*results, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_a_number_stays_with_its_query(dtype: torch.dtype) -> None:
+    """A broken model says so, and the rows beside it are served."""
+    torch.manual_seed(0)
+    cache = KVCache([KVLayer(1, 64, 64)], 40, BLOCK, dtype, torch.device("cpu"))
+    cache.keys[0].normal_()
+    cache.values[0].normal_()
+    query, key, value = (torch.randn(1, heads, 3, 64, dtype=dtype) for heads in (4, 1, 1))
+    query[0, 2, 1, 7] = float("nan")
+    table = BlockTable(BLOCK)
+    table.extend(range(40))
+    site = AttentionSite(cache.keys[0], cache.values[0])
+    site.batch = ForwardBatch([ForwardRow([0] * 3, 200, table)], cache)
+    site.batch.is_native = True
+    attended = site.attend(query, key, value, 0.125, None, None, None)[0]  # [tokens, heads, dim]
+    assert attended[1, 2].isnan().all()
+    attended[1, 2] = 0.0
+    assert attended.isfinite().all()
 
 
 def test_a_range_more_or_less_changes_nothing_for_a_query() -> None:

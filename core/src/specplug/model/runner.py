@@ -51,7 +51,7 @@ class ModelRunner:
         Args:
             rows: the rows; each one's table must hold its new tokens.
             logits_index: the packed positions to compute logits for; None for all.
-            lasting: whether anybody keeps logits or captured states beyond the next forward.
+            lasting: whether anybody keeps logits or captured states beyond the next forward. On a CPU they last anyway.
 
         Returns:
             Logits [len(logits_index), vocabulary]. Captured states are in `taps.captured` until the next forward.

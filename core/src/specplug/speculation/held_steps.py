@@ -51,9 +51,8 @@ class HeldSteps:
         self._forgotten = 0  # steps
         self._first: dict[int, int] = {}  # slot → the number of the first step that holds it
         self._waiting: list[tuple[Captured, StepRows, Sequence[int]]] = []
-        self._most_waiting = (
-            _MOST_WAITING if device.type == "cpu" else 0
-        )  # a captured step writes over what it returned
+        # On a GPU the next step writes over what a captured one returned.
+        self._most_waiting = _MOST_WAITING if device.type == "cpu" else 0
 
     @staticmethod
     def planned_positions(max_num_seqs: int) -> int:
@@ -71,6 +70,11 @@ class HeldSteps:
         """
         self._waiting.append((captured, rows, slots))
         if at_once or len(self._waiting) > self._most_waiting:
+            self._take_in()
+
+    def _take_in_of(self, slot: int) -> None:
+        """Copies what waits, if a slot is among it: its name may stand for another row next."""
+        if any(slot in slots for _, _, slots in self._waiting):
             self._take_in()
 
     def _take_in(self) -> None:
@@ -94,6 +98,8 @@ class HeldSteps:
                 lengths[slot] = positions, len(read)
                 read += packed
         count = len(read)
+        if not count:
+            return read, self._end
         assert count <= self.most
         steps, begin = self._steps, self._end
         if begin + count > self._tokens:  # a lap ends; what lies behind here is of the one before
@@ -115,8 +121,7 @@ class HeldSteps:
         Returns:
             The positions, where they lie in the buffers, and whether some between them and those before are gone.
         """
-        if self._waiting:
-            self._take_in()
+        self._take_in_of(slot)
         first = self._first.get(slot)
         if first is None:
             return None
@@ -136,8 +141,7 @@ class HeldSteps:
 
     def drop(self, slot: int) -> None:
         """Lets go of a slot."""
-        if self._waiting:
-            self._take_in()
+        self._take_in_of(slot)
         self._first.pop(slot, None)
         if not self._first:
             self._forgotten += len(self._steps)

@@ -122,16 +122,16 @@ class StateStore:
         rows, current = self._step, self._current
         if not slots or not current:
             return
-        if len(next(iter(current.values()))) > self._held.most:
-            slots = [slot for slot in slots if slot in rows]
+        if len(next(iter(current.values()))) <= self._held.most:
+            self._held.add(current, rows, slots)
+            return
+        slots = [slot for slot in slots if slot in rows]
+        if sum(len(rows[slot][0]) for slot in slots) > self._held.most:
             long = [slot for slot in slots if len(rows[slot][0]) > 1]
             slots = [slot for slot in slots if len(rows[slot][0]) == 1]
             self._settle(long)
             self._ring.take(current, rows, long)
-            if slots:
-                self._held.add(current, rows, slots, at_once=True)
-        else:
-            self._held.add(current, rows, slots)
+        self._held.add(current, rows, slots, at_once=True)
 
     def drop(self, slot: int) -> None:
         """Forgets what was kept for a row: everybody has seen it, or it ended."""
@@ -139,7 +139,7 @@ class StateStore:
         self._ring.drop(slot)
 
     def end_step(self) -> None:
-        """Lets go of the step's tensors."""
+        """Ends the step. On a CPU its tensors may be held for some steps more; see `HeldSteps`."""
         self._current = {}
         self._step = {}
 

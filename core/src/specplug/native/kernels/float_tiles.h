@@ -6,8 +6,6 @@
 // out the same to the bit, alone or among others.
 #pragma once
 
-#include <vector>
-
 #include "tiles.h"
 
 namespace specplug {
@@ -100,7 +98,7 @@ inline void score_keys(const float* queries, const T* const* keys, int64_t dim, 
     _mm_storeu_ps(four, sums_of(each[at], each[at + 1], each[at + 2], each[at + 3]));
 #pragma GCC unroll 2
     for (int q = at / Keys; q * Keys < at + 4; ++q)
-      std::memcpy(scores + q * kTile, four + q * Keys - at, Keys * sizeof(float));
+      std::memcpy(scores + q * kTile, four + (q * Keys - at), Keys * sizeof(float));
   }
 }
 

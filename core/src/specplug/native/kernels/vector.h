@@ -104,7 +104,8 @@ inline float exp2_nonpositive(float x) {
 
 #if SPECPLUG_FLOAT_PAIRS
 inline __m256 exp2_nonpositive(__m256 x) {
-  const __m256 counts = _mm256_cmp_ps(x, _mm256_set1_ps(kLeastExponent), _CMP_NLT_UQ);
+  const __m256 least = _mm256_set1_ps(kLeastExponent), counts = _mm256_cmp_ps(x, least, _CMP_NLT_UQ);
+  x = _mm256_max_ps(least, x);  // NaN stays
   const __m256 n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm256_sub_ps(x, n);
   __m256 p = _mm256_set1_ps(kExp2[5]);
 #pragma GCC unroll 5
