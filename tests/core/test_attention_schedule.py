@@ -8,7 +8,7 @@ import pytest
 from core.test_native_kernels import BLOCKS, random_row
 from specplug.model.attention_plan import attention_plan
 from specplug.model.attention_schedule import scheduled_plan
-from specplug.native.triton_sizes import MOST_SHARES, queries_per_block
+from specplug.native.gpu.sizes import MOST_SHARES, queries_per_block
 
 
 @pytest.mark.parametrize("wanted", [1, 5, 33, 264])

@@ -24,8 +24,8 @@ from specplug.model.compiled_step import compile_step
 from specplug.model.forward import ForwardBatch, ForwardRow
 from specplug.model.kv_cache import KVCache
 from specplug.model.paged import PagedBatch
-from specplug.native import cuda
-from specplug.native.triton_linear import products
+from specplug.native.gpu import cuda
+from specplug.native.gpu.linear import products
 from specplug.sampling.distributions import most_likely
 from support.models import VOCABULARY, save_model
 from support.reference import decisive_prompts

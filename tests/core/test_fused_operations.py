@@ -61,7 +61,7 @@ def test_attention_turns_what_it_reads(dtype: torch.dtype, dim: int, heads: int,
     parts = [torch.randn(1, count, n, dim, dtype=dtype).transpose(1, 2) for n in (3 * heads, heads, heads)]
     angles = torch.randn(1, count, 2 * int(part * dim / 2))
     cosines, sines = angles.cos().to(dtype), angles.sin().to(dtype)
-    ours = attend("attend_turned", parts, batches[0][1], batches[0][0], cosines, sines)
+    ours = attend("attend_rope", parts, batches[0][1], batches[0][0], cosines, sines)
     exact = [turned(part.float(), cosines.float()[None], sines.float()[None]).to(dtype) for part in parts[:2]]
     theirs = attend("attend", [*exact, parts[2]], batches[1][1], batches[1][0])
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
@@ -77,9 +77,9 @@ def test_angles_of_other_tokens_are_refused() -> None:
     batch = ForwardBatch([ForwardRow([1, 2], 0, table)], cache)
     parts = [torch.randn(1, 2, 2, 16) for _ in range(3)]
     with pytest.raises(RuntimeError, match="expected cosines of 2 tokens"):
-        attend("attend_turned", parts, batch, cache, torch.ones(1, 3, 16), torch.ones(1, 3, 16))
+        attend("attend_rope", parts, batch, cache, torch.ones(1, 3, 16), torch.ones(1, 3, 16))
     with pytest.raises(RuntimeError, match="expected sines of 2 tokens"):
-        attend("attend_turned", parts, batch, cache, torch.ones(1, 2, 16), torch.ones(1, 2, 8))
+        attend("attend_rope", parts, batch, cache, torch.ones(1, 2, 16), torch.ones(1, 2, 8))
 
 
 def packed(weight: torch.Tensor) -> torch.Tensor:
@@ -124,7 +124,7 @@ def test_gates_of_any_size_are_finite_and_not_a_number_stays_so() -> None:
 
 
 def test_a_gated_row_does_not_depend_on_the_rows_beside_it() -> None:
-    if not native.has_matrix_units():
+    if not native.has_amx():
         return
     torch.manual_seed(0)
     weights = [packed(torch.randn(96, 352, dtype=torch.bfloat16)) for _ in range(2)]
@@ -165,7 +165,7 @@ def test_models_in_which_they_are_found(tmp_path: Path, architecture: str, rotat
         graph = trace_forward(runner.model, runner.sites, runner.taps).module.graph
     found = Counter(node.target for node in graph.nodes)
     operations = torch.ops.specplug
-    assert found[operations.attend_turned.default] == rotations
+    assert found[operations.attend_rope.default] == rotations
     assert found[operations.attend.default] == 3 - rotations
     assert found[operations.gated_linears.default] == gates
     assert not rotations or not found[torch.ops.aten.neg.default]  # nothing turns them a second time
@@ -194,7 +194,7 @@ def test_heads_that_are_turned_otherwise_stay_as_they_are() -> None:
         parts = [torch.randn(1, 2, 2, 16) for _ in range(3)]
         module = make_fx(run)(*parts, angles)
         fuse(module, torch.device("cpu"))
-        taken = sum(node.target is torch.ops.specplug.attend_turned.default for node in module.graph.nodes)
+        taken = sum(node.target is torch.ops.specplug.attend_rope.default for node in module.graph.nodes)
         torch.testing.assert_close(module(*parts, angles), run(*parts, angles), atol=1e-5, rtol=1e-5)
         return taken
 

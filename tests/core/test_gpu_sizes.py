@@ -7,8 +7,8 @@ from itertools import product
 import pytest
 import torch
 
-from specplug.native.cuda import misfit
-from specplug.native.triton_sizes import MOST_ROWS, MOST_SHARES, attention_bytes, attention_sizes, linear_sizes
+from specplug.native.gpu.cuda import misfit
+from specplug.native.gpu.sizes import MOST_ROWS, MOST_SHARES, attention_bytes, attention_sizes, linear_sizes
 
 SMALLEST = 99 << 10  # sm_86 and sm_89; sm_80 has 163 KiB, sm_90 227
 # (lanes, tile, stages, dim, dtype, bytes that Triton 3.6 allocated for sm_86 or sm_90, the larger)

@@ -199,7 +199,7 @@ def test_a_prompt_attends_as_its_tokens_would(key_dim: int, value_dim: int, soft
 
     Of processors that know bfloat16 but have no matrix units a few queries go another way than many.
     """
-    if "avx512_bf16" in Path("/proc/cpuinfo").read_text() and not native.has_matrix_units():
+    if "avx512_bf16" in Path("/proc/cpuinfo").read_text() and not native.has_amx():
         return
     torch.manual_seed(0)
     heads, kv_heads, length = 16, 2, 1024  # longer rows are cut into ranges when they decode
@@ -283,7 +283,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(inner: int) -> None:
 
 def test_a_token_is_verified_as_it_would_be_decoded() -> None:
     """On matrix units a bfloat16 forward of a chain gives the same logits, bit for bit, one token at a time and all at once."""
-    if not native.has_matrix_units():
+    if not native.has_amx():
         return
     with LLM("tiny", dtype="bfloat16", device="cpu", memory="128MiB", compile=False) as llm:
         runner, size = llm.engine.runner, llm.engine.config.block_size

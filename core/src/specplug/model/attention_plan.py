@@ -2,7 +2,7 @@
 
 int32: a header [rows, tokens, block size, 0]; eight fields per row (see `_ROW`); then the block numbers of rows that are not
 one slice, and the trees: the positions of the entries behind the prefix, and for each query the bits of those it sees.
-`native/kernels/plan.h` reads it.
+`native/cpu/attention/plan.h` reads it.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Behind the attention plan, at the offset in its fourth field: a header [items, 0
 first query, first entry, end of entries, parts of its block, part, the block's first part, counter), then the blocks'
 counters, zero between launches; counters are told by their distance from the header. An end may lie behind the last entry that
 its queries see, which the kernel knows from the row: a schedule then serves until a row outgrows its last split, and is kept.
-`native/triton_attention.py` reads it.
+`native/gpu/attention.py` reads it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from specplug.model.attention_plan import plan_pieces
-from specplug.native.triton_sizes import MOST_SHARES, SCHEDULE_HEADER, SPLIT, queries_per_block
+from specplug.native.gpu.sizes import MOST_SHARES, SCHEDULE_HEADER, SPLIT, queries_per_block
 
 if TYPE_CHECKING:
     from specplug.model.forward import ForwardRow

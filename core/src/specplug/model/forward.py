@@ -17,7 +17,7 @@ from specplug.model.kv_cache import KVCache
 from specplug.model.padded import PaddedRows, split_rows
 from specplug.model.row_span import RowSpan, RowView
 from specplug.model.staging import StagedInputs, stage
-from specplug.native.triton_sizes import wanted_items
+from specplug.native.gpu.sizes import wanted_items
 
 
 @attrs.frozen(eq=False)

@@ -11,7 +11,7 @@ import torch
 from specplug.contract.memory import KVLayer
 from specplug.model.device import to_device
 from specplug.model.large_memory import allocate
-from specplug.native import cuda
+from specplug.native.gpu import cuda
 
 
 class KVCache:

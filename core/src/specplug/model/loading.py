@@ -18,7 +18,7 @@ from specplug.model import attention
 from specplug.model.architecture import disable_padding_checks
 from specplug.model.checkpoint import read_headers
 from specplug.model.packing import pack_linears
-from specplug.native import cuda
+from specplug.native.gpu import cuda
 
 
 def load_model(

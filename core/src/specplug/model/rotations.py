@@ -41,7 +41,7 @@ def take_rotations(graph: fx.Graph) -> None:
         with graph.inserting_before(node):
             states = [_four_dimensional(graph, turned.states) for turned in (query, key)]
             arguments = (*states, *node.args[2:], query.cosines, query.sines)
-            attended = graph.call_function(torch.ops.specplug.attend_turned.default, arguments)
+            attended = graph.call_function(torch.ops.specplug.attend_rope.default, arguments)
         attended.meta = dict(node.meta)
         node.replace_all_uses_with(attended)
         graph.erase_node(node)

@@ -9,8 +9,8 @@ import attrs
 import torch
 
 from specplug.model.cuda_graphs import CudaGraphs
-from specplug.native.cuda import misfit
-from specplug.native.triton_sizes import scratch_bytes
+from specplug.native.gpu.cuda import misfit
+from specplug.native.gpu.sizes import scratch_bytes
 from specplug.sampling.distributions import MOST_AT_ONCE
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import torch
 
 from specplug.cache import CacheError, check_private, new_file, private_folder
 
-_SOURCES = Path(__file__).parent / "kernels"
+_SOURCES = Path(__file__).parent / "cpu"
 _FLAGS = (
     "-O3",
     "-march=native",
@@ -27,7 +27,6 @@ _FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-DAT_PARALLEL_OPENMP=1",
-    "-w",
 )
 _LONGEST_SECONDS = 300
 
@@ -107,7 +106,8 @@ def compile_command(compiler: list[str], more: Sequence[str]) -> list[str]:
     root = Path(torch.__file__).parent
     includes = [root / "include", root / "include" / "torch" / "csrc" / "api" / "include"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    return [*compiler, *_FLAGS, abi, *(f"-I{path}" for path in includes), *more, str(_SOURCES / "kernels.cpp")]
+    own = [f"-I{_SOURCES}", *(f"-isystem{path}" for path in includes)]  # warnings are for our own sources
+    return [*compiler, *_FLAGS, abi, *own, *more, str(_SOURCES / "kernels.cpp")]
 
 
 def _compile(compiler: list[str], output: Path) -> None:
@@ -140,7 +140,7 @@ def _cpp_runtime() -> list[str]:
 def _key(compiler: list[str]) -> str:
     """What a compiled library depends on: sources, flags, compiler, PyTorch and this processor's instructions."""
     digest = hashlib.sha256()
-    for source in sorted(_SOURCES.iterdir()):
+    for source in sorted(path for path in _SOURCES.rglob("*") if path.suffix in (".h", ".cpp")):
         digest.update(source.read_bytes())
     programs = [Path(found).resolve().stat() for found in map(shutil.which, compiler) if found]  # `ccache g++`: both
     changes = [(status.st_size, status.st_mtime_ns) for status in programs]

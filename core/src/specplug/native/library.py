@@ -21,7 +21,7 @@ class _State:
 
     loaded: bool | None = None
     packs_bf16 = False
-    has_matrix_units = False
+    has_amx = False
     key = ""
 
 
@@ -46,7 +46,7 @@ def _try_to_load() -> bool:
         _State.key = path.stem
         library = ctypes.CDLL(str(path))
         _State.packs_bf16 = bool(library.kernels_pack_bf16())
-        _State.has_matrix_units = bool(library.kernels_have_matrix_units())
+        _State.has_amx = bool(library.kernels_have_amx())
     except (BuildError, OSError) as error:
         logger.warning("native kernels are not used, PyTorch's are: %s", error)
         return False
@@ -80,9 +80,9 @@ def packs_bfloat16() -> bool:
     return available() and _State.packs_bf16
 
 
-def has_matrix_units() -> bool:
-    """Whether products and attention in bfloat16 run on matrix units (AMX), where sizes are multiples of 32."""
-    return available() and _State.has_matrix_units
+def has_amx() -> bool:
+    """Whether bfloat16 matmuls and attention run on AMX, where sizes are multiples of 32."""
+    return available() and _State.has_amx
 
 
 def key() -> str:

@@ -1,7 +1,7 @@
-"""The operators' schemas, and what they return for shapes alone, so that compiled forwards can contain them.
+"""The operators' schemas and their shape functions, so that compiled forwards can contain them.
 
-`attend` writes new keys and values into the cache it is given without declaring it: a layer's cache is touched by that layer's
-`attend` only, whose result is always used, and a declared mutation would make a compiled forward copy or re-link every cache.
+`attend` writes new keys and values into the KV cache without declaring the mutation. Only one layer's `attend` touches that
+layer's cache, and its result is always used; a declared mutation would make a compiled forward copy or re-link every cache.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 _SCHEMAS = (
     "attend(Tensor query, Tensor key, Tensor value, Tensor keys, Tensor values, Tensor plan, Tensor slots, "
     "float scaling, int window, float softcap, Tensor? sinks) -> Tensor",
-    "attend_turned(Tensor query, Tensor key, Tensor value, Tensor keys, Tensor values, Tensor plan, Tensor slots, "
+    "attend_rope(Tensor query, Tensor key, Tensor value, Tensor keys, Tensor values, Tensor plan, Tensor slots, "
     "float scaling, int window, float softcap, Tensor? sinks, Tensor cosines, Tensor sines) -> Tensor",
     "copy_rows(Tensor[] sources, int[] counts, int[] read, Tensor(a!)[] destinations, int[] write) -> ()",
-    "likeliest(Tensor logits) -> (Tensor, Tensor)",
+    "argmax_with_prob(Tensor logits) -> (Tensor, Tensor)",
     "pack_weight(Tensor weight, Tensor(a!) packed) -> ()",
     "linear(Tensor states, Tensor packed, Tensor? bias, int out_features) -> Tensor",
     "linears_2(Tensor states, Tensor packed_0, Tensor packed_1, Tensor? bias_0, Tensor? bias_1, "
@@ -31,7 +31,7 @@ for _schema in _SCHEMAS:
     _library.define(_schema)
 
 
-@torch.library.register_fake("specplug::attend_turned", lib=_library)
+@torch.library.register_fake("specplug::attend_rope", lib=_library)
 @torch.library.register_fake("specplug::attend", lib=_library)
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object) -> torch.Tensor:
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
@@ -57,14 +57,14 @@ def _gated_linears(states: torch.Tensor, *arguments: Any) -> torch.Tensor:
     return states.new_empty(*states.shape[:-1], arguments[-2])
 
 
-@torch.library.register_fake("specplug::likeliest", lib=_library)
-def _likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.library.register_fake("specplug::argmax_with_prob", lib=_library)
+def _argmax_with_prob(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows = logits.shape[0]
     return logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=torch.float32)
 
 
-# Products of the same rows in one operation, by their number; compiled code calls an operation with lists through Python.
+# Several linears over the same rows in one operator. Fixed arity: compiled code calls operators that take lists through Python.
 JOINED = {2: torch.ops.specplug.linears_2.default, 3: torch.ops.specplug.linears_3.default}
 
-# What `gated_linears` knows, by PyTorch's names; see `gate.h`.
+# What `gated_linears` knows, by PyTorch's names; see `gemm/glu.h`.
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}

@@ -11,7 +11,7 @@ import torch
 
 from specplug.errors import ModelOutputError
 from specplug.model.device import to_device
-from specplug.native import cuda
+from specplug.native.gpu import cuda
 from specplug.sampling.likeliest import is_fast, likeliest
 from specplug.sampling.params import SamplingParams
 from specplug.sampling.rules import LogitsRules
@@ -108,7 +108,7 @@ def top_probs(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
 def most_likely(logits: torch.Tensor) -> tuple[list[int], int | None]:
     """The most likely token of each row of [N, V] (the first of equals), and the first row that holds NaN, if one does."""
     if logits.is_cuda and cuda.works_on(logits.device):
-        from specplug.native.triton_argmax import argmax
+        from specplug.native.gpu.argmax import argmax
 
         tokens, broken = argmax(logits)
         return tokens, next((row for row, is_broken in enumerate(broken) if is_broken), None)

@@ -28,7 +28,7 @@ def likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         int64 [N], token ids; float32 [N], their probabilities, NaN where a row holds NaN.
     """
     if is_fast(logits):
-        return torch.ops.specplug.likeliest(logits)
+        return torch.ops.specplug.argmax_with_prob(logits)
     parts = logits.split(1) if logits.device.type == "cpu" else (logits,)
     best = [part.softmax(dim=-1, dtype=torch.float32).max(dim=-1) for part in parts]
     return torch.cat([part.indices for part in best]), torch.cat([part.values for part in best])

@@ -1,0 +1,145 @@
+// Scores and values of a tile for up to 8 queries with AVX512-BF16: decoding rows with short drafts.
+//
+// Memory bound. Keys and values are read sequentially, row after row, so that the hardware prefetcher keeps up; other orders and
+// software prefetching took up to twice as long.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "attention/attention_generic.h"
+
+namespace specplug {
+
+constexpr int64_t kDecodeQueries = 8;
+constexpr int64_t kPage = 4096;  // bytes per memory page
+
+template <typename T>
+constexpr bool kHasDecode = SPECPLUG_AVX512_BF16 && std::is_same_v<T, bf16>;
+
+// Keys of one memory page: hardware prefetching stops at page boundaries, so values come next.
+inline int64_t decode_tile(int64_t key_dim) {
+  return std::clamp(kPage / (key_dim * static_cast<int64_t>(sizeof(bf16))) / kLanes * kLanes, kLanes, kTile);
+}
+
+#if SPECPLUG_AVX512_BF16
+
+// Partial horizontal sums of four vectors: 128-bit part p of the result holds the sums of part p of a, b, c and d.
+inline __m512 fold_within_parts(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+  const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+}
+
+// Completes four results of `fold_within_parts`: the sums of 16 vectors, in order.
+inline __m512 fold_parts(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+}
+
+// Scores [Queries][64] of up to 64 keys. Each query starts at a multiple of 64 bytes.
+template <int Queries>
+inline void score_decode(const bf16* queries, const bf16* const* keys, int64_t width, int64_t dim, float* scores) {
+  for (int64_t begin = 0; begin < width; begin += kLanes) {
+    __m512 folded[Queries][4];
+#pragma GCC unroll 4
+    for (int four = 0; four < 4; ++four) {
+      __m512 sums[Queries][4];
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        const bf16* key = keys[std::min(begin + 4 * four + k, width - 1)];
+#pragma GCC unroll 8
+        for (int q = 0; q < Queries; ++q) sums[q][k] = _mm512_setzero_ps();
+        for (int64_t d = 0; d < dim; d += 32) {
+          const __m512bh line = (__m512bh)_mm512_loadu_si512(key + d);
+#pragma GCC unroll 8
+          for (int q = 0; q < Queries; ++q)
+            sums[q][k] = _mm512_dpbf16_ps(sums[q][k], line, (__m512bh)_mm512_load_si512(queries + q * dim + d));
+        }
+      }
+#pragma GCC unroll 8
+      for (int q = 0; q < Queries; ++q) folded[q][four] = fold_within_parts(sums[q][0], sums[q][1], sums[q][2], sums[q][3]);
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < Queries; ++q)
+      _mm512_storeu_ps(scores + q * kTile + begin, fold_parts(folded[q][0], folded[q][1], folded[q][2], folded[q][3]));
+  }
+}
+
+// Adds weights [Queries][pairs] times `Lines` x 32 elements of the values, starting at `offset`, to sums [Queries][dim].
+template <int Queries, int Lines>
+inline void add_lines(const uint32_t (*weights)[kTile / 2], const bf16* const* values, int64_t pairs, int64_t offset,
+                      int64_t dim, float* sums) {
+  const __m512i first = _mm512_load_si512(kInterleave), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+  __m512 low[Queries][Lines], high[Queries][Lines];
+#pragma GCC unroll 8
+  for (int q = 0; q < Queries; ++q)
+#pragma GCC unroll 4
+    for (int line = 0; line < Lines; ++line) {
+      low[q][line] = _mm512_loadu_ps(sums + q * dim + offset + 32 * line);
+      high[q][line] = _mm512_loadu_ps(sums + q * dim + offset + 32 * line + 16);
+    }
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    const bf16 *even = values[2 * pair] + offset, *odd = values[2 * pair + 1] + offset;
+    __m512i a[Lines], b[Lines];
+#pragma GCC unroll 4
+    for (int line = 0; line < Lines; ++line) a[line] = _mm512_loadu_si512(even + 32 * line);
+#pragma GCC unroll 4
+    for (int line = 0; line < Lines; ++line) b[line] = _mm512_loadu_si512(odd + 32 * line);
+#pragma GCC unroll 4
+    for (int line = 0; line < Lines; ++line) {
+      const __m512i left = _mm512_permutex2var_epi16(a[line], first, b[line]);
+      const __m512i right = _mm512_permutex2var_epi16(a[line], second, b[line]);
+#pragma GCC unroll 8
+      for (int q = 0; q < Queries; ++q) {
+        low[q][line] = dot_pairs(low[q][line], left, weights[q][pair]);
+        high[q][line] = dot_pairs(high[q][line], right, weights[q][pair]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int q = 0; q < Queries; ++q)
+#pragma GCC unroll 4
+    for (int line = 0; line < Lines; ++line) {
+      _mm512_storeu_ps(sums + q * dim + offset + 32 * line, low[q][line]);
+      _mm512_storeu_ps(sums + q * dim + offset + 32 * line + 16, high[q][line]);
+    }
+}
+
+// Processes as many queries at once as fit in registers; the next ones find the values in L1.
+template <int Queries, int Lines>
+inline void add_all(const uint32_t (*weights)[kTile / 2], const bf16* const* values, int64_t pairs, int64_t dim,
+                    float* sums) {
+  constexpr int kAtOnce = 8 / Lines, kRest = Queries % kAtOnce;
+  for (int64_t offset = 0; offset < dim; offset += 32 * Lines) {
+    int q = 0;
+    for (; q + kAtOnce <= Queries; q += kAtOnce)
+      add_lines<kAtOnce, Lines>(weights + q, values, pairs, offset, dim, sums + q * dim);
+    if constexpr (kRest > 0) add_lines<kRest, Lines>(weights + q, values, pairs, offset, dim, sums + q * dim);
+  }
+}
+
+// Adds probabilities [Queries][64], zero-padded to a multiple of 16, times the values to sums [Queries][dim]. The entry after an odd
+// last row must point to a readable row.
+template <int Queries>
+inline void add_decode(const float* probs, const bf16* const* values, int64_t width, int64_t dim, float* sums) {
+  alignas(64) uint32_t weights[Queries][kTile / 2];
+  for (int q = 0; q < Queries; ++q)
+    for (int64_t k = 0; k < width; k += kLanes)
+      round_weights(probs + q * kTile + k, weights[q] + k / 2);
+  const int64_t pairs = (width + 1) / 2;
+  if (dim % 128 == 0) return add_all<Queries, 4>(weights, values, pairs, dim, sums);
+  if (dim % 64 == 0) return add_all<Queries, 2>(weights, values, pairs, dim, sums);
+  add_all<Queries, 1>(weights, values, pairs, dim, sums);
+}
+
+using ScoreDecode = void (*)(const bf16*, const bf16* const*, int64_t, int64_t, float*);
+using AddDecode = void (*)(const float*, const bf16* const*, int64_t, int64_t, float*);
+constexpr ScoreDecode kScoreDecode[] = {score_decode<1>, score_decode<2>, score_decode<3>, score_decode<4>,
+                                  score_decode<5>, score_decode<6>, score_decode<7>, score_decode<8>};
+constexpr AddDecode kAddDecode[] = {add_decode<1>, add_decode<2>, add_decode<3>, add_decode<4>, add_decode<5>, add_decode<6>, add_decode<7>, add_decode<8>};
+
+#endif
+
+}  // namespace specplug
