@@ -1,4 +1,4 @@
-# `make demo` and `make test` set everything up by themselves in .venv: Python and make are all that is needed.
+# Every target sets up .venv by itself: Python 3.11 or newer and make are all that is needed.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,13 +6,26 @@ BIN := $(VENV)/bin
 PACKAGES := core $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint docs setup clean
+.PHONY: help demo check test test-all lint docs setup clean
+
+help:
+	@echo "make demo      a tiny model, plain versus speculative decoding"
+	@echo "make check     lint, types and the fast tests; for every edit"
+	@echo "make test      everything that guards correctness"
+	@echo "make test-all  the slow rest: all seeds, all architectures, packaging, tutorials"
+	@echo "make docs      the documentation as a site, in build/site"
 
 demo: setup
 	$(BIN)/specplug demo
 
-test: setup lint
-	$(BIN)/python -m pytest
+check: lint
+	$(BIN)/python -m pytest -m "not engine and not slow and not packaging"
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not packaging"
+
+test-all: setup
+	$(BIN)/python -m pytest -m "slow or packaging"
 
 lint: setup
 	$(BIN)/ruff check .
@@ -27,7 +40,7 @@ docs: setup
 
 setup: $(STAMP)
 
-$(STAMP): constraints.txt $(addsuffix /pyproject.toml,$(PACKAGES))
+$(STAMP): constraints.txt requirements-dev.txt $(addsuffix /pyproject.toml,$(PACKAGES))
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt hatchling editables
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements-dev.txt
