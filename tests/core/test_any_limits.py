@@ -197,7 +197,6 @@ def test_many_limits_serve_every_request(case: Case, folder: Path, small: Path, 
         ({"max_num_seqs": 4, "max_num_batched_tokens": 4}, [[5, 6, 7]] * 6, GREEDY),
         ({"max_num_seqs": 64, "max_num_batched_tokens": 100}, [[5, 6, 7]] * 80, GREEDY),
         ({"max_num_seqs": 4, "max_num_batched_tokens": 4}, [[5, 6, 7]], attrs.evolve(GREEDY, n=6)),
-        ({"max_num_seqs": 600}, [[5, 6, 7]] * 700, attrs.evolve(GREEDY, max_tokens=2)),
     ],
 )
 def test_more_rows_than_half_the_tokens_of_a_step(

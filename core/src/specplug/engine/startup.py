@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -62,6 +63,8 @@ class StepReport:
 
 
 OnStep = Callable[[StepReport], None]
+_starting = threading.RLock()
+"""One start at a time: loading and compiling change what belongs to the whole process, such as PyTorch's default dtype."""
 
 
 def start_engine(
@@ -77,7 +80,7 @@ def start_engine(
     Raises:
         SpecplugError: with the failed step, the cause, and what to change.
     """
-    with ExitStack() as undo:
+    with _starting, ExitStack() as undo:
         with _step(1, on_step):
             planned = plan_engine(config, tokenizer=tokenizer)
             undo.callback(planned.facade.close)
