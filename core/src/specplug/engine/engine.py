@@ -22,6 +22,7 @@ from specplug.model.device import to_device
 from specplug.model.forward import ForwardRow, TreeMask
 from specplug.model.kv_cache import KVCache
 from specplug.model.runner import ModelRunner
+from specplug.model.torch_state import own_torch_state
 from specplug.plugins.registry import PluginRegistry
 from specplug.request import Request
 from specplug.sampling.distributions import top_probs
@@ -130,7 +131,8 @@ class Engine:
             RequestError: the request can never be served; the message says why.
         """
         self._check_open()
-        return self._intake.make(request_id, prompt_ids, params)
+        with own_torch_state():
+            return self._intake.make(request_id, prompt_ids, params)
 
     def submit(self, families: Sequence[list[Request]]) -> None:
         """Queues requests, all at once."""
@@ -177,7 +179,7 @@ class Engine:
         What goes wrong for one row ends that row alone, with the reason in `request.error`. Anything else that goes wrong is
         raised; what was committed then stays, and the rows go on at the next step.
         """
-        with self._turns:
+        with self._turns, own_torch_state():
             self._check_open()
             try:
                 self._advance()
@@ -391,7 +393,7 @@ class Engine:
 
     def close(self) -> None:
         """Ends all requests and lets go of all memory, when the step that runs is over. Safe to call twice."""
-        with self._turns:
+        with self._turns, own_torch_state():
             if self.is_closed:
                 return
             self._abort({request.id for request in self.scheduler.requests()}, error=CLOSED)

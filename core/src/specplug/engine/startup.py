@@ -25,6 +25,7 @@ from specplug.model.kv_cache import KVCache
 from specplug.model.loading import load_model
 from specplug.model.probe import check_parity
 from specplug.model.runner import ModelRunner
+from specplug.model.torch_state import own_torch_state
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.sampling.randomness import EngineRandomness
 from specplug.sampling.workspace import Workspace
@@ -80,7 +81,7 @@ def start_engine(
     Raises:
         SpecplugError: with the failed step, the cause, and what to change.
     """
-    with _starting, ExitStack() as undo:
+    with own_torch_state(), _starting, ExitStack() as undo:
         with _step(1, on_step):
             planned = plan_engine(config, tokenizer=tokenizer)
             undo.callback(planned.facade.close)
