@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from specplug.contract.target import ModelHandle, TargetModel, WeightsHandle
     from specplug.contract.traits import SpeculatorTraits
     from specplug.contract.verdict import TargetDistributions, Verdict
-    from specplug.errors import CheckpointError, ConfigurationError, SpecplugError
+    from specplug.errors import CheckpointError, ConfigurationError, GenerationError, SpecplugError
     from specplug.llm import LLM
     from specplug.model.blocks import BlockTable
     from specplug.model.forward import ForwardRow, TreeMask
@@ -64,7 +64,7 @@ _HOMES = {
     "specplug.contract.target": ("ModelHandle", "TargetModel", "WeightsHandle"),
     "specplug.contract.traits": ("SpeculatorTraits",),
     "specplug.contract.verdict": ("TargetDistributions", "Verdict"),
-    "specplug.errors": ("CheckpointError", "ConfigurationError", "SpecplugError"),
+    "specplug.errors": ("CheckpointError", "ConfigurationError", "GenerationError", "SpecplugError"),
     "specplug.llm": ("LLM",),
     "specplug.model.blocks": ("BlockTable",),
     "specplug.model.forward": ("ForwardRow", "TreeMask"),

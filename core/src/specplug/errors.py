@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from specplug.outputs import RequestOutput
 
 
 class SpecplugError(Exception):
@@ -36,6 +40,19 @@ class RequestError(SpecplugError):
 
 class ModelOutputError(SpecplugError):
     """The model computed something no token can be chosen from."""
+
+
+class GenerationError(SpecplugError):
+    """Some requests of a call failed, each for a reason of its own; all others were served.
+
+    Attributes:
+        outputs: the outputs of all prompts of the call, in their order; the failed completions have the `finish_reason`
+            `error`, their message in `error`, and what was generated before.
+    """
+
+    def __init__(self, message: str, outputs: Sequence[RequestOutput] = ()) -> None:
+        super().__init__(message)
+        self.outputs = list(outputs)
 
 
 class StartupError(SpecplugError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,9 +13,10 @@ import attrs
 
 from specplug.configuration.engine import EngineConfig
 from specplug.configuration.vllm import translate_options
-from specplug.engine.engine import StepOutput
+from specplug.engine.calls import Call, Calls
+from specplug.engine.engine import CLOSED
 from specplug.engine.startup import StepReport, start_engine
-from specplug.errors import RequestError
+from specplug.errors import GenerationError, RequestError
 from specplug.metrics import Metric, engine_metrics
 from specplug.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamedPiece
 from specplug.progress import ProgressBar
@@ -24,6 +25,9 @@ from specplug.sampling.defaults import default_sampling_params
 from specplug.sampling.params import SamplingParams
 from specplug.text.prompts import LazyTokenizer, Message, Prompt, encode_prompt, prompt_list, render_chat
 from specplug.tiny import resolve_model
+
+_MOST_NAMED = 5
+"""Failures that one message tells."""
 
 
 @attrs.frozen(eq=False)
@@ -36,7 +40,7 @@ class _Submitted:
 
 
 class LLM:
-    """A target model with its speculators, ready to generate.
+    """A target model with its speculators, ready to generate, from any number of threads: their prompts are batched together.
 
     Args:
         model: a folder, a hub name, or `tiny` for the embedded model.
@@ -64,8 +68,10 @@ class LLM:
             trust_remote_code=self.config.trust_remote_code,
         )
         self._numbers = itertools.count()
-        self._streams: dict[int, deque[StepOutput]] = {}
+        self._encoding = threading.Lock()  # a tokenizer may be used by one thread at a time
         self.engine = start_engine(self.config, tokenizer=self._tokenizer, on_step=on_step)
+        self._calls = Calls(self.engine)
+        self._own_rules = [each.method for each in self.engine.chain.speculators if each.overrides_verify]
 
     # ---- generation -----------------------------------------------------------------------------------------------
 
@@ -92,7 +98,8 @@ class LLM:
             mm_processor_kwargs: not supported.
 
         Raises:
-            RequestError: a prompt that can never be served; none of the prompts is then run.
+            RequestError: a prompt that can never be served; none of the prompts is then run. Or the engine was closed.
+            GenerationError: some prompts failed while they were generated; it carries the outputs of all.
         """
         _refuse(
             lora_request=lora_request,
@@ -100,8 +107,9 @@ class LLM:
             tokenization_kwargs=tokenization_kwargs,
             mm_processor_kwargs=mm_processor_kwargs,
         )
-        encoded = [encode_prompt(prompt, self._tokenizer) for prompt in prompt_list(prompts)]
-        return self._run(self._submit(encoded, sampling_params), use_tqdm)
+        with self._encoding:
+            encoded = [encode_prompt(prompt, self._tokenizer) for prompt in prompt_list(prompts)]
+        return self._run(encoded, sampling_params, use_tqdm)
 
     def chat(
         self,
@@ -158,8 +166,9 @@ class LLM:
             "tools": tools,
             **(chat_template_kwargs or {}),
         }
-        encoded = [(None, render_chat(each, self._tokenizer, **options)) for each in conversations]
-        return self._run(self._submit(encoded, sampling_params), use_tqdm)
+        with self._encoding:
+            encoded = [(None, render_chat(each, self._tokenizer, **options)) for each in conversations]
+        return self._run(encoded, sampling_params, use_tqdm)
 
     def stream(
         self,
@@ -169,73 +178,93 @@ class LLM:
         """Generates completions and yields their tokens as they are committed, prompts interleaved.
 
         The joined `text` of a completion's pieces is the text that `generate` gives. Leaving the loop aborts the rest.
+
+        Raises:
+            RequestError: as `generate` does.
+            GenerationError: as `generate` does, after the last piece.
         """
-        encoded = [encode_prompt(prompt, self._tokenizer) for prompt in prompt_list(prompts)]
-        submitted = self._submit(encoded, sampling_params)
+        with self._encoding:
+            encoded = [encode_prompt(prompt, self._tokenizer) for prompt in prompt_list(prompts)]
+        submitted = self._make(encoded, sampling_params)
+        call = Call([request for each in submitted for request in each.family], streams=True)
         index_of = {id(request): index for each in submitted for index, request in enumerate(each.family)}
-        arrived: deque[StepOutput] = deque()
-        self._streams.update(dict.fromkeys(index_of, arrived))
         try:
-            while arrived or _any_alive(submitted):
-                if not arrived:
-                    self._step()
+            self.engine.submit([each.family for each in submitted])
+            while call.arrived or not call.has_ended:
+                if not call.arrived:
+                    self._calls.advance(call)
+                    _check_not_cut_off(call)
                     continue
-                output = arrived.popleft()
+                output = call.arrived.popleft()
                 request = output.request
+                is_last = not any(other.request is request for other in call.arrived)
                 yield StreamedPiece(
                     request_id=request.id,
                     index=index_of[id(request)],
                     token_ids=output.new_tokens,
                     sources=output.sources,
                     token_texts=output.texts,
-                    finish_reason=None if any(o.request is request for o in arrived) else request.finish_reason,
+                    finish_reason=request.finish_reason if is_last else None,
                     metrics=request.stats,
+                    error=request.error if is_last else None,
                 )
         finally:
-            for key in index_of:
-                self._streams.pop(key, None)
-            for each in submitted:
-                self.abort(each.id)
-
-    def _step(self) -> list[StepOutput]:
-        """One step of the engine; whoever runs it, every stream gets what it committed for it."""
-        outputs = self.engine.step()
-        for output in outputs:
-            if (arrived := self._streams.get(id(output.request))) is not None:
-                arrived.append(output)
-        return outputs
+            self.engine.abandon(*(each.id for each in submitted))  # where the collector runs this, nothing may wait
+        self._raise_failures([self._output(each) for each in submitted] if _any_failed(call) else [])
 
     def abort(self, request_id: str) -> bool:
         """Ends a request that is under way; returns whether it was. What it has generated is kept."""
         return bool(self.engine.abort(request_id))
 
-    def _submit(
+    def _make(
         self,
         encoded: Sequence[tuple[str | None, list[int]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
     ) -> list[_Submitted]:
+        """The requests of a call, all of them checked; none is queued."""
         params = self._params_list(sampling_params, len(encoded))
         submitted: list[_Submitted] = []
-        try:
+        with self._encoding:  # bad words are tokenized
             for (text, ids), param in zip(encoded, params, strict=True):
                 request_id = str(next(self._numbers))
-                submitted.append(_Submitted(request_id, text, self.engine.add_request(request_id, ids, param)))
-        except BaseException:
-            for each in submitted:
-                self.abort(each.id)
-            raise
+                submitted.append(_Submitted(request_id, text, self.engine.make_request(request_id, ids, param)))
         return submitted
 
-    def _run(self, submitted: list[_Submitted], use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
+    def _run(
+        self,
+        encoded: Sequence[tuple[str | None, list[int]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool | Callable[..., Any],
+    ) -> list[RequestOutput]:
+        submitted = self._make(encoded, sampling_params)
+        call = Call([request for each in submitted for request in each.family], streams=False)
         try:
-            with ProgressBar(sum(len(each.family) for each in submitted), bool(use_tqdm)) as advance:
-                while _any_alive(submitted):
-                    advance(sum(output.request.is_finished for output in self._step()))
+            self.engine.submit([each.family for each in submitted])
+            with ProgressBar(len(call.requests), bool(use_tqdm)) as advance:
+                while not call.has_ended:
+                    self._calls.advance(call)
+                    advance(len(call.arrived))
+                    call.arrived.clear()
         except BaseException:
-            for each in submitted:
-                self.abort(each.id)
+            self.engine.abandon(*(each.id for each in submitted))
             raise
-        return [self._output(each) for each in submitted]
+        _check_not_cut_off(call)
+        outputs = [self._output(each) for each in submitted]
+        self._raise_failures(outputs)
+        return outputs
+
+    @staticmethod
+    def _raise_failures(outputs: list[RequestOutput]) -> None:
+        """Names the prompts that failed, by their index in the call."""
+        failed = [
+            f"prompt {index}: {completion.error}"
+            for index, output in enumerate(outputs)
+            for completion in output.outputs
+            if completion.error is not None
+        ]
+        if failed:
+            more = f"; and {len(failed) - _MOST_NAMED} more" if len(failed) > _MOST_NAMED else ""
+            raise GenerationError("; ".join(failed[:_MOST_NAMED]) + more, outputs)
 
     def _params_list(
         self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
@@ -273,25 +302,28 @@ class LLM:
     def _completion(self, index: int, request: Request) -> CompletionOutput:
         ids = request.output_ids
         scored = request.params.logprobs is not None
+        try:
+            logprobs = self._with_text(request.logprobs) if scored else None
+        except Exception as error:  # a tokenizer that fails on its own ids
+            request.fail(error)
+            logprobs = request.logprobs
+        is_whole = request.error is None
         return CompletionOutput(
             index=index,
             text="" if request.text is None else request.text.text,
             token_ids=ids,
             cumulative_logprob=(
-                sum(position[token].logprob for position, token in zip(request.logprobs, ids, strict=True))
+                sum(position[token].logprob for position, token in zip(request.logprobs, ids, strict=is_whole))
                 if scored
                 else None
             ),
-            logprobs=self._with_text(request.logprobs) if scored else None,
+            logprobs=logprobs,
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
             spec_decode_metrics=request.stats,
             token_sources=request.sources,
-            unverified_methods=[
-                speculator.method
-                for speculator in self.engine.chain.speculators
-                if speculator.overrides_verify and speculator.method in request.stats.by_method
-            ],
+            unverified_methods=[method for method in self._own_rules if method in request.stats.by_method],
+            error=request.error if request.finish_reason == "error" else None,
         )
 
     def _with_text(self, positions: Any) -> Any:
@@ -317,13 +349,13 @@ class LLM:
         return default_sampling_params(resolve_model(self.config.model), self.config.revision)
 
     def get_metrics(self) -> list[Metric]:
-        """The engine's counters, under vLLM's names."""
+        """The engine's counters, under vLLM's names; those of the moment, in the middle of a step too."""
         return engine_metrics(self.engine)
 
     # ---- the end --------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Ends all requests and lets go of all memory."""
+        """Ends all requests and lets go of all memory; calls in other threads end with an error."""
         self.engine.close()
 
     def __enter__(self) -> Self:
@@ -335,8 +367,14 @@ class LLM:
         self.close()
 
 
-def _any_alive(submitted: Sequence[_Submitted]) -> bool:
-    return any(not request.is_finished for each in submitted for request in each.family)
+def _any_failed(call: Call) -> bool:
+    return any(request.finish_reason == "error" for request in call.requests)
+
+
+def _check_not_cut_off(call: Call) -> None:
+    """Refuses to pass what there is for the whole, where the engine was closed in another thread."""
+    if any(request.error == CLOSED for request in call.requests):
+        raise RequestError("the engine was closed in another thread, while this call was under way")
 
 
 def _refuse(**arguments: Any) -> None:

@@ -18,11 +18,12 @@ class CompletionOutput:
         token_ids: the generated ids.
         cumulative_logprob: the sum of the chosen tokens' log-probabilities, if `logprobs` was asked for.
         logprobs: per generated token the log-probabilities that were asked for.
-        finish_reason: `stop`, `length` or `abort`; None while it is generated.
+        finish_reason: `stop`, `length`, `abort`, or `error` if it alone failed; None while it is generated.
         stop_reason: the stop string, or the id of `stop_token_ids`, that ended it.
         spec_decode_metrics: what speculation did for it.
         token_sources: for each id the method that drafted it, None for the target's own.
         unverified_methods: those that drafted for it under a `verify` of their own, which core does not check.
+        error: what went wrong, where `finish_reason` is `error`.
     """
 
     index: int
@@ -35,6 +36,7 @@ class CompletionOutput:
     spec_decode_metrics: SpeculationStats
     token_sources: list[str | None]
     unverified_methods: list[str] = attrs.field(factory=list)
+    error: str | None = None
 
     @property
     def metrics(self) -> SpeculationStats:
@@ -98,6 +100,7 @@ class StreamedPiece:
         token_texts: for each id the text it completes; empty while a character is incomplete.
         finish_reason: set on the last piece.
         metrics: what speculation did for the completion so far; the same object in all its pieces.
+        error: what went wrong, where `finish_reason` is `error`.
     """
 
     request_id: str
@@ -107,6 +110,7 @@ class StreamedPiece:
     token_texts: list[str]
     finish_reason: str | None
     metrics: SpeculationStats
+    error: str | None = None
 
     @property
     def text(self) -> str:

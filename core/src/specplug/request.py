@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
 import attrs
 
 from specplug.contract.batch import Outcome, TokenView
+from specplug.errors import SpecplugError
 from specplug.sampling.logprobs import PositionLogprobs
 from specplug.sampling.params import SamplingParams
 from specplug.sampling.randomness import RowRandomness
@@ -16,11 +18,12 @@ from specplug.stats import SpeculationStats
 from specplug.text.stream import TextStream
 
 if TYPE_CHECKING:
+    from specplug.engine.calls import Call
     from specplug.model.blocks import BlockTable
     from specplug.speculation.draft import Draft
     from specplug.speculation.estimates import RowEstimate
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @attrs.define(eq=False)
@@ -49,6 +52,8 @@ class Request:
         fork_group: sequences to fork from this one when its prompt is computed.
         finish_reason: why it ended; None while it lives.
         stop_reason: the stop string, or the id of `stop_token_ids`, that ended it.
+        error: what went wrong, if something did: for its own tokens, or since the engine was closed.
+        call: who waits for its outputs; None where only those who step the engine see them.
         sources: for each output token, which method drafted it; None for the target's own.
         logprobs: per output token, if they were asked for.
         prompt_logprobs: per prompt token but the first, as far as they are computed.
@@ -79,6 +84,8 @@ class Request:
     fork_group: list[Request] = attrs.field(factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    error: str | None = None
+    call: Call | None = None
     sources: list[str | None] = attrs.field(factory=list)
     logprobs: list[PositionLogprobs] = attrs.field(factory=list)
     prompt_logprobs: list[PositionLogprobs] = attrs.field(factory=list)
@@ -150,3 +157,11 @@ class Request:
         self.finished_time = time.monotonic()
         if self.text is not None:
             self.text.finish()
+
+    def fail(self, error: Exception) -> None:
+        """Ends the request for something that concerns no other; what it has generated is kept."""
+        text = str(error) or type(error).__name__
+        self.error = text if isinstance(error, SpecplugError) else f"{type(error).__name__}: {text}"
+        self.draft = None
+        with suppress(Exception):  # its text may be what failed
+            self.end("error")

@@ -11,6 +11,7 @@ import attrs
 
 from specplug.bench.timing import EngineTimer
 from specplug.bench.workload import BenchPrompt, Cell, Workload
+from specplug.errors import GenerationError
 from specplug.sampling.params import SamplingParams
 from specplug.stats import SpeculationStats
 
@@ -182,6 +183,8 @@ class _Run:
         elif count:
             self.measured.first_token_seconds.append(now - running.last)
         running.has_tokens, running.last = True, now
+        if request.error is not None:
+            raise GenerationError(f"{request.id}: {request.error}")
         if request.is_finished:
             del self._running[request.id]
             self.measured.outputs[running.index] = request.output_ids

@@ -27,6 +27,8 @@ def completion_line(request: RequestOutput, completion: CompletionOutput) -> str
         "metrics": _metrics(completion.metrics),
         "unverified_methods": completion.unverified_methods,
     }
+    if completion.error is not None:
+        item["error"] = completion.error
     if completion.logprobs is not None:
         item["cumulative_logprob"] = _finite(completion.cumulative_logprob)
         item["logprobs"] = [_position(position) for position in completion.logprobs]

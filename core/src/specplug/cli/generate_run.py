@@ -17,7 +17,7 @@ from specplug.cli.sampling_options import DEFAULTS, make_params
 from specplug.cli.startup_view import StartupView
 from specplug.cli.stats_view import show_meter, show_totals
 from specplug.cli.text_view import TextView
-from specplug.errors import RequestError
+from specplug.errors import GenerationError, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -130,7 +130,11 @@ def _stream(job: GenerateJob, params: SamplingParams, llm: LLM, out: Terminal, e
 def _run_all(job: GenerateJob, params: list[SamplingParams], llm: LLM, out: Terminal, err: Terminal) -> None:
     """All prompts together, in batches as they fit."""
     started = time.perf_counter()
-    outputs = llm.generate([line.prompt for line in job.prompts], params, use_tqdm=err.is_live and not job.quiet)
+    failure: GenerationError | None = None
+    try:
+        outputs = llm.generate([line.prompt for line in job.prompts], params, use_tqdm=err.is_live and not job.quiet)
+    except GenerationError as error:  # told after the outputs of the others
+        failure, outputs = error, error.outputs
     seconds = time.perf_counter() - started
     for number, output in enumerate(outputs, start=1):
         if job.as_json:
@@ -140,6 +144,8 @@ def _run_all(job: GenerateJob, params: list[SamplingParams], llm: LLM, out: Term
             _show_texts(out, number, output, has_text=not llm.config.skip_tokenizer_init)
     if job.stats:
         show_totals(err, outputs, seconds, llm)
+    if failure is not None:
+        raise failure
 
 
 def _located(error: RequestError, job: GenerateJob) -> RequestError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import attrs
@@ -14,6 +14,7 @@ from specplug.contract.batch import Outcome
 from specplug.contract.verdict import Verdict
 from specplug.engine.intake import Intake
 from specplug.engine.scheduler import ScheduledRow, Scheduler
+from specplug.engine.turns import Turns
 from specplug.engine.verification import Verification
 from specplug.errors import RequestError
 from specplug.memory.plan import MemoryPlan
@@ -21,6 +22,7 @@ from specplug.model.device import to_device
 from specplug.model.forward import ForwardRow, TreeMask
 from specplug.model.kv_cache import KVCache
 from specplug.model.runner import ModelRunner
+from specplug.model.torch_state import own_torch_state
 from specplug.plugins.registry import PluginRegistry
 from specplug.request import Request
 from specplug.sampling.distributions import top_probs
@@ -31,6 +33,8 @@ from specplug.speculation.chain import SpeculatorChain
 from specplug.speculation.state_ring import Captured, Channel
 from specplug.speculation.states import TOP_IDS, TOP_PROBS, StateStore
 from specplug.stats import SpeculationStats
+
+CLOSED = "the engine was closed while the request was under way"
 
 
 @attrs.frozen(eq=False)
@@ -67,7 +71,10 @@ class _TargetStep:
 
 
 class Engine:
-    """Runs requests in batches, speculatively and losslessly. Made by `specplug.engine.startup.start_engine`."""
+    """Runs requests in batches, speculatively and losslessly. Made by `specplug.engine.startup.start_engine`.
+
+    Its methods may be called from any thread; one works on it at a time, see `Turns`.
+    """
 
     def __init__(
         self,
@@ -101,6 +108,8 @@ class Engine:
             registry, chain.speculators, workspace, runner.architecture.vocab_size, strict=config.strict
         )
         self._closers = list(closers)
+        self._turns = Turns()
+        self._outputs: list[StepOutput] = []
         self.is_closed = False
 
     # ---- requests -------------------------------------------------------------------------------------------------
@@ -111,21 +120,48 @@ class Engine:
         Raises:
             RequestError: the request can never be served; the message says why.
         """
-        self._check_open()
-        family = self._intake.make(request_id, prompt_ids, params)
-        self.scheduler.add(family[0])
-        self.num_prompt_tokens += len(prompt_ids)
+        family = self.make_request(request_id, prompt_ids, params)
+        self.submit([family])
         return family
 
-    def abort(self, request_id: str) -> list[Request]:
-        """Ends all sequences of a request; returns those that were alive."""
+    def make_request(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> list[Request]:
+        """The sequences of a request, checked and not queued; never waits for a step.
+
+        Raises:
+            RequestError: the request can never be served; the message says why.
+        """
+        self._check_open()
+        with own_torch_state():
+            return self._intake.make(request_id, prompt_ids, params)
+
+    def submit(self, families: Sequence[list[Request]]) -> None:
+        """Queues requests, all at once."""
+        with self._turns:
+            self._check_open()
+            for family in families:
+                self.scheduler.add(family[0])
+                self.num_prompt_tokens += family[0].num_prompt_tokens
+
+    def abort(self, *request_ids: str) -> list[Request]:
+        """Ends all sequences of requests; returns those that were alive."""
+        with self._turns:
+            return self._abort(set(request_ids))
+
+    def abandon(self, *request_ids: str) -> None:
+        """Aborts requests without waiting for a step that is under way; for finalisers."""
+        self._turns.later(lambda: self._abort(set(request_ids)))
+
+    def _abort(self, request_ids: Collection[str], error: str | None = None) -> list[Request]:
         ended = []
         for request in list(self.scheduler.requests()):
-            if request.id != request_id:
+            if request.id not in request_ids:
                 continue
             if not request.is_finished:
+                request.error = error
                 request.end("abort")
                 ended.append(request)
+                if request.call is not None:
+                    request.call.woken.set()
             request.fork_group = []
             self.scheduler.finish(request, "aborted")
         return ended
@@ -138,17 +174,35 @@ class Engine:
     # ---- the step -------------------------------------------------------------------------------------------------
 
     def step(self) -> list[StepOutput]:
-        """Advances every scheduled row; returns what was committed for each that produced tokens."""
-        self._check_open()
+        """Advances every scheduled row; returns what was committed for each that produced tokens, or failed.
+
+        What goes wrong for one row ends that row alone, with the reason in `request.error`. Anything else that goes wrong is
+        raised; what was committed then stays, and the rows go on at the next step.
+        """
+        with self._turns, own_torch_state():
+            self._check_open()
+            try:
+                self._advance()
+            except BaseException:
+                self._recover()
+                raise
+            finally:
+                for output in self._outputs:
+                    if output.request.call is not None:
+                        output.request.call.add(output)
+                outputs, self._outputs = self._outputs, []
+            return outputs
+
+    def _advance(self) -> None:
         rows = self.scheduler.schedule()
         if not rows:
-            return []
+            return
         started = time.perf_counter()
         target = self._forward(rows)
         verdict = self._verification.verify(
             [row.request for row in target.sampling], target.offsets, target.logits[: target.offsets[-1]]
         )
-        outputs = self._commit(target, verdict)
+        self._commit(target, verdict)
         self.chain.observe(
             [row.request for row in rows],
             time.perf_counter() - started,
@@ -156,7 +210,14 @@ class Engine:
         )
         self._propose(rows)
         self.num_steps += 1
-        return outputs
+
+    def _recover(self) -> None:
+        """A step was cut short, anywhere: whatever rows had in the cache is computed anew, and nobody's tokens are lost."""
+        for request in reversed(list(self.scheduler.running)):  # each goes to the head of the queue
+            if request.is_finished:
+                self._finish(request)
+            else:
+                self.scheduler.preempt(request)
 
     def _forward(self, rows: list[ScheduledRow]) -> _TargetStep:
         """Runs pending tokens and drafts of every row; logits are computed where they are needed and nowhere else."""
@@ -201,9 +262,8 @@ class Engine:
             logits = logits[to_device(logits_index or [0], logits.device)]
         return _TargetStep(rows, first, sampling, offsets, logits, scored, captured)
 
-    def _commit(self, target: _TargetStep, verdict: Verdict) -> list[StepOutput]:
+    def _commit(self, target: _TargetStep, verdict: Verdict) -> None:
         """Appends accepted tokens, makes their KV contiguous, and ends rows that are done."""
-        outputs: list[StepOutput] = []
         moves: list[tuple[int, int]] = []
         final: dict[int, tuple[range, list[int]]] = {}
         decisions = iter(zip(verdict.accepted, verdict.next_tokens, target.offsets, strict=False))
@@ -212,23 +272,38 @@ class Engine:
             request = row.request
             start = request.num_computed
             packed = list(range(first, first + row.num_tokens))
-            if row.samples:
-                path, next_token, entry = next(decisions)
+            path, next_token, entry = next(decisions) if row.samples else ((), -1, -1)
+            if request.is_finished:  # it could not be verified or scored
+                self._outputs.append(StepOutput(request, [], [], []))
+            elif row.samples:
                 packed += [first + row.num_tokens + node for node in path]
                 moves += self._moves(request, start + row.num_tokens, path)
                 output = self._commit_tokens(request, path, next_token)
+                self._outputs.append(output)
                 self._score_output(output, target.logits, [entry, *(entry + 1 + node for node in path)])
-                outputs.append(output)
             request.num_computed = start + len(packed)
             final[request.slot] = (range(start, request.num_computed), packed)
         if moves:
             self.runner.cache.move([source for source, _ in moves], [destination for _, destination in moves])
         self._states.record(target.captured, final)
-        for output in outputs:
-            if output.request.is_finished:
-                self._fork_children(output.request)
-                self.scheduler.finish(output.request, "finished")
-        return outputs
+        for row in target.rows:
+            if row.request.is_finished:
+                if row.request.error is None:
+                    self._fork_children(row.request)
+                self._finish(row.request)
+
+    def _finish(self, request: Request) -> None:
+        """Takes a request that has ended out of the batch; sequences that were to fork from it start by themselves."""
+        for child in request.fork_group:
+            self.scheduler.add(child)
+        request.fork_group = []
+        if request.error is not None and request.table is not None:
+            # Attention that masks entries multiplies them by zero, and NaN stays NaN: nobody may find any there.
+            size, allocator = self.plan.block_size, self.scheduler.allocator
+            own = [block * size for block in request.table.blocks if not allocator.is_shared(block)]
+            for cache in self._shared_caches:
+                cache.clear([slot for begin in own for slot in range(begin, begin + size)])
+        self.scheduler.finish(request, "finished" if request.error is None else "aborted")
 
     def _moves(self, request: Request, first: int, path: Sequence[int]) -> list[tuple[int, int]]:
         """KV slots (from, to) that bring an accepted path to the positions behind `first`; a chain needs none."""
@@ -246,7 +321,11 @@ class Engine:
         tokens = [draft.tokens[node] for node in path] if draft else []
         sources: list[str | None] = [draft.method if draft else None for _ in path]
         before = len(request.tokens)
-        taken = request.append([*tokens, next_token], [*sources, None])
+        try:
+            request.append([*tokens, next_token], [*sources, None])
+        except Exception as error:  # a tokenizer that fails on its own ids
+            request.fail(error)
+        taken = len(request.tokens) - before
         num_accepted = min(taken, len(path))
         for stats in (request.stats, self.stats):
             stats.record(len(draft) if draft else 0, num_accepted, draft.method if draft else "")
@@ -254,7 +333,7 @@ class Engine:
         request.outcome_link = draft.link if draft else 0
         request.draft = None
         self.num_generated_tokens += taken
-        texts = [] if request.text is None else request.text.take(taken)
+        texts = [] if request.text is None or request.error else request.text.take(taken)
         return StepOutput(request, request.tokens[before:], [*sources, None][:taken], texts)
 
     @staticmethod
@@ -263,7 +342,10 @@ class Engine:
         count = output.request.params.logprobs
         if count is not None:
             used = entries[: len(output.new_tokens)]
-            output.request.logprobs += gather_logprobs(logits[used], output.new_tokens, count)
+            try:
+                output.request.logprobs += gather_logprobs(logits[used], output.new_tokens, count)
+            except Exception as error:  # no memory for all of a vocabulary, say
+                output.request.fail(error)
 
     @staticmethod
     def _score_prompts(target: _TargetStep) -> None:
@@ -273,7 +355,10 @@ class Engine:
             tokens = request.tokens[first : first + positions]
             count = request.params.prompt_logprobs
             assert count is not None
-            request.prompt_logprobs += gather_logprobs(target.logits[entry : entry + positions], tokens, count)
+            try:
+                request.prompt_logprobs += gather_logprobs(target.logits[entry : entry + positions], tokens, count)
+            except Exception as error:
+                request.fail(error)
 
     def _fork_children(self, parent: Request) -> None:
         """Starts the other completions of a prompt that has just been computed."""
@@ -307,14 +392,14 @@ class Engine:
             raise RequestError("the engine is closed")
 
     def close(self) -> None:
-        """Ends all requests and lets go of all memory. Safe to call twice."""
-        if self.is_closed:
-            return
-        for request in list(self.scheduler.requests()):
-            self.abort(request.id)
-        self.is_closed = True
-        for close in reversed(self._closers):
-            close()
-        self._closers.clear()
-        self._shared_caches.clear()
-        del self._states, self.runner, self.chain, self._verification, self.registry
+        """Ends all requests and lets go of all memory, when the step that runs is over. Safe to call twice."""
+        with self._turns, own_torch_state():
+            if self.is_closed:
+                return
+            self._abort({request.id for request in self.scheduler.requests()}, error=CLOSED)
+            self.is_closed = True
+            for close in reversed(self._closers):
+                close()
+            self._closers.clear()
+            self._shared_caches.clear()
+            del self._states, self.runner, self.chain, self._verification, self.registry

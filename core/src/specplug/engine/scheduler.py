@@ -10,12 +10,16 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import attrs
 
 from specplug.contract.batch import EndReason
 from specplug.model.blocks import BlockAllocator, BlockTable
 from specplug.request import Request
+
+if TYPE_CHECKING:
+    from specplug.speculation.draft import Draft
 
 
 @attrs.frozen(eq=False)
@@ -81,7 +85,7 @@ class Scheduler:
             request = self.running[index]
             count = min(request.num_pending, budget)
             whole = count == request.num_pending
-            if not whole:
+            if not whole or not self._fits(request.draft, budget - count):
                 request.draft = None
             drafts = len(request.draft) if request.draft else 0
             if not self._make_room(request, request.num_computed + count + drafts):
@@ -92,6 +96,14 @@ class Scheduler:
         if index == len(self.running):
             self._admit(rows, budget)
         return rows
+
+    @staticmethod
+    def _fits(draft: Draft | None, budget: int) -> bool:
+        """Whether a step has room for a draft that was made for an earlier one, in which this row then did not run.
+
+        Judged by what the draft was allowed: its length may depend on the tokens that were sampled for it.
+        """
+        return draft is None or max(len(draft), draft.allowed) <= budget
 
     def _admit(self, rows: list[ScheduledRow], budget: int) -> None:
         while self.waiting and self._free_slots and budget > 0:

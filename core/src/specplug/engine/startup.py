@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,7 @@ from specplug.model.kv_cache import KVCache
 from specplug.model.loading import load_model
 from specplug.model.probe import check_parity
 from specplug.model.runner import ModelRunner
+from specplug.model.torch_state import own_torch_state
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.sampling.randomness import EngineRandomness
 from specplug.sampling.workspace import Workspace
@@ -62,6 +64,8 @@ class StepReport:
 
 
 OnStep = Callable[[StepReport], None]
+_starting = threading.RLock()
+"""One start at a time: loading and compiling change what belongs to the whole process, such as PyTorch's default dtype."""
 
 
 def start_engine(
@@ -77,7 +81,7 @@ def start_engine(
     Raises:
         SpecplugError: with the failed step, the cause, and what to change.
     """
-    with ExitStack() as undo:
+    with own_torch_state(), _starting, ExitStack() as undo:
         with _step(1, on_step):
             planned = plan_engine(config, tokenizer=tokenizer)
             undo.callback(planned.facade.close)

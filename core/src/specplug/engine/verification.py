@@ -51,7 +51,34 @@ class Verification:
             requests: the rows that produce a token.
             offsets: each row's first entry in `logits`; one more at the end.
             logits: [entries, vocabulary].
+
+        Returns:
+            The verdict. A row that cannot be verified has failed, and its part means nothing.
         """
+        try:
+            return self._verify(requests, offsets, logits)
+        except PluginError:
+            raise
+        except Exception as error:  # one row's NaN, rules or parameters: found by asking about each alone
+            logger.debug("verification failed for a batch, its rows are verified one by one: %s", error)
+            return self._verify_alone(requests, offsets, logits)
+
+    def _verify_alone(self, requests: Sequence[Request], offsets: Sequence[int], logits: torch.Tensor) -> Verdict:
+        accepted: list[Sequence[int]] = []
+        next_tokens: list[int] = []
+        for request, begin, end in zip(requests, offsets, offsets[1:], strict=False):
+            try:
+                verdict = self._verify([request], [0, end - begin], logits[begin:end])
+            except PluginError:
+                raise
+            except Exception as error:
+                request.fail(error)
+                verdict = Verdict([()], [-1])
+            accepted += verdict.accepted
+            next_tokens += verdict.next_tokens
+        return Verdict(accepted, next_tokens)
+
+    def _verify(self, requests: Sequence[Request], offsets: Sequence[int], logits: torch.Tensor) -> Verdict:
         if self._decides_alone and all(self._is_plainly_greedy(request) for request in requests):
             return self._match_greedily(requests, offsets, logits)
         self._workspace.begin_step()

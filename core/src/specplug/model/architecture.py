@@ -170,8 +170,8 @@ def _trace(model: torch.nn.Module, model_type: str, dtype: torch.dtype) -> tuple
         module.__dict__[attention.SITE] = _Recorder(name, calls)
     disable_padding_checks(model)
     ids = torch.zeros(1, _TRACE_TOKENS, dtype=torch.long, device="meta")
-    positions = torch.arange(_TRACE_TOKENS, device="meta")[None]
-    keep = torch.tensor([1, _TRACE_TOKENS - 1], device="meta")
+    positions = torch.arange(_TRACE_TOKENS, device="meta", dtype=torch.long)[None]
+    keep = torch.tensor([1, _TRACE_TOKENS - 1], device="meta", dtype=torch.long)
     model.eval()
     try:
         with torch.no_grad():

@@ -99,7 +99,13 @@ def measure_change(runner: ModelRunner, block_size: int, ours: RowsForward, thei
     """
     worst = 0.0
     length = min(7, runner.architecture.context_length, runner.cache.num_slots)
-    ids = torch.arange(length).mul(13).add(1).remainder(runner.architecture.vocab_size).tolist()
+    ids = (
+        torch.arange(length, dtype=torch.long, device="cpu")
+        .mul(13)
+        .add(1)
+        .remainder(runner.architecture.vocab_size)
+        .tolist()
+    )
     for count in sorted({1, min(2, length), length}):
         table = BlockTable(block_size)
         table.extend(range(-(-count // block_size)))

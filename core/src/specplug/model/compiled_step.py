@@ -186,10 +186,12 @@ def _probe(example: torch.Tensor, count: int) -> torch.Tensor:
     """
     if example.is_floating_point() and not bool(example.any()):
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(count, *example.shape[1:], generator=generator).to(example.device, example.dtype)
+        return torch.randn(count, *example.shape[1:], generator=generator, dtype=torch.float32, device="cpu").to(
+            example.device, example.dtype
+        )
     if not len(example):
         return example.new_zeros(count, *example.shape[1:])
-    return example[torch.arange(count, device=example.device) % len(example)]
+    return example[torch.arange(count, device=example.device, dtype=torch.long) % len(example)]
 
 
 def _key(step: Step, graph: fx.GraphModule, fakes: Sequence[Any], device: torch.device) -> str:

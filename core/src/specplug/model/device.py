@@ -28,8 +28,10 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def to_device(values: Sequence[int] | Sequence[float], device: torch.device) -> torch.Tensor:
+def to_device(
+    values: Sequence[int] | Sequence[float], device: torch.device, dtype: torch.dtype = torch.long
+) -> torch.Tensor:
     """The numbers as a tensor there; the host does not wait for a GPU to fetch them."""
     if device.type != "cuda":
-        return torch.tensor(values, device=device)
-    return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, device="cpu", pin_memory=True).to(device, non_blocking=True)

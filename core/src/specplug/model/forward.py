@@ -148,7 +148,11 @@ class ForwardBatch:
         return self._on_gpu() if self._device.type == "cuda" else self._on_cpu()
 
     def _on_cpu(self) -> list[torch.Tensor]:
-        plan = torch.from_numpy(attention_plan(self._rows)) if self.is_native else torch.empty(0, dtype=torch.int32)
+        plan = (
+            torch.from_numpy(attention_plan(self._rows))
+            if self.is_native
+            else torch.empty(0, dtype=torch.int32, device="cpu")
+        )
         numbers = np.array([value for values in self._host for value in values], dtype=np.int64)
         return [*torch.from_numpy(numbers).split([len(values) for values in self._host]), plan]
 

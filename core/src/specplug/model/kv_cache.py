@@ -54,6 +54,12 @@ class KVCache:
         for tensor in (*self.keys, *self.values):
             tensor.index_copy_(1, write, tensor.index_select(1, read))
 
+    def clear(self, slots: Sequence[int]) -> None:
+        """Sets the entries of slots to zero, in every layer."""
+        index = to_device(slots, self.keys[0].device)
+        for tensor in (*self.keys, *self.values) if slots else ():
+            tensor.index_fill_(1, index, 0)
+
 
 def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":

@@ -19,7 +19,7 @@ def allocate(count: int, dtype: torch.dtype) -> torch.Tensor:
     """
     num_bytes = count * dtype.itemsize
     if num_bytes < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(count, dtype=dtype)
+        return torch.zeros(count, dtype=dtype, device="cpu")
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without such pages
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -72,7 +72,7 @@ class PackedLinear(nn.Module):
             self.register_buffer("packed", room, persistent=False)
         else:  # oneDNN's own kind of tensor, which no buffer can be
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
-        self._stand_in = torch.empty((), dtype=weight.dtype)
+        self._stand_in = torch.empty((), dtype=weight.dtype, device="cpu")
 
     @property
     def weight(self) -> torch.Tensor:

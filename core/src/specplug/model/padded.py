@@ -38,17 +38,21 @@ class PaddedRows:
         self.width = max(span.count for span in spans)
         counts = [span.count for span in spans]
         queries = [[span.first + min(i, span.count - 1) for i in range(self.width)] for span in spans]
-        self._queries = torch.tensor(queries, device=device)
-        self._packed = torch.tensor([span.first + i for span in spans for i in range(span.count)], device=device)
+        self._queries = torch.tensor(queries, device=device, dtype=torch.long)
+        self._packed = torch.tensor(
+            [span.first + i for span in spans for i in range(span.count)], device=device, dtype=torch.long
+        )
         self._lanes = torch.tensor(
-            [row * self.width + i for row, count in enumerate(counts) for i in range(count)], device=device
+            [row * self.width + i for row, count in enumerate(counts) for i in range(count)],
+            device=device,
+            dtype=torch.long,
         )
         self._first_slot = spans[0].slot_numbers[0] if stride is not None else 0
         self._slots: torch.Tensor | None = None
         if stride is None:
-            slots = torch.zeros(len(spans), self.longest, dtype=torch.long)
+            slots = torch.zeros(len(spans), self.longest, dtype=torch.long, device="cpu")
             for row, span in enumerate(spans):
-                slots[row, : span.length] = torch.tensor(list(span.slot_numbers))
+                slots[row, : span.length] = torch.tensor(list(span.slot_numbers), dtype=torch.long, device="cpu")
             self._slots = slots.to(device)
         self._masks: dict[tuple[int | None, torch.dtype, int], torch.Tensor] = {}
 
@@ -56,14 +60,16 @@ class PaddedRows:
         """Additive mask [R, 1, group * Q, L]; the padding of a row repeats its last query, so that nothing is masked wholly."""
         key = (window, dtype, group)
         if key not in self._masks:
-            entries = torch.arange(self.longest)
-            starts = torch.tensor([span.start for span in self.spans])
-            lasts = torch.tensor([span.count - 1 for span in self.spans])
-            at = starts[:, None] + torch.minimum(torch.arange(self.width)[None, :], lasts[:, None])
+            entries = torch.arange(self.longest, dtype=torch.long, device="cpu")
+            starts = torch.tensor([span.start for span in self.spans], dtype=torch.long, device="cpu")
+            lasts = torch.tensor([span.count - 1 for span in self.spans], dtype=torch.long, device="cpu")
+            at = starts[:, None] + torch.minimum(
+                torch.arange(self.width, dtype=torch.long, device="cpu")[None, :], lasts[:, None]
+            )
             hidden = entries > at[..., None]
             if window:
                 hidden |= entries <= at[..., None] - window
-            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+            mask = torch.zeros(hidden.shape, dtype=dtype, device="cpu").masked_fill_(hidden, float("-inf"))
             for row, span in enumerate(self.spans):
                 if span.hidden_before:
                     mask[row, :, : span.hidden_before] = float("-inf")

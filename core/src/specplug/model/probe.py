@@ -65,7 +65,10 @@ def measure_difference(runner: ModelRunner, block_size: int) -> float:
     vocabulary = runner.architecture.vocab_size
     generator = torch.Generator().manual_seed(0)
     limit = min(_LONG, runner.architecture.context_length, runner.cache.num_slots // 2)
-    rows = [torch.randint(vocabulary, (count,), generator=generator).tolist() for count in (min(_SHORT, limit), limit)]
+    rows = [
+        torch.randint(vocabulary, (count,), generator=generator, dtype=torch.long, device="cpu").tolist()
+        for count in (min(_SHORT, limit), limit)
+    ]
     tables = []
     blocks_each = -(-limit // block_size)
     for number in range(2):
@@ -88,7 +91,7 @@ def _own_logits(model: Any, ids: list[int], device: torch.device) -> torch.Tenso
     """Logits [T, V] of one row by the model's own eager attention, without any cache."""
     model.set_attn_implementation("eager")
     try:
-        return model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
+        return model(input_ids=torch.tensor([ids], device=device, dtype=torch.long), use_cache=False).logits[0]
     finally:
         model.set_attn_implementation(attention.IMPLEMENTATION)
 

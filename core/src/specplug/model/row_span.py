@@ -107,20 +107,20 @@ class RowSpan:
         low = max(row.first, oldest + 1 - window) if window else row.first
         if row.tree is None and self.count == 1:
             return low, None
-        queries = torch.tensor(list(row.positions))[:, None]
+        queries = torch.tensor(list(row.positions), dtype=torch.long, device="cpu")[:, None]
         prefix = row.start if row.tree is None else row.tree.prefix
         low = min(low, prefix)
-        keys = torch.arange(low, prefix)
+        keys = torch.arange(low, prefix, dtype=torch.long, device="cpu")
         if row.tree is None:
-            tail = torch.arange(row.start, self.length)
-            behind = torch.ones(self.count, self.count, dtype=torch.bool).tril()
+            tail = torch.arange(row.start, self.length, dtype=torch.long, device="cpu")
+            behind = torch.ones(self.count, self.count, dtype=torch.bool, device="cpu").tril()
         else:
-            tail = torch.tensor(list(row.tree.positions))
+            tail = torch.tensor(list(row.tree.positions), dtype=torch.long, device="cpu")
             behind = row.tree.visible
-        allowed = torch.cat([torch.ones(self.count, len(keys), dtype=torch.bool), behind], dim=1)
+        allowed = torch.cat([torch.ones(self.count, len(keys), dtype=torch.bool, device="cpu"), behind], dim=1)
         if window:
             allowed &= queries - torch.cat([keys, tail])[None, :] < window
         if bool(allowed.all()):
             return low, None
-        mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf"))
+        mask = torch.zeros(allowed.shape, dtype=dtype, device="cpu").masked_fill_(~allowed, float("-inf"))
         return low, mask.to(self._device, non_blocking=True)

@@ -38,7 +38,7 @@ def truncate(
     """
     vocabulary, device = logits.shape[-1], logits.device
     if min_p is not None and any(p > 0 for p in min_p):
-        margin = to_device([math.log(max(p, 1e-300)) for p in min_p], device)
+        margin = to_device([math.log(max(p, 1e-300)) for p in min_p], device, torch.float32)
         least = logits.amax(dim=-1, keepdim=True) + margin[:, None]
         logits = logits.masked_fill(logits < least, float("-inf"))
     if all(k <= 0 for k in top_k) and all(p >= 1 for p in top_p):
@@ -51,7 +51,7 @@ def truncate(
     if any(p < 1 for p in top_p):
         probs = ordered.softmax(dim=-1)
         before = probs.cumsum(dim=-1).sub_(probs)
-        outside = before >= to_device([p if p < 1 else 2.0 for p in top_p], device)[:, None]
+        outside = before >= to_device([p if p < 1 else 2.0 for p in top_p], device, torch.float32)[:, None]
         outside[:, 0] = False
         ordered.masked_fill_(outside, float("-inf"))
     return torch.full_like(logits, float("-inf")).scatter_(-1, order, ordered)
@@ -72,7 +72,7 @@ def process(logits: torch.Tensor, params: Sequence[SamplingParams], out: torch.T
     if len(logits) <= step:
         return torch.softmax(_scaled(logits, params), dim=-1, out=out)
     if out is None:
-        out = torch.empty(logits.shape, device=logits.device)
+        out = torch.empty(logits.shape, device=logits.device, dtype=torch.float32)
     for begin in range(0, len(logits), step):
         part = slice(begin, begin + step)
         torch.softmax(_scaled(logits[part], params[part]), dim=-1, out=out[part])
@@ -83,7 +83,7 @@ def _scaled(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Ten
     scaled = logits.float()
     if any(param.temperature != 1 for param in params):
         divisors = [max(float(param.temperature), _LOWEST_TEMPERATURE) for param in params]
-        scaled = scaled / to_device(divisors, logits.device)[:, None]
+        scaled = scaled / to_device(divisors, logits.device, torch.float32)[:, None]
     if any(param.truncates for param in params):
         scaled = truncate(
             scaled,

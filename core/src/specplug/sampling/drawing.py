@@ -26,7 +26,9 @@ def sample(probs: torch.Tensor, generators: Sequence[torch.Generator], count: in
         if generator.device == noise.device:
             noise[row].exponential_(generator=generator)
         else:
-            noise[row] = torch.empty(noise.shape[-1], device=generator.device).exponential_(generator=generator)
+            noise[row] = torch.empty(noise.shape[-1], device=generator.device, dtype=noise.dtype).exponential_(
+                generator=generator
+            )
     arrivals = noise.div_(probs).nan_to_num_(nan=float("inf"), posinf=float("inf"))
     if count == 1:
         return arrivals.argmin(dim=-1, keepdim=True)

@@ -92,7 +92,7 @@ def exponential_noise(
     Returns:
         float32 [len(rows), width], standard exponential.
     """
-    noise = torch.empty(len(rows), width, device=engine.device) if out is None else out
+    noise = torch.empty(len(rows), width, device=engine.device, dtype=torch.float32) if out is None else out
     if any(row.seed is None for row, _ in rows):
         noise.exponential_(generator=engine.generator(Stream.TARGET))
     drawn: dict[tuple[int, int], int] = {}

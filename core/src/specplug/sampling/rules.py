@@ -43,9 +43,9 @@ class LogitsRules:
         self._forbidden: torch.Tensor | None = None
         if params.allowed_token_ids:
             self._forbidden = torch.ones(vocab_size, dtype=torch.bool, device=device)
-            self._forbidden[torch.tensor(params.allowed_token_ids, device=device)] = False
+            self._forbidden[torch.tensor(params.allowed_token_ids, device=device, dtype=torch.long)] = False
         self._bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.long, device=device)
-        self._bias = torch.tensor([float(b) for b in params.logit_bias.values()], device=device)
+        self._bias = torch.tensor([float(b) for b in params.logit_bias.values()], device=device, dtype=torch.float32)
         self._num_counted = 0
         self._in_prompt: torch.Tensor | None = None
         self._output_counts: torch.Tensor | None = None
@@ -106,11 +106,11 @@ class LogitsRules:
         if self._in_prompt is None or self._output_counts is None:
             self._in_prompt = torch.zeros(self._vocab_size, dtype=torch.bool, device=self._device)
             self._in_prompt[to_device(list(tokens[:num_prompt_tokens]), self._device)] = True
-            self._output_counts = torch.zeros(self._vocab_size, device=self._device)
+            self._output_counts = torch.zeros(self._vocab_size, device=self._device, dtype=torch.float32)
             self._num_counted = num_prompt_tokens
         new = list(tokens[self._num_counted :])
         if new:
             index = to_device(new, self._device)
-            self._output_counts.index_add_(0, index, torch.ones(len(new), device=self._device))
+            self._output_counts.index_add_(0, index, torch.ones(len(new), device=self._device, dtype=torch.float32))
             self._num_counted = len(tokens)
         return self._output_counts

@@ -15,8 +15,8 @@ class Workspace:
     """
 
     def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
-        self._probs = torch.empty(num_rows, vocab_size, device=device)
-        self._noise = torch.empty(num_rows, vocab_size, device=device)
+        self._probs = torch.empty(num_rows, vocab_size, device=device, dtype=torch.float32)
+        self._noise = torch.empty(num_rows, vocab_size, device=device, dtype=torch.float32)
         self._taken = {"probs": 0, "noise": 0}
 
     @staticmethod
@@ -39,6 +39,6 @@ class Workspace:
     def _take(self, name: str, buffer: torch.Tensor, num_rows: int) -> torch.Tensor:
         start = self._taken[name]
         if start + num_rows > len(buffer):  # a verifier that asks twice for the same entries
-            return torch.empty(num_rows, buffer.shape[1], device=buffer.device)
+            return torch.empty(num_rows, buffer.shape[1], device=buffer.device, dtype=torch.float32)
         self._taken[name] = start + num_rows
         return buffer[start : start + num_rows]

@@ -123,7 +123,7 @@ class SpeculatorChain:
             return
         decoding = max(1, sum(request.num_pending == 1 for request in requests))
         tokens = self._max_num_batched_tokens // (2 if contended else 1)
-        node_limit = tokens // decoding - 1
+        node_limit = max(0, tokens // decoding - 1)  # rows may outnumber the tokens of half a step
         if auto is not None:
             auto.begin(requests)
         for index, link in enumerate(self._links):

@@ -12,6 +12,7 @@ from specplug.contract.proposal import Proposal
 from specplug.contract.verdict import Verdict
 from specplug.engine.engine import Engine
 from specplug.engine.planning import max_nodes_of
+from specplug.errors import GenerationError
 from specplug.llm import LLM
 from specplug.model.blocks import BlockAllocator
 from specplug.plugins.registry import RegisteredSpeculator
@@ -117,4 +118,7 @@ class Session:
         """The outputs of a batch of requests; of forks the first's."""
         families = [self.add(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
         self.finish()
+        for request in (request for family in families for request in family):
+            if request.error is not None:
+                raise GenerationError(request.error)
         return [family[0].output_ids for family in families]

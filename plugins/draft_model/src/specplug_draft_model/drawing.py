@@ -54,7 +54,11 @@ def draw(
     else:
         tokens, going = [0] * len(rows), [True] * len(rows)
     if sampled:
-        chosen = logits if len(sampled) == len(rows) else logits[torch.tensor(sampled, device=logits.device)]
+        chosen = (
+            logits
+            if len(sampled) == len(rows)
+            else logits[torch.tensor(sampled, device=logits.device, dtype=torch.long)]
+        )
         probs = process(chosen, [rows[index].sampling for index in sampled])
         confident = (probs.amax(dim=-1) >= threshold).tolist() if threshold else [True] * len(sampled)
         drawn = draw_tokens(probs, [rows[index].generator for index in sampled])[:, 0].tolist()

@@ -68,7 +68,11 @@ class VocabularyMap:
         """int64 [S] target ids for `DraftDistributions.token_ids`; None when they are the target's whole vocabulary."""
         if self.is_target_whole:
             return None
-        return torch.arange(self.size, device=device) if self.target_ids is None else self.target_ids.to(device)
+        return (
+            torch.arange(self.size, device=device, dtype=torch.long)
+            if self.target_ids is None
+            else self.target_ids.to(device)
+        )
 
     def on(self, device: torch.device) -> VocabularyMap:
         """The map with its tables where the draft's logits are."""
@@ -125,8 +129,8 @@ def match_vocabularies(
     for target_id, draft_id in pairs.items():
         known[target_id] = draft_id
     return VocabularyMap(
-        target_ids=torch.tensor(list(pairs)),
-        draft_ids=torch.tensor(list(pairs.values())),
+        target_ids=torch.tensor(list(pairs), dtype=torch.long, device="cpu"),
+        draft_ids=torch.tensor(list(pairs.values()), dtype=torch.long, device="cpu"),
         size=len(pairs),
         known=known,
         unknown=unknown,

@@ -163,7 +163,7 @@ class EagleSpeculator:
                 drafting.append((place, last, forward.first))
         if not drafting:
             return None, []
-        at = torch.tensor([last for _, last, _ in drafting], device=fused.device)
+        at = torch.tensor([last for _, last, _ in drafting], device=fused.device, dtype=torch.long)
         places = [place for place, _, _ in drafting]
         roots = Roots(
             rows=[batch.rows[place] for place in places],

@@ -94,7 +94,7 @@ def _obstacle(device: torch.device) -> str:
     from specplug.native.gpu.argmax import argmax
 
     try:
-        argmax(torch.zeros(1, 8, device=device))
+        argmax(torch.zeros(1, 8, device=device, dtype=torch.float32))
     except Exception as error:  # no C compiler, an unwritable cache, a driver too old: of many kinds
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return ""

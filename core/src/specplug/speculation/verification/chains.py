@@ -78,7 +78,7 @@ def block(
     surplus = torch.stack(surpluses, dim=1)  # [R, K + 1]
     denominator = surplus + 1 - weight
     inner = torch.where(denominator > 0, surplus / denominator, torch.ones_like(surplus))
-    position = torch.arange(longest + 1, device=weight.device)[None, :]
+    position = torch.arange(longest + 1, device=weight.device, dtype=torch.long)[None, :]
     chance = torch.where(position == chains.lengths[:, None], weight, inner)[:, 1:]
     coins = (_uniform(chance.shape, randomness) < chance) & (position[:, 1:] <= chains.lengths[:, None])
     kept = (coins * position[:, 1:]).amax(dim=1)
@@ -97,14 +97,14 @@ def _gather(rows: Sequence[int], proposal: Proposal, target: TargetDistributions
     p = target.probs(entries)
     vocabulary = p.shape[-1]
     p = p.view(len(rows), longest + 1, vocabulary)
-    q = torch.zeros(len(rows), longest + 1, vocabulary, device=p.device)
+    q = torch.zeros(len(rows), longest + 1, vocabulary, device=p.device, dtype=torch.float32)
     padded: list[list[int]] = []
     for lane, (row, count) in enumerate(zip(rows, counts, strict=True)):
         q[lane, :count] = draft_distributions(proposal, row, vocabulary)
         padded.append([*cast(Sequence[int], proposal.tokens[row]), *[0] * (longest - count)])
     tokens = to_device(list(itertools.chain(*padded)), p.device).view(len(rows), longest)
     lengths = to_device(counts, p.device)
-    inside = torch.arange(longest, device=p.device)[None, :] < lengths[:, None]
+    inside = torch.arange(longest, device=p.device, dtype=torch.long)[None, :] < lengths[:, None]
     p_token = p[:, :-1].gather(2, tokens[..., None])[..., 0]
     q_token = q[:, :-1].gather(2, tokens[..., None])[..., 0]
     ratio = torch.where(inside, p_token / q_token.clamp_min(torch.finfo(q.dtype).tiny), torch.zeros_like(p_token))
@@ -113,14 +113,14 @@ def _gather(rows: Sequence[int], proposal: Proposal, target: TargetDistributions
 
 def _uniform(shape: Sequence[int], randomness: EngineRandomness) -> torch.Tensor:
     generator = randomness.generator(Stream.ACCEPTANCE)
-    return torch.rand(tuple(shape), generator=generator, device=randomness.device)
+    return torch.rand(tuple(shape), generator=generator, device=randomness.device, dtype=torch.float32)
 
 
 def _finish(
     rows: Sequence[int], chains: _Chains, kept: torch.Tensor, weight: torch.Tensor, randomness: EngineRandomness
 ) -> list[tuple[int, list[int], int]]:
     """Draws the next token after `kept` tokens of each chain: the bonus token at its end, else from the residual."""
-    lane = torch.arange(len(rows), device=kept.device)
+    lane = torch.arange(len(rows), device=kept.device, dtype=torch.long)
     p = chains.p[lane, kept]
     q = chains.q[lane, kept]
     complete = (kept == chains.lengths)[:, None]

@@ -21,7 +21,7 @@ def draft_distributions(proposal: Proposal, row: int, vocabulary: int) -> torch.
         values = values[: len(proposal.tokens[row])]
     if probs.token_ids is None:
         return values
-    full = torch.zeros(values.shape[0], vocabulary, device=values.device)
+    full = torch.zeros(values.shape[0], vocabulary, device=values.device, dtype=torch.float32)
     return full.index_add_(1, probs.token_ids.to(values.device), values)
 
 

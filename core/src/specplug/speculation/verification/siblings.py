@@ -78,7 +78,9 @@ def recursive_rejection(
         ours, theirs = remaining[lanes], proposed[lanes]
         r_token = ours.gather(1, tokens[:, None])[:, 0]
         q_token = theirs.gather(1, tokens[:, None])[:, 0]
-        coins = torch.rand(len(active), generator=randomness.generator(Stream.ACCEPTANCE), device=p_all.device)
+        coins = torch.rand(
+            len(active), generator=randomness.generator(Stream.ACCEPTANCE), device=p_all.device, dtype=torch.float32
+        )
         accepts = (coins * q_token < r_token).tolist()
         residual = (ours - theirs).clamp_min_(0)
         total = residual.sum(dim=-1, keepdim=True)

@@ -40,7 +40,7 @@ def read_draft_to_target(
         ids = _members(members, spec)
         warnings = ("d2t is all zeros, but t2d names other tokens than the first; d2t was rebuilt from t2d",)
     else:
-        ids = torch.arange(len(d2t), device=d2t.device) + d2t.to(torch.int64)
+        ids = torch.arange(len(d2t), device=d2t.device, dtype=torch.long) + d2t.to(torch.int64)
         if reduced and members is None and not d2t.any():
             warnings = (f"d2t is all zeros: the draft vocabulary is taken to be the first {len(d2t)} tokens",)
         if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= spec.vocab_size):
@@ -62,7 +62,7 @@ def read_draft_to_target(
 
 def offsets(draft_to_target: torch.Tensor) -> torch.Tensor:
     """Target ids, int64 [draft vocabulary] → `d2t`."""
-    return draft_to_target - torch.arange(len(draft_to_target), device=draft_to_target.device)
+    return draft_to_target - torch.arange(len(draft_to_target), device=draft_to_target.device, dtype=torch.long)
 
 
 def membership(draft_to_target: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -73,7 +73,7 @@ def membership(draft_to_target: torch.Tensor, vocab_size: int) -> torch.Tensor:
 
 
 def _is_prefix(members: torch.Tensor, count: int) -> bool:
-    return torch.equal(members, torch.arange(count, device=members.device))
+    return torch.equal(members, torch.arange(count, device=members.device, dtype=torch.long))
 
 
 def _members(members: torch.Tensor, spec: HeadSpec) -> torch.Tensor:

@@ -61,7 +61,7 @@ class Chain:
         """Drafts one chain per row, with one head forward per level for all rows that go on."""
         sampled = {index for index, row in enumerate(roots.rows) if self.samples and row.gains_by_sampling}
         members, output, hidden = list(range(len(roots.rows))), roots.output, roots.hidden
-        before = torch.zeros(len(members), device=output.device)
+        before = torch.zeros(len(members), device=output.device, dtype=torch.float32)
         levels: list[_Level] = []
         while True:
             level = _draw(members, output, before, roots, runner, sampled)
@@ -72,7 +72,7 @@ class Chain:
                 return _finish(levels, roots, runner, sampled)
             tokens, before = level.tokens, level.scores
             if len(going) < len(members):
-                kept = torch.tensor([members.index(member) for member in going], device=output.device)
+                kept = torch.tensor([members.index(member) for member in going], device=output.device, dtype=torch.long)
                 tokens, before, hidden = tokens[kept], before[kept], hidden[kept]
                 members = going
             rows = [_row(roots, member, len(levels) - 1) for member in members]
@@ -104,7 +104,7 @@ def _draw(
     ids, chances = likeliest(logits)
     probs: dict[int, torch.Tensor] = {}
     if drawing := [member for member in members if member in sampled]:
-        at = torch.tensor([members.index(member) for member in drawing], device=output.device)
+        at = torch.tensor([members.index(member) for member in drawing], device=output.device, dtype=torch.long)
         rows = [roots.rows[member] for member in drawing]
         values = process(logits[at], [row.sampling for row in rows])
         ids = ids.index_copy(0, at, sample(values, [row.generator for row in rows], 1)[:, 0])

@@ -102,7 +102,7 @@ class _Growth:
         best = log_probs.topk(width, dim=-1)
         rows, device = len(roots.rows), log_probs.device
         size = width + levels * width * width
-        scores = torch.full((rows, size), float("-inf"), device=device)
+        scores = torch.full((rows, size), float("-inf"), device=device, dtype=torch.float32)
         tokens = torch.zeros(rows, size, dtype=torch.long, device=device)
         parents = torch.full((rows, size), -1, dtype=torch.long, device=device)
         scores[:, :width] = best.values
@@ -116,9 +116,9 @@ class _Growth:
             tokens=tokens,
             parents=parents,
             members=list(range(rows)),
-            beam=torch.arange(width, device=device).expand(rows, width),
+            beam=torch.arange(width, device=device, dtype=torch.long).expand(rows, width),
             hidden=roots.hidden[:, None].expand(-1, width, -1),
-            visible=torch.zeros(rows, width, 0, dtype=torch.bool),
+            visible=torch.zeros(rows, width, 0, dtype=torch.bool, device="cpu"),
         )
 
     def expand(self, level: int, members: list[int]) -> None:
@@ -127,13 +127,13 @@ class _Growth:
             kept = [self.members.index(member) for member in members]
             self.members = members
             self.visible = self.visible[kept]
-            at = torch.tensor(kept, device=self.beam.device)
+            at = torch.tensor(kept, device=self.beam.device, dtype=torch.long)
             self.beam, self.hidden = self.beam[at], self.hidden[at]
         width, count = self.width, len(members)
-        entries = torch.eye(width, dtype=torch.bool).expand(count, -1, -1)
+        entries = torch.eye(width, dtype=torch.bool, device="cpu").expand(count, -1, -1)
         self.visible = torch.cat([self.visible, entries], dim=-1)
         rows = [self._row(index, member, level) for index, member in enumerate(members)]
-        place = torch.tensor(members, device=self.beam.device)[:, None]
+        place = torch.tensor(members, device=self.beam.device, dtype=torch.long)[:, None]
         result = self.runner.run(rows, self.tokens[place, self.beam].flatten(), self.hidden.flatten(0, 1))
         best = self.runner.log_probs(result.output).topk(width, dim=-1)
         scores = self.scores[place, self.beam].flatten()[:, None] + best.values
@@ -148,7 +148,7 @@ class _Growth:
         self.hidden = result.feedback.view(count, width, -1).gather(
             1, beams[..., None].expand(-1, -1, result.feedback.shape[-1])
         )
-        self.visible = self.visible[torch.arange(count)[:, None], beams.cpu()]
+        self.visible = self.visible[torch.arange(count, dtype=torch.long, device="cpu")[:, None], beams.cpu()]
 
     def _row(self, index: int, member: int, level: int) -> ForwardRow:
         row, start = self.roots.rows[member], self.roots.start(member)

@@ -44,7 +44,7 @@ class HeadRunner:
     def reported_ids(self, device: torch.device) -> torch.Tensor | None:
         """What `DraftDistributions` needs for the target ids of all draft ids; None where they are the same."""
         if self.head.draft_to_target is None and self.head.spec.draft_vocab_size != self.head.spec.vocab_size:
-            return torch.arange(self.head.spec.draft_vocab_size, device=device)
+            return torch.arange(self.head.spec.draft_vocab_size, device=device, dtype=torch.long)
         return self.head.draft_to_target
 
     def target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:

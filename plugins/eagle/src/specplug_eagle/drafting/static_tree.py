@@ -101,7 +101,7 @@ class StaticTree:
 
     def _levels(self) -> list[Level]:
         levels: list[Level] = []
-        inner, seen = [-1], torch.zeros(1, 0, dtype=torch.bool)
+        inner, seen = [-1], torch.zeros(1, 0, dtype=torch.bool, device="cpu")
         parents, depths = [0], list[int]()
         while inner:
             children = [node for node, parent in enumerate(self.parents) if parent in inner]
@@ -111,15 +111,17 @@ class StaticTree:
                     nodes=inner,
                     parents=parents,
                     children=children,
-                    places=torch.tensor([place[self.parents[node]] for node in children]),
-                    ranks=torch.tensor([self.paths[node][-1] for node in children]),
+                    places=torch.tensor(
+                        [place[self.parents[node]] for node in children], dtype=torch.long, device="cpu"
+                    ),
+                    ranks=torch.tensor([self.paths[node][-1] for node in children], dtype=torch.long, device="cpu"),
                     visible=seen,
                     depths=depths,
                 )
             )
             below = [node for node in children if node in self.parents]
             parents = [place[self.parents[node]] for node in below]
-            seen = torch.cat([seen[parents], torch.eye(len(below), dtype=torch.bool)], dim=1)
+            seen = torch.cat([seen[parents], torch.eye(len(below), dtype=torch.bool, device="cpu")], dim=1)
             depths = depths + [len(levels) - 1] * len(below)
             inner = below
         return levels
@@ -134,10 +136,10 @@ class StaticTree:
             if not going:
                 break
             if depth:
-                kept = torch.tensor([members.index(index) for index in going], device=hidden.device)
-                parents = torch.tensor(level.parents, device=hidden.device)
+                kept = torch.tensor([members.index(index) for index in going], device=hidden.device, dtype=torch.long)
+                parents = torch.tensor(level.parents, device=hidden.device, dtype=torch.long)
                 fed = hidden[kept][:, parents]
-                tokens = drawing.tokens[torch.tensor(going, device=hidden.device)][:, level.nodes]
+                tokens = drawing.tokens[torch.tensor(going, device=hidden.device, dtype=torch.long)][:, level.nodes]
                 rows = [self._row(roots, index, level) for index in going]
                 result = runner.run(rows, tokens.flatten().clamp(min=0), fed.flatten(0, 1))
                 shape = (len(going), len(level.nodes), -1)
@@ -198,15 +200,15 @@ class _Drawing:
             roots=roots,
             runner=runner,
             tokens=torch.full(shape, -1, dtype=torch.long, device=device),
-            scores=torch.zeros(shape, device=device),
+            scores=torch.zeros(shape, device=device, dtype=torch.float32),
             sampled=[index for index, row in enumerate(roots.rows) if tree.samples and row.gains_by_sampling],
         )
 
     def extend(self, members: list[int], level: Level, output: torch.Tensor) -> None:
         """Draws the children of a level's inner nodes; `output` is [members, inner nodes, hidden]."""
         device = output.device
-        rows = torch.tensor(members, device=device)[:, None]
-        children = torch.tensor(level.children, device=device)
+        rows = torch.tensor(members, device=device, dtype=torch.long)[:, None]
+        children = torch.tensor(level.children, device=device, dtype=torch.long)
         places, ranks = level.places.to(device), level.ranks.to(device)
         sampled = [index for index in members if index in self.sampled]
         if len(sampled) < len(members):
@@ -216,15 +218,21 @@ class _Drawing:
             at = ranks.clamp(max=best.indices.shape[-1] - 1)
             tokens = self.runner.target_ids(best.indices[:, places, at])
             self.tokens[rows, children] = torch.where(known, tokens, -1)
-            parents = torch.tensor([self.tree.parents[node] for node in level.children], device=device)
-            before = torch.zeros(1, device=device) if level.nodes == [-1] else self.scores[rows, parents]
+            parents = torch.tensor(
+                [self.tree.parents[node] for node in level.children], device=device, dtype=torch.long
+            )
+            before = (
+                torch.zeros(1, device=device, dtype=torch.float32)
+                if level.nodes == [-1]
+                else self.scores[rows, parents]
+            )
             self.scores[rows, children] = before + best.values[:, places, at]
         if sampled:
             self._sample(sampled, [members.index(index) for index in sampled], level, output)
 
     def _sample(self, sampled: list[int], at: list[int], level: Level, output: torch.Tensor) -> None:
         device, width = output.device, len(level.nodes)
-        chosen = output[torch.tensor(at, device=device)]
+        chosen = output[torch.tensor(at, device=device, dtype=torch.long)]
         logits = self.runner.head.logits(chosen.flatten(0, 1))
         rows = [self.roots.rows[index] for index in sampled for _ in range(width)]
         probs = process(logits, [row.sampling for row in rows])
@@ -234,8 +242,8 @@ class _Drawing:
         ids = drawn[:, level.places.to(device), ranks]
         missing = (ids < 0) | (level.ranks.to(device) >= drawn.shape[-1])
         tokens = torch.where(missing, -1, self.runner.target_ids(ids.clamp(min=0)))
-        place = torch.tensor(sampled, device=device)[:, None]
-        self.tokens[place, torch.tensor(level.children, device=device)] = tokens
+        place = torch.tensor(sampled, device=device, dtype=torch.long)[:, None]
+        self.tokens[place, torch.tensor(level.children, device=device, dtype=torch.long)] = tokens
         for index, own in zip(sampled, probs.view(len(sampled), width, -1), strict=True):
             self.distributions.setdefault(index, []).extend(own)
 

@@ -50,7 +50,7 @@ class RotaryEmbedding(nn.Module):
     def _initial_frequencies(self) -> tuple[torch.Tensor, float]:
         spec, dim = self.spec, self.rotary_dim
         if spec.rope_type in ("default", "dynamic"):
-            return 1.0 / spec.theta ** (torch.arange(0, dim, 2, device="cpu").float() / dim), 1.0
+            return 1.0 / spec.theta ** (torch.arange(0, dim, 2, device="cpu", dtype=torch.long).float() / dim), 1.0
         config = LlamaConfig(
             hidden_size=self._head_dim,
             num_attention_heads=1,
