@@ -28,6 +28,8 @@ class SpeculatorTraits:
     Attributes:
         hidden_states: target states to receive for every computed position.
         top_k: how many of the target's most likely next tokens, with probabilities, to receive at every computed position.
+        top_k_at_drafts: whether to receive the same at every node of a row's last draft, rejected ones included: see
+            `ProposalRow.drafted`. Needs `top_k`.
         token_only: the proposal is a function of `row.tokens` (slots are only cache keys). Such a speculator is not
             called for rows with a budget of zero, and keeps its rows after a fault. It is shown no target states.
         max_nodes: the most nodes of a row's draft tree, where that is not `num_speculative_tokens`; it may be more.
@@ -45,6 +47,7 @@ class SpeculatorTraits:
         validator=expect(_are_boundaries, "a tuple of boundaries, each 0 or more, or 'final'", ValueError),
     )
     top_k: int = attrs.field(default=0, **integer(0, ValueError))
+    top_k_at_drafts: bool = attrs.field(default=False, **flag(ValueError), kw_only=True)
     token_only: bool = attrs.field(default=False, **flag(ValueError))
     max_nodes: int | None = attrs.field(default=None, **integer(1, ValueError, or_none=True))
     max_depth: int | None = attrs.field(default=None, **integer(1, ValueError, or_none=True))
@@ -56,6 +59,8 @@ class SpeculatorTraits:
                 "SpeculatorTraits: token_only=True and learns=True: a proposal that depends on other requests is no "
                 "function of the row's tokens"
             )
+        if self.top_k_at_drafts and not self.top_k:
+            raise ValueError("SpeculatorTraits: top_k_at_drafts=True without top_k: say how many tokens are wanted")
         if self.token_only and self.needs_states:
             raise ValueError(
                 "SpeculatorTraits: token_only=True with hidden_states or top_k: a proposal that depends on the target's "

@@ -102,7 +102,9 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
     regions = [_plan_regions(speculator, budget) for speculator in speculators]
     num_entries = min(config.max_num_batched_tokens, config.max_num_seqs * (1 + budget.num_speculative_tokens))
     most_captured = min(max(num_entries, _SHORT_PROMPT), config.max_num_batched_tokens)
-    buffers = StateStore.planned_bytes(channels, config.max_num_seqs, config.max_num_batched_tokens)
+    buffers = StateStore.planned_bytes(
+        channels, config.max_num_seqs, config.max_num_batched_tokens, at_drafts=wants_top_k_at_drafts(speculators)
+    )
     buffers += Workspace.planned_bytes(num_entries, architecture.vocab_size)
     passing = 0
     if device.type == "cuda":
@@ -192,6 +194,11 @@ def bounded(config: SpeculativeConfig, plugin: Any) -> SpeculativeConfig:
 def max_nodes_of(speculator: RegisteredSpeculator) -> int:
     """The most draft nodes of a row."""
     return speculator.traits.max_nodes or speculator.config.num_speculative_tokens
+
+
+def wants_top_k_at_drafts(speculators: Sequence[RegisteredSpeculator]) -> bool:
+    """Whether any of them declares it."""
+    return any(speculator.traits.top_k_at_drafts for speculator in speculators)
 
 
 def _check_traits(speculator: RegisteredSpeculator, num_layers: int, vocab_size: int) -> None:
