@@ -20,7 +20,7 @@ from docstrings import Docstring
 import specplug
 from specplug.contract.batch import EndReason
 from specplug.contract.hookspecs import SpeculatorHooks
-from specplug.contract.memory import RegionKind
+from specplug.contract.memory import RegionKind, TableKind
 from specplug.contract.traits import Boundary
 from specplug.plugins.hooks import HOOKS
 
@@ -42,7 +42,7 @@ A hook may take fewer arguments than are listed here, and later versions only ad
 ([compatibility](compatibility.md)). Any hook may be wrapped instead of implemented ([observers](observers.md)). All names
 below are imported from `specplug`.
 """
-ALIASES = {"EndReason": EndReason, "Boundary": Boundary, "RegionKind": RegionKind}
+ALIASES = {"EndReason": EndReason, "Boundary": Boundary, "RegionKind": RegionKind, "TableKind": TableKind}
 GROUPS = {
     "What propose sees": ("ProposalBatch", "ProposalRow", "TokenView", "Budget", "Outcome"),
     "What it returns": ("Proposal", "DraftDistributions", "sample", "process", "likeliest", "worth_another_token"),
@@ -102,8 +102,7 @@ def _documented(name: str, value: Any) -> Iterator[str]:
 def _class(name: str, cls: type) -> Iterator[str]:
     doc = Docstring.of(cls)
     if not issubclass(cls, Exception) and not getattr(cls, "_is_protocol", False):
-        signature = inspect.signature(cls)
-        yield f"```text\n{name}{_shown(signature, drop_return=True)}\n```\n"
+        yield f"```text\n{name}{_shown(_constructor(cls), drop_return=True)}\n```\n"
     yield f"{doc.text}\n"
     described = doc.entries("Attributes")
     types = _types(cls)
@@ -124,6 +123,16 @@ def _class(name: str, cls: type) -> Iterator[str]:
         if not method.startswith("_") and inspect.isfunction(plain):
             yield f"**`{name}.{method}`**\n"
             yield from _function(method, plain, drop_self=not isinstance(function, staticmethod))
+
+
+def _constructor(cls: type) -> inspect.Signature:
+    """The signature of a class with the types of its fields, which a converter hides."""
+    signature, types = inspect.signature(cls), _types(cls)
+    parameters = [
+        parameter.replace(annotation=types.get(parameter.name, parameter.annotation))
+        for parameter in signature.parameters.values()
+    ]
+    return signature.replace(parameters=parameters)
 
 
 def _function(name: str, function: Any, *, drop_self: bool = False) -> Iterator[str]:

@@ -214,7 +214,7 @@ STARTS: list[tuple[dict[str, Any], str]] = [
     ({"speculative_config": "ngram"}, "speculative_config: expected a mapping, got 'ngram'"),
     (
         {"speculative_config": {"method": "x"}, "plugins": {"x": 5}},
-        "neither a plugin nor a function of (config, target): 5",
+        "plugins['x']=5: expected a function of (config, target)",
     ),
     ({"speculative_config": {"method": "x"}, "plugins": {"x": lambda config, target: None}}, "returned no speculator"),
     (

@@ -317,7 +317,7 @@ class Unhashable(Faulty):
         (lambda c, t: KeywordArgument(), PluginError, "keyword-only"),
         (lambda c, t: BadTraits(raising), PluginError, "no SpeculatorTraits"),
         (lambda c, t: BadBoundary(raising), PluginError, "boundary 99"),
-        (lambda c, t: BadPlan(raising), PluginError, "expected MemoryRegions"),
+        (lambda c, t: BadPlan(raising), PluginError, "expected a list of MemoryRegions"),
         (lambda c, t: BadWarmup(raising), PluginError, "'throwaway' failed in warmup: ValueError: no such shape"),
         (lambda c, t: Unhashable(raising), PluginError, "eq=False"),
         (lambda c, t: Faulty, PluginError, "register an instance"),

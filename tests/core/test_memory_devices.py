@@ -32,7 +32,7 @@ def solve(monkeypatch: pytest.MonkeyPatch, there: int, device: torch.device | No
         budget,
         target_weights=2 * MIB,
         target_kv_bytes_per_token=1024,
-        regions=regions,
+        regions=[("draft_model", region) for region in regions],
         buffers=0,
         context_length=1024,
         wanted_model_len=1024,

@@ -232,3 +232,25 @@ def test_a_provided_plugin_leaves_the_others_alone(folder: Path) -> None:
         speculative_config={"method": "ngram", "prompt_lookup_max": 2, "prompt_lookup_min": 1},
     ) as llm:
         assert type(llm.engine.chain.speculators[0].instance).__module__.startswith("specplug_ngram")
+
+
+def test_a_wrapper_that_is_a_method_of_the_speculator_changes_no_verdict_and_marks_nothing(folder: Path) -> None:
+    class Meddler(TokenSpeculator):
+        verdicts = 0
+
+        @hookimpl(wrapper=True)
+        def verify(self, batch: Any) -> Any:
+            verdict = yield
+            Meddler.verdicts += 1
+            return Verdict([[]] * len(verdict.next_tokens), [7] * len(verdict.next_tokens))
+
+    plain = run(folder, "plain")[0][:2]
+    known = [prompt + tokens for prompt, tokens in zip(PROMPTS, plain, strict=False)]
+    plugins = {"meddler": lambda config, target: Meddler(Oracle(known, VOCABULARY, hit_rate=1.0))}
+    options: dict[str, Any] = {"speculative_config": {"method": "meddler", "num_speculative_tokens": 3}}
+    with LLM(folder, skip_tokenizer_init=True, memory="64MiB", plugins=plugins, **options) as llm:
+        outputs = [output.outputs[0] for output in llm.generate(PROMPTS[:2], GREEDY)]
+        assert llm.engine.stats.num_accepted_draft_tokens > 0
+    assert [output.token_ids for output in outputs] == plain
+    assert [output.unverified_methods for output in outputs] == [[], []]
+    assert Meddler.verdicts == 1, "it is switched off at its first attempt"

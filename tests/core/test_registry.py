@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from specplug.contract.hookspecs import hookimpl
 from specplug.contract.settings import SpeculativeConfig
 from specplug.errors import ConfigurationError, PluginError
 from specplug.plugins.finder import find_plugins
@@ -139,3 +140,37 @@ def test_options_are_structured_and_checked() -> None:
     ):
         with pytest.raises(ConfigurationError, match=text):
             structure(**options)
+
+
+@pytest.mark.parametrize("wrapper", [True, False])
+def test_only_a_verify_that_decides_counts_as_the_plugins_own(wrapper: bool) -> None:
+    """A wrapper looks, whether it is a method of the speculator or a function of its module."""
+
+    class Judge:
+        @hookimpl
+        def propose(self, batch: Any) -> Any: ...
+
+        @hookimpl(wrapper=wrapper)
+        def verify(self, batch: Any) -> Any:
+            return (yield)
+
+    registry = PluginRegistry(provided={"judge": lambda config, target: Judge()})
+    assert registry.load_speculator(SpeculativeConfig("judge", 3), None).overrides_verify == (not wrapper)
+    assert registry.observes("verify") == wrapper
+
+
+@pytest.mark.parametrize("hook", ["load_speculator", "propose"])
+def test_a_wrapper_does_not_stand_for_the_hook_itself(hook: str) -> None:
+    class Watcher:
+        @hookimpl(wrapper=True)
+        def propose(self, batch: Any) -> Any:
+            return (yield)
+
+    class Plugin:
+        @hookimpl(wrapper=True)
+        def load_speculator(self, config: Any) -> Any:
+            return (yield)
+
+    provided = Plugin() if hook == "load_speculator" else lambda config, target: Watcher()
+    with pytest.raises(PluginError, match=f"'watcher'.* has no @hookimpl .* '{hook}'"):
+        load(PluginRegistry(provided={"watcher": provided}), "watcher")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from specplug import LLM, ForwardRow, MemoryRegion, Proposal, SamplingParams, SpeculatorTraits, hookimpl
+from specplug import LLM, BlockTable, ForwardRow, MemoryRegion, Proposal, SamplingParams, SpeculatorTraits, hookimpl
 from specplug.errors import PluginError
 from support.models import ARCHITECTURES, save_model
 from support.reference import load_reference
@@ -91,3 +91,64 @@ def test_no_weight_is_read_for_a_plan(tmp_path: Path, monkeypatch: pytest.Monkey
     options = provide(lambda config, target: Borrower(target, folder))
     planned = plan_engine(EngineConfig.create(str(folder), memory="64MiB", **options))
     assert planned.plan.draft_weights > 0
+
+
+@pytest.mark.parametrize(
+    ("logits", "counts"),
+    [
+        ("last", [1, 1, 1]),
+        ("all", [5, 3, 1]),
+        (1, [1, 1, 1]),
+        ([3, 0, 1], [3, 0, 1]),
+        (torch.tensor([2, 3, 0]), [2, 3, 0]),
+    ],
+)
+def test_logits_of_the_last_tokens_of_each_row_are_those_of_a_full_forward(
+    tmp_path: Path, logits: Any, counts: list[int]
+) -> None:
+    folder = save_model(tmp_path, "llama")
+    sequences = [[5, 9, 3, 17, 8], [4, 4, 6], [7]]
+
+    class Running:
+        def __init__(self, target: Any) -> None:
+            self.model = target.model(str(folder))
+
+        @hookimpl
+        def plan_memory(self, budget: Any) -> list[MemoryRegion]:
+            return self.model.regions()
+
+        @hookimpl
+        def warmup(self, resources: Any) -> None:
+            self.tables = []
+            for block in range(3):
+                self.tables.append(BlockTable(resources.block_size))
+                self.tables[-1].extend([block])
+            rows = [ForwardRow(ids, 0, table) for ids, table in zip(sequences, self.tables, strict=True)]
+            self.logits = self.model.forward(rows, logits=logits)
+            for wrong, message in (
+                (2, "the last 2 tokens were asked for, and row 2 has 1"),
+                ([1, 1], "logits has 2 entries for 3 rows"),
+                ([1, -1, 1], "the last -1 tokens"),
+                ([1, 1.0, 1], "the last 1.0 tokens"),
+                (True, "logits=True: expected"),
+                ("first", "logits='first': expected 'last', 'all'"),
+            ):
+                with pytest.raises(PluginError, match=message):
+                    self.model.forward(rows, logits=wrong)
+
+        @hookimpl
+        def propose(self, batch: Any) -> Any: ...
+
+    made: list[Running] = []
+
+    def make(config: Any, target: Any) -> Running:
+        made.append(Running(target))
+        return made[0]
+
+    LLM(folder, skip_tokenizer_init=True, strict=True, memory="64MiB", check_parity=False, **provide(make)).close()
+    model = load_reference(folder)
+    with torch.no_grad():
+        full = [model(torch.tensor([ids]), use_cache=False).logits[0] for ids in sequences]
+    expected = torch.cat([rows[len(rows) - count :] for rows, count in zip(full, counts, strict=True)])
+    assert made[0].logits.shape == expected.shape
+    torch.testing.assert_close(made[0].logits, expected, atol=3e-4, rtol=1e-3)

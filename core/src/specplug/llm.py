@@ -16,7 +16,7 @@ from specplug.configuration.vllm import translate_options
 from specplug.engine.calls import Call, Calls
 from specplug.engine.engine import CLOSED
 from specplug.engine.startup import StepReport, start_engine
-from specplug.errors import GenerationError, RequestError
+from specplug.errors import ConfigurationError, GenerationError, RequestError
 from specplug.metrics import Metric, engine_metrics
 from specplug.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamedPiece
 from specplug.progress import ProgressBar
@@ -25,6 +25,7 @@ from specplug.sampling.defaults import default_sampling_params
 from specplug.sampling.params import SamplingParams
 from specplug.text.prompts import LazyTokenizer, Message, Prompt, encode_prompt, prompt_list, render_chat
 from specplug.tiny import resolve_model
+from specplug.values import shown
 
 _MOST_NAMED = 5
 """Failures that one message tells."""
@@ -59,8 +60,10 @@ class LLM:
         on_step: Callable[[StepReport], None] = lambda report: None,
         **options: Any,
     ) -> None:
+        if not callable(on_step):
+            raise ConfigurationError(f"on_step={shown(on_step)}: expected a function of a StepReport")
         options = translate_options(options)
-        self.config = EngineConfig.create(str(model), speculative_config=speculative_config, memory=memory, **options)
+        self.config = EngineConfig.create(model, speculative_config=speculative_config, memory=memory, **options)
         source = None if self.config.skip_tokenizer_init else resolve_model(self.config.tokenizer or self.config.model)
         self._tokenizer = LazyTokenizer(
             source,

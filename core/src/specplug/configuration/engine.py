@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -11,6 +14,7 @@ import attrs
 from specplug.configuration.speculative import parse_speculative_config
 from specplug.contract.settings import SpeculativeConfig
 from specplug.errors import ConfigurationError
+from specplug.values import as_integer, as_tuple, expect, flag, integer, is_integer, one_of, shown
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b?|b)?\s*$", re.IGNORECASE)
 _UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}
@@ -22,22 +26,65 @@ def parse_bytes(value: int | float | str) -> int:
     Raises:
         ConfigurationError: the text is not a size.
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if value <= 0:
-            raise ConfigurationError(f"memory={value!r}: expected a positive size such as '8GiB'")
-        return int(value)
+    size = as_integer(value)
+    if isinstance(size, numbers.Real) and not isinstance(size, bool):
+        if not 1 <= size < math.inf:
+            raise ConfigurationError(f"memory={shown(value)}: expected a positive size such as '8GiB'")
+        return int(size)
     match = _SIZE.match(value) if isinstance(value, str) else None
-    if match is None or float(match.group(1)) <= 0:
-        raise ConfigurationError(f"memory={value!r}: expected a size such as '8GiB' or '500MB'")
-    unit = (match.group(2) or "b").lower()
+    unit = (match.group(2) or "b").lower() if match else ""
     base = 1024 if "i" in unit else 1000
-    return int(float(match.group(1)) * base ** _UNITS.get(unit[0], 0))
+    parsed = int(float(match.group(1)) * base ** _UNITS.get(unit[0], 0)) if match else 0
+    if parsed < 1:
+        raise ConfigurationError(f"memory={shown(value)}: expected a size such as '8GiB' or '500MB'")
+    return parsed
 
 
-def _positive(name: str, value: int | None) -> int | None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ConfigurationError(f"{name}={value!r}: expected an integer of at least 1")
-    return value
+def _as_path(value: Any) -> Any:
+    """A path → its text; anything else as it is."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _as_name(kind: str) -> Callable[[Any], Any]:
+    """Makes a converter of one of torch's types to its name; torch is not imported for it."""
+
+    def convert(value: Any) -> Any:
+        is_torchs = (type(value).__module__, type(value).__name__) == ("torch", kind)
+        return str(value).removeprefix("torch.") if is_torchs else value
+
+    return convert
+
+
+def _text(converter: Callable[[Any], Any] | None = None, *, or_none: bool = False) -> dict[str, Any]:
+    """Converter and validator of a name."""
+    expected = "a text, or None" if or_none else "a text"
+    check = expect(lambda value: isinstance(value, str) or (or_none and value is None), expected, ConfigurationError)
+    return {"validator": check} if converter is None else {"converter": converter, "validator": check}
+
+
+def _names(*, or_none: bool = False) -> dict[str, Any]:
+    """Converter and validator of a list of methods or distributions; one text would be taken letter by letter."""
+    return {
+        "converter": as_tuple,
+        "validator": expect(
+            lambda value: (
+                (or_none and value is None)
+                or (isinstance(value, tuple) and all(isinstance(name, str) and name.strip() for name in value))
+            ),
+            "a list of names, such as ['ngram']" + (", or None" if or_none else ""),
+            ConfigurationError,
+        ),
+    }
+
+
+def _is_plugins(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(name, str) and name for name in value)
+
+
+_FLAG = flag(ConfigurationError)
+_POSITIVE = integer(1, ConfigurationError)
+_POSITIVE_OR_NONE = integer(1, ConfigurationError, or_none=True)
+_SEEDS = 2**63
 
 
 @attrs.frozen(kw_only=True)
@@ -70,63 +117,82 @@ class EngineConfig:
         check_parity: run the parity probe at warm-up when this architecture is new here.
         compile: whether forwards are compiled, once per architecture and machine: `auto` does so where it pays and a C++
             compiler is there; True for small models too; False never. Results change by rounding alone.
+
+    Raises:
+        ConfigurationError: an option of the wrong type or range; the message names it, its value and what is expected.
+            Integers of other libraries are taken where an integer is expected, booleans are not.
     """
 
-    model: str
-    tokenizer: str | None = None
-    revision: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    trust_remote_code: bool = False
-    skip_tokenizer_init: bool = False
-    max_model_len: int | None = None
-    max_num_seqs: int = 32
-    max_num_batched_tokens: int = 1024
-    max_num_draft_tokens: int | None = None
-    block_size: int = 16
-    memory: int | None = None
-    seed: int = 0
-    speculative: SpeculativeConfig | None = None
-    chain_verification: str = "block"
-    strict: bool = False
-    allowed_plugins: tuple[str, ...] | None = None
-    denied_plugins: tuple[str, ...] = ()
-    plugins: Mapping[str, Any] = attrs.field(factory=dict)
-    check_parity: bool = True
-    compile: bool | str = "auto"
+    model: str = attrs.field(**_text(_as_path))
+    tokenizer: str | None = attrs.field(default=None, **_text(_as_path, or_none=True))
+    revision: str | None = attrs.field(default=None, **_text(or_none=True))
+    dtype: str = attrs.field(default="auto", **_text(_as_name("dtype")))
+    device: str = attrs.field(default="auto", **_text(_as_name("device")))
+    trust_remote_code: bool = attrs.field(default=False, **_FLAG)
+    skip_tokenizer_init: bool = attrs.field(default=False, **_FLAG)
+    max_model_len: int | None = attrs.field(default=None, **_POSITIVE_OR_NONE)
+    max_num_seqs: int = attrs.field(default=32, **_POSITIVE)
+    max_num_batched_tokens: int = attrs.field(default=1024, **_POSITIVE)
+    max_num_draft_tokens: int | None = attrs.field(default=None, **_POSITIVE_OR_NONE)
+    block_size: int = attrs.field(default=16, **_POSITIVE)
+    memory: int | None = attrs.field(default=None, converter=attrs.converters.optional(parse_bytes))
+    seed: int = attrs.field(
+        default=0,
+        converter=as_integer,
+        validator=expect(
+            lambda value: is_integer(value) and -_SEEDS <= value < _SEEDS, "a 64-bit integer", ConfigurationError
+        ),
+    )
+    speculative: SpeculativeConfig | None = attrs.field(
+        default=None,
+        validator=expect(
+            lambda value: value is None or isinstance(value, SpeculativeConfig),
+            "a SpeculativeConfig (EngineConfig.create makes one of a mapping), or None",
+            ConfigurationError,
+        ),
+    )
+    chain_verification: str = attrs.field(default="block", **one_of(("block", "standard"), ConfigurationError))
+    strict: bool = attrs.field(default=False, **_FLAG)
+    allowed_plugins: tuple[str, ...] | None = attrs.field(default=None, **_names(or_none=True))
+    denied_plugins: tuple[str, ...] = attrs.field(default=(), **_names())
+    plugins: Mapping[str, Any] = attrs.field(
+        factory=dict,
+        validator=expect(_is_plugins, "a mapping of method names to plugins", ConfigurationError),
+    )
+    check_parity: bool = attrs.field(default=True, **_FLAG)
+    compile: bool | str = attrs.field(
+        default="auto",
+        validator=expect(
+            lambda value: isinstance(value, bool) or (isinstance(value, str) and value == "auto"),
+            "'auto', True or False",
+            ConfigurationError,
+        ),
+    )
 
     def __attrs_post_init__(self) -> None:
-        for name in (
-            "max_model_len",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "max_num_draft_tokens",
-            "block_size",
-        ):
-            _positive(name, getattr(self, name))
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigurationError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}: "
                 "every row needs at least one token in a step"
             )
-        if self.compile not in (True, False, "auto"):
-            raise ConfigurationError(f"compile={self.compile!r}: expected 'auto', True or False")
-        if self.chain_verification not in ("block", "standard"):
-            raise ConfigurationError(f"chain_verification={self.chain_verification!r}: expected 'block' or 'standard'")
 
     @classmethod
     def create(
         cls,
-        model: str,
+        model: str | os.PathLike[str],
         *,
         speculative_config: Mapping[str, Any] | None = None,
         memory: int | float | str | None = None,
         **options: Any,
     ) -> EngineConfig:
-        """Builds a configuration from what users write: a speculative config as a mapping, memory as `8GiB`."""
+        """Builds a configuration from what users write: a speculative config as a mapping, memory as `8GiB`.
+
+        Raises:
+            ConfigurationError: an option of the wrong type or range; the message names it.
+        """
         return cls(
-            model=str(model),
+            model=model,  # type: ignore[arg-type]  # a converter takes paths
             speculative=parse_speculative_config(speculative_config),
-            memory=None if memory is None else parse_bytes(memory),
+            memory=memory,  # type: ignore[arg-type]  # and sizes as text
             **options,
         )

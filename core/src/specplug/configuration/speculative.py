@@ -7,6 +7,7 @@ from typing import Any
 
 from specplug.contract.settings import SpeculativeConfig
 from specplug.errors import ConfigurationError
+from specplug.values import as_integer, is_integer, shown
 
 AUTO = "auto"
 DEFAULT_MAX_SPECULATIVE_TOKENS = 8
@@ -25,14 +26,18 @@ def parse_speculative_config(mapping: Mapping[str, Any] | None) -> SpeculativeCo
 
 def _parse(mapping: Mapping[str, Any], depth: int) -> SpeculativeConfig:
     if not isinstance(mapping, Mapping):
-        raise ConfigurationError(f"speculative_config: expected a mapping, got {mapping!r}")
+        raise ConfigurationError(f"speculative_config: expected a mapping, got {shown(mapping)}")
     if depth > _LONGEST_CHAIN:
         raise ConfigurationError(f"speculative_config: more than {_LONGEST_CHAIN} fallbacks in a row")
     options = dict(mapping)
+    for key in options:
+        if not isinstance(key, str):
+            raise ConfigurationError(f"speculative_config: the key {shown(key)} is no text")
     method = options.pop("method", None)
     if not isinstance(method, str) or not method:
+        got = "" if method is None else f", got {shown(method)}"
         raise ConfigurationError(
-            "speculative_config needs 'method', the name of an installed speculator (see: specplug list)"
+            f"speculative_config needs 'method', the name of an installed speculator (see: specplug list){got}"
         )
     tokens, is_auto, bounded = _parse_tokens(options)
     fallback = options.pop("fallback", None)
@@ -48,24 +53,21 @@ def _parse(mapping: Mapping[str, Any], depth: int) -> SpeculativeConfig:
 
 def _parse_tokens(options: dict[str, Any]) -> tuple[int, bool, bool]:
     """Takes the keys on how much is drafted: (most draft tokens of a row, whether core chooses, whether that was given)."""
-    tokens, bound = options.pop("num_speculative_tokens", AUTO), options.pop("max_num_speculative_tokens", None)
-    if tokens != AUTO:
-        if not _is_positive(tokens):
+    tokens = as_integer(options.pop("num_speculative_tokens", AUTO))
+    bound = as_integer(options.pop("max_num_speculative_tokens", None))
+    if not (isinstance(tokens, str) and tokens == AUTO):
+        if not is_integer(tokens, 1):
             raise ConfigurationError(
-                f"speculative_config: num_speculative_tokens={tokens!r}: expected an integer of at least 1, or '{AUTO}'"
+                f"speculative_config: num_speculative_tokens={shown(tokens)}: expected an integer of at least 1, or '{AUTO}'"
             )
         if bound is not None:
             raise ConfigurationError(
-                f"speculative_config: max_num_speculative_tokens={bound!r} bounds num_speculative_tokens='{AUTO}'; with "
+                f"speculative_config: max_num_speculative_tokens={shown(bound)} bounds num_speculative_tokens='{AUTO}'; with "
                 f"num_speculative_tokens={tokens} leave it out"
             )
         return tokens, False, True
-    if bound is not None and not _is_positive(bound):
+    if bound is not None and not is_integer(bound, 1):
         raise ConfigurationError(
-            f"speculative_config: max_num_speculative_tokens={bound!r}: expected an integer of at least 1"
+            f"speculative_config: max_num_speculative_tokens={shown(bound)}: expected an integer of at least 1"
         )
     return DEFAULT_MAX_SPECULATIVE_TOKENS if bound is None else bound, True, bound is not None
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import attrs
 
 from specplug.configuration.engine import EngineConfig
 from specplug.errors import ConfigurationError, did_you_mean
+from specplug.values import as_integer, shown
 
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "runner": ("auto", "generate"),
@@ -61,9 +62,8 @@ def translate_options(options: Mapping[str, Any]) -> dict[str, Any]:
         if name in known:
             kept[name] = value
         elif name in _HARMLESS:
-            if not any(value == harmless for harmless in _HARMLESS[name]):
-                reason = _REASONS.get(name, "it has no counterpart here")
-                raise ConfigurationError(f"vLLM's option {name}={value!r} is not supported: {reason}")
+            if not any(_is_same(value, harmless) for harmless in _HARMLESS[name]):
+                _refuse(name, value)
         elif name in _MEMORY_OPTIONS:
             if value is not None:
                 raise ConfigurationError(
@@ -73,3 +73,19 @@ def translate_options(options: Mapping[str, Any]) -> dict[str, Any]:
             near = did_you_mean(name, {*known, *_HARMLESS, "memory", "speculative_config"})
             raise ConfigurationError(f"LLM has no option '{name}'{near}")
     return kept
+
+
+def _is_same(value: Any, harmless: Any) -> bool:
+    """Whether two values are equal, where True is not 1."""
+    value = as_integer(value)
+    if isinstance(value, bool) != isinstance(harmless, bool):
+        return False
+    return isinstance(value, (str, int, float, type(None))) and bool(value == harmless)
+
+
+def _refuse(name: str, value: Any) -> NoReturn:
+    harmless = _HARMLESS[name]
+    if {True, False} == set(harmless):  # either is the case here
+        raise ConfigurationError(f"vLLM's option {name}={shown(value)}: expected True or False")
+    reason = _REASONS.get(name, "it has no counterpart here")
+    raise ConfigurationError(f"vLLM's option {name}={shown(value)} is not supported: {reason}")

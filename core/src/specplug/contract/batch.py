@@ -78,11 +78,13 @@ class Outcome:
         method: who proposed it.
         num_nodes: how many nodes were verified.
         accepted: the node indices that were kept, from the root down; indices count the nodes that were verified.
+        tokens: the ids of the nodes that were verified; core may have cut some of those that were proposed.
     """
 
     method: str
     num_nodes: int
     accepted: tuple[int, ...]
+    tokens: tuple[int, ...] = attrs.field(default=(), eq=False)
 
 
 @attrs.define(eq=False)
@@ -102,6 +104,9 @@ class ProposalRow:
         sampling: the request's sampling parameters.
         outcome: what became of your own last proposal for the row, if it was verified since you last saw the row; else of
             another speculator's in the last step; None if there was neither.
+        drafted: where the entries of the nodes of `outcome` lie in `drafted_top_ids` and `drafted_top_probs`, in their
+            order, for a speculator that declares `top_k_at_drafts`. Empty where that draft was not verified in the last
+            step: what is not fetched right after a step is not kept.
         table: the row's blocks (None in a host without a paged cache), for KV regions with `tables="shared"`. Slots are
             reserved for `computed`, and where the budget is not zero for all committed tokens plus the planned
             `scratch_tokens_per_row`.
@@ -120,6 +125,7 @@ class ProposalRow:
     table: BlockTable | None = None
     forked_from: int | None = None
     num_prompt_tokens: int = 0
+    drafted: slice = slice(0, 0)
     _generator: Callable[[], torch.Generator] | None = None
 
     @property
@@ -150,6 +156,9 @@ class ProposalBatch:
         hidden_states: for each declared boundary, [N, hidden] in the target's dtype, rows concatenated in order.
         top_ids: int64 [N, top_k], the target's most likely next tokens at each computed position, or None.
         top_probs: float32 [N, top_k], their probabilities under the unmodified softmax, or None.
+        drafted_top_ids: int64 [M, top_k], the same behind every node of the drafts that the last step verified, accepted or
+            not; for a speculator that declares `top_k_at_drafts`, else None.
+        drafted_top_probs: float32 [M, top_k], their probabilities, or None.
     """
 
     rows: list[ProposalRow]
@@ -157,6 +166,8 @@ class ProposalBatch:
     hidden_states: Mapping[Boundary, torch.Tensor] = attrs.field(factory=dict)
     top_ids: torch.Tensor | None = None
     top_probs: torch.Tensor | None = None
+    drafted_top_ids: torch.Tensor | None = None
+    drafted_top_probs: torch.Tensor | None = None
 
 
 @attrs.define(eq=False)

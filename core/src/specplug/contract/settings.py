@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import attrs
 
 from specplug.errors import ConfigurationError, did_you_mean
+from specplug.values import as_integer, shown
 
 Settings = TypeVar("Settings")
 
@@ -49,7 +51,7 @@ class SpeculativeConfig:
         import cattrs
 
         attrs.resolve_types(cls)  # type: ignore[type-var]
-        fields = {field.name: field for field in attrs.fields(cls)}  # type: ignore[arg-type]
+        fields = {field.alias or field.name: field for field in attrs.fields(cls) if field.init}  # type: ignore[arg-type]
         self.known_options.update(fields)
         self.check_unknown_options()
         converter = cattrs.Converter(forbid_extra_keys=True)
@@ -66,7 +68,7 @@ class SpeculativeConfig:
             except Exception as error:
                 expected = getattr(field.type, "__name__", None) or str(field.type)
                 raise ConfigurationError(
-                    f"speculative_config: {self.method}.{name}={self.options[name]!r}: expected {expected}"
+                    f"speculative_config: {self.method}.{name}={shown(self.options[name])}: expected {expected}"
                 ) from error
         try:
             return cls(**values)
@@ -86,7 +88,9 @@ class SpeculativeConfig:
 
 def _strict_scalar(value: Any, kind: type) -> Any:
     """Structures a scalar without turning '5' into 5 or True into 1 behind the user's back."""
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is int:
+        value = as_integer(value)
+    if kind is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise TypeError(f"expected {kind.__name__}, got {value!r}")

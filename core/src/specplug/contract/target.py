@@ -164,11 +164,21 @@ class ModelHandle(Protocol):
         """The model's weights and KV cache, to return from `plan_memory`."""
         ...
 
-    def forward(self, rows: Sequence[ForwardRow], *, logits: Literal["last", "all"] = "last") -> torch.Tensor:
+    def forward(
+        self, rows: Sequence[ForwardRow], *, logits: Literal["last", "all"] | int | Sequence[int] = "last"
+    ) -> torch.Tensor:
         """Runs the model over a ragged batch and stores the KV of every token. From warm-up on.
 
+        Args:
+            rows: the new tokens of each row.
+            logits: of which tokens logits are computed: each row's last, all, the last n of each row, or with a list the
+                last n of the row for each (0: none of it).
+
         Returns:
-            Logits [rows, vocabulary] of each row's last token, or [tokens, vocabulary] of all.
+            Logits [tokens asked for, vocabulary], rows one after the other in their order.
+
+        Raises:
+            PluginError: more tokens are asked for than a row has, or the model cannot run yet.
         """
         ...
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @attrs.define(eq=False)
 class Verdict:
-    """What verification decided, per row in the order of the batch.
+    """What verification decided, per row in the order of the batch. Integers may be those of numpy or of tensors.
 
     Attributes:
         accepted: the accepted nodes from the root down, as indices of the row's proposal.

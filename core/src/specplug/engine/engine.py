@@ -266,6 +266,7 @@ class Engine:
         """Appends accepted tokens, makes their KV contiguous, and ends rows that are done."""
         moves: list[tuple[int, int]] = []
         final: dict[int, tuple[range, list[int]]] = {}
+        drafted: dict[int, range] = {}
         decisions = iter(zip(verdict.accepted, verdict.next_tokens, target.offsets, strict=False))
         self._score_prompts(target)
         for row, first in zip(target.rows, target.first, strict=True):
@@ -277,6 +278,8 @@ class Engine:
                 self._outputs.append(StepOutput(request, [], [], []))
             elif row.samples:
                 packed += [first + row.num_tokens + node for node in path]
+                if self._states.at_drafts and request.draft is not None:
+                    drafted[request.slot] = range(first + row.num_tokens, first + row.num_tokens + len(request.draft))
                 moves += self._moves(request, start + row.num_tokens, path)
                 output = self._commit_tokens(request, path, next_token)
                 self._outputs.append(output)
@@ -285,7 +288,7 @@ class Engine:
             final[request.slot] = (range(start, request.num_computed), packed)
         if moves:
             self.runner.cache.move([source for source, _ in moves], [destination for _, destination in moves])
-        self._states.record(target.captured, final)
+        self._states.record(target.captured, final, drafted)
         for row in target.rows:
             if row.request.is_finished:
                 if row.request.error is None:
@@ -329,7 +332,7 @@ class Engine:
         num_accepted = min(taken, len(path))
         for stats in (request.stats, self.stats):
             stats.record(len(draft) if draft else 0, num_accepted, draft.method if draft else "")
-        request.outcome = Outcome(draft.method, len(draft), tuple(path)) if draft else None
+        request.outcome = Outcome(draft.method, len(draft), tuple(path), tuple(draft.tokens)) if draft else None
         request.outcome_link = draft.link if draft else 0
         request.draft = None
         self.num_generated_tokens += taken

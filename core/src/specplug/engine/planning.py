@@ -27,6 +27,7 @@ from specplug.speculation.state_ring import ChannelSpec
 from specplug.speculation.states import StateStore, channels_for
 from specplug.speculation.target import LazyModel, TargetFacade
 from specplug.tiny import resolve_model
+from specplug.values import as_integer, is_integer, shown
 
 _SHORT_PROMPT = 64  # tokens; prompts up to here run in CUDA graphs too
 
@@ -86,8 +87,9 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
         registry.load_speculator(bounded(speculative, registry.plugin(speculative.method)), facade)
         for speculative in _chain(config.speculative)
     ]
+    for speculator in speculators:
+        _check_traits(speculator, len(architecture.layers), architecture.vocab_size)
     channels = channels_for([s.traits for s in speculators], architecture.hidden_size, dtype)
-    _check_boundaries(speculators, len(architecture.layers))
     budget = MemoryBudget(
         total_bytes=config.memory or default_budget(device),
         block_size=config.block_size,
@@ -100,7 +102,9 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
     regions = [_plan_regions(speculator, budget) for speculator in speculators]
     num_entries = min(config.max_num_batched_tokens, config.max_num_seqs * (1 + budget.num_speculative_tokens))
     most_captured = min(max(num_entries, _SHORT_PROMPT), config.max_num_batched_tokens)
-    buffers = StateStore.planned_bytes(channels, config.max_num_seqs, config.max_num_batched_tokens)
+    buffers = StateStore.planned_bytes(
+        channels, config.max_num_seqs, config.max_num_batched_tokens, at_drafts=wants_top_k_at_drafts(speculators)
+    )
     buffers += Workspace.planned_bytes(num_entries, architecture.vocab_size)
     passing = 0
     if device.type == "cuda":
@@ -121,7 +125,9 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
         budget,
         target_weights=weight_bytes,
         target_kv_bytes_per_token=sum(layer.elements for layer in architecture.kv_layers) * dtype.itemsize,
-        regions=[region for own in regions for region in own],
+        regions=[
+            (speculator.method, region) for speculator, own in zip(speculators, regions, strict=True) for region in own
+        ],
         buffers=buffers,
         context_length=architecture.context_length,
         wanted_model_len=config.max_model_len,
@@ -175,12 +181,12 @@ def bounded(config: SpeculativeConfig, plugin: Any) -> SpeculativeConfig:
     Raises:
         PluginError: the plugin's attribute `max_num_speculative_tokens` is no positive integer.
     """
-    most = getattr(plugin, "max_num_speculative_tokens", None)
+    most = as_integer(getattr(plugin, "max_num_speculative_tokens", None))
     if most is None or config.is_bounded:
         return config
-    if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+    if not is_integer(most, 1):
         raise PluginError(
-            f"plugin '{config.method}': max_num_speculative_tokens={most!r}: expected an integer of at least 1"
+            f"plugin '{config.method}': max_num_speculative_tokens={shown(most)}: expected an integer of at least 1"
         )
     return attrs.evolve(config, num_speculative_tokens=most)
 
@@ -190,32 +196,44 @@ def max_nodes_of(speculator: RegisteredSpeculator) -> int:
     return speculator.traits.max_nodes or speculator.config.num_speculative_tokens
 
 
-def _check_boundaries(speculators: Sequence[RegisteredSpeculator], num_layers: int) -> None:
-    for speculator in speculators:
-        for boundary in speculator.traits.hidden_states:
-            if boundary != "final" and not 0 <= boundary <= num_layers:
-                raise PluginError(
-                    f"speculator '{speculator.method}' asks for hidden states at boundary {boundary}; the target has "
-                    f"boundaries 0 to {num_layers}, and 'final'"
-                )
+def wants_top_k_at_drafts(speculators: Sequence[RegisteredSpeculator]) -> bool:
+    """Whether any of them declares it."""
+    return any(speculator.traits.top_k_at_drafts for speculator in speculators)
+
+
+def _check_traits(speculator: RegisteredSpeculator, num_layers: int, vocab_size: int) -> None:
+    """Refuses what a speculator declares and this target does not have.
+
+    Raises:
+        PluginError: a boundary beyond the last layer, or a top_k that is larger than the vocabulary.
+    """
+    traits = speculator.traits
+    for boundary in traits.hidden_states:
+        if boundary != "final" and boundary > num_layers:
+            raise PluginError(
+                f"speculator '{speculator.method}' declares traits.hidden_states with boundary {boundary}; the target has "
+                f"boundaries 0 to {num_layers}, and 'final'"
+            )
+    if traits.top_k > vocab_size:
+        raise PluginError(
+            f"speculator '{speculator.method}' declares traits.top_k={traits.top_k:,}; the target's vocabulary has "
+            f"{vocab_size:,} tokens"
+        )
 
 
 def _plan_regions(speculator: RegisteredSpeculator, budget: MemoryBudget) -> list[MemoryRegion]:
+    where = f"speculator '{speculator.method}'"
     try:
-        regions = speculator.plan_memory(budget=budget) or []
+        planned = speculator.plan_memory(budget=budget)
+        regions = [] if planned is None else planned
+        if not isinstance(regions, (list, tuple)) or not all(isinstance(each, MemoryRegion) for each in regions):
+            raise PluginError(f"{where}: plan_memory returned {shown(planned)}, expected a list of MemoryRegions")
     except SpecplugError:
         raise
     except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        raise PluginError(f"speculator '{speculator.method}' failed in plan_memory: {what}") from error
-    for region in regions:
-        if not isinstance(region, MemoryRegion):
-            raise PluginError(
-                f"speculator '{speculator.method}': plan_memory returned {region!r}, expected MemoryRegions"
-            )
-        if region.layers and region.dtype is None:
-            raise PluginError(f"speculator '{speculator.method}': the KV region '{region.name}' names no dtype")
-    if len({region.name for region in regions}) < len(regions):
-        raise PluginError(f"speculator '{speculator.method}': two memory regions have the same name")
+        raise PluginError(f"{where} failed in plan_memory: {type(error).__name__}: {error}") from error
+    names = [region.name for region in regions]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise PluginError(f"{where}: plan_memory returned two regions of the name '{twice}'")
     speculator.scratch_tokens_per_row = max((region.scratch_tokens_per_row for region in regions), default=0)
     return list(regions)

@@ -17,7 +17,7 @@ from specplug.contract.resources import Resources
 from specplug.engine.compilation import compile_forwards, wants_compilation
 from specplug.engine.engine import Engine
 from specplug.engine.intake import Intake
-from specplug.engine.planning import PlannedEngine, max_nodes_of, plan_engine
+from specplug.engine.planning import PlannedEngine, max_nodes_of, plan_engine, wants_top_k_at_drafts
 from specplug.engine.scheduler import Scheduler
 from specplug.errors import CheckpointError, SpecplugError, StartupError
 from specplug.model.compiled_step import compile_step
@@ -143,7 +143,13 @@ def _allocate(
     cache = KVCache(planned.architecture.kv_layers, plan.num_blocks, plan.block_size, planned.dtype, device)
     boundaries = [b for speculator in planned.speculators for b in speculator.traits.hidden_states]
     runner = ModelRunner(model, planned.architecture, cache, device, boundaries)
-    states = StateStore(planned.channels, planned.config.max_num_seqs, planned.config.max_num_batched_tokens, device)
+    states = StateStore(
+        planned.channels,
+        planned.config.max_num_seqs,
+        planned.config.max_num_batched_tokens,
+        device,
+        at_drafts=wants_top_k_at_drafts(planned.speculators),
+    )
     caches = [
         {
             region.name: KVCache(

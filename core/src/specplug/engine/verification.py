@@ -21,6 +21,7 @@ from specplug.request import Request
 from specplug.sampling.distributions import DistributionRow, StepDistributions, most_likely, nan_message
 from specplug.sampling.workspace import Workspace
 from specplug.speculation.verification.matching import follow
+from specplug.values import as_integer, is_integer, shown
 
 logger = logging.getLogger("specplug")
 
@@ -176,8 +177,7 @@ class Verification:
         )
         try:
             verdict = verify(batch=batch, proposal=proposal, target=distributions)
-            check_verdict(verdict, proposal, self._vocab_size)
-            return verdict
+            return verdict if verify is self._core else checked_verdict(verdict, proposal, self._vocab_size)
         except ModelOutputError:
             raise  # the model's fault, not a plugin's
         except Exception as error:
@@ -189,22 +189,28 @@ class Verification:
             return self._registry.verifier.verify(batch, proposal, distributions)
 
 
-def check_verdict(verdict: Any, proposal: Proposal, vocab_size: int) -> None:
-    """Refuses a verdict that is no path of the draft tree.
+def checked_verdict(verdict: Any, proposal: Proposal, vocab_size: int) -> Verdict:
+    """A verdict whose integers are ints, whatever library they came from.
 
     Raises:
-        PluginError: with the row and what is wrong in it.
+        PluginError: it is no path of the draft tree; the message says in which row, and what is wrong there.
     """
     if not isinstance(verdict, Verdict):
         raise PluginError(f"verify returned {type(verdict).__name__}, expected a Verdict")
     if not len(verdict.accepted) == len(verdict.next_tokens) == len(proposal.tokens):
         raise PluginError(f"verify returned {len(verdict.next_tokens)} rows for a batch of {len(proposal.tokens)}")
-    for row, (path, token) in enumerate(zip(verdict.accepted, verdict.next_tokens, strict=True)):
+    accepted = [[as_integer(node) for node in path] for path in verdict.accepted]
+    next_tokens = [as_integer(token) for token in verdict.next_tokens]
+    for row, (path, token) in enumerate(zip(accepted, next_tokens, strict=True)):
         parents = proposal.parents[row] if proposal.parents is not None else None
         at = -1
         for node in path:
-            if not 0 <= node < len(proposal.tokens[row]) or (node - 1 if parents is None else parents[node]) != at:
-                raise PluginError(f"verify accepted {list(path)} in row {row}, which is no path from the root")
+            is_node = is_integer(node, 0) and node < len(proposal.tokens[row])
+            if not is_node or (node - 1 if parents is None else parents[node]) != at:
+                raise PluginError(f"verify accepted {shown(path)} in row {row}, which is no path from the root")
             at = node
-        if not 0 <= token < vocab_size:
-            raise PluginError(f"verify chose token {token} in row {row}, outside the vocabulary of {vocab_size}")
+        if not is_integer(token, 0) or token >= vocab_size:
+            raise PluginError(
+                f"verify chose token {shown(token)} in row {row}, which is no id of the vocabulary of {vocab_size}"
+            )
+    return Verdict(accepted, next_tokens)

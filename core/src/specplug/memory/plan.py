@@ -120,7 +120,7 @@ def solve(
     *,
     target_weights: int,
     target_kv_bytes_per_token: int,
-    regions: Sequence[MemoryRegion],
+    regions: Sequence[tuple[str, MemoryRegion]],
     buffers: int,
     context_length: int,
     wanted_model_len: int | None,
@@ -135,7 +135,7 @@ def solve(
         budget: the limits; `max_model_len` there is the longest the plan may aim for.
         target_weights: bytes of the target's weights.
         target_kv_bytes_per_token: bytes one cached token costs in the target.
-        regions: what the speculators planned.
+        regions: what the speculators planned, each with its speculator's name.
         buffers: bytes of core's own buffers that last.
         context_length: the longest sequence the target has positions for.
         wanted_model_len: the user's `max_model_len`; None lets the plan shorten it to what fits.
@@ -145,13 +145,14 @@ def solve(
     Raises:
         InsufficientMemoryError: weights and buffers alone do not fit, or not even one sequence of the wanted length.
     """
-    elsewhere = _other_devices([region for region in regions if region.device not in (None, device)])
-    regions = [region for region in regions if region.device in (None, device)]
-    draft_weights = sum(region.fixed_bytes for region in regions if region.kind == "weights")
-    draft_fixed_kv = sum(region.fixed_bytes for region in regions if region.kind == "kv_cache")
-    buffers += step_bytes + sum(region.fixed_bytes for region in regions if region.kind == "buffers")
-    draft_kv_per_token = sum(region.bytes_per_token for region in regions)
-    scratch = max([budget.num_speculative_tokens + 1, *(region.scratch_tokens_per_row for region in regions)])
+    elsewhere = _other_devices([region for _, region in regions if region.device not in (None, device)])
+    owned = [(owner, region) for owner, region in regions if region.device in (None, device)]
+    here = [region for _, region in owned]
+    draft_weights = sum(region.fixed_bytes for region in here if region.kind == "weights")
+    draft_fixed_kv = sum(region.fixed_bytes for region in here if region.kind == "kv_cache")
+    buffers += step_bytes + sum(region.fixed_bytes for region in here if region.kind == "buffers")
+    draft_kv_per_token = sum(region.bytes_per_token for region in here)
+    scratch = max([budget.num_speculative_tokens + 1, *(region.scratch_tokens_per_row for region in here)])
     per_block = (target_kv_bytes_per_token + draft_kv_per_token) * budget.block_size
     fixed = target_weights + draft_weights + draft_fixed_kv + buffers
     left = budget.total_bytes - fixed
@@ -169,7 +170,9 @@ def solve(
                 f"one sequence of {longest:,} tokens needs {format_bytes(least)} (target weights "
                 f"{format_bytes(target_weights)}, draft weights {format_bytes(draft_weights)}, buffers "
                 f"{format_bytes(buffers)}, KV cache {format_bytes(draft_fixed_kv + needed * per_block)}), and the budget is "
-                f"{format_bytes(budget.total_bytes)}; raise memory, or "
+                f"{format_bytes(budget.total_bytes)}; "
+                + _who_takes_too_much(budget, owned, longest, scratch, per_block, least)
+                + "raise memory, or "
                 + _levers(budget, target_weights + draft_weights, fitting)
             )
         longest = fitting
@@ -216,6 +219,31 @@ def _other_devices(regions: Sequence[MemoryRegion]) -> list[OtherDevice]:
         )
         for device, own in by_device.items()
     ]
+
+
+def _who_takes_too_much(
+    budget: MemoryBudget,
+    owned: Sequence[tuple[str, MemoryRegion]],
+    longest: int,
+    scratch: int,
+    per_block: int,
+    least: int,
+) -> str:
+    """Names what would have to go for the rest to fit: entries for drafts, or a speculator's region; else nothing."""
+    blocks = budget.blocks_for(longest + scratch)
+    excess = least - budget.total_bytes
+    if (blocks - budget.blocks_for(longest + 1)) * per_block >= excess:
+        planned = [f"'{owner}'" for owner, region in owned if region.scratch_tokens_per_row == scratch]
+        source = f"scratch_tokens_per_row of speculator {planned[0]}" if planned else "num_speculative_tokens"
+        return f"{scratch:,} KV entries of each sequence are for drafts: lower {source}, "
+    sizes = [
+        (region.fixed_bytes + blocks * budget.block_size * region.bytes_per_token, owner, region.name)
+        for owner, region in owned
+    ]
+    size, owner, name = max(sizes, default=(0, "", ""))
+    if size < excess:
+        return ""
+    return f"{format_bytes(size)} of it are the region '{name}' of speculator '{owner}': make that smaller, "
 
 
 def _levers(budget: MemoryBudget, weights: int, fitting: int) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from specplug.errors import PluginError
+
 
 class BlockTable:
     """The blocks of one row: token i lies in slot `blocks[i // block_size] * block_size + i % block_size`.
@@ -52,7 +54,16 @@ class BlockTable:
         return removed
 
     def slots(self, start: int, stop: int) -> Sequence[int]:
-        """The KV slots of tokens [start, stop)."""
+        """The KV slots of tokens [start, stop).
+
+        Raises:
+            PluginError: the row's blocks do not reach so far; `scratch_tokens_per_row` was planned too small.
+        """
+        if stop > self.capacity:
+            raise PluginError(
+                f"KV entries {start:,} to {stop - 1:,} of a row were asked for, and its blocks hold {self.capacity:,}: plan "
+                "scratch_tokens_per_row for what propose writes behind the committed tokens, in a MemoryRegion of plan_memory"
+            )
         if self.contiguous:
             base = self.blocks[0] * self.block_size if self.blocks else 0
             return range(base + start, base + stop)

@@ -70,9 +70,17 @@ def hook_functions(plugin: Any) -> list[tuple[str, Any, dict[str, Any]]]:
     return found
 
 
-def has_hook(plugin: Any, hook: str) -> bool:
+def touches_hook(plugin: Any, hook: str) -> bool:
     """Whether the plugin implements or wraps a hook."""
     return any((options.get("specname") or name) == hook for name, _, options in hook_functions(plugin))
+
+
+def implements_hook(plugin: Any, hook: str) -> bool:
+    """Whether the plugin itself answers a hook; a wrapper only looks."""
+    return any(
+        (options.get("specname") or name) == hook and not options.get("wrapper")
+        for name, _, options in hook_functions(plugin)
+    )
 
 
 def check_module(plugin: Any, name: str) -> None:

@@ -17,7 +17,8 @@ from specplug.contract.verdict import Verdict
 from specplug.errors import PluginError, SpecplugError, did_you_mean
 from specplug.plugins.calls import HookCall, Observers
 from specplug.plugins.finder import PluginRecord, find_plugins
-from specplug.plugins.hooks import HOOKS, check_hooks, check_module, has_hook
+from specplug.plugins.hooks import HOOKS, check_hooks, check_module, implements_hook, touches_hook
+from specplug.values import shown
 
 logger = logging.getLogger("specplug")
 _SHIPPED = {
@@ -39,7 +40,7 @@ class RegisteredSpeculator:
         instance: the plugin's object.
         traits: what it declared.
         plan_memory: caller of the hook; so are `warmup`, `propose` and `verify`.
-        overrides_verify: whether it implements `verify`.
+        overrides_verify: whether it decides about drafts by a `verify` of its own; a wrapper only looks.
         scratch_tokens_per_row: the most scratch KV entries it planned for a row.
     """
 
@@ -59,13 +60,31 @@ class _Loader:
     """Makes a plugin of a plain function of (config, target)."""
 
     def __init__(self, load: Callable[..., Any]) -> None:
-        if not callable(load):
-            raise PluginError(f"a provided plugin is neither a plugin nor a function of (config, target): {load!r}")
         self._load = load
 
     @hookimpl
     def load_speculator(self, config: SpeculativeConfig, target: Any) -> Any:
         return self._load(config, target)
+
+
+def _provided(method: str, plugin: Any) -> Any:
+    """What `plugins=` gives under a name, as a plugin.
+
+    Raises:
+        PluginError: it is neither a plugin nor a function, or it is what the function should return.
+    """
+    if any(touches_hook(plugin, hook) for hook in HOOKS):
+        if implements_hook(plugin, "propose") and not implements_hook(plugin, "load_speculator"):
+            raise PluginError(
+                f"plugins['{method}'] is a speculator; give a function that returns it: lambda config, target: ..."
+            )
+        return plugin
+    if not callable(plugin):
+        raise PluginError(
+            f"plugins['{method}']={shown(plugin)}: expected a function of (config, target) that returns a speculator, a "
+            "module or object with @hookimpl load_speculator, or an object with wrappers alone"
+        )
+    return _Loader(plugin)
 
 
 class PluginRegistry:
@@ -100,8 +119,7 @@ class PluginRegistry:
             if record.status == "ok" and record.kind == "observer":
                 self.load(record)
         for method, plugin in (provided or {}).items():
-            is_plugin = any(has_hook(plugin, hook) for hook in HOOKS)
-            self._modules[method] = plugin if is_plugin else _Loader(plugin)
+            self._modules[method] = _provided(method, plugin)
             self._register_module(self._modules[method], f"provided {method}")
 
     def load(self, record: PluginRecord) -> Any | None:
@@ -174,7 +192,7 @@ class PluginRegistry:
             ConfigurationError: the plugin does not accept its settings.
         """
         module = self._module(config.method)
-        if not has_hook(module, "load_speculator"):
+        if not implements_hook(module, "load_speculator"):
             raise PluginError(f"plugin '{config.method}' has no @hookimpl function 'load_speculator'")
         try:
             instance = self._call("load_speculator", config.method, module)(config=config, target=target)
@@ -193,11 +211,9 @@ class PluginRegistry:
         """Registers a speculator object."""
         name = f"speculator {config.method}"
         check_hooks(instance, config.method)
-        if not has_hook(instance, "propose"):
+        if not implements_hook(instance, "propose"):
             raise PluginError(f"plugin '{config.method}': its speculator has no @hookimpl method 'propose'")
-        traits = getattr(instance, "traits", None) or SpeculatorTraits()
-        if not isinstance(traits, SpeculatorTraits):
-            raise PluginError(f"plugin '{config.method}': its speculator's traits are no SpeculatorTraits: {traits!r}")
+        traits = _traits_of(instance, config.method)
         self.register(instance, name)
         return RegisteredSpeculator(
             method=config.method,
@@ -208,7 +224,7 @@ class PluginRegistry:
             warmup=self._call("warmup", config.method, instance),
             propose=self._call("propose", config.method, instance),
             verify=self._call("verify", config.method, instance),
-            overrides_verify=has_hook(instance, "verify"),
+            overrides_verify=implements_hook(instance, "verify"),
         )
 
     def core_verify(self) -> Callable[..., Any]:
@@ -253,6 +269,25 @@ class PluginRegistry:
             )
         status = "is unusable" if record.status == "failed" else f"is {record.status}"
         raise PluginError(f"speculator '{method}' of package {record.distribution} {status}: {record.reason}")
+
+
+def _traits_of(instance: Any, method: str) -> SpeculatorTraits:
+    """What a speculator declares.
+
+    Raises:
+        PluginError: its attribute `traits` is something else, or raises.
+    """
+    try:
+        traits = getattr(instance, "traits", None)
+    except Exception as error:
+        raise PluginError(
+            f"plugin '{method}' failed in its attribute traits: {type(error).__name__}: {error}"
+        ) from error
+    if traits is None:
+        return SpeculatorTraits()
+    if not isinstance(traits, SpeculatorTraits):
+        raise PluginError(f"plugin '{method}': its speculator's traits are no SpeculatorTraits: {shown(traits)}")
+    return traits
 
 
 def _frozen(verdict: Any) -> Any:

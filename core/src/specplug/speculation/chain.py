@@ -21,6 +21,7 @@ from specplug.speculation.auto import AutoBudget
 from specplug.speculation.draft import trim_drafts
 from specplug.speculation.link import ChainLink
 from specplug.speculation.policy import NO_BUDGET, BudgetPolicy, plan_budgets
+from specplug.speculation.state_ring import Captured
 from specplug.speculation.states import TOP_IDS, TOP_PROBS, StateStore
 from specplug.speculation.validation import check_proposal
 
@@ -243,6 +244,8 @@ class SpeculatorChain:
         else:
             channels, places = {}, [slice(0, 0)] * len(spans)
         ended, link.ended = link.ended, []
+        outcomes = [link.outcomes.pop(r.number, self._outcome_of_another(link, r)) for r in requests]
+        drafted, nodes = self._deliver_drafted(link, requests, outcomes)
         rows = [
             ProposalRow(
                 slot=request.slot,
@@ -252,14 +255,15 @@ class SpeculatorChain:
                 states=place,
                 budget=budget,
                 sampling=request.params,
-                outcome=link.outcomes.pop(request.number, self._outcome_of_another(link, request)),
+                outcome=outcome,
+                drafted=own_nodes,
                 table=request.table,
                 num_prompt_tokens=request.num_prompt_tokens,
                 forked_from=request.forked_from if is_fork else None,
                 generator=request.randomness.draft_generator,
             )
-            for request, (_, span), place, budget, is_new, is_fork in zip(
-                requests, spans, places, budgets, new, forked, strict=True
+            for request, (_, span), place, budget, is_new, is_fork, outcome, own_nodes in zip(
+                requests, spans, places, budgets, new, forked, outcomes, nodes, strict=True
             )
         ]
         k = traits.top_k
@@ -269,6 +273,18 @@ class SpeculatorChain:
             hidden_states={boundary: channels[boundary] for boundary in traits.hidden_states},
             top_ids=channels[TOP_IDS][:, :k] if k else None,
             top_probs=channels[TOP_PROBS][:, :k] if k else None,
+            drafted_top_ids=drafted[TOP_IDS][:, :k] if drafted else None,
+            drafted_top_probs=drafted[TOP_PROBS][:, :k] if drafted else None,
+        )
+
+    def _deliver_drafted(
+        self, link: ChainLink, requests: Sequence[Request], outcomes: Sequence[Outcome | None]
+    ) -> tuple[Captured, list[slice]]:
+        """The top-k at the nodes of the drafts that rows are told the outcome of, where the last step verified them."""
+        if not link.speculator.traits.top_k_at_drafts:
+            return {}, [slice(0, 0)] * len(requests)
+        return self._states.deliver_drafted(
+            [r.slot if o is not None and o is r.outcome else None for r, o in zip(requests, outcomes, strict=True)]
         )
 
     @staticmethod

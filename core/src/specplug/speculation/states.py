@@ -25,6 +25,8 @@ from specplug.speculation.state_ring import (
 
 TOP_IDS = "top_ids"
 TOP_PROBS = "top_probs"
+DraftedRows = Mapping[int, Sequence[int]]
+"""Slot → where the nodes of its draft lie in the packed batch."""
 
 
 def channels_for(
@@ -41,6 +43,14 @@ def channels_for(
     return specs
 
 
+def _drafted_specs(specs: Mapping[Channel, ChannelSpec]) -> dict[Channel, ChannelSpec]:
+    return {channel: specs[channel] for channel in (TOP_IDS, TOP_PROBS)}
+
+
+def _position_bytes(specs: Mapping[Channel, ChannelSpec]) -> int:
+    return sum(spec.width * spec.dtype.itemsize for spec in specs.values())
+
+
 class StateStore:
     """Buffers of all channels, at fixed addresses.
 
@@ -49,10 +59,17 @@ class StateStore:
         max_num_seqs: rows.
         max_num_batched_tokens: tokens one step can finish.
         device: where states live.
+        at_drafts: whether the top-k of drafts' nodes is handed over too.
     """
 
     def __init__(
-        self, specs: Mapping[Channel, ChannelSpec], max_num_seqs: int, max_num_batched_tokens: int, device: torch.device
+        self,
+        specs: Mapping[Channel, ChannelSpec],
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        device: torch.device,
+        *,
+        at_drafts: bool = False,
     ) -> None:
         self.specs = dict(specs)
         capacity = max_num_batched_tokens + max_num_seqs * WINDOW
@@ -61,23 +78,34 @@ class StateStore:
         self._held = HeldSteps(self.specs, max_num_seqs, device)
         self._step: StepRows = {}
         self._current: Captured = {}
+        self.at_drafts = at_drafts
+        self._drafted_specs = _drafted_specs(self.specs) if at_drafts else {}
+        self._drafted_delivery = {
+            c: torch.zeros(max_num_batched_tokens, s.width, dtype=s.dtype, device=device)
+            for c, s in self._drafted_specs.items()
+        }
+        self._drafted: DraftedRows = {}
 
     @staticmethod
-    def planned_bytes(specs: Mapping[Channel, ChannelSpec], max_num_seqs: int, max_num_batched_tokens: int) -> int:
+    def planned_bytes(
+        specs: Mapping[Channel, ChannelSpec], max_num_seqs: int, max_num_batched_tokens: int, *, at_drafts: bool = False
+    ) -> int:
         """Bytes of the buffers."""
-        per_position = sum(spec.width * spec.dtype.itemsize for spec in specs.values())
         positions = max_num_batched_tokens + 2 * max_num_seqs * WINDOW + HeldSteps.planned_positions(max_num_seqs)
-        return per_position * positions
+        drafted = max_num_batched_tokens * _position_bytes(_drafted_specs(specs)) if at_drafts else 0
+        return positions * _position_bytes(specs) + drafted
 
-    def record(self, captured: Captured, rows: StepRows) -> None:
+    def record(self, captured: Captured, rows: StepRows, drafted: DraftedRows | None = None) -> None:
         """Takes over a step's states.
 
         Args:
             captured: per channel [T, width] over the packed batch.
             rows: slot → (positions that became final, where they lie in the packed batch).
+            drafted: slot → where the nodes of its draft lie in the packed batch, if the store is `at_drafts`.
         """
         self._current = captured
         self._step = rows
+        self._drafted = drafted or {}
 
     def available_from(self, slot: int, start: int) -> int:
         """The first position at or after `start` from which on all of the row's states are there."""
@@ -117,6 +145,25 @@ class StateStore:
         copy_states(self.specs, self._ring.buffers, from_ring, self.delivery, to_ring)
         return {channel: buffer[:count] for channel, buffer in self.delivery.items()}, places
 
+    def deliver_drafted(self, slots: Sequence[int | None]) -> tuple[dict[Channel, torch.Tensor], list[slice]]:
+        """Gathers the top-k at the nodes of the drafts that this step verified.
+
+        Args:
+            slots: the rows' slots; None for a row that is given nothing.
+
+        Returns:
+            Ids and probabilities, each a view [M, top_k] of its buffer, and each row's place in it.
+        """
+        nodes: list[int] = []
+        places: list[slice] = []
+        for slot in slots:
+            begin = len(nodes)
+            if slot is not None:
+                nodes.extend(self._drafted.get(slot, ()))
+            places.append(slice(begin, len(nodes)))
+        copy_states(self._drafted_specs, self._current, nodes, self._drafted_delivery, range(len(nodes)))
+        return {channel: buffer[: len(nodes)] for channel, buffer in self._drafted_delivery.items()}, places
+
     def keep(self, slots: Sequence[int]) -> None:
         """Keeps this step's states of rows that somebody has not seen yet."""
         rows, current = self._step, self._current
@@ -142,6 +189,7 @@ class StateStore:
         """Ends the step. On a CPU its tensors may be held for some steps more; see `HeldSteps`."""
         self._current = {}
         self._step = {}
+        self._drafted = {}
 
     def _settle(self, slots: Sequence[int]) -> None:
         """Sorts what was put aside of some rows into the ring."""

@@ -27,6 +27,7 @@ from specplug.model.kv_cache import KVCache
 from specplug.model.loading import load_model
 from specplug.model.runner import ModelRunner
 from specplug.model.tokenizer import load_tokenizer
+from specplug.values import as_integer, as_tuple, is_integer, shown
 
 Progress = Callable[[float], None]
 
@@ -149,25 +150,51 @@ class LazyModel:
         if cache is not None and self._model is not None:
             self.runner = ModelRunner(self._model, self._architecture, cache, self.device)
 
-    def forward(self, rows: Sequence[ForwardRow], *, logits: Literal["last", "all"] = "last") -> torch.Tensor:
+    def forward(
+        self, rows: Sequence[ForwardRow], *, logits: Literal["last", "all"] | int | Sequence[int] = "last"
+    ) -> torch.Tensor:
         """Runs the model; see `ModelHandle.forward`."""
         if self.runner is None:
             raise PluginError(
                 "the model cannot run: return its regions() from plan_memory, and run it from warmup on, not before"
             )
-        if logits == "all":
+        if isinstance(logits, str) and logits == "all":
             return self.runner.forward(rows)
-        last, position = [], -1
-        for row in rows:
-            position += len(row.tokens)
-            last.append(position)
-        return self.runner.forward(rows, last)
+        is_last = isinstance(logits, str) and logits == "last"
+        counts = [1] * len(rows) if is_last else _counts(rows, logits)
+        index: list[int] = []
+        end = 0
+        for row, count in zip(rows, counts, strict=True):
+            end += len(row.tokens)
+            index.extend(range(end - count, end))
+        return self.runner.forward(rows, index)
 
     def close(self) -> None:
         """Lets go of model and cache."""
         if self.runner is not None:
             self.runner.close()
         self.runner = self._model = None
+
+
+def _counts(rows: Sequence[ForwardRow], logits: Any) -> list[int]:
+    """Of how many last tokens of each row logits are wanted.
+
+    Raises:
+        PluginError: not an integer for each row, or more than a row's tokens.
+    """
+    several = as_integer(logits)
+    given = (several,) * len(rows) if is_integer(several) else as_tuple(several)
+    if not isinstance(given, tuple):
+        raise PluginError(f"forward: logits={shown(logits)}: expected 'last', 'all', an integer, or one for each row")
+    counts = [as_integer(each) for each in given]
+    if len(counts) != len(rows):
+        raise PluginError(f"forward: logits has {len(counts)} entries for {len(rows)} rows")
+    for row, count in enumerate(counts):
+        if not is_integer(count, 0) or count > len(rows[row].tokens):
+            raise PluginError(
+                f"forward: logits of the last {shown(count)} tokens were asked for, and row {row} has {len(rows[row].tokens)}"
+            )
+    return counts
 
 
 class TargetFacade:

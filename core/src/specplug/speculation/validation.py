@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import attrs
+import numpy as np
 import torch
 
 from specplug.contract.batch import Budget
@@ -14,6 +15,7 @@ from specplug.contract.proposal import DraftDistributions, Proposal
 from specplug.errors import PluginError
 from specplug.model.device import to_device
 from specplug.speculation.draft import Draft, depths_of
+from specplug.values import as_integer, is_integer, shown
 
 _SUM_TOLERANCE = 1e-3
 
@@ -35,51 +37,103 @@ def check_proposal(
         raise PluginError(f"propose returned {len(rows)} rows for a batch of {len(budgets)}")
     for name in ("parents", "scores", "probs"):
         values = getattr(proposal, name)
-        if values is not None and len(values) != len(rows):
+        if values is not None and _count(values, f"proposal.{name}") != len(rows):
             raise PluginError(f"proposal.{name} has {len(values)} rows for a batch of {len(rows)}")
     drafts: list[Draft | None] = []
     reported: list[_Reported] = []
     for row, (tokens, budget) in enumerate(zip(rows, budgets, strict=True)):
+        where = f"row {row}"
+        if not isinstance(tokens, list):
+            raise PluginError(f"{where}: draft tokens {shown(tokens)}: expected a list of ids")
         if not tokens:
             drafts.append(None)
             continue
-        where = f"row {row}"
         parents = None if proposal.parents is None else proposal.parents[row]
         scores = None if proposal.scores is None else proposal.scores[row]
         probs = None if proposal.probs is None else proposal.probs[row]
+        if proposal.lengths is not None:
+            parents = None if parents is None else parents[: len(tokens)]
+            scores = None if scores is None else scores[: len(tokens)]
         _check_tokens(tokens, budget, vocab_size, where)
         parent_list = _check_parents(parents, tokens, budget, where)
         score_list = _check_scores(scores, parent_list, tokens, where)
         if probs is not None:
             if score_list is not None:
                 raise PluginError(f"{where}: scores are for deterministic trees; this row has probs")
+            probs = _as_tensors(probs, where)
             reported.append(_check_probs(probs, tokens, parent_list, vocab_size, where))
         drafts.append(Draft(method, tokens, parent_list, score_list, probs))
-    _check_places(reported)
+    _check_places(reported, vocab_size)
     _check_numbers(reported)
     return drafts
 
 
 def _token_lists(proposal: Proposal) -> list[list[int]]:
+    """A list of ids for every row, each a new one."""
     tokens: Any = proposal.tokens
-    if isinstance(tokens, torch.Tensor):
-        if tokens.dim() != 2 or tokens.is_floating_point():
-            raise PluginError(
-                f"proposal.tokens has shape {tuple(tokens.shape)} and dtype {tokens.dtype}, expected integers [rows, K]"
-            )
-        lists = tokens.tolist()
-        if proposal.lengths is not None:
-            lists = [row[:length] for row, length in zip(lists, proposal.lengths, strict=True)]
-        return lists
-    return [row.tolist() if isinstance(row, torch.Tensor) else list(row) for row in tokens]
+    if hasattr(tokens, "tolist"):  # a tensor, or an array
+        if 0 in tokens.shape:  # without elements, dtype and width say nothing
+            rows: list[list[int]] = [[] for _ in range(len(tokens))]
+        else:
+            rows = tokens.tolist()
+            if tokens.ndim != 2 or type(rows[0][0]) is not int:
+                raise PluginError(
+                    f"proposal.tokens has shape {tuple(tokens.shape)} and dtype {tokens.dtype}, expected integers [rows, K]"
+                )
+    else:
+        try:
+            rows = [row.tolist() if hasattr(row, "tolist") else list(row) for row in tokens]
+        except TypeError:
+            raise PluginError(f"proposal.tokens={shown(tokens)}: expected a list of ids for each row") from None
+    if proposal.lengths is None:
+        return rows
+    lengths = _integers(proposal.lengths, "proposal.lengths")
+    if len(lengths) != len(rows):
+        raise PluginError(f"proposal.lengths has {len(lengths)} entries for {len(rows)} rows of tokens")
+    for row, length in enumerate(lengths):
+        if not 0 <= length <= len(rows[row]):
+            raise PluginError(f"row {row}: proposal.lengths says {length}, and proposal.tokens holds {len(rows[row])}")
+    return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
+
+def _count(values: Any, where: str) -> int:
+    try:
+        return len(values)
+    except TypeError:
+        raise PluginError(f"{where}={shown(values)}: expected an entry for each row") from None
+
+
+def _integers(values: Any, where: str) -> list[int]:
+    """Integers of any library → ints.
+
+    Raises:
+        PluginError: something among them is no integer.
+    """
+    listed = values.tolist() if hasattr(values, "tolist") else values
+    try:
+        listed = list(listed)
+    except TypeError:
+        raise PluginError(f"{where}={shown(values)}: expected a list of integers") from None
+    for place, value in enumerate(listed):
+        if type(value) is not int:
+            listed[place] = as_integer(value)
+            if not is_integer(listed[place]):
+                raise PluginError(f"{where}: {shown(value)} is no integer")
+    return listed
 
 
 def _check_tokens(tokens: list[int], budget: Budget, vocab_size: int, where: str) -> None:
+    """Checks the ids, and makes ints of those of other libraries, in place."""
     if len(tokens) > budget.max_nodes:
         raise PluginError(f"{where}: {len(tokens)} draft tokens, the budget is {budget.max_nodes}")
-    for token in tokens:
-        if not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise PluginError(f"{where}: draft token {token!r} is not an id of the target's vocabulary of {vocab_size}")
+    for node, token in enumerate(tokens):
+        if type(token) is int and 0 <= token < vocab_size:
+            continue
+        tokens[node] = as_integer(token)
+        if not is_integer(tokens[node], 0) or tokens[node] >= vocab_size:
+            raise PluginError(
+                f"{where}: draft token {shown(token)} is not an id of the target's vocabulary of {vocab_size}"
+            )
 
 
 def _check_parents(parents: Sequence[int] | None, tokens: list[int], budget: Budget, where: str) -> list[int] | None:
@@ -87,7 +141,7 @@ def _check_parents(parents: Sequence[int] | None, tokens: list[int], budget: Bud
         if len(tokens) > budget.max_depth:
             raise PluginError(f"{where}: a chain of {len(tokens)} tokens, the deepest allowed is {budget.max_depth}")
         return None
-    listed = [int(parent) for parent in parents]
+    listed = _integers(parents, f"{where}: parents")
     if len(listed) != len(tokens):
         raise PluginError(f"{where}: {len(listed)} parents for {len(tokens)} draft tokens")
     for node, parent in enumerate(listed):
@@ -106,7 +160,10 @@ def _check_scores(
 ) -> list[float] | None:
     if scores is None:
         return None
-    listed = [float(score) for score in scores]
+    try:
+        listed = [float(score) for score in scores]
+    except (TypeError, ValueError):
+        raise PluginError(f"{where}: scores={shown(scores)}: expected a number for each node") from None
     if len(listed) != len(tokens):
         raise PluginError(f"{where}: {len(listed)} scores for {len(tokens)} draft tokens")
     for node, score in enumerate(listed):
@@ -116,6 +173,27 @@ def _check_scores(
         if parent >= 0 and score > listed[parent]:
             raise PluginError(f"{where}: node {node} scores higher than its parent {parent}")
     return listed
+
+
+def _as_tensors(probs: Any, where: str) -> DraftDistributions:
+    """The same distributions with tensors where arrays were given, and a list where the index is anything else."""
+    if not isinstance(probs, DraftDistributions):
+        raise PluginError(f"{where}: probs are {type(probs).__name__}, expected DraftDistributions")
+    if isinstance(probs.values, torch.Tensor) and probs.index is None and probs.token_ids is None:
+        return probs
+    values, token_ids = (
+        torch.tensor(each) if isinstance(each, np.ndarray) else each for each in (probs.values, probs.token_ids)
+    )
+    index = None if probs.index is None else _integers(probs.index, f"{where}: probs.index")
+    if token_ids is not None:
+        if not isinstance(token_ids, torch.Tensor) or token_ids.dim() != 1 or not _holds_integers(token_ids):
+            raise PluginError(f"{where}: probs.token_ids must be an integer tensor [draft vocabulary]")
+        token_ids = token_ids.long()
+    return DraftDistributions(values, index, token_ids)
+
+
+def _holds_integers(tensor: torch.Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 @attrs.define(eq=False)
@@ -149,7 +227,7 @@ def _check_probs(
     width = vocab_size if probs.token_ids is None else len(probs.token_ids)
     if values.shape[1] != width:
         raise PluginError(f"{where}: probs.values has width {values.shape[1]}, expected {width}")
-    index = list(range(len(tokens))) if probs.index is None else [int(i) for i in probs.index]
+    index = list(range(len(tokens))) if probs.index is None else list(probs.index)
     if len(index) != len(tokens) or any(not 0 <= i < len(values) for i in index):
         raise PluginError(f"{where}: probs.index must name one of {len(values)} rows for each of {len(tokens)} nodes")
     by_parent: dict[int, int] = {}
@@ -166,7 +244,7 @@ def _check_probs(
     return _Reported(where, values, index, tokens, probs.token_ids, tokens)
 
 
-def _check_places(reported: Sequence[_Reported]) -> None:
+def _check_places(reported: Sequence[_Reported], vocab_size: int) -> None:
     """Finds the drafts' columns in reduced vocabularies, with one read from the device for each vocabulary."""
     alike: dict[int, list[_Reported]] = {}
     for entry in reported:
@@ -177,7 +255,13 @@ def _check_places(reported: Sequence[_Reported]) -> None:
         assert vocabulary is not None
         tokens = to_device([token for entry in entries for token in entry.tokens], vocabulary.device)
         found = vocabulary[None, :] == tokens[:, None]
-        places = torch.where(found.any(dim=1), found.int().argmax(dim=1), -1).tolist()
+        bounds = torch.stack(vocabulary.aminmax())
+        places = torch.cat([bounds, torch.where(found.any(dim=1), found.int().argmax(dim=1), -1)]).tolist()
+        lowest, highest, *places = places
+        if lowest < 0 or highest >= vocab_size:
+            raise PluginError(
+                f"{entries[0].where}: probs.token_ids go from {lowest} to {highest}, the target's vocabulary has {vocab_size}"
+            )
         for entry in entries:
             entry.columns, places = places[: len(entry.tokens)], places[len(entry.tokens) :]
             if min(entry.columns) < 0:
