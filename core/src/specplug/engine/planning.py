@@ -61,9 +61,10 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
     dtype = choose_dtype(config.dtype, model_config)
     architecture = inspect_architecture(model_config, dtype, trust_remote_code=config.trust_remote_code)
     if config.max_model_len is not None and config.max_model_len > architecture.context_length:
+        note = f" ({architecture.context_note})" if architecture.context_note else ""
         raise ConfigurationError(
             f"max_model_len={config.max_model_len:,} is more than the {architecture.context_length:,} positions that "
-            f"{architecture.name} can be given in a batch; lower it"
+            f"{architecture.name} can be given in a batch{note}; lower it"
         )
     longest = config.max_model_len or architecture.context_length
     weight_bytes = architecture.loaded_bytes(dtype, device)

@@ -216,6 +216,7 @@ def _assemble(
             randomness,
             tokenizer,
             planned.device,
+            planned.architecture.context_note,
         ),
         workspace=workspace,
         scheduler=Scheduler(
