@@ -138,8 +138,8 @@ TARGETS: list[tuple[str, str]] = [
     ),
     ("{folder}/sharded", "sharded lacks 1 of 1 weight files, first 'model-00001.safetensors'"),
     ("{folder}/misindexed", "model.safetensors.index.json is damaged: JSONDecodeError"),
-    ("{folder}/misconfigured", "config.json cannot be used: "),
-    ("{folder}/unheard", "config.json cannot be used: "),
+    ("{folder}/misconfigured", "config.json is damaged: JSONDecodeError"),
+    ("{folder}/unheard", "config.json cannot be used: model type 'unheard_of' is unknown to Transformers"),
     ("{folder}/mute", "mute has no tokenizer that can be loaded"),
     ("{folder}/misguided", "generation_config.json is damaged: "),
 ]

@@ -123,7 +123,7 @@ def damage(folder: Path, kind: str) -> None:
     ("kind", "text"),
     [
         ("no config", "no config.json"),
-        ("config no JSON", "cannot be used"),
+        ("config no JSON", "is damaged"),
         ("unknown type", "nosuchmodel"),
         ("no weights", "no safetensors weights"),
         ("pickle only", "is a pickle"),

@@ -19,6 +19,7 @@ from specplug.errors import UnsupportedModelError
 from specplug.model import attention
 from specplug.model.context import LENGTH_DEPENDENT_ROPE, context_length, context_note, rope_parameters
 from specplug.model.packing import can_pack
+from specplug.model.quiet import quiet_transformers
 from specplug.model.refusal import (
     build_failure,
     check_attention,
@@ -142,7 +143,7 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
         if parameters.get("rope_type") in LENGTH_DEPENDENT_ROPE:  # would read positions, which the meta device cannot
             parameters["rope_type"] = "default"
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), quiet_transformers():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention.IMPLEMENTATION, trust_remote_code=trust_remote_code
             )

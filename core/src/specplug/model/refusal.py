@@ -6,16 +6,7 @@ from typing import Any
 
 import torch
 
-from specplug.errors import UnsupportedModelError
-
-_MAX_DETAIL = 120
-
-
-def one_line(error: BaseException, most: int = _MAX_DETAIL) -> str:
-    """An error's type and first sentence, in at most `most` characters."""
-    text = " ".join(str(error).split()).split(". ")[0]
-    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+from specplug.errors import UnsupportedModelError, one_line
 
 
 def check_kind(config: Any, *, trust_remote_code: bool) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from specplug.errors import CheckpointError
+from specplug.errors import CheckpointError, one_line
+from specplug.model.quiet import quiet_transformers
 
 _FILES = (
     "tokenizer.json",
@@ -30,7 +31,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        summary = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{folder} has no tokenizer that can be loaded ({summary})") from error
+        raise CheckpointError(f"{folder} has no tokenizer that can be loaded ({one_line(error, 200)})") from error

@@ -38,7 +38,7 @@ class LazyTokenizer:
         """
         if self._source is None or self._tokenizer is not None:
             return self._tokenizer
-        folder = resolve_checkpoint(self._source, self._revision)
+        folder = resolve_checkpoint(self._source, self._revision, trust_remote_code=self._trust_remote_code)
         advice = "name one with tokenizer=, or give token ids and skip_tokenizer_init=True"
         try:
             self._tokenizer = load_tokenizer(folder, trust_remote_code=self._trust_remote_code)
