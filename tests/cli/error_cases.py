@@ -81,6 +81,10 @@ OPTIONS: list[tuple[tuple[str, ...], str]] = [
     (("--memory", "0"), "memory='0': expected a size"),
     (("--memory", "1MiB"), "the budget is 1.0 MiB; raise memory, or take smaller weights"),
     (("--memory", "23MiB", "--max-model-len", "2000"), "one sequence of 2,000 tokens needs"),
+    (
+        (CONFIG, '{"method": "lookup", "num_speculative_tokens": 1000000000}'),
+        "raise memory, or lower num_speculative_tokens (now 1,000,000,000)",
+    ),
     (("--max-model-len", "0"), "max_model_len=0: expected an integer of at least 1"),
     (("--max-model-len", "9999999"), "max_model_len=9,999,999 is more than the 2,048 positions"),
     (("--max-num-seqs", "-1"), "max_num_seqs=-1"),

@@ -19,6 +19,7 @@ from specplug.configuration.engine import EngineConfig
 from specplug.errors import CheckpointError
 from specplug.model.checkpoint import load_config, resolve_checkpoint
 from specplug.model.loading import load_model
+from specplug.tiny import resolve_model
 from support.models import save_model
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
@@ -218,3 +219,31 @@ def test_a_model_with_code_of_its_own_says_that_it_must_be_trusted(folder: Path,
     write(source / "config.json", config | own)
     with pytest.raises(CheckpointError, match=r"'acme' needs the code .* set trust_remote_code=True"):
         LLM(source, skip_tokenizer_init=True)
+
+
+def test_a_folder_without_a_tokenizer_says_so_before_weights_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup, "load_model", lambda *args, **kwargs: pytest.fail("weights were read"))
+    text = "has no tokenizer .*; name one with tokenizer=, or give token ids and skip_tokenizer_init=True"
+    with pytest.raises(CheckpointError, match=text):
+        LLM(folder, memory="64MiB")
+    with pytest.raises(CheckpointError, match=text):
+        LLM("tiny", tokenizer=str(folder), memory="64MiB")
+
+
+def test_a_folder_that_hides_the_embedded_model_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Path(resolve_model("tiny")).is_absolute()
+    Path("tiny").mkdir()
+    with pytest.raises(
+        CheckpointError, match=f"the folder {tmp_path / 'tiny'} hides the embedded model 'tiny'.*rename"
+    ):
+        LLM("tiny")
+    shutil.copytree(folder, "tiny", dirs_exist_ok=True)
+    for name in ("tiny", "tiny", "./tiny"):
+        assert resolve_model(name) == name
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "specplug"]
+    assert f"'tiny' is the folder {tmp_path / 'tiny'} here" in message

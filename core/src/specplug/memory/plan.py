@@ -177,7 +177,9 @@ def solve(
                 f"{format_bytes(target_weights)}, draft weights {format_bytes(draft_weights)}, buffers "
                 f"{format_bytes(buffers)}, KV cache {format_bytes(draft_fixed_kv + needed * per_block)}), and the budget is "
                 f"{format_bytes(budget.total_bytes)}; raise memory, or "
-                + _levers(budget, target_weights + draft_weights, fitting)
+                + _levers(
+                    budget, target_weights + draft_weights, fitting, spare=affordable - budget.blocks_for(longest + 2)
+                )
             )
         longest, limited_by = fitting, "memory"
     useful = budget.max_num_seqs * budget.blocks_for(longest + scratch)
@@ -227,10 +229,15 @@ def _other_devices(regions: Sequence[MemoryRegion]) -> list[OtherDevice]:
     ]
 
 
-def _levers(budget: MemoryBudget, weights: int, fitting: int) -> str:
-    """What makes a plan smaller, as far as it can help."""
+def _levers(budget: MemoryBudget, weights: int, fitting: int, *, spare: int) -> str:
+    """What makes a plan smaller, as far as it can help. `spare`: blocks that one draft token a row would leave."""
     if weights >= budget.total_bytes:
         return "take smaller weights or a smaller dtype"
+    if spare >= 0 and budget.num_speculative_tokens > 1:
+        return (
+            f"lower num_speculative_tokens (now {budget.num_speculative_tokens:,}): every row needs room in the KV cache for "
+            "its drafts"
+        )
     shorter = f"lower max_model_len (at most {fitting:,} fit), " if fitting > 0 else "lower "
     return (
         f"{shorter}max_num_seqs (now {budget.max_num_seqs}) or max_num_batched_tokens "
