@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from specplug.tiny import resolve_model
 from support.models import save_model
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def make_files(folder: Path) -> None:
@@ -26,7 +24,9 @@ def make_targets(folder: Path) -> None:
     (folder / "empty").mkdir()
 
     def spoilt(name: str) -> Path:
-        return shutil.copytree(good, folder / name)
+        copy = shutil.copytree(good, folder / name)
+        shutil.copy(Path(resolve_model("tiny"), "tokenizer.json"), copy)
+        return copy
 
     (spoilt("unweighted") / "model.safetensors").unlink()
     (spoilt("pickled") / "model.safetensors").rename(folder / "pickled" / "pytorch_model.bin")

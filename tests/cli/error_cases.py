@@ -81,6 +81,10 @@ OPTIONS: list[tuple[tuple[str, ...], str]] = [
     (("--memory", "0"), "memory='0': expected a size"),
     (("--memory", "1MiB"), "the budget is 1.0 MiB; raise memory, or take smaller weights"),
     (("--memory", "23MiB", "--max-model-len", "2000"), "one sequence of 2,000 tokens needs"),
+    (
+        (CONFIG, '{"method": "lookup", "num_speculative_tokens": 1000000000}'),
+        "1,000,000,001 KV entries of each sequence are for drafts: lower num_speculative_tokens",
+    ),
     (("--max-model-len", "0"), "max_model_len=0: expected an integer of at least 1"),
     (("--max-model-len", "9999999"), "max_model_len=9,999,999 is more than the 2,048 positions"),
     (("--max-num-seqs", "-1"), "max_num_seqs=-1"),
@@ -138,8 +142,8 @@ TARGETS: list[tuple[str, str]] = [
     ),
     ("{folder}/sharded", "sharded lacks 1 of 1 weight files, first 'model-00001.safetensors'"),
     ("{folder}/misindexed", "model.safetensors.index.json is damaged: JSONDecodeError"),
-    ("{folder}/misconfigured", "config.json cannot be used: "),
-    ("{folder}/unheard", "config.json cannot be used: "),
+    ("{folder}/misconfigured", "config.json is damaged: JSONDecodeError"),
+    ("{folder}/unheard", "config.json cannot be used: model type 'unheard_of' is unknown to Transformers"),
     ("{folder}/mute", "mute has no tokenizer that can be loaded"),
     ("{folder}/misguided", "generation_config.json is damaged: "),
 ]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import select
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -183,6 +186,33 @@ def test_default_parameters(folder: Path, tmp_path: Path) -> None:
 
 
 # ---- what comes out -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use", ["generate", "stream"])
+def test_a_forked_process_gets_an_error_and_no_hang(words: LLM, use: str) -> None:
+    stream = words.stream([[3, 4]], GREEDY)
+    next(stream)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            words.generate([[3, 4]], GREEDY) if use == "generate" else next(stream)
+        except RequestError as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(0)
+    try:
+        ready, _, _ = select.select([read], [], [], 20)
+        said = os.read(read, 4096).decode() if ready else "nothing: it hangs"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(read)
+        os.close(write)
+    assert f"the engine belongs to process {os.getpid()}, from which this one was forked" in said
+    assert "start method 'spawn'" in said
+    assert [piece.token_ids for piece in stream], "the engine goes on in the process that it belongs to"
+    assert_idle(words)
 
 
 def test_outputs(words: LLM) -> None:

@@ -37,8 +37,8 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("architecture", "text"),
     [
-        ("falcon", "pluggable attention"),
-        ("bloom", "0 of its 3 layers"),
+        ("falcon", "does not use Transformers' attention interface"),
+        ("bloom", "none of its 3 layers"),
         ("mamba", "mamba"),
         ("qwen3_next", "linear_attention"),
         ("llama4_text", "chunked_attention"),
@@ -70,8 +70,17 @@ def test_length_dependent_rope_bounds_the_context(tmp_path: Path) -> None:
     folder = save_model(tmp_path, "phi3", rope_parameters=rope, original_max_position_embeddings=64)
     planned = startup.plan_engine(EngineConfig.create(str(folder), memory="64MiB"))
     assert planned.plan.max_model_len == 64
-    with pytest.raises(ConfigurationError, match="more than the 64 positions"):
+    with pytest.raises(ConfigurationError, match=r"more than the 64 positions .*beyond 64 tokens its longrope RoPE"):
         startup.plan_engine(EngineConfig.create(str(folder), memory="64MiB", max_model_len=100))
+
+
+def test_prompts_beyond_the_original_positions_of_scaled_rope_are_exact(tmp_path: Path) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    folder = save_model(tmp_path, "qwen2", rope_parameters=rope, max_position_embeddings=32)
+    prompt = [5 + index % 50 for index in range(70)]
+    with LLM(folder, skip_tokenizer_init=True, memory="64MiB") as llm:
+        assert llm.engine.plan.max_model_len == 128
+        assert llm.generate([prompt], GREEDY)[0].outputs[0].token_ids == generate(folder, prompt, 6)[0]
 
 
 def damage(folder: Path, kind: str) -> None:
@@ -114,7 +123,7 @@ def damage(folder: Path, kind: str) -> None:
     ("kind", "text"),
     [
         ("no config", "no config.json"),
-        ("config no JSON", "cannot be used"),
+        ("config no JSON", "is damaged"),
         ("unknown type", "nosuchmodel"),
         ("no weights", "no safetensors weights"),
         ("pickle only", "is a pickle"),

@@ -89,6 +89,33 @@ def test_a_request_that_can_never_fit_is_refused_with_the_numbers(folder: Path) 
         assert llm.generate([[3, 4]], SamplingParams(max_tokens=2))[0].finished
 
 
+@pytest.mark.parametrize(
+    ("options", "length", "advice"),
+    [
+        ({"max_model_len": 32}, 100, "shorten it, or start with a larger max_model_len$"),
+        ({"memory": 600_000}, 100, r"shorten it, or start with more memory \(the KV cache holds \d+ tokens\)$"),
+        ({}, 160, "shorten it: the model has positions for 160 tokens$"),
+        ({"max_model_len": 32}, 160, "shorten it: the model has positions for 160 tokens$"),
+        ({"memory": 600_000}, 160, "shorten it: the model has positions for 160 tokens$"),
+    ],
+)
+def test_what_is_advised_for_a_longer_prompt_works(
+    folder: Path, options: dict[str, Any], length: int, advice: str
+) -> None:
+    options = {"memory": "40MiB", "block_size": 4, **options}
+    with LLM(folder, skip_tokenizer_init=True, **options) as llm, pytest.raises(RequestError, match=advice):
+        llm.generate([[3] * length])
+
+
+def test_a_model_with_longrope_says_why_it_takes_no_longer_prompt(tmp_path: Path) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope["original_max_position_embeddings"] = 64
+    folder = save_model(tmp_path, "phi3", rope_parameters=rope, original_max_position_embeddings=64)
+    text = "shorten it: beyond 64 tokens its longrope RoPE"
+    with LLM(folder, skip_tokenizer_init=True, memory="40MiB") as llm, pytest.raises(RequestError, match=text):
+        llm.generate([[3] * 100])
+
+
 @pytest.mark.parametrize(("prompt", "text"), [([], "empty"), ([3, 512], "outside the vocabulary"), ([-1], "outside")])
 def test_bad_prompts(folder: Path, prompt: list[int], text: str) -> None:
     with LLM(folder, skip_tokenizer_init=True, memory="40MiB") as llm, pytest.raises(RequestError, match=text):

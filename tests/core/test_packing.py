@@ -68,6 +68,36 @@ def test_other_dtypes_and_subclasses_stay_as_they_are() -> None:
     assert [type(module) for module in model] == [nn.Linear, Special]
 
 
+class ScaledTensor(torch.Tensor):
+    """Like the weights of quantisation libraries: what its numbers mean is known to its class alone."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.nn.functional.linear:
+            states, weight, *rest = args
+            return func(states, weight.as_subclass(torch.Tensor) * 4, *rest, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("kind", ["weight of its own class", "replaced forward", "hook", "no weight"])
+def test_layers_that_do_more_than_multiply_by_their_numbers_stay_as_they_are(kind: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)).requires_grad_(False)
+    layer = model[0]
+    weight = layer.weight.detach().clone()
+    states = torch.randn(2, 64, dtype=torch.bfloat16)
+    if kind == "weight of its own class":
+        layer.weight = nn.Parameter(weight.as_subclass(ScaledTensor), requires_grad=False)
+    elif kind == "hook":
+        layer.register_forward_hook(lambda module, inputs, output: output * 4)
+    else:
+        if kind == "no weight":
+            del layer.weight
+        layer.forward = lambda inputs: torch.nn.functional.linear(inputs, weight) * 4
+    assert pack_linears(model) == 0
+    torch.testing.assert_close(model(states), torch.nn.functional.linear(states, weight * 4), atol=1e-1, rtol=1e-2)
+
+
 def test_the_plan_counts_what_is_held(tmp_path: Path) -> None:
     """One copy of the weights; only a table tied to the embedding is there twice."""
     for tied in (False, True):

@@ -59,6 +59,13 @@ class StartupError(SpecplugError):
     """The engine could not start; the message names the step that failed."""
 
 
+def one_line(error: BaseException, most: int = 120) -> str:
+    """Returns an error's type and first sentence in at most `most` characters: what others raise can run over many lines."""
+    text = " ".join(str(error).split()).split(". ")[0]
+    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns `; did you mean 'x'?` for the nearest known name, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from specplug.bench.workload import BenchPrompt, Cell, Workload
 from specplug.errors import ConfigurationError
 from specplug.model.checkpoint import choose_dtype, load_config, resolve_checkpoint
 from specplug.model.device import choose_device
+from specplug.model.quiet import quiet_transformers
 from specplug.plugins.finder import find_plugins
 from specplug.tiny import resolve_model
 
@@ -52,11 +52,13 @@ class TransformersModel:
         from transformers import AutoModelForCausalLM
 
         trusted = bool(self._options.get("trust_remote_code", False))
-        target = resolve_checkpoint(resolve_model(self._target), self._options.get("revision"))
+        target = resolve_checkpoint(
+            resolve_model(self._target), self._options.get("revision"), trust_remote_code=trusted
+        )
         dtype = choose_dtype(self._options.get("dtype", "auto"), load_config(target, trust_remote_code=trusted))
         device = choose_device(self._options.get("device", "auto"))
-        folder = resolve_checkpoint(source, revision)
-        with _no_progress_bar():
+        folder = resolve_checkpoint(source, revision, trust_remote_code=trusted)
+        with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trusted)
         model.to(device).eval()
         # Nothing ends an output early, and nothing of the checkpoint's sampling recommendations is used.
@@ -68,19 +70,6 @@ class TransformersModel:
         self._users -= 1
         if self._users <= 0:
             self.model = None
-
-
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    from transformers.utils import logging
-
-    was_shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_shown:
-            logging.enable_progress_bar()
 
 
 class TransformersContestant:

@@ -28,6 +28,7 @@ class PlanReport:
         dtype: of the target.
         device: where it would run.
         context_length: the longest sequence the target has positions for.
+        context_note: why it has no more, where its configuration says otherwise.
         speculators: (method, most draft tokens of a sequence), in the order they are asked.
         draft_bytes_per_token: what a cached token costs the speculators.
     """
@@ -38,6 +39,7 @@ class PlanReport:
     dtype: str
     device: str
     context_length: int
+    context_note: str
     speculators: tuple[tuple[str, int], ...]
     draft_bytes_per_token: int
 
@@ -51,6 +53,7 @@ class PlanReport:
             dtype=str(planned.dtype).removeprefix("torch."),
             device=str(planned.device),
             context_length=planned.architecture.context_length,
+            context_note=planned.architecture.context_note,
             speculators=tuple(
                 (speculator.method, speculator.traits.max_nodes or speculator.config.num_speculative_tokens)
                 for speculator in planned.speculators
@@ -135,9 +138,11 @@ class PlanReport:
         plan = self.plan
         target, draft = self.target_bytes_per_token, self.draft_bytes_per_token
         both = f" (target {format_bytes(target)}, draft {format_bytes(draft)})" if draft else ""
-        shortened = plan.max_model_len < self.context_length
-        reason = "max_model_len" if self.config.max_model_len is not None else "what fits the budget"
-        limit = f" ({reason}; the target has {self.context_length:,} positions)" if shortened else ""
+        if plan.limited_by == "positions":
+            limit = f" ({self.context_note})" if self.context_note else ""
+        else:
+            reason = "max_model_len" if plan.limited_by == "max_model_len" else "what fits the budget"
+            limit = f" ({reason}; the target has {self.context_length:,} positions)"
         scratch = "for drafts under verification" if self.speculators else "for the next token"
         return [
             ("KV cache", f"{plan.num_kv_tokens:,} tokens in {plan.num_blocks:,} blocks of {plan.block_size}"),

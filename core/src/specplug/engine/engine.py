@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -111,6 +112,7 @@ class Engine:
         self._turns = Turns()
         self._outputs: list[StepOutput] = []
         self.is_closed = False
+        self._process = os.getpid()
 
     # ---- requests -------------------------------------------------------------------------------------------------
 
@@ -393,6 +395,11 @@ class Engine:
     def _check_open(self) -> None:
         if self.is_closed:
             raise RequestError("the engine is closed")
+        if os.getpid() != self._process:  # the threads that compute are not here, and waiting for them would not end
+            raise RequestError(
+                f"the engine belongs to process {self._process}, from which this one was forked; start an engine in this "
+                "process, with multiprocessing's start method 'spawn'"
+            )
 
     def close(self) -> None:
         """Ends all requests and lets go of all memory, when the step that runs is over. Safe to call twice."""

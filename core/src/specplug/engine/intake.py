@@ -29,6 +29,7 @@ class Intake:
         randomness: the engine's random streams.
         tokenizer: gives the tokenizer, or None.
         device: where logits are.
+        context_note: why the model has no more positions, where its configuration says otherwise.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Intake:
         randomness: EngineRandomness,
         tokenizer: Callable[[], Any],
         device: torch.device,
+        context_note: str = "",
     ) -> None:
         self._plan = plan
         self._vocab_size = vocab_size
@@ -46,6 +48,7 @@ class Intake:
         self._randomness = randomness
         self._tokenizer = tokenizer
         self._device = device
+        self._context_note = context_note
         self._numbers = itertools.count()
 
     def make(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> list[Request]:
@@ -120,9 +123,17 @@ class Intake:
         if len(ids) >= self._plan.max_model_len:
             raise RequestError(
                 f"request '{request_id}': the prompt has {len(ids):,} tokens, the longest sequence is "
-                f"{self._plan.max_model_len:,} tokens (prompt and output); shorten it, or start with a larger max_model_len "
-                f"or memory (the KV cache holds {self._plan.num_kv_tokens:,} tokens)"
+                f"{self._plan.max_model_len:,} tokens (prompt and output); {self._advice(len(ids))}"
             )
+
+    def _advice(self, length: int) -> str:
+        """What makes room for a prompt of so many tokens, if anything does."""
+        context = self._plan.context_length
+        if length >= context:
+            return f"shorten it: {self._context_note or f'the model has positions for {context:,} tokens'}"
+        if self._plan.limited_by == "max_model_len":
+            return "shorten it, or start with a larger max_model_len"
+        return f"shorten it, or start with more memory (the KV cache holds {self._plan.num_kv_tokens:,} tokens)"
 
     def _check_ids(self, request_id: str, params: SamplingParams) -> None:
         for name in ("allowed_token_ids", "logit_bias", "stop_token_ids"):

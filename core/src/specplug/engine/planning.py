@@ -19,6 +19,7 @@ from specplug.memory.plan import MemoryPlan, solve
 from specplug.model.architecture import Architecture, inspect_architecture
 from specplug.model.checkpoint import choose_dtype, load_config, read_headers, resolve_checkpoint
 from specplug.model.device import choose_device
+from specplug.model.leftovers import check_not_quantised
 from specplug.model.step_memory import StepModel, step_bytes
 from specplug.model.tokenizer import load_tokenizer
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
@@ -55,16 +56,20 @@ class PlannedEngine:
 def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: None) -> PlannedEngine:
     """Step 1: everything that can be known and refused from configuration and headers alone."""
     registry = PluginRegistry(config.allowed_plugins, config.denied_plugins, config.plugins, strict=config.strict)
-    folder = resolve_checkpoint(resolve_model(config.model), config.revision)
+    folder = resolve_checkpoint(
+        resolve_model(config.model), config.revision, trust_remote_code=config.trust_remote_code
+    )
     model_config = load_config(folder, trust_remote_code=config.trust_remote_code)
-    read_headers(folder)
+    headers = read_headers(folder)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, model_config)
     architecture = inspect_architecture(model_config, dtype, trust_remote_code=config.trust_remote_code)
+    check_not_quantised(folder, headers, model_config, architecture)
     if config.max_model_len is not None and config.max_model_len > architecture.context_length:
+        note = f" ({architecture.context_note})" if architecture.context_note else ""
         raise ConfigurationError(
             f"max_model_len={config.max_model_len:,} is more than the {architecture.context_length:,} positions that "
-            f"{architecture.name} can be given in a batch; lower it"
+            f"{architecture.name} can be given in a batch{note}; lower it"
         )
     longest = config.max_model_len or architecture.context_length
     weight_bytes = architecture.loaded_bytes(dtype, device)

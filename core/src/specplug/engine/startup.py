@@ -20,12 +20,14 @@ from specplug.engine.intake import Intake
 from specplug.engine.planning import PlannedEngine, max_nodes_of, plan_engine, wants_top_k_at_drafts
 from specplug.engine.scheduler import Scheduler
 from specplug.errors import CheckpointError, SpecplugError, StartupError
+from specplug.model.checkpoint import resolve_checkpoint
 from specplug.model.compiled_step import compile_step
 from specplug.model.kv_cache import KVCache
 from specplug.model.loading import load_model
 from specplug.model.probe import check_parity
 from specplug.model.runner import ModelRunner
 from specplug.model.torch_state import own_torch_state
+from specplug.model.tokenizer import check_tokenizer
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.sampling.randomness import EngineRandomness
 from specplug.sampling.workspace import Workspace
@@ -35,6 +37,7 @@ from specplug.speculation.policy import BudgetPolicy, FixedBudget
 from specplug.speculation.states import StateStore
 from specplug.speculation.target import LazyModel
 from specplug.speculation.verification.verifier import LosslessVerifier
+from specplug.tiny import resolve_model
 
 STEPS = (
     "plan from configuration and headers",
@@ -85,6 +88,8 @@ def start_engine(
         with _step(1, on_step):
             planned = plan_engine(config, tokenizer=tokenizer)
             undo.callback(planned.facade.close)
+            if not config.skip_tokenizer_init:
+                check_tokenizer(_tokenizer_folder(planned))
         with _step(2, on_step):
             model = load_model(
                 planned.folder,
@@ -226,6 +231,7 @@ def _assemble(
             randomness,
             tokenizer,
             planned.device,
+            planned.architecture.context_note,
         ),
         workspace=workspace,
         scheduler=Scheduler(
@@ -238,6 +244,13 @@ def _assemble(
         ),
         closers=[planned.facade.close, runner.close],
     )
+
+
+def _tokenizer_folder(planned: PlannedEngine) -> Path:
+    config = planned.config
+    if config.tokenizer is None:
+        return planned.folder
+    return resolve_checkpoint(resolve_model(config.tokenizer), trust_remote_code=config.trust_remote_code)
 
 
 def choose_policy(speculators: Sequence[RegisteredSpeculator]) -> BudgetPolicy:

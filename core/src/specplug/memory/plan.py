@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import attrs
 import torch
@@ -69,6 +70,8 @@ class MemoryPlan:
         step_bytes: of the buffers, what comes and goes with a step (activations, logits, CUDA graphs); 0 on a CPU.
         scratch_tokens_per_row: KV entries that a sequence takes beyond its own tokens while drafts are made and verified.
         elsewhere: what speculators hold on other devices; the parts above are those of the target's device.
+        limited_by: what bounds `max_model_len`: the model's `positions`, the user's `max_model_len`, or `memory`.
+        context_length: the longest sequence the target has positions for.
     """
 
     budget_bytes: int
@@ -83,6 +86,8 @@ class MemoryPlan:
     step_bytes: int = 0
     scratch_tokens_per_row: int = 0
     elsewhere: tuple[OtherDevice, ...] = ()
+    limited_by: Literal["positions", "max_model_len", "memory"] = "positions"
+    context_length: int = 0
 
     @property
     def parts(self) -> tuple[tuple[str, int], ...]:
@@ -157,6 +162,8 @@ def solve(
     fixed = target_weights + draft_weights + draft_fixed_kv + buffers
     left = budget.total_bytes - fixed
     longest = min(wanted_model_len or context_length, context_length)
+    limited_by: Literal["positions", "max_model_len", "memory"]
+    limited_by = "max_model_len" if longest < context_length else "positions"
     affordable = max(0, left // per_block)
     needed = budget.blocks_for(longest + scratch)
     if affordable < needed:
@@ -175,7 +182,7 @@ def solve(
                 + "raise memory, or "
                 + _levers(budget, target_weights + draft_weights, fitting)
             )
-        longest = fitting
+        longest, limited_by = fitting, "memory"
     useful = budget.max_num_seqs * budget.blocks_for(longest + scratch)
     num_blocks = int(min(affordable, useful))
     for other in elsewhere:
@@ -201,6 +208,8 @@ def solve(
         step_bytes=step_bytes,
         scratch_tokens_per_row=scratch,
         elsewhere=tuple(elsewhere),
+        limited_by=limited_by,
+        context_length=context_length,
     )
 
 

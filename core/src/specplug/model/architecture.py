@@ -12,15 +12,25 @@ from typing import Any
 
 import attrs
 import torch
+from torch.overrides import TorchFunctionMode
 
 from specplug.contract.memory import KVLayer
 from specplug.errors import UnsupportedModelError
 from specplug.model import attention
+from specplug.model.context import LENGTH_DEPENDENT_ROPE, context_length, context_note, rope_parameters
 from specplug.model.packing import can_pack
+from specplug.model.quiet import quiet_transformers
+from specplug.model.refusal import (
+    build_failure,
+    check_attention,
+    check_causality,
+    check_kind,
+    check_positions,
+    forward_failure,
+)
 
 _LAYER_NAME = re.compile(r"^(.*?\.\d+)\.")
 _TRACE_TOKENS = 6
-_LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")
 
 
 @attrs.frozen
@@ -44,6 +54,8 @@ class Architecture:
         weight_bytes: parameters and buffers in the dtype they are loaded in, shared ones once.
         context_length: the longest sequence that positions exist for.
         tied_head_bytes: of an output layer that shares the embedding's table; 0 if it has its own.
+        context_note: why `context_length` is shorter than the configuration says; empty if it is not.
+        tensor_kinds: the last parts of its tensors' names, such as `weight`.
     """
 
     name: str
@@ -54,6 +66,8 @@ class Architecture:
     weight_bytes: int
     context_length: int
     tied_head_bytes: int = 0
+    context_note: str = ""
+    tensor_kinds: frozenset[str] = frozenset()
 
     def loaded_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
         """Bytes of the weights as they are held: a packed output layer is a second copy of a tied table."""
@@ -68,13 +82,46 @@ class Architecture:
 class _Recorder:
     """Stands in for an attention site during the trace."""
 
-    def __init__(self, module: str, calls: list[AttentionCall]) -> None:
+    def __init__(self, name: str, module: torch.nn.Module, trace: _Trace) -> None:
+        self._name = name
         self._module = module
-        self._calls = calls
+        self._trace = trace
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
-        self._calls.append(AttentionCall(self._module, KVLayer(key.shape[1], key.shape[3], value.shape[3])))
+        layer = KVLayer(key.shape[1], key.shape[3], value.shape[3])
+        self._trace.calls.append(AttentionCall(self._name, layer))
+        self._trace.modules.append(self._module)
         return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+class _Use(TorchFunctionMode):
+    """Notices whether anything is computed from a tensor."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__()
+        self._tensor = tensor
+        self.seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen = self.seen or any(each is self._tensor for each in (*args, *(kwargs or {}).values()))
+        return func(*args, **(kwargs or {}))
+
+
+@attrs.define
+class _Trace:
+    """What one forward showed.
+
+    Attributes:
+        calls: of the attention interface.
+        modules: who made them.
+        vocab_size: the width of the logits.
+        uses_positions: whether anything was computed from `position_ids`.
+    """
+
+    calls: list[AttentionCall] = attrs.field(factory=list)
+    modules: list[torch.nn.Module] = attrs.field(factory=list)
+    vocab_size: int = 0
+    uses_positions: bool = False
 
 
 def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Architecture:
@@ -89,68 +136,44 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
     attention.register()
     config = copy.deepcopy(config)
     model_type = getattr(config, "model_type", "unknown")
+    check_kind(config, trust_remote_code=trust_remote_code)
     _check_layer_types(config, model_type)
-    longest = context_length(config)
-    for parameters in _rope_parameters(config):
-        if parameters.get("rope_type") in _LENGTH_DEPENDENT_ROPE:  # would read positions, which the meta device cannot
+    longest, note = context_length(config), context_note(config)
+    for parameters in rope_parameters(config):
+        if parameters.get("rope_type") in LENGTH_DEPENDENT_ROPE:  # would read positions, which the meta device cannot
             parameters["rope_type"] = "default"
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), quiet_transformers():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention.IMPLEMENTATION, trust_remote_code=trust_remote_code
             )
-    except (KeyError, ValueError, NotImplementedError) as error:
-        raise UnsupportedModelError(
-            f"model type '{model_type}' cannot be built with a pluggable attention: {type(error).__name__}: {error}"
-        ) from error
+    except Exception as error:
+        raise build_failure(model_type, error) from error
     weight_bytes = _unique_bytes(model)
     tied_head_bytes = _tied_head_bytes(model)
-    calls, width = _trace(model, model_type, dtype)
-    layers = _decoder_layers(calls)
-    expected = getattr(config, "num_hidden_layers", len(layers))
-    if len(calls) != expected or len(layers) != expected:
-        raise UnsupportedModelError(
-            f"model type '{model_type}' runs {len(calls)} of its {expected} layers through Transformers' attention "
-            "interface; all are needed (hybrid, recurrent and custom-attention models are not supported)"
-        )
+    trace = _run(model, model_type, dtype)
+    layers = _decoder_layers(trace.calls)
+    expected = getattr(config.get_text_config(), "num_hidden_layers", len(layers))
+    check_attention(model_type, expected, len(layers), len(trace.calls))
+    check_causality(model_type, trace.modules)
+    check_positions(model_type, model, used=trace.uses_positions)
     return Architecture(
         name=type(model).__name__,
-        calls=tuple(calls),
+        calls=tuple(trace.calls),
         layers=layers,
-        vocab_size=width,
+        vocab_size=trace.vocab_size,
         hidden_size=config.get_text_config().hidden_size,
         weight_bytes=weight_bytes,
         context_length=longest,
         tied_head_bytes=tied_head_bytes,
+        context_note=note,
+        tensor_kinds=frozenset(name.rpartition(".")[2] for name in model.state_dict()),
     )
-
-
-def context_length(config: Any) -> int:
-    """The longest sequence the model has positions for.
-
-    RoPE variants whose frequencies depend on the length would let packed rows change each other's: they are bounded by the
-    length up to which their frequencies are constant.
-    """
-    text = config.get_text_config()
-    length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 1 << 20
-    for parameters in _rope_parameters(config):
-        if parameters.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
-            original = parameters.get("original_max_position_embeddings") or getattr(
-                text, "original_max_position_embeddings", None
-            )
-            length = min(length, original or length)
-    return int(length)
-
-
-def _rope_parameters(config: Any) -> list[dict[str, Any]]:
-    """The RoPE settings: one mapping, or one per type of layer."""
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    return [value for value in rope.values() if isinstance(value, dict)] or [rope]
 
 
 def disable_padding_checks(model: Any) -> None:
     """Some models look for padding in their inputs, a host synchronisation a packed batch has no use for."""
-    model.config.pad_token_id = None
+    vars(model.config)["pad_token_id"] = None  # an assignment would be validated, and of some types refused
 
 
 def _check_layer_types(config: Any, model_type: str) -> None:
@@ -164,28 +187,30 @@ def _check_layer_types(config: Any, model_type: str) -> None:
         )
 
 
-def _trace(model: torch.nn.Module, model_type: str, dtype: torch.dtype) -> tuple[list[AttentionCall], int]:
-    calls: list[AttentionCall] = []
+def _run(model: torch.nn.Module, model_type: str, dtype: torch.dtype) -> _Trace:
+    trace = _Trace()
     for name, module in model.named_modules():
-        module.__dict__[attention.SITE] = _Recorder(name, calls)
+        module.__dict__[attention.SITE] = _Recorder(name, module, trace)
     disable_padding_checks(model)
     ids = torch.zeros(1, _TRACE_TOKENS, dtype=torch.long, device="meta")
     positions = torch.arange(_TRACE_TOKENS, device="meta", dtype=torch.long)[None]
     keep = torch.tensor([1, _TRACE_TOKENS - 1], device="meta", dtype=torch.long)
+    use = _Use(positions)
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), use:
             logits = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
     except Exception as error:
         if dtype != torch.bfloat16:  # grouped expert kernels have a meta implementation for bfloat16 alone
-            return _trace(model.to(torch.bfloat16), model_type, torch.bfloat16)
-        reason = "it does not use Transformers' attention interface" if isinstance(error, KeyError) else str(error)
-        raise UnsupportedModelError(
-            f"model type '{model_type}' cannot run as a packed batch: {reason} ({type(error).__name__})"
-        ) from error
+            return _run(model.to(torch.bfloat16), model_type, torch.bfloat16)
+        raise forward_failure(model_type, error) from error
     if logits.shape[1] != 2:
-        raise UnsupportedModelError(f"model type '{model_type}' ignores logits_to_keep, which a packed batch needs")
-    return calls, logits.shape[-1]
+        raise UnsupportedModelError(
+            f"model type '{model_type}' ignores logits_to_keep, which a packed batch needs; give a decoder-only model that "
+            "takes it"
+        )
+    trace.vocab_size, trace.uses_positions = logits.shape[-1], use.seen
+    return trace
 
 
 def _decoder_layers(calls: list[AttentionCall]) -> tuple[str, ...]:

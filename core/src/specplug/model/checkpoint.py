@@ -14,8 +14,10 @@ from typing import Any
 import attrs
 import torch
 
-from specplug.errors import CheckpointError
+from specplug.errors import CheckpointError, one_line
 from specplug.model import pickled
+from specplug.model.formats import check_no_adapter, not_a_folder, without_config
+from specplug.model.quiet import quiet_transformers
 
 _MAX_HEADER = 100_000_000
 _DTYPES = {
@@ -44,11 +46,13 @@ class TensorHeader:
     dtype: torch.dtype
 
 
-def resolve_checkpoint(source: str, revision: str | None = None, *, pickles: bool = False) -> Path:
+def resolve_checkpoint(
+    source: str, revision: str | None = None, *, pickles: bool = False, trust_remote_code: bool = False
+) -> Path:
     """Returns the local folder of a checkpoint: a path as it is, a hub name through the hub's cache.
 
-    Only configuration, tokenizer and safetensors files are fetched: no code, and no pickles unless `pickles` allows them
-    and there is no safetensors file.
+    Only configuration, tokenizer and safetensors files are fetched: code only with `trust_remote_code`, and no pickles unless
+    `pickles` allows them and there is no safetensors file.
 
     Raises:
         CheckpointError: there is no such folder, and the hub has no such checkpoint or cannot be reached.
@@ -58,13 +62,15 @@ def resolve_checkpoint(source: str, revision: str | None = None, *, pickles: boo
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
-    if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+    if folder.exists():
+        raise not_a_folder(folder)
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise CheckpointError(
             f"'{source}' is not a folder with a checkpoint; give a folder or a hub name like org/model"
         )
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *(["*.py"] if trust_remote_code else [])]
     try:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
         if pickles and not any(folder.glob("*.safetensors")):
@@ -83,16 +89,28 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Reads a model's configuration.
 
     Raises:
-        CheckpointError: config.json is missing, unreadable, or of a type this Transformers does not know.
+        CheckpointError: config.json is missing, unreadable, or of a type this Transformers does not know; or an adapter
+            lies beside it.
     """
-    from transformers import AutoConfig
+    import transformers
 
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json; it is not a Hugging Face checkpoint")
+    file = folder / "config.json"
+    raw = read_json_config(folder)
+    check_no_adapter(folder)
+    model_type = raw.get("model_type")
+    if not trust_remote_code and model_type not in transformers.CONFIG_MAPPING:
+        if "AutoConfig" in (raw.get("auto_map") or {}):
+            what = "needs the code that comes with the checkpoint; if you trust it, set trust_remote_code=True"
+        else:
+            what = (
+                f"is unknown to Transformers {transformers.__version__}; upgrade Transformers, or correct config.json"
+            )
+        raise CheckpointError(f"{file} cannot be used: model type '{model_type}' {what}")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with quiet_transformers():
+            return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be used: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{file} cannot be used: {one_line(error)}") from error
 
 
 def read_json_config(folder: Path) -> dict[str, Any]:
@@ -105,7 +123,7 @@ def read_json_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no config.json; it is not a Hugging Face checkpoint") from error
+        raise without_config(folder) from error
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}; download it again") from error
     if not isinstance(config, dict):

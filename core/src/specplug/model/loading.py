@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from specplug import native
-from specplug.errors import CheckpointError
+from specplug.errors import CheckpointError, one_line
 from specplug.model import attention
 from specplug.model.architecture import disable_padding_checks
 from specplug.model.checkpoint import read_headers
+from specplug.model.leftovers import check_leftovers
 from specplug.model.packing import pack_linears
+from specplug.model.quiet import quiet_transformers
 from specplug.native.gpu import cuda
 
 
@@ -35,7 +33,7 @@ def load_model(
     cuda.load() if device.type == "cuda" else native.load()
     read_headers(folder)
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=copy.deepcopy(config),
@@ -46,9 +44,8 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
-    except (OSError, RuntimeError, ValueError) as error:
-        summary = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"the weights of {folder} cannot be loaded: {summary}") from error
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        raise CheckpointError(f"the weights of {folder} cannot be loaded: {one_line(error, 300)}") from error
     mismatched = report.get("mismatched_keys") or ()
     if mismatched:
         name, stored, expected = min(mismatched)
@@ -59,26 +56,8 @@ def load_model(
     missing = sorted(report.get("missing_keys") or ())
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing, first '{missing[0]}'")
+    check_leftovers(folder, report.get("unexpected_keys") or (), config, type(model).__name__)
     disable_padding_checks(model)
     model.to(device).eval().requires_grad_(False)
     pack_linears(model)
     return model
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keeps Transformers' own progress bars and notices out of ours; what matters is raised."""
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

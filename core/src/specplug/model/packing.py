@@ -36,7 +36,16 @@ def _has_onednn() -> bool:
 
 
 def is_packable(linear: nn.Linear) -> bool:
-    """Whether a layer's weight can be packed, by our own kernel's rules or by oneDNN's."""
+    """Whether a layer's weight can be packed, by our own kernel's rules or by oneDNN's.
+
+    A weight of a tensor class of its own (quantised, distributed) is more than its numbers, and a layer whose forward was
+    replaced or hooked does more than multiply: both stay as they are.
+    """
+    weight = getattr(linear, "weight", None)
+    if type(weight) not in (nn.Parameter, torch.Tensor) or type(weight.data) is not torch.Tensor:
+        return False
+    if "forward" in vars(linear) or linear._forward_hooks or linear._forward_pre_hooks:
+        return False
     return can_pack(linear.weight.dtype, linear.weight.device) and (is_native(linear) or _has_onednn())
 
 

@@ -24,6 +24,7 @@ from specplug.model.device import choose_device
 from specplug.model.forward import ForwardRow
 from specplug.model.head import Head
 from specplug.model.kv_cache import KVCache
+from specplug.model.leftovers import check_not_quantised
 from specplug.model.loading import load_model
 from specplug.model.runner import ModelRunner
 from specplug.model.tokenizer import load_tokenizer
@@ -104,12 +105,13 @@ class LazyModel:
     ) -> None:
         self.folder: Path = resolve_checkpoint(source, revision)
         self.config = load_config(self.folder)
-        read_headers(self.folder)
+        headers = read_headers(self.folder)
         self.dtype = choose_dtype(dtype, self.config)
         self.device = device
         self._label = label
         self._is_elsewhere = is_elsewhere
         self._architecture = inspect_architecture(self.config, self.dtype)
+        check_not_quantised(self.folder, headers, self.config, self._architecture)
         self.vocab_size = self._architecture.vocab_size
         self.max_model_len = self._architecture.context_length
         self.weight_bytes = self._architecture.loaded_bytes(self.dtype, device)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from specplug.model.quiet import quiet_transformers
+
 CONTEXT = 400
 WINDOW = 6
 _BASE: dict[str, Any] = {
@@ -83,17 +85,3 @@ def _own_randomness(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars."""
-    from transformers.utils import logging
-
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()

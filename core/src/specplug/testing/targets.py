@@ -10,7 +10,8 @@ import torch
 
 from specplug.errors import ConfigurationError
 from specplug.model.checkpoint import resolve_checkpoint
-from specplug.testing.models import quiet_transformers, save_tiny_model
+from specplug.model.quiet import quiet_transformers
+from specplug.testing.models import save_tiny_model
 from specplug.testing.words import save_words
 from specplug.tiny import resolve_model
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
-from specplug.errors import CheckpointError, RequestError
+from specplug.errors import RequestError
 from specplug.model.checkpoint import resolve_checkpoint
-from specplug.model.tokenizer import load_tokenizer
+from specplug.model.tokenizer import required_tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -38,14 +38,8 @@ class LazyTokenizer:
         """
         if self._source is None or self._tokenizer is not None:
             return self._tokenizer
-        folder = resolve_checkpoint(self._source, self._revision)
-        advice = "name one with tokenizer=, or give token ids and skip_tokenizer_init=True"
-        try:
-            self._tokenizer = load_tokenizer(folder, trust_remote_code=self._trust_remote_code)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; {advice}") from error
-        if self._tokenizer is None:
-            raise CheckpointError(f"{folder} has no tokenizer that can be loaded: no such file; {advice}")
+        folder = resolve_checkpoint(self._source, self._revision, trust_remote_code=self._trust_remote_code)
+        self._tokenizer = required_tokenizer(folder, trust_remote_code=self._trust_remote_code)
         return self._tokenizer
 
     def required(self, purpose: str) -> Any:

@@ -1,0 +1,106 @@
+"""Tensors of a checkpoint that have no place in the model: harmless, or a sign that the weights mean something else."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from specplug.errors import CheckpointError
+from specplug.model.architecture import Architecture
+from specplug.model.checkpoint import TensorHeader
+
+logger = logging.getLogger("specplug")
+
+# What belongs to quantised weights: scales, zero points, packed integers, of all common formats.
+_QUANTISED = re.compile(
+    r"(^|[._])(scales?|scale_inv|scale_\d|zero_points?|qzeros|qweight|g_idx|weight_packed|weight_shape|absmax|quant_map|SCB)$"
+    r"|\.quant_state\."
+)
+# Rotary frequencies, masks and positions that old models stored; towers and heads that text generation does not run.
+_HARMLESS = re.compile(
+    r"(^|\.)inv_freq$|(^|\.)position_ids$|\.(attn|attention|self_attn)\.(masked_)?bias$"
+    r"|(^|\.)(mtp|nextn)|(^|\.)(vision|visual|audio|speech|image|video|embed_vision|embed_audio|talker|token2wav|code2wav)"
+    r"|(^|\.)(multi_modal_projector|mm_projector|connector|aligner|v_head|value_head|reward_head)(\.|$)"
+    r"|(^|\.)logit_scale$"
+)
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+
+
+def check_not_quantised(
+    folder: Path, headers: Mapping[str, TensorHeader], config: Any, architecture: Architecture
+) -> None:
+    """Refuses quantised weights that nothing says how to read, from headers alone.
+
+    Raises:
+        CheckpointError: there are scales or integers as weights, and no `quantization_config`.
+    """
+    if is_quantised(config):
+        return
+    known = architecture.tensor_kinds
+    scales = [name for name in headers if name.rpartition(".")[2] not in known and _is_scale(name, config)]
+    integers = [
+        name for name, header in headers.items() if name.endswith(".weight") and not header.dtype.is_floating_point
+    ]
+    if found := sorted(scales) or sorted(integers):
+        raise _raw_numbers(folder, found, architecture.name)
+
+
+def check_leftovers(folder: Path, names: Collection[str], config: Any, model: str) -> None:
+    """Judges the tensors that a load left over; those of no known kind are named in a warning.
+
+    Args:
+        folder: the checkpoint.
+        names: the tensors.
+        config: the model's configuration.
+        model: the model class.
+
+    Raises:
+        CheckpointError: they are the scales of quantised weights.
+    """
+    odd = sorted(name for name in names if not _is_harmless(name, config))
+    scales = [name for name in odd if _QUANTISED.search(name)]
+    if scales and not is_quantised(config):
+        raise _raw_numbers(folder, scales, model)
+    if odd:
+        logger.warning(
+            "%s: %s of the checkpoint have no place in %s and are not used: %s", folder, _count(odd), model, _first(odd)
+        )
+
+
+def is_quantised(config: Any) -> bool:
+    """Whether a configuration says how its weights are quantised."""
+    return any(getattr(each, "quantization_config", None) for each in (config, config.get_text_config()))
+
+
+def _is_scale(name: str, config: Any) -> bool:
+    return bool(_QUANTISED.search(name)) and not _is_harmless(name, config)
+
+
+def _is_harmless(name: str, config: Any) -> bool:
+    text = config.get_text_config()
+    if _HARMLESS.search(name):
+        return True
+    if name.endswith("lm_head.weight"):
+        return bool(getattr(text, "tie_word_embeddings", False))
+    layer = _LAYER.search(name)  # layers behind the last predict further tokens
+    return layer is not None and int(layer.group(1)) >= getattr(text, "num_hidden_layers", 1 << 30)
+
+
+def _raw_numbers(folder: Path, names: Iterable[str], model: str) -> CheckpointError:
+    listed = list(names)
+    return CheckpointError(
+        f"{folder} holds quantised weights, and its config.json has no quantization_config that says how to read them: "
+        f"{_count(listed)} have no place in {model}: {_first(listed)}; restore quantization_config, or take a checkpoint that "
+        "is not quantised"
+    )
+
+
+def _count(names: Collection[str]) -> str:
+    return f"{len(names):,} tensor{'' if len(names) == 1 else 's'}"
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names[:3]) + (", ..." if len(names) > 3 else "")
