@@ -26,8 +26,8 @@ from specplug.model.kv_cache import KVCache
 from specplug.model.loading import load_model
 from specplug.model.probe import check_parity
 from specplug.model.runner import ModelRunner
-from specplug.model.torch_state import own_torch_state
 from specplug.model.tokenizer import check_tokenizer
+from specplug.model.torch_state import own_torch_state
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.sampling.randomness import EngineRandomness
 from specplug.sampling.workspace import Workspace
