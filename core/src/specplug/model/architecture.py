@@ -15,7 +15,8 @@ import torch
 
 from specplug.contract.memory import KVLayer
 from specplug.errors import UnsupportedModelError
-from specplug.model import attention
+from specplug.model import attention, masks
+from specplug.model.masks import Mask
 from specplug.model.packing import can_pack
 
 _LAYER_NAME = re.compile(r"^(.*?\.\d+)\.")
@@ -25,10 +26,17 @@ _LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")
 
 @attrs.frozen
 class AttentionCall:
-    """One attention layer as the trace saw it."""
+    """One attention layer as the trace saw it.
+
+    Attributes:
+        module: its name in the model.
+        kv: what it stores per token.
+        mask: which keys its queries see.
+    """
 
     module: str
     kv: KVLayer
+    mask: Mask = Mask()
 
 
 @attrs.frozen
@@ -72,9 +80,23 @@ class _Recorder:
         self._module = module
         self._calls = calls
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
-        self._calls.append(AttentionCall(self._module, KVLayer(key.shape[1], key.shape[3], value.shape[3])))
+    def record(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        kv = KVLayer(key.shape[1], key.shape[3], value.shape[3])
+        self._calls.append(AttentionCall(self._module, kv, masks.read_mask(attention_mask)))
         return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+def _recording_interface(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    return module.__dict__[attention.SITE].record(query, key, value, attention_mask), None
 
 
 def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Architecture:
@@ -86,7 +108,7 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
     """
     from transformers import AutoModelForCausalLM
 
-    attention.register()
+    masks.register(_recording_interface)
     config = copy.deepcopy(config)
     model_type = getattr(config, "model_type", "unknown")
     _check_layer_types(config, model_type)
@@ -97,9 +119,9 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention.IMPLEMENTATION, trust_remote_code=trust_remote_code
+                config, dtype=dtype, attn_implementation=masks.RECORDING, trust_remote_code=trust_remote_code
             )
-    except (KeyError, ValueError, NotImplementedError) as error:
+    except Exception as error:  # whatever a model's own code makes of its configuration
         raise UnsupportedModelError(
             f"model type '{model_type}' cannot be built with a pluggable attention: {type(error).__name__}: {error}"
         ) from error
@@ -113,6 +135,12 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
             f"model type '{model_type}' runs {len(calls)} of its {expected} layers through Transformers' attention "
             "interface; all are needed (hybrid, recurrent and custom-attention models are not supported)"
         )
+    for call in calls:
+        if call.mask.misfit:
+            raise UnsupportedModelError(
+                f"model type '{model_type}' {call.mask.misfit} (in '{call.module}'); only causal and sliding-window attention "
+                "can be paged and rolled back"
+            )
     return Architecture(
         name=type(model).__name__,
         calls=tuple(calls),
@@ -150,7 +178,7 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
 
 def disable_padding_checks(model: Any) -> None:
     """Some models look for padding in their inputs, a host synchronisation a packed batch has no use for."""
-    model.config.pad_token_id = None
+    vars(model.config)["pad_token_id"] = None  # not by assignment: some configurations refuse None there
 
 
 def _check_layer_types(config: Any, model_type: str) -> None:
@@ -169,13 +197,18 @@ def _trace(model: torch.nn.Module, model_type: str, dtype: torch.dtype) -> tuple
     for name, module in model.named_modules():
         module.__dict__[attention.SITE] = _Recorder(name, calls)
     disable_padding_checks(model)
+    seen = torch.ones(
+        1, _TRACE_TOKENS, dtype=torch.long, device="meta"
+    )  # else the mask code would look for packed rows
     ids = torch.zeros(1, _TRACE_TOKENS, dtype=torch.long, device="meta")
     positions = torch.arange(_TRACE_TOKENS, device="meta")[None]
     keep = torch.tensor([1, _TRACE_TOKENS - 1], device="meta")
     model.eval()
     try:
         with torch.no_grad():
-            logits = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
+            logits = model(
+                input_ids=ids, attention_mask=seen, position_ids=positions, use_cache=False, logits_to_keep=keep
+            ).logits
     except Exception as error:
         if dtype != torch.bfloat16:  # grouped expert kernels have a meta implementation for bfloat16 alone
             return _trace(model.to(torch.bfloat16), model_type, torch.bfloat16)
