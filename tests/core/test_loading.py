@@ -236,7 +236,9 @@ def test_startup_reports_six_timed_steps_and_undoes_a_failed_start(
     closed: list[str] = []
     original = startup.ModelRunner.close
     monkeypatch.setattr(startup.ModelRunner, "close", lambda self: (closed.append("runner"), original(self))[1])
-    monkeypatch.setattr(startup, "check_parity", lambda *args: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    monkeypatch.setattr(
+        startup, "check_parity", lambda *args, **options: (_ for _ in ()).throw(RuntimeError("out of memory"))
+    )
     with pytest.raises(StartupError, match=r"startup step 5 of 6 \(warm up\) failed: RuntimeError: out of memory"):
         LLM(folder, skip_tokenizer_init=True, memory="64MiB")
     assert closed == ["runner"]

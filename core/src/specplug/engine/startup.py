@@ -106,7 +106,9 @@ def start_engine(
             undo.callback(runner.close)
         with _step(5, on_step):
             if config.check_parity:
-                check_parity(runner, planned.model_config, config.block_size)
+                check_parity(
+                    runner, planned.model_config, config.block_size, trust_remote_code=config.trust_remote_code
+                )
             if wants_compilation(config.compile, planned.architecture.weight_bytes):
                 drafts = [h.runner for h in planned.facade.handles if isinstance(h, LazyModel) and h.runner]
                 compile_forwards([runner, *drafts], config.block_size, planned.most_captured)

@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from specplug.contract.memory import KVLayer
 from specplug.errors import UnsupportedModelError
-from specplug.model import attention
+from specplug.model import attention, masks
 from specplug.model.context import LENGTH_DEPENDENT_ROPE, context_length, context_note, rope_parameters
+from specplug.model.masks import Mask
 from specplug.model.packing import can_pack
 from specplug.model.quiet import quiet_transformers
 from specplug.model.refusal import (
@@ -35,10 +36,17 @@ _TRACE_TOKENS = 6
 
 @attrs.frozen
 class AttentionCall:
-    """One attention layer as the trace saw it."""
+    """One attention layer as the trace saw it.
+
+    Attributes:
+        module: its name in the model.
+        kv: what it stores per token.
+        mask: which keys its queries see.
+    """
 
     module: str
     kv: KVLayer
+    mask: Mask = Mask()
 
 
 @attrs.frozen
@@ -87,11 +95,24 @@ class _Recorder:
         self._module = module
         self._trace = trace
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    def record(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
         layer = KVLayer(key.shape[1], key.shape[3], value.shape[3])
-        self._trace.calls.append(AttentionCall(self._name, layer))
+        self._trace.calls.append(AttentionCall(self._name, layer, masks.read_mask(attention_mask)))
         self._trace.modules.append(self._module)
         return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+def _recording_interface(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    return module.__dict__[attention.SITE].record(query, key, value, attention_mask), None
 
 
 class _Use(TorchFunctionMode):
@@ -133,7 +154,7 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
     """
     from transformers import AutoModelForCausalLM
 
-    attention.register()
+    masks.register(_recording_interface)
     config = copy.deepcopy(config)
     model_type = getattr(config, "model_type", "unknown")
     check_kind(config, trust_remote_code=trust_remote_code)
@@ -145,7 +166,7 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
     try:
         with torch.device("meta"), quiet_transformers():
             model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention.IMPLEMENTATION, trust_remote_code=trust_remote_code
+                config, dtype=dtype, attn_implementation=masks.RECORDING, trust_remote_code=trust_remote_code
             )
     except Exception as error:
         raise build_failure(model_type, error) from error
@@ -157,6 +178,12 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
     check_attention(model_type, expected, len(layers), len(trace.calls))
     check_causality(model_type, trace.modules)
     check_positions(model_type, model, used=trace.uses_positions)
+    for call in trace.calls:
+        if call.mask.misfit:
+            raise UnsupportedModelError(
+                f"model type '{model_type}' {call.mask.misfit} (in '{call.module}'); only causal and sliding-window attention "
+                "can be paged and rolled back"
+            )
     return Architecture(
         name=type(model).__name__,
         calls=tuple(trace.calls),
@@ -192,6 +219,9 @@ def _run(model: torch.nn.Module, model_type: str, dtype: torch.dtype) -> _Trace:
     for name, module in model.named_modules():
         module.__dict__[attention.SITE] = _Recorder(name, module, trace)
     disable_padding_checks(model)
+    seen = torch.ones(
+        1, _TRACE_TOKENS, dtype=torch.long, device="meta"
+    )  # else the mask code would look for packed rows
     ids = torch.zeros(1, _TRACE_TOKENS, dtype=torch.long, device="meta")
     positions = torch.arange(_TRACE_TOKENS, device="meta", dtype=torch.long)[None]
     keep = torch.tensor([1, _TRACE_TOKENS - 1], device="meta", dtype=torch.long)
@@ -199,7 +229,9 @@ def _run(model: torch.nn.Module, model_type: str, dtype: torch.dtype) -> _Trace:
     model.eval()
     try:
         with torch.no_grad(), use:
-            logits = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
+            logits = model(
+                input_ids=ids, attention_mask=seen, position_ids=positions, use_cache=False, logits_to_keep=keep
+            ).logits
     except Exception as error:
         if dtype != torch.bfloat16:  # grouped expert kernels have a meta implementation for bfloat16 alone
             return _run(model.to(torch.bfloat16), model_type, torch.bfloat16)

@@ -23,11 +23,12 @@ _SCORE_LIMIT = 1 << 26
 
 
 class AttentionSite:
-    """One attention layer of a runner: its part of the KV cache and the batch under way."""
+    """One attention layer of a runner: its part of the KV cache, its window, and the batch under way."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, window: int | None = None) -> None:
         self.keys = keys
         self.values = values
+        self.window = window
         self.batch: ForwardBatch | TracedBatch | None = None
 
     def attend(
@@ -186,16 +187,18 @@ def attention_interface(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The function registered with Transformers. Masks come from the site's batch, never from the model."""
+    """The function registered with Transformers.
+
+    Masks come from the site: its batch, and the window that was learnt from the model's own mask (see `masks`).
+    """
     site = module.__dict__[SITE]
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    return site.attend(query, key, value, scaling, sliding_window, softcap, s_aux), None
+    return site.attend(query, key, value, scaling, site.window, softcap, s_aux), None
 
 
 def register() -> None:

@@ -146,6 +146,7 @@ def _key(runner: ModelRunner) -> str:
         "weights": {name: (list(w.shape), str(w.dtype)) for name, w in weights_of(model).items()},
         "caches": [(tensor.shape[0], tensor.shape[2], str(tensor.dtype)) for tensor in runner.cache_tensors],
         "boundaries": list(runner.taps.boundaries),
+        "windows": [site.window for site in runner.sites],
         "native": native.key(),
         "threads": torch.get_num_threads(),
         "device": device_name(runner.device),

@@ -1,7 +1,13 @@
 """The parity probe: is the packed, paged forward the same function as the model's own?
 
 It runs the first time an architecture is met with these versions of torch and Transformers, and its verdict is kept on
-disk. "Any architecture" is thereby a checked fact and not a hope.
+disk. "Any architecture" is thereby a checked fact and not a hope. Two things are compared, where each can be seen clearly:
+
+- the model's code: a narrow float32 copy (see `specimen`) gives the logits of its own eager attention, over prefill, decode
+  and verification steps of ragged rows that reach beyond every window;
+- the arithmetic on this device and in this dtype: in every attention layer of the loaded model, what is computed is the
+  formula over the same queries, keys and values in float32. Logits would not do: what rounding makes of them in bfloat16
+  (a token that is routed to other experts) is as large as a fault.
 """
 
 from __future__ import annotations
@@ -17,24 +23,39 @@ from specplug import native
 from specplug.cache import CacheError, check_private, new_file, private_folder
 from specplug.errors import UnsupportedModelError
 from specplug.model import attention
+from specplug.model.attention import AttentionSite, attend_row
 from specplug.model.blocks import BlockTable
 from specplug.model.cache_key import cache_key, config_facts, device_name
 from specplug.model.difference import TOLERANCE, relative_difference
-from specplug.model.forward import ForwardRow
+from specplug.model.forward import ForwardBatch, ForwardRow
 from specplug.model.packing import PackedLinear
 from specplug.model.runner import ModelRunner
+from specplug.model.specimen import make_specimen
 
 logger = logging.getLogger("specplug")
-_SHORT, _LONG = 5, 9
+_REVISION = 2  # verdicts of other probes say nothing
+_LENGTHS = (9, 23)
+_STEPS = (1, 3, 1)  # tokens of the steps after prefill: decoding, verification
+_BLOCK_SIZE = 4
+# Of one attention layer; torch's float32 products may be less than float32 on a GPU.
+_ATTENTION_TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-3, torch.bfloat16: 0.02, torch.float16: 0.005}
 
 
-def check_parity(runner: ModelRunner, config: Any, block_size: int, *, cache_folder: Path | None = None) -> bool:
-    """Compares two ragged rows over two steps with the model's own eager attention.
+def check_parity(
+    runner: ModelRunner,
+    config: Any,
+    block_size: int,
+    *,
+    trust_remote_code: bool = False,
+    cache_folder: Path | None = None,
+) -> bool:
+    """Compares a model's packed forward with its own eager attention.
 
     Args:
         runner: the loaded model; the first blocks of its KV cache are overwritten.
         config: the model's configuration, part of the key under which the verdict is kept.
         block_size: tokens of a KV block.
+        trust_remote_code: whether the model's own code may be run.
         cache_folder: where verdicts are kept; by default specplug's cache folder.
 
     Returns:
@@ -47,44 +68,128 @@ def check_parity(runner: ModelRunner, config: Any, block_size: int, *, cache_fol
     key = _key(runner, config)
     if record is not None and _load(record).get(key):
         return False
-    difference = measure_difference(runner, block_size)
-    limit = TOLERANCE[runner.cache.keys[0].dtype]
+    dtype = runner.cache.keys[0].dtype
+    name = runner.architecture.name
+    num_blocks = 2 * -(-max(_LENGTHS) // _BLOCK_SIZE)
+    specimen = make_specimen(config, runner.architecture, num_blocks, _BLOCK_SIZE, trust_remote_code=trust_remote_code)
+    if specimen is None:  # then by the logits of the real weights, however much of a difference is rounding
+        logger.debug("no narrow copy of %s can be made: the probe takes the model itself", name)
+        difference, limit = measure_difference(runner, block_size), TOLERANCE[dtype]
+    else:
+        difference, limit = _measure_specimen(specimen), TOLERANCE[torch.float32]
     if not difference <= limit:
         raise UnsupportedModelError(
-            f"{runner.architecture.name} gives other logits packed and paged than by its own attention (relative difference "
+            f"{name} gives other logits packed and paged than by its own attention (relative difference "
             f"{difference:.2g}, at most {limit:g} is rounding): its attention does something the interface does not show"
         )
+    for site, change in enumerate(measure_attention(runner, block_size)):
+        if not change <= _ATTENTION_TOLERANCE[dtype]:
+            raise UnsupportedModelError(
+                f"{name}: the attention of '{runner.architecture.calls[site].module}' is not what its formula gives in "
+                f"float32 (relative difference {change:.2g}, at most {_ATTENTION_TOLERANCE[dtype]:g} is rounding)"
+            )
     if record is not None:
         _save(record, key)
     return True
 
 
+def _measure_specimen(specimen: ModelRunner) -> float:
+    try:
+        return measure_difference(specimen, _BLOCK_SIZE)
+    except Exception as error:  # of the model's own code, even by its own attention
+        raise UnsupportedModelError(
+            f"{specimen.architecture.name} cannot be run with this configuration: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        specimen.close()
+
+
 @torch.inference_mode()
 def measure_difference(runner: ModelRunner, block_size: int) -> float:
-    """The relative root-mean-square difference of the logits, the worse of both steps."""
-    vocabulary = runner.architecture.vocab_size
+    """The relative root-mean-square difference of the logits to the model's own, of the worst step."""
+    rows = _probe_rows(runner)
+    steps = _probe_steps(rows, block_size)
+    own = [_own_logits(runner.model, ids, runner.device) for ids in rows]
+    worst = 0.0
+    for step in steps:
+        theirs = [own[number][row.start : row.start + len(row.tokens)] for number, row in step]
+        worst = max(worst, relative_difference(runner.forward([row for _, row in step]), torch.cat(theirs)))
+    return worst
+
+
+@torch.inference_mode()
+def measure_attention(runner: ModelRunner, block_size: int) -> list[float]:
+    """Per attention layer, the relative root-mean-square difference to the formula in float32, of the worst step."""
+    worst = [0.0] * len(runner.sites)
+    usual = [site.attend for site in runner.sites]
+
+    def watch(index: int) -> Any:
+        site = runner.sites[index]
+
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *how: Any) -> torch.Tensor:
+            attended = usual[index](query, key, value, *how)
+            worst[index] = max(worst[index], relative_difference(attended[0], _by_formula(site, query[0], *how)))
+            return attended
+
+        return attend
+
+    try:
+        for index, site in enumerate(runner.sites):
+            site.attend = watch(index)  # type: ignore[method-assign]
+        for step in _probe_steps(_probe_rows(runner), block_size):
+            runner.forward([row for _, row in step])
+    finally:
+        for site, attend in zip(runner.sites, usual, strict=True):
+            site.attend = attend  # type: ignore[method-assign]
+    return worst
+
+
+def _by_formula(
+    site: AttentionSite,
+    query: torch.Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """What `AttentionSite.attend` has to give, [T, heads, value_dim] in float32, from the keys and values it stored."""
+    assert isinstance(site.batch, ForwardBatch)
+    pieces = []
+    for span in site.batch.spans:
+        low, mask = span.mask(window, torch.float32)
+        slots = torch.tensor(list(span.slot_numbers[low:]), device=query.device)
+        keys, values = (tensor.index_select(1, slots).float() for tensor in (site.keys, site.values))
+        rows = query[:, span.first : span.last].float()
+        sunk = None if sinks is None else sinks.float()
+        pieces.append(attend_row(rows, keys, values, mask, scaling, softcap, sunk).transpose(0, 1))
+    return torch.cat(pieces)
+
+
+def _probe_rows(runner: ModelRunner) -> list[list[int]]:
+    """The ids of two ragged rows."""
     generator = torch.Generator().manual_seed(0)
-    limit = min(_LONG, runner.architecture.context_length, runner.cache.num_slots // 2)
-    rows = [
-        torch.randint(vocabulary, (count,), generator=generator, dtype=torch.long, device="cpu").tolist()
-        for count in (min(_SHORT, limit), limit)
+    limit = min(runner.architecture.context_length, runner.cache.num_slots // 2)
+    vocabulary = runner.architecture.vocab_size
+    return [
+        torch.randint(vocabulary, (min(count, limit),), generator=generator, dtype=torch.long, device="cpu").tolist()
+        for count in _LENGTHS
     ]
-    tables = []
-    blocks_each = -(-limit // block_size)
-    for number in range(2):
+
+
+def _probe_steps(rows: list[list[int]], block_size: int) -> list[list[tuple[int, ForwardRow]]]:
+    """The forwards that run the rows together: prefill, then a few tokens at a time; each row with its number."""
+    blocks_each = -(-max(len(ids) for ids in rows) // block_size)
+    steps: list[list[tuple[int, ForwardRow]]] = [[] for _ in range(len(_STEPS) + 1)]
+    for number, ids in enumerate(rows):
         table = BlockTable(block_size)
         table.extend(range(number * blocks_each, (number + 1) * blocks_each))
-        tables.append(table)
-    cuts = [max(1, len(ids) - 2) for ids in rows]
-    first = [ForwardRow(ids[:cut], 0, table) for ids, cut, table in zip(rows, cuts, tables, strict=True)]
-    second = [ForwardRow(ids[cut:], cut, table) for ids, cut, table in zip(rows, cuts, tables, strict=True)]
-    packed = [runner.forward(first), runner.forward(second)]
-    expected = [_own_logits(runner.model, ids, runner.device) for ids in rows]
-    reference = [
-        torch.cat([logits[:cut] for logits, cut in zip(expected, cuts, strict=True)]),
-        torch.cat([logits[cut:] for logits, cut in zip(expected, cuts, strict=True)]),
-    ]
-    return max(relative_difference(ours, theirs) for ours, theirs in zip(packed, reference, strict=True))
+        start = 0
+        for step, count in zip(steps, (max(1, len(ids) - sum(_STEPS)), *_STEPS), strict=True):
+            tokens = ids[start : start + count]
+            if tokens:
+                step.append((number, ForwardRow(tokens, start, table)))
+            start += len(tokens)
+    return [step for step in steps if step]
 
 
 def _own_logits(model: Any, ids: list[int], device: torch.device) -> torch.Tensor:
@@ -103,6 +208,8 @@ def _key(runner: ModelRunner, config: Any) -> str:
         "device": device_name(runner.device),
         "packed": sum(isinstance(module, PackedLinear) for module in runner.model.modules()),
         "native": native.key() if runner.attends_natively else None,
+        "windows": [site.window for site in runner.sites],
+        "revision": _REVISION,
     }
     return cache_key(runner.architecture.name, facts)
 

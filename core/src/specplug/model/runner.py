@@ -38,7 +38,7 @@ class ModelRunner:
         self.compiled: CompiledForward | None = None
         self.graphs: CudaGraphs | None = None
         for call, keys, values in zip(architecture.calls, cache.keys, cache.values, strict=True):
-            site = AttentionSite(keys, values)
+            site = AttentionSite(keys, values, call.mask.window)
             model.get_submodule(call.module).__dict__[attention.SITE] = site
             self.sites.append(site)
 

@@ -1,0 +1,106 @@
+"""Which keys each attention layer may see, learnt from the masks that the model itself builds.
+
+A model's own attention obeys the mask that reaches it, whatever else is passed beside it: `sliding_window`, for example, is
+read by flash attention alone, and some models never pass it. So the trace of `inspect_architecture` runs with an attention
+implementation that has a mask function: Transformers calls that with the mask as a function of two positions. It is
+evaluated at positions as far as the model's context reaches, which costs nothing, and its window goes to the layer that
+receives the mask. The running implementation has no mask function, so nothing of this is left in a forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import torch
+
+RECORDING = "specplug-recording"
+_FACT = "recorded_mask"
+_FARTHEST = 1 << 20
+MaskFunction = Callable[..., Any]
+
+
+@attrs.frozen
+class Mask:
+    """What a query sees: keys at most `window - 1` positions back; all before it where `window` is None.
+
+    Attributes:
+        window: positions, the query's own included.
+        misfit: why the mask is no such window; then `window` says nothing.
+    """
+
+    window: int | None = None
+    misfit: str | None = None
+
+
+def read_mask(attention_mask: Any) -> Mask:
+    """The mask that an attention layer received during the trace.
+
+    Args:
+        attention_mask: as it was passed to the attention function. None: the model builds no mask; its attention is causal.
+    """
+    if attention_mask is None:
+        return Mask()
+    known = getattr(attention_mask, _FACT, None)
+    if known is not None:
+        return known
+    return Mask(misfit="adds a mask or a bias of its own to the attention scores")
+
+
+def learn_mask(mask_function: MaskFunction, context_length: int, local_size: int | None = None) -> Mask:
+    """Evaluates a mask at some far-apart queries, over all keys up to shortly behind each.
+
+    Args:
+        mask_function: of (batch, head, query, key) indices, as Transformers' masks are made of.
+        context_length: queries go up to here.
+        local_size: the window that the model names for it; it is believed where the mask reads tensors of the batch too,
+            which kind each token is for example: the parity probe then shows whether it holds for text.
+    """
+    last = min(context_length, _FARTHEST) - 1
+    queries = sorted({min(query, last) for query in (0, 1, 2, 5, 31, 64, 999, 4_100, 70_001, last // 2, last)})
+    window: int | None = None
+    for query in queries:
+        keys = torch.arange(query + 3)
+        try:
+            index = torch.zeros(1, 1, 1, 1, dtype=torch.long)
+            seen = mask_function(index, index, torch.full((1, 1, 1, 1), query), keys[None, None, None])
+            visible = torch.as_tensor(seen, dtype=torch.bool).expand(1, 1, 1, len(keys)).flatten()
+        except Exception:  # it reads tensors of the batch, which have no values in the trace
+            return Mask(local_size)
+        count = int(visible.sum())
+        if not bool((visible == ((keys > query - count) & (keys <= query))).all()):
+            return Mask(misfit="has a mask that is neither causal nor a sliding window")
+        if window is None and count <= query:
+            window = count
+        if count != min(query + 1, window or query + 1):
+            return Mask(misfit="has a mask that is neither causal nor a sliding window (chunks, for example)")
+    return Mask(window)
+
+
+def register(recording: Callable[..., Any]) -> None:
+    """Makes the implementation of the trace known to Transformers.
+
+    Args:
+        recording: its attention function.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(RECORDING, recording)
+    AttentionMaskInterface.register(RECORDING, _record)
+
+
+def _record(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: MaskFunction,
+    config: Any,
+    local_size: int | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """Stands in for a mask during the trace: a tensor of its shape, which knows what it stands for."""
+    mask = torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
+    length = getattr(config, "max_position_embeddings", None) or _FARTHEST
+    setattr(mask, _FACT, learn_mask(mask_function, length, local_size))
+    return mask
