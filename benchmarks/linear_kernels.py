@@ -3,8 +3,8 @@
     python benchmarks/linear_kernels.py
     CXX="c++ -mno-amx-tile" python benchmarks/linear_kernels.py     # our kernel for a lower instruction set
 
-Every contestant multiplies the same rows with the same weights, one weight after the other, so that no weight is found in a cache:
-that is what a decoding step does. Contestants take turns; medians in milliseconds for all weights, and bytes of weights per second.
+Every contestant multiplies the same rows with the same weights, one weight after the other, so that weights come from memory:
+that is what a decoding step does. Contestants take turns. Medians in ms for all weights, and bytes of weights per second.
 `brgemm` is `at::native::cpublas::brgemm` over the same packed panels, which needs AVX-512; n/a where it is not supported.
 """
 
@@ -124,7 +124,8 @@ def main() -> None:
     shape = (args.out_features, args.in_features)
     weights = [torch.randn(shape, dtype=torch.bfloat16) / args.in_features**0.5 for _ in range(args.weights)]
     size = sum(weight.nbytes for weight in weights)
-    print(describe_machine(torch.device("cpu")), shlex.join(find_compiler()), f"AMX {native.has_amx()}", f"{size / 1e6:.0f} MB of weights")
+    compiler = shlex.join(find_compiler())
+    print(describe_machine(torch.device("cpu")), compiler, f"AMX {native.has_amx()}, {size / 1e6:.0f} MB of weights")
     results = []
     for rows in args.rows:
         states = torch.randn(rows, args.in_features, dtype=torch.bfloat16)
@@ -139,7 +140,9 @@ def main() -> None:
                         times[name].append(time.perf_counter() - started)
         medians = {name: statistics.median(own) for name, own in times.items()}
         results.append({"rows": rows, **{name: round(1e3 * seconds, 3) for name, seconds in medians.items()}})
-        cells = [f"{name} {1e3 * seconds:9.2f} ms {size / seconds / 1e9:6.1f} GB/s" for name, seconds in medians.items()]
+        cells = [
+            f"{name} {1e3 * seconds:9.2f} ms {size / seconds / 1e9:6.1f} GB/s" for name, seconds in medians.items()
+        ]
         print(f"{rows:5}  " + "   ".join(cells), flush=True)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
