@@ -6,8 +6,10 @@ import random
 
 import torch
 
-from specplug import DraftDistributions
+from specplug import LLM, DraftDistributions, SamplingParams
 from specplug.speculation.draft import Draft, trim_drafts
+from support.follow import Follow
+from support.speculators import provide
 
 
 def random_tree(chooser: random.Random, size: int, *, scored: bool) -> Draft:
@@ -47,6 +49,16 @@ def test_drafts_without_scores_lose_their_last_nodes_whatever_the_tokens() -> No
         assert trimmed[2].parents == (tree.parents or [])[:4]
 
 
+def test_a_total_below_the_number_of_rows_is_used_in_turn() -> None:
+    drafts = [Draft("m", [1, 2, 3]), None, Draft("m", [4]), Draft("m", [5, 6])]
+    for total in range(6):
+        sizes = [[len(d) for d in trim_drafts(drafts, total, turn) if d is not None] for turn in range(3)]
+        assert all(sum(each) <= total for each in sizes)
+        if total < 3:
+            assert all(sum(each) == total for each in sizes)
+            assert [sum(row) for row in zip(*sizes, strict=True)] == [total] * 3
+
+
 def test_what_fits_is_left_alone() -> None:
     draft = Draft("m", [1, 2, 3])
     assert trim_drafts([draft, None], 3) == [draft, None]
@@ -76,3 +88,18 @@ def test_how_far_a_sampled_draft_is_cut_depends_on_no_rows_length() -> None:
             assert trimmed is not None
             kept.add(len(trimmed))
     assert kept == {6}
+
+
+def test_fewer_draft_tokens_than_rows_reach_all_rows() -> None:
+    prompts = [[5, 6, place] for place in range(3, 7)]
+    params = SamplingParams(temperature=0, max_tokens=13, ignore_eos=True)
+    follow = Follow([])
+    options = provide(lambda c, t: follow, gamma=4)
+    with LLM(
+        "tiny", memory="256MiB", max_model_len=64, skip_tokenizer_init=True, max_num_draft_tokens=2, **options
+    ) as llm:
+        plain = llm.generate(prompts, params)
+        follow.known += [each.prompt_token_ids + each.outputs[0].token_ids for each in plain]
+        outputs = llm.generate(prompts, params)
+    assert [each.outputs[0].token_ids for each in outputs] == [each.outputs[0].token_ids for each in plain]
+    assert all(each.outputs[0].metrics.num_accepted_draft_tokens >= 2 for each in outputs)

@@ -1,4 +1,4 @@
-"""Each layer attends as far as the model's own mask reaches, whatever the model tells the attention function; the probe sees it."""
+"""Each layer attends as far as the model's own mask reaches, and the parity probe sees a wrong window."""
 
 from __future__ import annotations
 

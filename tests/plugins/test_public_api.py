@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,3 +30,41 @@ def test_only_public_names_of_core_are_imported(package: str) -> None:
             elif isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "specplug":
                 assert node.module == "specplug", where
                 assert {alias.name for alias in node.names} <= set(specplug.__all__), where
+
+
+def test_type_checkers_and_the_interpreter_see_the_same_names() -> None:
+    tree = ast.parse(Path(specplug.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert seen == specplug._HOME_OF
+    for name, home in seen.items():
+        assert getattr(specplug, name) is getattr(importlib.import_module(str(home)), name)
+    assert sorted({*seen, "__version__"}) == sorted(specplug.__all__)
+
+
+def test_every_error_is_public() -> None:
+    errors = importlib.import_module("specplug.errors")
+    names = {name for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, Exception)}
+    assert "RequestError" in names
+    assert names <= set(specplug.__all__)
+
+
+def test_what_users_get_and_annotate_is_public() -> None:
+    for module in ("specplug.outputs", "specplug.stats", "specplug.metrics", "specplug.sampling.logprobs"):
+        loaded = importlib.import_module(module)
+        own = {name for name, value in vars(loaded).items() if inspect.isclass(value) and value.__module__ == module}
+        assert own <= set(specplug.__all__), module
+    assert {"Engine", "EngineConfig", "StepOutput", "Request", "StepReport", "RowRandomness"} <= set(specplug.__all__)
+
+
+def test_the_import_stays_light() -> None:
+    """Neither the package nor an error costs an import of torch."""
+    code = "import sys; import specplug; specplug.RequestError; sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("package", ["core", *PACKAGES])
+def test_packages_that_say_they_are_typed_are(package: str) -> None:
+    said = "Typing :: Typed" in (ROOT / package / "pyproject.toml").read_text(encoding="utf-8")
+    (source,) = [each for each in (ROOT / package / "src").iterdir() if (each / "__init__.py").is_file()]
+    assert (source / "py.typed").is_file() == said

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from specplug.version import __version__
 
 if TYPE_CHECKING:
+    from specplug.configuration.engine import EngineConfig
     from specplug.contract.batch import (
         Budget,
         EndReason,
@@ -30,21 +31,42 @@ if TYPE_CHECKING:
     from specplug.contract.target import ModelHandle, TargetModel, WeightsHandle
     from specplug.contract.traits import SpeculatorTraits
     from specplug.contract.verdict import TargetDistributions, Verdict
-    from specplug.errors import CheckpointError, ConfigurationError, GenerationError, SpecplugError
+    from specplug.engine.engine import Engine, StepOutput
+    from specplug.engine.startup import StepReport
+    from specplug.errors import (
+        CheckpointError,
+        ConfigurationError,
+        GenerationError,
+        InsufficientMemoryError,
+        ModelOutputError,
+        PluginError,
+        RequestError,
+        SpecplugError,
+        StartupError,
+        UnsupportedModelError,
+    )
     from specplug.llm import LLM
+    from specplug.metrics import Counter, Gauge, Metric, Vector
     from specplug.model.blocks import BlockTable
     from specplug.model.forward import ForwardRow, TreeMask
     from specplug.model.kv_cache import KVCache
     from specplug.model.packing import pack_linears
     from specplug.model.paged import PagedBatch
-    from specplug.outputs import CompletionOutput, RequestOutput
+    from specplug.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamedPiece
+    from specplug.request import FinishReason, Request
     from specplug.sampling.distributions import process
     from specplug.sampling.drawing import sample
     from specplug.sampling.likeliest import likeliest
+    from specplug.sampling.logprobs import Logprob, PositionLogprobs
     from specplug.sampling.params import SamplingParams
+    from specplug.sampling.randomness import RowRandomness
+    from specplug.stats import DraftCounts, SpeculationStats
+    from specplug.text.prompts import Message, Prompt
     from specplug.tiny import resolve_model
 
+# The same names at run time; a test compares the two lists.
 _HOMES = {
+    "specplug.configuration.engine": ("EngineConfig",),
     "specplug.contract.batch": (
         "Budget",
         "EndReason",
@@ -57,25 +79,89 @@ _HOMES = {
     ),
     "specplug.contract.going_on": ("worth_another_token",),
     "specplug.contract.hookspecs": ("hookimpl",),
-    "specplug.contract.memory": ("KVLayer", "MemoryBudget", "MemoryRegion"),
-    "specplug.contract.proposal": ("DraftDistributions", "Proposal"),
-    "specplug.contract.resources": ("CAPTURED_TOKENS", "Resources"),
+    "specplug.contract.memory": (
+        "KVLayer",
+        "MemoryBudget",
+        "MemoryRegion",
+    ),
+    "specplug.contract.proposal": (
+        "DraftDistributions",
+        "Proposal",
+    ),
+    "specplug.contract.resources": (
+        "CAPTURED_TOKENS",
+        "Resources",
+    ),
     "specplug.contract.settings": ("SpeculativeConfig",),
-    "specplug.contract.target": ("ModelHandle", "TargetModel", "WeightsHandle"),
+    "specplug.contract.target": (
+        "ModelHandle",
+        "TargetModel",
+        "WeightsHandle",
+    ),
     "specplug.contract.traits": ("SpeculatorTraits",),
-    "specplug.contract.verdict": ("TargetDistributions", "Verdict"),
-    "specplug.errors": ("CheckpointError", "ConfigurationError", "GenerationError", "SpecplugError"),
+    "specplug.contract.verdict": (
+        "TargetDistributions",
+        "Verdict",
+    ),
+    "specplug.engine.engine": (
+        "Engine",
+        "StepOutput",
+    ),
+    "specplug.engine.startup": ("StepReport",),
+    "specplug.errors": (
+        "CheckpointError",
+        "ConfigurationError",
+        "GenerationError",
+        "InsufficientMemoryError",
+        "ModelOutputError",
+        "PluginError",
+        "RequestError",
+        "SpecplugError",
+        "StartupError",
+        "UnsupportedModelError",
+    ),
     "specplug.llm": ("LLM",),
+    "specplug.metrics": (
+        "Counter",
+        "Gauge",
+        "Metric",
+        "Vector",
+    ),
     "specplug.model.blocks": ("BlockTable",),
-    "specplug.model.forward": ("ForwardRow", "TreeMask"),
+    "specplug.model.forward": (
+        "ForwardRow",
+        "TreeMask",
+    ),
     "specplug.model.kv_cache": ("KVCache",),
     "specplug.model.packing": ("pack_linears",),
     "specplug.model.paged": ("PagedBatch",),
-    "specplug.outputs": ("CompletionOutput", "RequestOutput"),
+    "specplug.outputs": (
+        "CompletionOutput",
+        "RequestMetrics",
+        "RequestOutput",
+        "StreamedPiece",
+    ),
+    "specplug.request": (
+        "FinishReason",
+        "Request",
+    ),
     "specplug.sampling.distributions": ("process",),
     "specplug.sampling.drawing": ("sample",),
     "specplug.sampling.likeliest": ("likeliest",),
+    "specplug.sampling.logprobs": (
+        "Logprob",
+        "PositionLogprobs",
+    ),
     "specplug.sampling.params": ("SamplingParams",),
+    "specplug.sampling.randomness": ("RowRandomness",),
+    "specplug.stats": (
+        "DraftCounts",
+        "SpeculationStats",
+    ),
+    "specplug.text.prompts": (
+        "Message",
+        "Prompt",
+    ),
     "specplug.tiny": ("resolve_model",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -46,7 +46,7 @@ class AttentionCall:
 
     module: str
     kv: KVLayer
-    mask: Mask = Mask()
+    mask: Mask = attrs.field(factory=Mask)
 
 
 @attrs.frozen

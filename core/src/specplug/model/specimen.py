@@ -77,7 +77,7 @@ def _build(config: Any, trust_remote_code: bool) -> torch.nn.Module:
 
 @torch.no_grad()
 def _shake(model: torch.nn.Module) -> None:
-    """Weights under which every layer's attention shows in the logits: matrices keep a state's size, nothing stays zero or one."""
+    """Weights under which every layer's attention shows in the logits: matrices keep a state's norm, none stays zero or one."""
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.normal_(0, 1 / math.sqrt(parameter.shape[-1]))

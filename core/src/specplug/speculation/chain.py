@@ -53,6 +53,7 @@ class SpeculatorChain:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_draft_tokens = max_num_draft_tokens
         self._strict = strict
+        self._turn = 0  # which row comes first where not all get a draft
         self._kept_at_rest: list[int] = []  # slots whose states are kept in steps without budgets
 
     @property
@@ -142,7 +143,8 @@ class SpeculatorChain:
         if self._max_num_draft_tokens is not None:
             total = min(total, self._max_num_draft_tokens)
         drafts = [request.draft for request in requests]
-        drafts = trim_drafts(drafts if auto is None else auto.trim(drafts), total)
+        drafts = trim_drafts(drafts if auto is None else auto.trim(drafts), total, self._turn)
+        self._turn += 1
         for request, draft in zip(requests, drafts, strict=True):
             request.draft = draft if draft is not None and len(draft) else None
         if auto is not None:

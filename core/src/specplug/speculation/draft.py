@@ -80,24 +80,26 @@ def depths_of(parents: Sequence[int]) -> list[int]:
     return depths
 
 
-def trim_drafts(drafts: Sequence[Draft | None], total: int) -> list[Draft | None]:
+def trim_drafts(drafts: Sequence[Draft | None], total: int, turn: int = 0) -> list[Draft | None]:
     """Keeps at most `total` nodes over all rows.
 
     Deterministic trees with scores keep the best nodes of all rows together, which are ancestor-closed. Other drafts keep their
-    first nodes, up to an equal share of the total: which nodes go must not depend on the tokens that were sampled, nor on
-    how many came in any row, since a speculator may stop where it is unsure. So beside a sampled draft all count for what they
-    were allowed.
+    first nodes, up to an equal share of the total; what is left over goes to some of them, beginning at another one every
+    `turn`, so that a total below the number of rows is used too. Which nodes go must not depend on the tokens that were
+    sampled, nor on how many came in any row, since a speculator may stop where it is unsure. So beside a sampled draft all
+    count for what they were allowed.
     """
     present = [draft for draft in drafts if draft is not None]
     count = len(present)
     is_any_sampled = any(draft.probs is not None for draft in present)
     if sum(max(draft.allowed, len(draft)) if is_any_sampled else len(draft) for draft in present) <= total:
         return list(drafts)
-    share = total // count
-    cut = [
-        draft.keep(range(share)) if draft is not None and draft.scores is None and len(draft) > share else draft
-        for draft in drafts
-    ]
+    share, left = divmod(max(0, total), count)
+    shares = iter([share + ((place - turn) % count < left) for place in range(count)])
+    cut: list[Draft | None] = []
+    for draft in drafts:
+        own = 0 if draft is None else next(shares)
+        cut.append(draft.keep(range(own)) if draft is not None and draft.scores is None and len(draft) > own else draft)
     fixed = sum(len(draft) for draft in cut if draft is not None and draft.scores is None)
     scored = [
         (-score, row, node)
