@@ -3,7 +3,8 @@
     python benchmarks/acceptance.py '{"method": "draft_model"}' '{"method": "draft_model", "draft_sample_method": "greedy"}'
 
 Nothing is timed. Every figure is tokens per target forward that verified a draft, the bonus token included, with its standard
-error over prompts; requests have no seed, so that the rule that accepts most is used.
+error over prompts; requests have no seed, so that the rule that accepts most is used. Every temperature has an engine of its
+own: a method that learns from requests has seen no prompt before.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ def main() -> None:
             "memory": "8GiB",
             "chain_verification": args.chain_verification,
         }
-        with LLM(args.target, speculative_config=json.loads(text), **options) as llm:
-            for temperature in args.temperatures:
+        for temperature in args.temperatures:
+            with LLM(args.target, speculative_config=json.loads(text), **options) as llm:
                 tau, error, drafted = measure(llm, prompts, temperature, args.tokens)
                 rows.append(
                     {"config": text, "temperature": temperature, "tau": round(tau, 3), "error": round(error, 3)}

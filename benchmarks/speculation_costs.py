@@ -147,6 +147,8 @@ def main() -> None:
     for gamma in args.gammas:
         config = {"method": args.method, "num_speculative_tokens": gamma, **extra}
         with LLM(args.target, speculative_config=config, **options) as llm:
+            if any(speculator.traits.learns for speculator in llm.engine.chain.speculators):
+                parser.error(f"{args.method} learns from requests, and prompts are repeated here: use specplug bench")
             for is_plain in (True, False):
                 run(llm, prompts[:1], 16, plain=is_plain)
             context = len(prompts[0]) + args.tokens // 2

@@ -37,6 +37,8 @@ class VllmContestant:
     """
 
     kind = "peer"
+    learns = False
+    is_taught = False
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -20,8 +21,13 @@ CELL = Cell(1, 0.0)
 class Fake:
     """A contestant whose runs take as long as it is told."""
 
-    def __init__(self, label: str, seconds: float, log: list[str] | None = None, most: int = 99) -> None:
+    is_taught = False
+
+    def __init__(
+        self, label: str, seconds: float, log: list[str] | None = None, most: int = 99, *, learns: bool = False
+    ) -> None:
         self.label = label
+        self.learns = learns
         self.kind = "plain" if label == PLAIN else "method"
         self.config: dict[str, Any] | None = None if label == PLAIN else {"method": label}
         self._seconds = seconds
@@ -30,6 +36,7 @@ class Fake:
 
     def open(self, on_step: Any) -> None:
         self._log.append(f"open {self.label}")
+        self.is_taught = False
 
     def close(self) -> None:
         self._log.append(f"close {self.label}")
@@ -39,6 +46,7 @@ class Fake:
 
     def run(self, workload: Workload, cell: Cell, advance: Any) -> Measurement:
         self._log.append(self.label)
+        self.is_taught = self.learns
         advance(workload.num_tokens(cell.batch))
         stats = SpeculationStats()
         if self.kind == "method":
@@ -99,11 +107,39 @@ def test_one_at_a_time_holds_one() -> None:
 
 @pytest.mark.parametrize("one_at_a_time", [False, True])
 def test_the_tokens_to_come_are_known(one_at_a_time: bool) -> None:
-    contestants, cells = [Fake(PLAIN, 2.0), Fake("fast", 1.0, most=1)], [CELL, Cell(4, 0.0)]
+    contestants = [Fake(PLAIN, 2.0), Fake("fast", 1.0, most=1), Fake("learner", 1.0, learns=True)]
+    cells = [CELL, Cell(4, 0.0)]
     seen: list[int] = []
     total = tokens_to_generate(contestants, cells, WORKLOAD, 3, one_at_a_time=one_at_a_time)
     compare(contestants, cells, WORKLOAD, 3, Watcher(advance=seen.append), one_at_a_time=one_at_a_time)
     assert sum(seen) == total
+
+
+def test_what_learns_is_opened_anew_for_every_counted_run() -> None:
+    log: list[str] = []
+    contestants = [Fake(PLAIN, 2.0, log), Fake("learner", 1.0, log, learns=True)]
+    compare(contestants, [CELL], WORKLOAD, 2, Watcher())
+    warm_and_counted = ["learner", "learner"]
+    again = ["close learner", "open learner"]
+    opened = ["open " + PLAIN, "open learner"]
+    first, second = [*warm_and_counted, PLAIN], [PLAIN, *again, *warm_and_counted]
+    assert log == [*opened, PLAIN, *first, *second, "close learner", "close " + PLAIN]
+
+
+def test_what_learns_has_nothing_to_show_where_prompts_repeat() -> None:
+    plain, learner = summaries(Fake(PLAIN, 2.0), Fake("learner", 1.0, learns=True), cell=Cell(2, 0.0))
+    assert plain.missing is None
+    assert learner.missing == "it learns: needs 4 different prompts, not 2"
+
+
+def test_unrelated_prompts_have_the_lengths_of_the_workload_and_none_of_its_text() -> None:
+    work = Workload("test", [BenchPrompt("a", list(range(100, 400))), BenchPrompt("b", [7, 8, 9])], 10)
+    other = work.unrelated()
+    assert [len(prompt.ids) for prompt in other.prompts] == [300, 3]
+    pairs = {(a, b) for prompt in work.prompts for a, b in pairwise(prompt.ids)}
+    seen = [pair for prompt in other.prompts for pair in pairwise(prompt.ids)]
+    assert sum(pair in pairs for pair in seen) <= 3
+    assert all(0 <= token < 400 for prompt in other.prompts for token in prompt.ids)
 
 
 def test_a_batch_has_two_requests_for_every_place() -> None:

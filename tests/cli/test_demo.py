@@ -34,6 +34,28 @@ def load_speculator(config, target):
     return Careless()
 '''
 
+MEMORISER = """
+from specplug import Proposal, SpeculatorTraits, hookimpl
+
+class Memoriser:
+    traits = SpeculatorTraits(learns=True)
+    known = {}
+
+    @hookimpl
+    def propose(self, batch):
+        return Proposal([self.draft(row.tokens[:], row.num_prompt_tokens, row.budget.max_nodes) for row in batch.rows])
+
+    def draft(self, tokens, length, count):
+        known = self.known.setdefault(tuple(tokens[:length]), [])
+        if len(tokens) > len(known):
+            known[:] = tokens
+        return known[len(tokens) : len(tokens) + count]
+
+@hookimpl
+def load_speculator(config, target):
+    return Memoriser()
+"""
+
 
 @pytest.fixture(autouse=True)
 def _once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +86,20 @@ def test_piped(run: Callable[..., Any], installed: Callable[..., None], monkeypa
     assert float(row[2]) > 2
     assert int(row[3]) < int(plain[1])
     assert "On your own model:" in text
+
+
+def test_what_learns_is_timed_on_prompts_that_are_new_to_it(
+    run: Callable[..., Any], installed: Callable[..., None]
+) -> None:
+    installed("acme-memoriser", methods={"memoriser": ""}, source=MEMORISER)
+    result = run("demo", "--method", "memoriser", "--max-tokens", "20")
+    assert result.exit_code == 0, result.output
+    row = re.search(r"^memoriser +\d+ \(\d+\.\dx\) +(\S+) +(\d+) +yes$", result.stdout, re.MULTILINE)
+    plain = re.search(r"^plain decoding +\d+ \(1\.0x\) +- +(\d+) +-$", result.stdout, re.MULTILINE)
+    assert row is not None, result.stdout
+    assert plain is not None, result.stdout
+    assert (row[1], row[2]) == ("-", plain[1])
+    assert "memoriser learns from requests: each prompt was timed once, when it was new to it." in result.stdout
 
 
 def test_prompts_suit_the_model() -> None:

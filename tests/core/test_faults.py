@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,25 @@ def test_three_faults_in_a_row_switch_it_off(
         assert speculator.calls == 13
         assert not llm.engine.chain.enabled["throwaway"]
     assert any("switched off" in record.getMessage() for record in caplog.records)
+
+
+class Dawdler:
+    @hookimpl
+    def propose(self, batch: Any) -> Proposal:
+        time.sleep(0.6)
+        return Proposal([[3] * row.budget.max_nodes for row in batch.rows])
+
+
+def test_slow_proposals_are_reported_once_with_both_times(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        caplog.at_level(logging.WARNING, "specplug"),
+        LLM(folder, skip_tokenizer_init=True, memory="64MiB", **provide(lambda c, t: Dawdler(), gamma=2)) as llm,
+    ):
+        llm.generate(PROMPTS[:1], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
+    told = [record.getMessage() for record in caplog.records if "for one proposal" in record.getMessage()]
+    assert len(told) == 1
+    seconds = r"speculator 'throwaway' took 0\.[6-9]\d* s for one proposal, the target's step before it [\d.e-]+ s;"
+    assert re.match(seconds, told[0])
 
 
 def test_a_fault_in_the_first_leaves_the_fallback(folder: Path, expected: list[list[int]]) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
+import numpy as np
 import torch
-from good import Learner, Lookup, Reader, Sampler, Table
+from good import Learner, Lookup, Reader, Sampler, StateLearner, Table
 from safetensors.torch import load_file
 
 from specplug import MemoryRegion, Proposal, SpeculatorTraits, Verdict, hookimpl
@@ -179,6 +180,58 @@ class ThinksLong(Lookup):
         return super().propose(batch)
 
 
+class StatesLearnedOffByOne(StateLearner):
+    def place(self, start: int, index: int) -> int:
+        return max(start + index - 1, 0)
+
+
+class NumpyUnplanned(Lookup):
+    @hookimpl
+    def warmup(self, resources: Any) -> None:
+        self.table = np.zeros(200 << 20, dtype=np.uint8)
+
+
+class ListsOnTheClass(Lookup):
+    seen: ClassVar[list[Any]] = []
+
+    def draft(self, tokens: Any, count: int) -> list[int]:
+        self.seen.append(np.array(tokens[-8:]))
+        return super().draft(tokens, count)
+
+
+class StringsInAModule(Lookup):
+    def draft(self, tokens: Any, count: int) -> list[int]:
+        HELD.append(" ".join(map(str, tokens[-8:])))
+        return super().draft(tokens, count)
+
+
+class KeepsBatches(Reader):
+    """Keeps the tensors of every call, which all are views of one buffer."""
+
+    def draft(self, row: Any, batch: Any) -> list[int]:
+        vars(self).setdefault("batches", []).append(batch.hidden_states["final"])
+        return super().draft(row, batch)
+
+
+class Dawdles(Lookup):
+    @hookimpl
+    def propose(self, batch: Any) -> Proposal:
+        time.sleep(1.2)
+        return super().propose(batch)
+
+
+class RaisesAlways(Lookup):
+    @hookimpl
+    def propose(self, batch: Any) -> Proposal:
+        raise ValueError("a bug in every call")
+
+
+class RaisesInWarmup(Lookup):
+    @hookimpl
+    def warmup(self, resources: Any) -> None:
+        raise RuntimeError("a bug in warmup\n" * 50)
+
+
 class WrongHook(Lookup):
     @hookimpl
     def warm_up(self, resources: Any) -> None:
@@ -311,6 +364,7 @@ GOOD: dict[str, Case] = {
     "lookup": Case(_plain(Lookup), set(), Flags(deterministic=True, samples=False, drafts=True)),
     "sampler": Case(_of_target(Sampler), set(), Flags(samples=True, drafts=True)),
     "learner": Case(_plain(Learner), set(), Flags(samples=False, drafts=True)),
+    "learner of states": Case(_of_target(StateLearner), set(), Flags(reads_states=True, owns_kv=False)),
     "reader": Case(_of_target(Reader), set(), Flags(reads_states=True, deterministic=True, owns_kv=False)),
 }
 BROKEN: dict[str, Case] = {
@@ -344,6 +398,14 @@ BROKEN: dict[str, Case] = {
     "under-planned memory": Case(_plain(Underplanned), {"memory"}),
     "memory that grows in a run": Case(_of_target(GrowsInTheRun), {"memory"}),
     "over-planned memory": Case(_plain(Overplanned), {"memory"}),
+    "a learner whose states are off by one": Case(_of_target(StatesLearnedOffByOne), {"learning"}),
+    "numpy arrays that nobody planned": Case(_plain(NumpyUnplanned), {"memory"}),
+    "arrays in a list of the class": Case(_plain(ListsOnTheClass), {"leftovers"}),
+    "strings in a list of a module": Case(_plain(StringsInAModule), {"leftovers"}),
+    "tensors of every batch": Case(_of_target(KeepsBatches), {"leftovers"}),
+    "thinking for a second in every call": Case(_plain(Dawdles), {"startup"}),
+    "raising in every call": Case(_plain(RaisesAlways), {"startup"}),
+    "raising in warmup": Case(_plain(RaisesInWarmup), {"startup"}),
     "thinking too long": Case(_plain(ThinksLong), {"progress"}),
     "perfect, and wrong": Case(_plain(Lookup), {"perfect"}, perfect=True),
     "a wrapper that changes a proposal": Case(Trims(_plain(Lookup)), {"wrappers"}),

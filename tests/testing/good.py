@@ -17,7 +17,7 @@ from specplug import (
 )
 from specplug.testing.lookup import Lookup
 
-__all__ = ["Learner", "Lookup", "Reader", "Sampler", "Table"]
+__all__ = ["Learner", "Lookup", "Reader", "Sampler", "StateLearner", "Table"]
 
 
 class Learner:
@@ -125,6 +125,38 @@ class Reader:
 
     def newest_state(self, row: Any, batch: Any) -> torch.Tensor:
         return batch.hidden_states["final"][row.states.stop - 1]
+
+
+class StateLearner:
+    """Drafts what the target's states said would follow a token when it was last seen, in any request."""
+
+    traits = SpeculatorTraits(hidden_states=("final",), learns=True)
+
+    def __init__(self, target: Any) -> None:
+        generator = torch.Generator().manual_seed(10)
+        self.weights = torch.randn(target.hidden_size, target.vocab_size, generator=generator)
+        self.follows: dict[int, int] = {}
+
+    @hookimpl
+    def plan_memory(self, budget: Any) -> list[MemoryRegion]:
+        return [MemoryRegion("weights", "buffers", fixed_bytes=self.weights.nbytes)]
+
+    @hookimpl
+    def propose(self, batch: Any) -> Proposal:
+        for row in batch.rows:
+            for index, position in enumerate(row.computed):
+                state = batch.hidden_states["final"][self.place(row.states.start, index)]
+                self.follows[row.tokens[position]] = int((state @ self.weights).argmax())
+        return Proposal([self.draft(row.tokens[-1], row.budget.max_nodes) for row in batch.rows])
+
+    def place(self, start: int, index: int) -> int:
+        return start + index
+
+    def draft(self, token: int, count: int) -> list[int]:
+        drafted = [token]
+        while len(drafted) <= count and drafted[-1] in self.follows:
+            drafted.append(self.follows[drafted[-1]])
+        return drafted[1:]
 
 
 class Table(Lookup):

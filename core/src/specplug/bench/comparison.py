@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import attrs
 
-from specplug.bench.contestant import Contestant, OnStep
+from specplug.bench.contestant import Contestant, OnStep, why_missing
 from specplug.bench.measurement import Measurement
 from specplug.bench.workload import Cell, Workload
 
@@ -58,6 +58,9 @@ def compare(
     one_at_a_time: bool = False,
 ) -> Comparison:
     """Measures; every contestant runs a setting once unmeasured before it counts.
+
+    A contestant that learns must not have seen what counts: it is opened anew for every counted run, and runs random
+    tokens first.
 
     Args:
         contestants: the rows, plain decoding first.
@@ -113,10 +116,12 @@ def tokens_to_generate(
     *,
     one_at_a_time: bool,
 ) -> int:
-    """How many tokens `compare` will generate, warm-ups included."""
-    runs = 2 * repetitions if one_at_a_time else repetitions + 1
-    able = [(c, cell) for c in contestants for cell in cells if c.cannot(cell) is None]
-    return runs * sum(workload.num_tokens(cell.batch) for _, cell in able)
+    """How many tokens `compare` will generate, warm-ups included. Which contestants learn is known once they were open."""
+    able = [(c, cell) for c in contestants for cell in cells if why_missing(c, workload, cell) is None]
+    return sum(
+        workload.num_tokens(cell.batch) * (2 * repetitions if one_at_a_time or c.learns else repetitions + 1)
+        for c, cell in able
+    )
 
 
 def _empty(
@@ -128,9 +133,14 @@ def _empty(
 
 def _run(result: Comparison, contestant: Contestant, cell: Cell, repetition: int, watcher: Watcher) -> None:
     """One run; repetition 0 only warms up."""
-    if contestant.cannot(cell) is not None:
+    if why_missing(contestant, result.workload, cell) is not None or (contestant.learns and not repetition):
         return
+    if contestant.is_taught:
+        contestant.close()
+        contestant.open(watcher.on_open(contestant))
     watcher.on_run(contestant, cell, repetition)
+    if contestant.learns:
+        contestant.run(result.workload.unrelated(), cell, watcher.advance)
     measured = contestant.run(result.workload, cell, watcher.advance)
     if repetition:
         result.runs[cell, contestant.label].append(measured)

@@ -23,11 +23,15 @@ class Contestant(Protocol):
         label: its name in reports.
         kind: `plain`, `method` or `peer`.
         config: its speculative configuration.
+        learns: whether its drafts may depend on earlier requests; known once it was open.
+        is_taught: whether it learns, and has served requests since it was opened.
     """
 
     label: str
     kind: str
     config: Mapping[str, Any] | None
+    learns: bool
+    is_taught: bool
 
     def open(self, on_step: OnStep) -> None:
         """Gets ready to run."""
@@ -56,6 +60,8 @@ class EngineContestant:
         self.label = label
         self.kind = "plain" if config is None else "method"
         self.config = config
+        self.learns = False
+        self.is_taught = False
         self._target = target
         self._options = options
         self._llm: LLM | None = None
@@ -75,6 +81,8 @@ class EngineContestant:
         except SpecplugError as error:
             error.add_note(f"starting {self.label}")
             raise
+        self.learns = any(speculator.traits.learns for speculator in self._llm.engine.chain.speculators)
+        self.is_taught = False
         self._measurer = Measurer(self._llm)
 
     @property
@@ -102,7 +110,17 @@ class EngineContestant:
         """
         assert self._measurer is not None
         workload.check_length(self.engine.plan.max_model_len)
+        self.is_taught = self.learns
         return self._measurer.run(workload, cell, advance)
+
+
+def why_missing(contestant: Contestant, workload: Workload, cell: Cell) -> str | None:
+    """Why a contestant has nothing to show for a workload under a setting; None if it has."""
+    reason = contestant.cannot(cell)
+    if reason is None and contestant.learns and workload.repeats(cell.batch):
+        needed = len(workload.requests(cell.batch))
+        reason = f"it learns: needs {needed} different prompts, not {len(workload.prompts)}"
+    return reason
 
 
 def label_configs(configs: Sequence[Mapping[str, Any]]) -> list[str]:

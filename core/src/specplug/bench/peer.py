@@ -81,6 +81,8 @@ class TransformersContestant:
     """
 
     kind = "peer"
+    learns = False
+    is_taught = False
 
     def __init__(self, shared: TransformersModel, config: Mapping[str, Any] | None = None) -> None:
         way = "generate" if config is None else _COUNTERPARTS[config["method"]]

@@ -83,6 +83,7 @@ def _result(summary: Summary) -> dict[str, Any]:
         "same_outputs_as_plain": None if summary.same_outputs is None else list(summary.same_outputs),
         "speculator_faults": summary.faults,
         "unverified_methods": list(summary.unverified_methods),
+        "learns": summary.learns,
         "tokens_per_second_by_repetition": [_rounded(value) for value in summary.samples],
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from specplug.bench.comparison import Comparison
-from specplug.bench.contestant import PLAIN, Contestant
+from specplug.bench.contestant import PLAIN, Contestant, why_missing
 from specplug.bench.measurement import DecodeCosts, Measurement
 from specplug.bench.statistics import Estimate, estimate, paired_ratio, quantile
 from specplug.bench.workload import Cell
@@ -69,6 +69,7 @@ class Summary:
         faults: failures of speculators.
         samples: tokens per second of each repetition.
         unverified_methods: those that bring a `verify` of their own, which core does not check.
+        learns: whether its drafts may depend on earlier requests, so that every run had a fresh engine.
     """
 
     label: str
@@ -88,6 +89,7 @@ class Summary:
     faults: int = 0
     samples: Sequence[float] = ()
     unverified_methods: Sequence[str] = ()
+    learns: bool = False
 
 
 def summarize(comparison: Comparison) -> list[Summary]:
@@ -99,7 +101,7 @@ def summarize(comparison: Comparison) -> list[Summary]:
 
 def _summary(comparison: Comparison, contestant: Contestant, cell: Cell) -> Summary:
     about = (contestant.label, contestant.kind, contestant.config, cell)
-    missing = contestant.cannot(cell)
+    missing = why_missing(contestant, comparison.workload, cell)
     if missing is not None:
         return Summary(*about, missing)
     runs, plain = comparison.runs[cell, contestant.label], comparison.runs[cell, PLAIN]
@@ -123,6 +125,7 @@ def _summary(comparison: Comparison, contestant: Contestant, cell: Cell) -> Summ
         faults=sum(run.faults for run in runs),
         samples=speeds,
         unverified_methods=runs[-1].unverified_methods,
+        learns=contestant.learns,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Sequence
 
 import attrs
@@ -105,6 +106,17 @@ class Workload:
         """The prompts, in a batch repeated until every place serves two: the last ones leave places empty."""
         count = max(len(self.prompts), 2 * batch if batch > 1 else 1)
         return list(itertools.islice(itertools.cycle(self.prompts), count))
+
+    def repeats(self, batch: int) -> bool:
+        """Whether some prompts are generated more often than they were given."""
+        return len(self.requests(batch)) > len(self.prompts)
+
+    def unrelated(self) -> Workload:
+        """Random tokens in place of the prompts, of the same lengths: they warm up a method and teach it none of these."""
+        chooser = random.Random(0)
+        vocabulary = 1 + max((token for prompt in self.prompts for token in prompt.ids), default=0)
+        prompts = [attrs.evolve(p, ids=[chooser.randrange(vocabulary) for _ in p.ids]) for p in self.prompts]
+        return attrs.evolve(self, prompts=prompts)
 
     def num_tokens(self, batch: int) -> int:
         """How many tokens one run generates."""

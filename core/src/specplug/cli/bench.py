@@ -112,7 +112,8 @@ def bench(
 
     Plain decoding and every --speculative-config generate the same prompts, in turn, several times over; the speed of each
     is compared with plain decoding's of the same repetition. Everything is generated to --max-tokens, so that all
-    generate the same number of tokens. One run of each is not counted.
+    generate the same number of tokens. One run of each is not counted. A method that learns from requests gets a fresh
+    engine for every counted run, and is warmed up on random tokens: it has seen no prompt before it counts.
 
     \b
     Examples:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 from specplug.bench.comparison import Watcher
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from specplug.bench.contestant import Contestant, OnStep
@@ -23,12 +24,14 @@ class BenchProgress:
     Args:
         terminal: where to; there is a bar where it is live.
         view: shows startup steps.
-        total: tokens that will be generated.
+        total: gives the tokens that will be generated, as far as that is known.
         repetitions: of every measurement.
         quiet: show nothing.
     """
 
-    def __init__(self, terminal: Terminal, view: StartupView, total: int, repetitions: int, *, quiet: bool) -> None:
+    def __init__(
+        self, terminal: Terminal, view: StartupView, total: Callable[[], int], repetitions: int, *, quiet: bool
+    ) -> None:
         self._terminal = terminal
         self._view = view
         self._total = total
@@ -72,12 +75,12 @@ class BenchProgress:
         )
         console = Console(file=self._terminal.stream)
         self._bar = Progress(*columns, console=console, transient=True, speed_estimate_period=_SPEED_SECONDS)
-        self._task = self._bar.add_task("", total=self._total)
+        self._task = self._bar.add_task("", total=self._total())
         self._bar.start()
 
     def _describe(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, description=text)
+            self._bar.update(self._task, description=text, total=self._total())
 
     def _advance(self, tokens: int) -> None:
         if self._bar is not None:

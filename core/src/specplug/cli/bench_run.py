@@ -108,7 +108,10 @@ def _measure(job: BenchJob, view: StartupView, err: Terminal) -> tuple[Compariso
     workload = Workload("built in" if not job.lines else "prompts", _prompts(job), job.max_tokens)
     cells = [Cell(batch, temperature) for temperature in job.temperatures for batch in job.batches]
     contestants = _contestants(job)
-    total = tokens_to_generate(contestants, cells, workload, job.repetitions, one_at_a_time=job.one_at_a_time)
+
+    def total() -> int:
+        return tokens_to_generate(contestants, cells, workload, job.repetitions, one_at_a_time=job.one_at_a_time)
+
     with BenchProgress(err, view, total, job.repetitions, quiet=job.quiet) as progress:
         try:
             comparison = compare(

@@ -134,6 +134,11 @@ def _show_notes(terminal: Terminal, summary: Summary, dtype: str) -> None:
     """What a reader of the figures must know."""
     for method in summary.unverified_methods:
         terminal.paragraph(f"{method} verifies by a rule of its own, which specplug does not check.")
+    if summary.learns:
+        terminal.paragraph(
+            f"{summary.label} learns from requests: for every run it got a fresh engine, warmed up on random tokens.",
+            style="dim",
+        )
     if summary.faults:
         terminal.paragraph(
             f"{summary.label} failed {summary.faults} times; its drafts of those steps were lost.", style="red"

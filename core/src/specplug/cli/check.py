@@ -61,7 +61,8 @@ def check(
 ) -> None:
     """Run the conformance kit on the installed speculator METHOD.
 
-    Every check ends as ok, failed, not applicable, or nothing seen. The exit status is 1 if any failed. Without --target
+    Every check ends as ok, failed, not applicable, or nothing seen; after a fault with which it cannot work at all the rest
+    is not run. The exit status is 1 if any failed. Without --target
     the kit makes small random models of several architectures; a method that needs a draft or a head of its own is checked
     on the target that it was made for. A plugin that only wraps hooks is checked under a small speculator of the kit's.
 

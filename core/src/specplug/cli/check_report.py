@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from specplug.testing.check import Check
     from specplug.testing.runner import CheckResult
 
-_STYLES = {"ok": "green", "failed": "red", "not applicable": "dim", "nothing seen": "yellow"}
+_STYLES = {"ok": "green", "failed": "red", "not applicable": "dim", "nothing seen": "yellow", "not run": "dim"}
 _VERDICT_WIDTH = len("not applicable")
 
 
@@ -60,7 +60,9 @@ class CheckReport:
     @property
     def is_complete(self) -> bool:
         """Whether every check of the kit ran."""
-        return {result.check.name for result in self.results} >= {check.name for check in self.kit}
+        return {result.check.name for result in self.results if result.verdict != "not run"} >= {
+            check.name for check in self.kit
+        }
 
     @property
     def is_conformant(self) -> bool | None:
@@ -108,8 +110,6 @@ class CheckReport:
             for line in result.text.splitlines():
                 out.paragraph(f"    {line}", indent=" " * 14)
             out.line(f"         see: {result.check.see}")
-            if result.traceback:
-                out.line("\n".join(f"      {line}" for line in result.traceback.splitlines()[-8:]), "dim")
 
     def show_summary(self, out: Terminal) -> None:
         """The last line."""

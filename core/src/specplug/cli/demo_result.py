@@ -49,6 +49,8 @@ def show_results(terminal: Terminal, results: Mapping[str, MethodResult]) -> boo
     for name, result in results.items():
         if result.own_verify:
             terminal.paragraph(f"{name} brings its own verification, which specplug does not check.")
+        if result.learns:
+            terminal.paragraph(f"{name} learns from requests: each prompt was timed once, when it was new to it.")
         if result.faults:
             terminal.paragraph(f"{name} failed {result.faults} times; its drafts of those steps were lost.")
     return all(identical.values())

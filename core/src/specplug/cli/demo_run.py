@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _REPETITIONS = 3
 _SECONDS_PER_PROMPT = 3.0
+_WARM_UP = "1 2 3"
 _TARGET_OPTIONS: dict[str, Any] = {
     "dtype": "float32",
     "device": "cpu",
@@ -48,6 +49,7 @@ class MethodResult:
         decode_seconds: the time these took, the median of the repetitions.
         own_verify: whether the method brought its own verification rule.
         faults: how often its speculator failed.
+        learns: whether it learns from requests, so that each prompt was timed once, when it was new to it.
     """
 
     plan: MemoryPlan
@@ -61,6 +63,7 @@ class MethodResult:
     decode_seconds: float = 0.0
     own_verify: bool = False
     faults: int = 0
+    learns: bool = False
 
     @property
     def tokens_per_second(self) -> float:
@@ -116,7 +119,8 @@ def run_method(
         else:
             terminal.line("Memory plan: as above; this speculator holds no memory of its own.")
         result = MethodResult(llm.engine.plan)
-        _measure(llm, prompts[0].text, SamplingParams(temperature=0.0, max_tokens=8))
+        result.learns = any(speculator.traits.learns for speculator in llm.engine.chain.speculators)
+        _measure(llm, _WARM_UP, SamplingParams(temperature=0.0, max_tokens=8))
         methods = [speculator.method for speculator in llm.engine.chain.speculators]
         if legend := TextView(terminal, methods).legend:
             terminal.line()
@@ -128,8 +132,8 @@ def run_method(
             text = TextView(terminal, methods, indent="  | ")
             if prompt.is_shown:
                 text.prompt(prompt.text)
-            _measure(llm, prompt.text, params, text)
-            meters = _repeat(llm, prompt.text, params)
+            shown = _measure(llm, prompt.text, params, text)
+            meters = [shown] if result.learns else _repeat(llm, prompt.text, params)
             result.add(meters)
             terminal.paragraph(f"  {_describe(meters)}", indent="  ", style="dim")
         result.own_verify = any(speculator.overrides_verify for speculator in llm.engine.chain.speculators)

@@ -35,7 +35,9 @@ class SpeculatorTraits:
         max_nodes: the most nodes of a row's draft tree, where that is not `num_speculative_tokens`; it may be more.
         max_depth: the deepest node of a row's draft tree, where that is not `num_speculative_tokens`.
         learns: what it proposes may depend on other requests, those that ended included, and what it keeps of them may
-            grow. The conformance kit then does not compare it with a fresh speculator. Such a speculator is not token-only.
+            grow. They may depend on the tokens and states of these, and not on how they were scheduled. The conformance kit
+            then does not compare it with a fresh speculator, and benchmarks measure it on prompts it has not seen. Such a
+            speculator is not token-only.
 
     Raises:
         ValueError: a value of the wrong type or range, or two that exclude each other.

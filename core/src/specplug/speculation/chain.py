@@ -27,7 +27,7 @@ from specplug.speculation.validation import check_proposal
 
 logger = logging.getLogger("specplug")
 _FAULTS_TO_STOP = 3
-_SLOW_SECONDS = 5.0
+_SLOW_SECONDS = 0.5
 
 
 class SpeculatorChain:
@@ -54,6 +54,7 @@ class SpeculatorChain:
         self._max_num_draft_tokens = max_num_draft_tokens
         self._strict = strict
         self._turn = 0  # which row comes first where not all get a draft
+        self._target_seconds = 0.0  # of the latest step, without proposing
         self._kept_at_rest: list[int] = []  # slots whose states are kept in steps without budgets
 
     @property
@@ -151,7 +152,8 @@ class SpeculatorChain:
             auto.end(requests)
 
     def observe(self, requests: Sequence[Request], seconds: float, *, decoding: bool) -> None:
-        """Tells the automatic budget what a step took and brought; see `AutoBudget.observe`."""
+        """Tells what a step took without proposing, and to the automatic budget what it brought; see `AutoBudget.observe`."""
+        self._target_seconds = seconds
         if self._auto is not None:
             self._auto.observe(requests, seconds, decoding=decoding)
 
@@ -203,8 +205,8 @@ class SpeculatorChain:
         finally:
             elapsed = time.perf_counter() - started
             link.seconds += elapsed
-        if elapsed > _SLOW_SECONDS:
-            logger.warning("speculator '%s' took %.1f s for one proposal", link.speculator.method, elapsed)
+        if elapsed > _SLOW_SECONDS and not link.is_told_slow:
+            self._warn_of_slowness(link, elapsed, budgets)
         link.faults_in_a_row = 0
         place = self._links.index(link)
         for request, draft, budget in zip(requests, drafts, budgets, strict=True):
@@ -320,6 +322,19 @@ class SpeculatorChain:
     @staticmethod
     def _is_shown_states(link: ChainLink) -> bool:
         return link.enabled and link.speculator.traits.needs_states
+
+    def _warn_of_slowness(self, link: ChainLink, elapsed: float, budgets: Sequence[Budget]) -> None:
+        """Warns, once, of a call that took longer than plain decoding of all that it may draft."""
+        most = 1 + max((min(budget.max_nodes, budget.max_depth) for budget in budgets), default=0)
+        if elapsed > most * self._target_seconds:
+            link.is_told_slow = True
+            logger.warning(
+                "speculator '%s' took %.3g s for one proposal, the target's step before it %.3g s; drafts that take so long "
+                "cost more than they can save (said once)",
+                link.speculator.method,
+                elapsed,
+                self._target_seconds,
+            )
 
     def _fault(self, link: ChainLink, requests: Sequence[Request], error: Exception) -> None:
         method = link.speculator.method

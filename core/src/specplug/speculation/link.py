@@ -24,6 +24,7 @@ class ChainLink:
         faults_in_a_row: since its last good call.
         enabled: whether it is still asked.
         seconds: spent in its `propose`.
+        is_told_slow: whether the user was warned that it is slow.
     """
 
     speculator: RegisteredSpeculator
@@ -37,3 +38,4 @@ class ChainLink:
     faults_in_a_row: int = 0
     enabled: bool = True
     seconds: float = 0.0
+    is_told_slow: bool = False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import attrs
@@ -11,13 +13,23 @@ if TYPE_CHECKING:
     from specplug.testing.subject import Subject
 
 
+_MOST_LINES = 4
+_MOST_CHARACTERS = 600
+_NOT_ITS_OWN = (str(Path(__file__).parents[1]), "/site-packages/torch/", "/site-packages/transformers/", "/pluggy/")
+
+
 class CheckFailure(AssertionError):  # noqa: N818 - it is what came of a check, not an error of the kit
     """The speculator breaks a promise: what was expected, and what came."""
 
     def __init__(self, expected: str, came: str) -> None:
+        came = _shortened(came)
         super().__init__(f"expected: {expected}\n     got: {came}")
         self.expected = expected
         self.came = came
+
+
+class FundamentalFailure(CheckFailure):
+    """The speculator cannot work at all, so that no other check can say anything about it."""
 
 
 class NotApplicable(Exception):  # noqa: N818
@@ -55,6 +67,24 @@ class Check:
     def see(self) -> str:
         """The command that explains it."""
         return f"specplug check --explain {self.name}"
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line: what was raised first, and the line of the plugin that raised it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not any(name in frame.filename for name in _NOT_ITS_OWN)]
+    where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno}, in {own[-1].name})" if own else ""
+    return f"{type(error).__name__}{where}: {error}"
+
+
+def _shortened(text: str) -> str:
+    lines = text.splitlines()
+    if len(lines) > _MOST_LINES:
+        lines = [*lines[:_MOST_LINES], f"... and {len(lines) - _MOST_LINES} more lines"]
+    short = "\n".join(lines)
+    return short if len(short) <= _MOST_CHARACTERS else f"{short[:_MOST_CHARACTERS]} ..."
 
 
 def expect(condition: bool, expected: str, came: str) -> None:

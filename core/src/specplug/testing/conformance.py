@@ -20,7 +20,8 @@ class SpeculatorConformance:
     """Subclass it in a test module, say how to configure the speculator, and pytest runs every check.
 
     A check that does not apply passes, and its reason is recorded as the property `not_applicable` (in JUnit reports), and
-    printed; so is one in which nothing was drafted, as `nothing_seen`, which fails where the flag `drafts` is set. To
+    printed; so is one in which nothing was drafted, as `nothing_seen`, which fails where the flag `drafts` is set. Where
+    the speculator cannot work at all one check fails, and those after it are skipped. To
     disagree with a check, override its method with `@pytest.mark.xfail(reason=…)`, never without a reason.
 
     Attributes:
@@ -77,9 +78,10 @@ def _test_of(check: Check) -> Callable[..., None]:
     def test(self: SpeculatorConformance, subject: Subject, record_property: Callable[[str, object], None]) -> None:
         result = run_check(check, subject)
         record_property({"ok": "evidence"}.get(result.verdict, result.verdict.replace(" ", "_")), result.text)
+        if result.verdict == "not run":
+            pytest.skip(result.text)
         if result.verdict == "failed":
-            trace = f"\n{result.traceback}" if result.traceback else ""
-            pytest.fail(f"{check.title}\n{result.text}\n     see: {check.see}{trace}", pytrace=False)
+            pytest.fail(f"{check.title}\n{result.text}\n     see: {check.see}", pytrace=False)
         print(f"{check.name}: {result.verdict}: {result.text}")
 
     test.__name__ = f"test_{check.name}"

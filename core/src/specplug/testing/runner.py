@@ -9,10 +9,17 @@ from typing import Any, Literal
 
 import attrs
 
-from specplug.testing.check import Check, CheckFailure, NotApplicable, NothingSeen
+from specplug.testing.check import (
+    Check,
+    CheckFailure,
+    FundamentalFailure,
+    NotApplicable,
+    NothingSeen,
+    describe,
+)
 from specplug.testing.subject import Subject
 
-Verdict = Literal["ok", "failed", "not applicable", "nothing seen"]
+Verdict = Literal["ok", "failed", "not applicable", "nothing seen", "not run"]
 
 
 @attrs.frozen
@@ -21,8 +28,9 @@ class CheckResult:
 
     Attributes:
         check: which.
-        verdict: `ok`, `failed`, `not applicable`, or `nothing seen` where it drafted nothing that could be judged.
-        text: the evidence, what is wrong, or why it does not apply.
+        verdict: `ok`, `failed`, `not applicable`, `nothing seen` where it drafted nothing that could be judged, or
+            `not run` where an earlier check showed that the speculator cannot work at all.
+        text: the evidence, what is wrong, or why it does not apply or was not run.
         seconds: how long it took.
         traceback: of an error that the check did not expect; it counts as failed.
     """
@@ -47,7 +55,9 @@ class CheckResult:
 
 
 def run_check(check: Check, subject: Subject) -> CheckResult:
-    """Runs one check; nothing that a speculator does gets past it."""
+    """Runs one check; nothing that a speculator does gets past it. After a fundamental failure no other check is run."""
+    if subject.ended_by is not None:
+        return CheckResult(check, "not run", subject.ended_by, 0.0)
     started = time.perf_counter()
     trace = None
     verdict: Verdict = "ok"
@@ -60,24 +70,24 @@ def run_check(check: Check, subject: Subject) -> CheckResult:
             verdict, text = "failed", str(CheckFailure("that it drafts, as its flags say", str(reason)))
         else:
             verdict, text = "nothing seen", str(reason)
+    except FundamentalFailure as failure:
+        verdict, text = "failed", str(failure)
+        subject.ended_by = f"'{check.name}' failed: {failure.came.splitlines()[0]}"
     except CheckFailure as failure:
         verdict, text = "failed", str(failure)
     except Exception as error:
         verdict, trace = "failed", traceback.format_exc()
-        text = str(CheckFailure("that the check runs to its end", f"{type(error).__name__}: {error}"))
+        text = str(CheckFailure("that the check runs to its end", describe(error)))
     return CheckResult(check, verdict, text, time.perf_counter() - started, trace)
 
 
 def run_checks(
     subject: Subject, checks: Iterable[Check], on_result: Callable[[CheckResult], None] = lambda result: None
 ) -> list[CheckResult]:
-    """Runs checks one after the other. Where the first, `startup`, fails, no other can run."""
+    """Runs checks one after the other."""
     results: list[CheckResult] = []
     for check in checks:
-        if results and results[0].check.name == "startup" and results[0].verdict == "failed":
-            result = CheckResult(check, "not applicable", "the engine does not start", 0.0)
-        else:
-            result = run_check(check, subject)
+        result = run_check(check, subject)
         results.append(result)
         on_result(result)
     return results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,6 +20,7 @@ from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
 from specplug.sampling.params import SamplingParams
 from specplug.sampling.randomness import EngineRandomness
+from specplug.testing.pace import Pace
 
 Verify = Callable[[Sequence[Request], Sequence[int], torch.Tensor], Verdict]
 _MOST_STEPS = 20_000
@@ -27,8 +29,9 @@ _MOST_STEPS = 20_000
 class Session:
     """One engine under test."""
 
-    def __init__(self, llm: LLM) -> None:
+    def __init__(self, llm: LLM, pace: Pace | None = None) -> None:
         self.llm = llm
+        self._pace = pace
         self.errors: list[Exception] = []
         self._count = 0
 
@@ -104,15 +107,27 @@ class Session:
 
         Raises:
             RuntimeError: it never ends.
+            FundamentalFailure: its calls of `propose` take too long.
         """
         steps = 0
         while self.engine.has_unfinished_requests:
-            self.engine.step()
+            self._step()
             steps += 1
             each_step(steps)
             if steps > _MOST_STEPS:
                 raise RuntimeError(f"the engine did not finish in {_MOST_STEPS} steps")
         return steps
+
+    def _step(self) -> None:
+        if self._pace is None:
+            self.engine.step()
+            return
+        seconds, method = self.engine.chain.seconds, self.speculator.method
+        started = time.perf_counter()
+        self.engine.step()
+        whole = time.perf_counter() - started
+        proposing = self.engine.chain.seconds[method] - seconds[method]
+        self._pace.note(proposing, whole - proposing)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[int]]:
         """The outputs of a batch of requests; of forks the first's."""

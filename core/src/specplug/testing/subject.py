@@ -15,7 +15,9 @@ import torch
 from specplug.llm import LLM
 from specplug.plugins.finder import find_plugins
 from specplug.speculation.policy import FixedBudget
+from specplug.testing.check import CheckFailure, FundamentalFailure, describe
 from specplug.testing.flags import Flags
+from specplug.testing.pace import Pace
 from specplug.testing.session import Session
 from specplug.testing.targets import Targets
 
@@ -37,6 +39,7 @@ class Subject:
         make_perfect: gives a config with which it must be right about a target, or None.
         architectures: of the targets it is run on.
         quick: fewer trials and targets.
+        ended_by: why no further check is run; None while they are.
         companions: methods of installed plugins that are loaded too; all others are left out, so that no wrapper of theirs
             is taken for what is under test.
     """
@@ -49,13 +52,19 @@ class Subject:
     architectures: tuple[str, ...] = ()
     quick: bool = False
     companions: tuple[str, ...] = ()
+    ended_by: str | None = attrs.field(default=None, init=False)
+    _pace: Pace = attrs.field(factory=Pace, init=False)
+    _has_started: bool = attrs.field(default=False, init=False)
     _configs: dict[Path, Config] = attrs.field(factory=dict, init=False)
     _memory: dict[str, Any] = attrs.field(factory=dict, init=False)
 
     def config(self, folder: Path) -> dict[str, Any]:
         """The speculative config for a target; made once per target."""
         if folder not in self._configs:
-            self._configs[folder] = self.make_config(folder)
+            try:
+                self._configs[folder] = self.make_config(folder)
+            except Exception as error:
+                raise FundamentalFailure("a speculative configuration for the target", describe(error)) from error
         return dict(self._configs[folder])
 
     @property
@@ -102,13 +111,23 @@ class Subject:
 
     @contextlib.contextmanager
     def start(self, folder: Path, *, config: Config | None = None, **options: Any) -> Iterator[Session]:
-        """An engine with the speculator. Its faults cost drafts and are counted; the checks that are about them look."""
+        """An engine with the speculator. Its faults cost drafts and are counted; the checks that are about them look.
+
+        Raises:
+            CheckFailure: it does not start; a fundamental one where none started before.
+        """
         speculative = self.config(folder) if config is None else config
         allowed = self.allowed_plugins(speculative)
         options = {"speculative_config": speculative, "plugins": self.plugins, "allowed_plugins": allowed, **options}
-        with self._llm(folder, **options) as llm:
+        with contextlib.ExitStack() as stack:
+            try:
+                llm = stack.enter_context(self._llm(folder, **options))
+            except Exception as error:
+                kind = CheckFailure if self._has_started else FundamentalFailure
+                raise kind("that an engine starts with it", describe(error)) from error
+            self._has_started = True
             llm.engine.chain.policy = FixedBudget()  # automatic budgets follow the clock; a check always sees the same
-            yield Session(llm)
+            yield Session(llm, self._pace)
 
     @contextlib.contextmanager
     def plain(self, folder: Path, **options: Any) -> Iterator[Session]:

@@ -9,13 +9,14 @@ from typing import Any
 from specplug.memory.plan import format_bytes
 from specplug.testing.check import Check, expect
 from specplug.testing.drive import mixed_params
-from specplug.testing.live import held_items, live_bytes, only_what_is_new
+from specplug.testing.live import LiveTensors, host_bytes, live_bytes, live_tensors, only_what_is_new, tracing
 from specplug.testing.session import Session
 from specplug.testing.subject import Subject
 from specplug.testing.targets import repetitive_prompt
 
 _ROWS = 8
-_SLACK_ITEMS = 150
+_SLACK_HOST = 3 << 10
+_SLACK_TENSORS = 20
 _SLACK_BYTES = 64 << 10
 
 
@@ -23,21 +24,29 @@ def run(subject: Subject) -> str:
     """What the speculator holds when nothing runs, after tens and after hundreds of requests; and what is alive at the end."""
     folder = subject.targets.get()
     subject.config(folder)
-    with only_what_is_new():
-        reference, sizes, tensors = _come_and_go(subject, folder)
+    learns = subject.learns
+    with only_what_is_new(), tracing():
+        reference, host, tensors = _come_and_go(subject, folder)
         left = live_bytes()
-    if not subject.learns:
+    if not learns:
         expect(
-            max(sizes) - sizes[0] <= _SLACK_ITEMS + sizes[0] // 20,
-            "that what is kept of a row is dropped when batch.ended names its slot (finished, aborted or preempted; one that "
-            "learns from them declares traits.learns)",
-            f"the speculator holds {sizes[0]:,} items when nothing runs at first, and {', '.join(f'{s:,}' for s in sizes[1:])} "
-            "after more requests have come and gone",
+            max(host) - host[0] <= _SLACK_HOST + host[0] // 20,
+            "that what is kept of a row or call, in the speculator, its class or a module, is dropped when batch.ended names "
+            "the slot (finished, aborted or preempted; one that learns from requests declares traits.learns)",
+            f"{host[0]:,} bytes of Python objects and numpy arrays are alive when nothing runs, and "
+            f"{', '.join(f'{size:,}' for size in host[1:])} after more requests have come and gone",
         )
+        more = max(each.count for each in tensors) - tensors[0].count
+        expect(
+            more <= _SLACK_TENSORS,
+            "no more tensors alive after hundreds of requests than after a few: none of a batch is kept beyond the call",
+            f"{more} more",
+        )
+    grown = max(each.nbytes for each in tensors) - tensors[0].nbytes
     expect(
-        max(tensors) - tensors[0] <= _SLACK_BYTES,
-        "no more tensors alive after hundreds of requests than after one",
-        f"{format_bytes(max(tensors) - tensors[0])} more",
+        grown <= _SLACK_BYTES,
+        "no more bytes of tensors alive after hundreds of requests than after a few",
+        f"{format_bytes(grown)} more",
     )
     expect(
         left <= _SLACK_BYTES,
@@ -50,13 +59,13 @@ def run(subject: Subject) -> str:
             "that nobody holds on to the speculator after the engine was closed",
             f"something still refers to the {type(reference()).__name__}",
         )
-    held = f"{sizes[0]:,} to {max(sizes):,} items held between requests"
+    held = f"{format_bytes(host[0])} to {format_bytes(max(host))} held between requests"
     return f"{held}, {format_bytes(max(left, 0))} of tensors left at the end"
 
 
-def _come_and_go(subject: Subject, folder: Path) -> tuple[Any, list[int], list[int]]:
-    """Returns a weak reference to the speculator; the items and the bytes of tensors held whenever nothing runs."""
-    sizes, tensors = [], []
+def _come_and_go(subject: Subject, folder: Path) -> tuple[Any, list[int], list[LiveTensors]]:
+    """Returns a weak reference to the speculator, and what is alive whenever nothing runs; the first requests fill buffers."""
+    host, tensors = [], []
     options: dict[str, Any] = {
         "max_num_seqs": _ROWS,
         "max_num_batched_tokens": 300,
@@ -70,16 +79,11 @@ def _come_and_go(subject: Subject, folder: Path) -> tuple[Any, list[int], list[i
             reference = None
         for round_ in range(4):
             _serve(session, subject.scaled(60, 2 * _ROWS) if round_ else 1, round_)
-            sizes.append(_idle_size(session))
-            tensors.append(live_bytes())
-    return reference, sizes, tensors
-
-
-def _idle_size(session: Session) -> int:
-    """What the speculator holds after it was told that all rows ended."""
-    _serve(session, 1, 0)  # delivers the ends
-    engine = session.engine
-    return held_items(session.speculator.instance, (engine, engine.chain, session.speculator, engine.registry))
+            _serve(session, 1, 0)  # delivers the ends
+            if round_:
+                host.append(host_bytes())
+                tensors.append(live_tensors())
+    return reference, host, tensors
 
 
 def _serve(session: Session, count: int, seed: int) -> None:
@@ -106,6 +110,6 @@ CHECK = Check(
     "leftovers",
     "nothing is left behind after finish, abort, preemption and the engine's end",
     "A server that runs for weeks holds what its live rows need, and closing an engine gives back all of it.",
-    "Forget a slot when it ends; keep no tensors of a batch beyond the call.",
+    "Forget a slot when it ends; keep nothing of a call beyond it, in the speculator, its class or a module.",
     run,
 )

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from specplug.contract.batch import ProposalBatch
+from specplug.contract.proposal import Proposal
 from specplug.sampling.params import SamplingParams
-from specplug.testing.check import Check
+from specplug.testing.check import Check, FundamentalFailure, describe
+from specplug.testing.session import Session
 from specplug.testing.subject import Subject
 
 
@@ -13,8 +18,28 @@ def run(subject: Subject) -> str:
     for architecture in names:
         folder = subject.targets.get(architecture) if architecture != "given" else subject.targets.get()
         with subject.start(folder) as session:
-            session.generate([[3, 4, 5, 3, 4]], [SamplingParams(temperature=0, max_tokens=3)])
+            raised: list[Exception] = []
+            calls = _collect(session, raised)
+            session.generate([[3, 4, 5, 3, 4]], [SamplingParams(temperature=0, max_tokens=4)])
+        if raised and len(raised) == len(calls):
+            raise FundamentalFailure("that propose raises nothing", f"every call raised {describe(raised[0])}")
     return f"on {', '.join(names)}"
+
+
+def _collect(session: Session, raised: list[Exception]) -> list[int]:
+    """Notes what `propose` raises; returns the list of its calls, as numbers of rows."""
+    calls: list[int] = []
+
+    def propose(batch: ProposalBatch, call: Callable[[], Proposal | None]) -> Proposal | None:
+        calls.append(len(batch.rows))
+        try:
+            return call()
+        except Exception as error:
+            raised.append(error)
+            raise
+
+    session.around_propose(propose)
+    return calls
 
 
 CHECK = Check(
