@@ -11,6 +11,8 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
+from specplug import threads
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -23,7 +25,7 @@ def import_libraries() -> None:
     missing = [name for name in _MODULES if name not in sys.modules]
     if not missing:
         return
-    with _ending_at_once(), _without_collecting():
+    with _ending_at_once(), _without_collecting(), threads.importing():
         for name in missing:
             importlib.import_module(name)
 

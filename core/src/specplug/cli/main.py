@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from specplug import threads
 from specplug.cli.bench import bench
 from specplug.cli.check import check
 from specplug.cli.demo import demo
@@ -171,6 +172,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    os.environ.update(threads.waiting_variables())  # for child processes too
     with quick_end():
         cli(prog_name="specplug")
 

@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 import torch
 
+from specplug import threads
 from specplug.configuration.engine import EngineConfig
 from specplug.contract.resources import Resources
 from specplug.engine.compilation import compile_forwards, wants_compilation
@@ -81,6 +82,8 @@ def start_engine(
         with _step(1, on_step):
             planned = plan_engine(config, tokenizer=tokenizer)
             undo.callback(planned.facade.close)
+            if planned.device.type == "cpu":
+                threads.warn_of_too_many()
         with _step(2, on_step):
             model = load_model(
                 planned.folder,
