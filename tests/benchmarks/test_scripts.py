@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import acceptance
+import busy_machine
 import never_slower
 import ngram_index
 import plot_against_vllm
@@ -89,3 +90,15 @@ def test_a_picture_of_the_comparison_with_vllm(run: Run, tmp_path: Path) -> None
     assert len(plot_against_vllm.read(f"some={measured}")) == 1
     run(plot_against_vllm, f"some={measured}", "--out", picture)
     assert "<svg" in picture.read_text()
+
+
+def test_a_busy_machine(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = save_model(tmp_path / "target", "llama"), tmp_path / "busy.json"
+    small = ("--tokens", 4, "--repetitions", 1, "--competitors", 0, 1, "--peers", "transformers")
+    run(busy_machine, folder, *small, "--spins", 7, "--json", out)
+    speeds = json.loads(out.read_text())["speeds"]
+    assert set(speeds) - {"quota of 1.5 cores"} == {"0 busy", "1 busy"}
+    for found in speeds.values():
+        assert set(found) == {"specplug", "specplug spin 7", "transformers"}
+        assert all(len(each) == 1 and each[0] > 0 for each in found.values())
+    assert "of quiet" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """specplug: speculative decoding for Hugging Face causal LMs, in which every method is a plugin.
 
-Names are imported when they are first used, so that finding out about plugins never costs an import of torch.
+Names are imported when they are first used, so that finding out about plugins never costs an import of torch. Where that is
+what imports torch, its threads are set up for a machine that others use too (see `specplug.threads`).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from specplug import threads
 from specplug.version import __version__
 
 if TYPE_CHECKING:
@@ -172,7 +174,8 @@ __all__ = ["__version__", *sorted(_HOME_OF)]  # pyright: ignore[reportUnsupporte
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'specplug' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOME_OF[name]), name)
+    with threads.importing():
+        return getattr(importlib.import_module(_HOME_OF[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,23 +1,25 @@
-// Registers the kernels as PyTorch operators. `operators.py` declares their schemas.
-#include <torch/library.h>
-
-#include "attention/attention_op.h"
+// The kernels. `registration.cpp` registers them as PyTorch operators.
 #include "argmax.h"
-#include "gemm/linear_op.h"
+#include "attention/attention_op.h"
 #include "copy_rows.h"
+#include "gemm/linear_op.h"
+#include "operators.h"
 
-TORCH_LIBRARY_IMPL(specplug, CPU, library) {
-  library.impl("attend", &specplug::attend);
-  library.impl("attend_rope", &specplug::attend_rope);
-  library.impl("copy_rows", &specplug::copy_rows);
-  library.impl("argmax_with_prob", &specplug::argmax_with_prob);
+const specplug::Operators& specplug::operators() {
+  static const Operators all{
+      &attend,
+      &attend_rope,
+      &copy_rows,
+      &argmax_with_prob,
 #if SPECPLUG_PACKS_BF16
-  library.impl("pack_weight", &specplug::pack);
-  library.impl("linear", &specplug::linear);
-  library.impl("linears_2", &specplug::linears_2);
-  library.impl("linears_3", &specplug::linears_3);
-  library.impl("gated_linears", &specplug::gated_linears);
+      &pack,
+      &linear,
+      &linears_2,
+      &linears_3,
+      &gated_linears,
 #endif
+  };
+  return all;
 }
 
 extern "C" bool kernels_pack_bf16() { return SPECPLUG_PACKS_BF16; }
