@@ -16,7 +16,7 @@ class Turns:
         self._changed = threading.Condition(threading.Lock())
         self._queue: deque[object] = deque()
         self._holder: int | None = None
-        self._later: deque[Callable[[], None]] = deque()
+        self._later: deque[Callable[[], object]] = deque()
 
     def __enter__(self) -> None:
         """Waits for the turn.
@@ -52,7 +52,7 @@ class Turns:
                 self._changed.notify_all()
         self._run_later()
 
-    def later(self, errand: Callable[[], None]) -> None:
+    def later(self, errand: Callable[[], object]) -> None:
         """Runs a short errand as soon as nobody has the turn, in whatever thread; never waits.
 
         For finalisers: the garbage collector runs them anywhere, even inside a step of the same thread.
