@@ -44,6 +44,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"chain_verification": ["block"]}, "chain_verification=['block']: expected 'block' or 'standard'"),
     ({"memory": 0.5}, "memory=0.5: expected a positive size"),
     ({"memory": "0.5"}, "memory='0.5': expected a size"),
+    ({"memory": "9" * 400}, "expected a size"),
     ({"memory": float("nan")}, "memory=nan: expected a positive size"),
     ({"memory": float("inf")}, "memory=inf: expected a positive size"),
     ({"memory": [8]}, "memory=[8]: expected a size"),

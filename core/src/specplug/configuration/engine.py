@@ -27,17 +27,18 @@ def parse_bytes(value: int | float | str) -> int:
         ConfigurationError: the text is not a size.
     """
     size = as_integer(value)
-    if isinstance(size, numbers.Real) and not isinstance(size, bool):
+    is_number = isinstance(size, numbers.Real) and not isinstance(size, bool)
+    if is_number:
         if not 1 <= size < math.inf:
             raise ConfigurationError(f"memory={shown(value)}: expected a positive size such as '8GiB'")
         return int(size)
     match = _SIZE.match(value) if isinstance(value, str) else None
     unit = (match.group(2) or "b").lower() if match else ""
     base = 1024 if "i" in unit else 1000
-    parsed = int(float(match.group(1)) * base ** _UNITS.get(unit[0], 0)) if match else 0
-    if parsed < 1:
+    parsed = float(match.group(1)) * base ** _UNITS.get(unit[0], 0) if match else 0.0
+    if not 1 <= parsed < math.inf:
         raise ConfigurationError(f"memory={shown(value)}: expected a size such as '8GiB' or '500MB'")
-    return parsed
+    return int(parsed)
 
 
 def _as_path(value: Any) -> Any:
@@ -193,6 +194,6 @@ class EngineConfig:
         return cls(
             model=model,  # type: ignore[arg-type]  # a converter takes paths
             speculative=parse_speculative_config(speculative_config),
-            memory=memory,  # type: ignore[arg-type]  # and sizes as text
+            memory=memory,
             **options,
         )

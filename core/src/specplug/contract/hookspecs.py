@@ -211,7 +211,8 @@ class SpeculatorHooks:
 
         Returns:
             The accepted path and the next token of every row; None to leave it to the next implementation. A method
-            that overrides `verify` is named as not verified by core wherever its results are reported.
+            that overrides `verify` is named as not verified by core wherever its results are reported; one that wraps it is
+            not, for a wrapper cannot change a verdict.
 
         Example:
             from specplug import LLM, Proposal, Verdict, hookimpl

@@ -70,7 +70,9 @@ class MemoryRegion:
         ValueError: a value of the wrong type or range, or layers without a dtype or in another kind than `kv_cache`.
     """
 
-    name: str = attrs.field(validator=expect(lambda value: isinstance(value, str) and value, "a name", ValueError))
+    name: str = attrs.field(
+        validator=expect(lambda value: isinstance(value, str) and value != "", "a name", ValueError)
+    )
     kind: RegionKind = attrs.field(**one_of(get_args(RegionKind), ValueError))
     fixed_bytes: int = attrs.field(default=0, **integer(0, ValueError))
     layers: tuple[KVLayer, ...] = attrs.field(

@@ -181,15 +181,18 @@ def _as_tensors(probs: Any, where: str) -> DraftDistributions:
         raise PluginError(f"{where}: probs are {type(probs).__name__}, expected DraftDistributions")
     if isinstance(probs.values, torch.Tensor) and probs.index is None and probs.token_ids is None:
         return probs
-    values, token_ids = (
-        torch.tensor(each) if isinstance(each, np.ndarray) else each for each in (probs.values, probs.token_ids)
-    )
+    values, token_ids = _as_tensor(probs.values), _as_tensor(probs.token_ids)
     index = None if probs.index is None else _integers(probs.index, f"{where}: probs.index")
     if token_ids is not None:
         if not isinstance(token_ids, torch.Tensor) or token_ids.dim() != 1 or not _holds_integers(token_ids):
             raise PluginError(f"{where}: probs.token_ids must be an integer tensor [draft vocabulary]")
         token_ids = token_ids.long()
     return DraftDistributions(values, index, token_ids)
+
+
+def _as_tensor(value: Any) -> Any:
+    """An array → a tensor; anything else as it is."""
+    return torch.tensor(value) if isinstance(value, np.ndarray) else value
 
 
 def _holds_integers(tensor: torch.Tensor) -> bool:
