@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -18,13 +17,14 @@ from specplug.engine.engine import Engine
 from specplug.engine.intake import Intake
 from specplug.engine.planning import PlannedEngine, max_nodes_of, plan_engine
 from specplug.engine.scheduler import Scheduler
-from specplug.errors import CheckpointError, SpecplugError, StartupError
+from specplug.errors import SpecplugError, StartupError
 from specplug.model.compiled_step import compile_step
 from specplug.model.kv_cache import KVCache
 from specplug.model.loading import load_model
 from specplug.model.probe import check_parity
 from specplug.model.runner import ModelRunner
 from specplug.plugins.registry import RegisteredSpeculator
+from specplug.sampling.defaults import eos_ids
 from specplug.sampling.randomness import EngineRandomness
 from specplug.sampling.workspace import Workspace
 from specplug.speculation.auto import AutoBudget
@@ -81,6 +81,7 @@ def start_engine(
         with _step(1, on_step):
             planned = plan_engine(config, tokenizer=tokenizer)
             undo.callback(planned.facade.close)
+            ends = eos_ids(planned.folder, planned.model_config, planned.architecture.vocab_size)
         with _step(2, on_step):
             model = load_model(
                 planned.folder,
@@ -101,7 +102,7 @@ def start_engine(
             if wants_compilation(config.compile, planned.architecture.weight_bytes):
                 drafts = [h.runner for h in planned.facade.handles if isinstance(h, LazyModel) and h.runner]
                 compile_forwards([runner, *drafts], config.block_size, planned.most_captured)
-            engine = _assemble(planned, runner, states, caches, tokenizer)
+            engine = _assemble(planned, runner, states, caches, tokenizer, ends)
         with _step(6, on_step):
             undo.pop_all()
         return engine
@@ -167,6 +168,7 @@ def _assemble(
     states: StateStore,
     caches: list[dict[str, KVCache]],
     tokenizer: Callable[[], Any],
+    ends: frozenset[int],
 ) -> Engine:
     config, plan = planned.config, planned.plan
     compiles = wants_compilation(config.compile, planned.architecture.weight_bytes)
@@ -212,7 +214,7 @@ def _assemble(
         intake=Intake(
             plan,
             planned.architecture.vocab_size,
-            eos_ids(planned.folder, planned.model_config),
+            ends,
             randomness,
             tokenizer,
             planned.device,
@@ -242,20 +244,3 @@ def _row_buckets(max_num_seqs: int) -> tuple[int, ...]:
     while buckets[-1] < max_num_seqs:
         buckets.append(min(buckets[-1] * 2, max_num_seqs))
     return tuple(buckets)
-
-
-def eos_ids(folder: Path, model_config: Any) -> frozenset[int]:
-    """The ids that end a sequence: those of generation_config.json if it names any, else of config.json."""
-    from transformers import GenerationConfig
-
-    ids: Any = None
-    if (folder / "generation_config.json").is_file():
-        try:
-            ids = GenerationConfig.from_pretrained(folder).eos_token_id
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder / 'generation_config.json'} is damaged: {error}") from error
-    if ids is None:
-        ids = getattr(model_config.get_text_config(), "eos_token_id", None)
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
