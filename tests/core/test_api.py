@@ -65,6 +65,7 @@ FORMS: list[tuple[Any, list[tuple[str | None, list[int]]]]] = [
     (["w5."], [("w5.", [5])]),
     (["w5.", [3, 4], {"prompt": "w6."}, (7,)], [("w5.", [5]), (None, [3, 4]), ("w6.", [6]), (None, [7])]),
     ((text for text in ("w5.", "w6.")), [("w5.", [5]), ("w6.", [6])]),
+    (torch.tensor([3, 4]), [(None, [3, 4])]),
     ([], []),
 ]
 
@@ -82,7 +83,6 @@ WRONG: list[tuple[Any, str]] = [
     (None, "not NoneType"),
     (5, "not int"),
     (b"text", "not bytes"),
-    (torch.tensor([3, 4]), "not Tensor"),
     ("", "the prompt is empty"),
     ([""], "the prompt is empty"),
     ([[]], "the prompt is empty"),
@@ -92,7 +92,7 @@ WRONG: list[tuple[Any, str]] = [
     ([[1.5]], "token id 1.5 at position 0"),
     ([[3, True]], "token id True at position 1"),
     ([[3, "a"]], "token id 'a' at position 1"),
-    ([["w3."]], "token id 'w3.' at position 0"),
+    ([["w3."]], "token id 'w3.' at position 0 is not an integer"),
     ([["w3.", "w4."]], "token id 'w3.' at position 0"),
     ([3, VOCABULARY], f"token id {VOCABULARY} at position 1 is outside the vocabulary of {VOCABULARY}"),
     ([3, -1], "token id -1 at position 1"),
@@ -229,7 +229,7 @@ def test_outputs(words: LLM) -> None:
         assert isinstance(each, CompletionOutput)
         assert (each.index, each.finish_reason, each.stop_reason) == (index, "length", None)
         assert (each.logprobs, each.cumulative_logprob) == (None, None)
-        assert each.text == words.get_tokenizer().decode(each.token_ids)
+        assert "w3. w4." + each.text == words.get_tokenizer().decode([3, 4, *each.token_ids])
         assert each.finished()
         assert each.metrics is each.spec_decode_metrics
     numbers = [int(each.request_id) for each in words.generate(["w3.", "w4.", "w5."], GREEDY)]

@@ -46,6 +46,7 @@ CHANGING: dict[str, Callable[[list[int]], Options]] = {
     "allowed and banned": lambda out: {"allowed_token_ids": [7, 9], "bad_words": [word(7), word(9)], "min_tokens": 5},
     "bad_words": lambda out: {"bad_words": [word(out[1])]},
     "bad_words of two": lambda out: {"bad_words": [f"{word(out[2])} {word(out[3])}"]},
+    "bad_words_ids": lambda out: {"bad_words_ids": [out[2:4], [out[1]], [VOCABULARY + 3], [3, VOCABULARY]]},
     "bad_words beyond the vocabulary": lambda out: {
         "bad_words": [word(out[1]), word(VOCABULARY + 2), f"{word(out[0])} {word(VOCABULARY)}"]
     },
@@ -251,7 +252,7 @@ def test_ends_inside_an_accepted_run(reference: Stepwise, run: tuple[list[int], 
     if not params.stop:  # nothing is held back; a token that ends the output leaves no text
         shown = len(got.text.split())
         assert [text for piece in pieces for text in piece.token_texts] == [
-            f"{' ' * (index > 0)}{word(token)}" if index < shown else "" for index, token in enumerate(got.token_ids)
+            f" {word(token)}" if index < shown else "" for index, token in enumerate(got.token_ids)
         ]
 
 
@@ -291,8 +292,8 @@ INVALID: dict[str, list[Any]] = {
     "n": [0, -1, 1.0, "2", True, None],
     "presence_penalty": [2.1, -2.1, "1", None, float("nan"), True],
     "frequency_penalty": [2.1, -2.1, "1", None, float("nan")],
-    "repetition_penalty": [0, -1.0, float("inf"), float("nan"), "1", None],
-    "temperature": [-0.1, float("nan"), float("inf"), "1", None, False],
+    "repetition_penalty": [0, -1.0, 1e-39, 1e39, float("inf"), float("nan"), "1", None],
+    "temperature": [-0.1, 1e39, float("nan"), float("inf"), "1", None, False],
     "top_p": [0, -0.1, 1.1, float("nan"), "1", None],
     "top_k": [-2, 1.5, "3", None, True],
     "min_p": [-0.1, 1.1, float("nan"), "0", None],
@@ -310,6 +311,7 @@ INVALID: dict[str, list[Any]] = {
     "logit_bias": [{-1: 1.0}, {"x": 1.0}, {1: "a"}, {1: float("inf")}, {1: float("nan")}, [1, 2], 5],
     "allowed_token_ids": [[-1], ["a"], 5, [1.5]],
     "bad_words": ["", ["a", ""], [3], 5],
+    "bad_words_ids": [[()], [(-1,)], [("a",)], [5], "5", [(1.0,)]],
     "num_speculative_tokens": [-1, 1.5, "3", True],
 }
 UNSUPPORTED = {

@@ -48,8 +48,9 @@ def ruled_scores(
         forbidden[list(params.allowed_token_ids)] = False
         scores = scores.masked_fill(forbidden, float("-inf"))
     allowed = scores
-    if params.bad_words:
+    if params.bad_words or params.bad_words_ids:
         words = [[int(part[1:-1]) for part in each.split()] for each in params.bad_words]
+        words += [list(each) for each in params.bad_words_ids]
         banned = [each for each in words if max(each) < scores.shape[-1]]
         scores = NoBadWordsLogitsProcessor(banned)(ids, scores)
     if params.min_tokens and stop_ids:
@@ -126,9 +127,9 @@ class Stepwise:
             enough = len(output) >= params.min_tokens
             if enough and token in self._stop_ids(params):
                 if params.include_stop_str_in_output:
-                    text = " ".join(map(word, output))
+                    text = "".join(f" {word(each)}" for each in output)
                 return Expected(output, text, "stop", token if token in params.stop_token_ids else None, margin)
-            before, text = len(text), " ".join(map(word, output))
+            before, text = len(text), "".join(f" {word(each)}" for each in output)
             ends = [(text.find(s, max(0, before - len(s) + 1)), -len(s), s) for s in params.stop]
             if enough and (hits := sorted(hit for hit in ends if hit[0] >= 0)):
                 place, _, stop = hits[0]

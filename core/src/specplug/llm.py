@@ -23,7 +23,8 @@ from specplug.progress import ProgressBar
 from specplug.request import Request
 from specplug.sampling.defaults import default_sampling_params
 from specplug.sampling.params import SamplingParams
-from specplug.text.prompts import LazyTokenizer, Message, Prompt, encode_prompt, prompt_list, render_chat
+from specplug.text.prompts import EncodedPrompt, LazyTokenizer, Message, Prompt, encode_prompts, render_chats
+from specplug.text.reading import Reading
 from specplug.tiny import resolve_model
 from specplug.values import shown
 
@@ -33,7 +34,7 @@ _MOST_NAMED = 5
 
 @attrs.frozen(eq=False)
 class _Submitted:
-    """One prompt under way: its name, its text if it was given as text, and its completions."""
+    """One prompt under way: its name, its text if it has one, and its completions."""
 
     id: str
     prompt: str | None
@@ -92,7 +93,8 @@ class LLM:
         """Generates completions; the order of the outputs is that of the prompts.
 
         Args:
-            prompts: text, token ids, `{"prompt": …}` or `{"prompt_token_ids": …}`, or a list of these.
+            prompts: text, token ids (a list, a NumPy array or a torch tensor), `{"prompt": …}` or `{"prompt_token_ids": …}`,
+                or a list of these.
             sampling_params: one for all prompts, or one for each; None takes the model's generation_config.
             use_tqdm: show a progress bar, on a terminal.
             lora_request: not supported.
@@ -101,7 +103,8 @@ class LLM:
             mm_processor_kwargs: not supported.
 
         Raises:
-            RequestError: a prompt that can never be served; none of the prompts is then run. Or the engine was closed.
+            RequestError: a prompt that can never be served, named by its index; none of the prompts is then run. Or the
+                engine was closed.
             GenerationError: some prompts failed while they were generated; it carries the outputs of all.
         """
         _refuse(
@@ -111,7 +114,7 @@ class LLM:
             mm_processor_kwargs=mm_processor_kwargs,
         )
         with self._encoding:
-            encoded = [encode_prompt(prompt, self._tokenizer) for prompt in prompt_list(prompts)]
+            encoded = encode_prompts(prompts, self._tokenizer)
         return self._run(encoded, sampling_params, use_tqdm)
 
     def chat(
@@ -159,9 +162,6 @@ class LLM:
                 None if chat_template_content_format in ("auto", "string") else chat_template_content_format
             ),
         )
-        if not isinstance(messages, Sequence):
-            raise RequestError(f"messages={messages!r}: expected a list of messages, or a list of conversations")
-        conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
         options = {
             "chat_template": chat_template,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
@@ -170,7 +170,7 @@ class LLM:
             **(chat_template_kwargs or {}),
         }
         with self._encoding:
-            encoded = [(None, render_chat(each, self._tokenizer, **options)) for each in conversations]
+            encoded = render_chats(messages, self._tokenizer, **options)
         return self._run(encoded, sampling_params, use_tqdm)
 
     def stream(
@@ -187,7 +187,7 @@ class LLM:
             GenerationError: as `generate` does, after the last piece.
         """
         with self._encoding:
-            encoded = [encode_prompt(prompt, self._tokenizer) for prompt in prompt_list(prompts)]
+            encoded = encode_prompts(prompts, self._tokenizer)
         submitted = self._make(encoded, sampling_params)
         call = Call([request for each in submitted for request in each.family], streams=True)
         index_of = {id(request): index for each in submitted for index, request in enumerate(each.family)}
@@ -221,21 +221,25 @@ class LLM:
 
     def _make(
         self,
-        encoded: Sequence[tuple[str | None, list[int]]],
+        encoded: Sequence[EncodedPrompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
     ) -> list[_Submitted]:
         """The requests of a call, all of them checked; none is queued."""
         params = self._params_list(sampling_params, len(encoded))
         submitted: list[_Submitted] = []
         with self._encoding:  # bad words are tokenized
-            for (text, ids), param in zip(encoded, params, strict=True):
+            for prompt, param in zip(encoded, params, strict=True):
                 request_id = str(next(self._numbers))
-                submitted.append(_Submitted(request_id, text, self.engine.make_request(request_id, ids, param)))
+                try:
+                    family = self.engine.make_request(request_id, prompt.ids, param)
+                except RequestError as error:  # callers know their prompts by index, not by our names
+                    raise RequestError(prompt.where + str(error).removeprefix(f"request '{request_id}': ")) from error
+                submitted.append(_Submitted(request_id, prompt.text, family))
         return submitted
 
     def _run(
         self,
-        encoded: Sequence[tuple[str | None, list[int]]],
+        encoded: Sequence[EncodedPrompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool | Callable[..., Any],
     ) -> list[RequestOutput]:
@@ -330,11 +334,12 @@ class LLM:
         )
 
     def _with_text(self, positions: Any) -> Any:
-        """Fills in the text of the tokens in log-probabilities."""
-        tokenizer = self._tokenizer()
-        for position in positions or () if tokenizer is not None else ():
+        """Fills in the text of the tokens in log-probabilities, as they read behind other text."""
+        tokenizer = self._tokenizer() if positions else None
+        reading = None if tokenizer is None else Reading.of(tokenizer)
+        for position in positions or () if reading is not None else ():
             for token, logprob in (position or {}).items():
-                logprob.decoded_token = tokenizer.decode([token])
+                logprob.decoded_token = reading.token(token)
         return positions
 
     # ---- about ----------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ class RequestOutput:
 
     Attributes:
         request_id: the request's name.
-        prompt: the prompt's text, if it was given as text.
+        prompt: the prompt's text, if it was given as text; of `chat`, what the template rendered.
         prompt_token_ids: the prompt's ids.
         prompt_logprobs: per prompt token the log-probabilities that were asked for; None for the first token.
         outputs: the completions, by index.

@@ -1,4 +1,4 @@
-"""Values that come from users and plugins: integers of any library, and attrs fields that say what they expect."""
+"""Values that come from users and plugins: numbers of any library, invalid text, and attrs fields that say what they expect."""
 
 from __future__ import annotations
 
@@ -86,3 +86,24 @@ def one_of(choices: Iterable[str], error: type[Exception]) -> dict[str, Any]:
     names = tuple(choices)
     text = " or ".join(repr(name) for name in names)
     return {"validator": expect(lambda value: isinstance(value, str) and value in names, text, error)}
+
+
+def to_python(value: Any) -> Any:
+    """NumPy and torch values (everything with `tolist`) as Python's numbers and lists; any other value as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def text_fault(text: str) -> str | None:
+    """What keeps a string from being valid Unicode text, or None.
+
+    A lone surrogate stands in strings for what could not be decoded, or comes from half of a JSON escape.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        what = (
+            f"the byte 0x{code - 0xDC00:02X}, which is not UTF-8," if 0xDC80 <= code <= 0xDCFF else "a lone surrogate"
+        )
+        return f"{what} at character {error.start + 1} ({text[error.start]!a})"
+    return None

@@ -89,7 +89,7 @@ def generate(
     if not as_json and (given["logprobs"] is not None or given["prompt_logprobs"] is not None):
         raise click.UsageError("--logprobs and --prompt-logprobs are shown with --json only.")
     # What can be refused without importing torch is refused first.
-    from specplug.cli.prompt_file import PromptLine, read_prompts
+    from specplug.cli.prompt_file import read_prompts
     from specplug.configuration.engine import EngineConfig
 
     engine = read_engine_options({name: given.pop(name) for name in _ENGINE})
@@ -97,7 +97,7 @@ def generate(
     if prompts is not None:
         lines = read_prompts(prompts)
     else:
-        lines = [PromptLine("--prompt", _text(prompt or ""))]
+        lines = [_given(prompt or "")]
     rows = sum(_checked(line, sampling) for line in lines)
     engine.setdefault("max_num_seqs", min(rows, _MOST_ROWS, max(engine.get("max_num_batched_tokens", rows), 1)))
     config = EngineConfig.create(target, **engine)
@@ -113,12 +113,14 @@ def generate(
         run_job(job, out, err)
 
 
-def _text(prompt: str) -> str:
+def _given(prompt: str) -> PromptLine:
     """The prompt of `--prompt`.
 
     Raises:
-        ConfigurationError: there is no text.
+        ConfigurationError: it is no valid text.
     """
+    from specplug.cli.prompt_file import PromptLine, checked_text
+
     where = "--prompt"
     if prompt == "-":
         where = "--prompt -"
@@ -126,9 +128,7 @@ def _text(prompt: str) -> str:
             prompt = sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as error:
             raise ConfigurationError(f"{where}: standard input is not UTF-8 at byte {error.start + 1}") from error
-    if not prompt:
-        raise ConfigurationError(f"{where}: the prompt is empty; it needs at least one character")
-    return prompt
+    return PromptLine(where, checked_text(prompt, where))
 
 
 def _checked(line: PromptLine, sampling: dict[str, Any]) -> int:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from specplug.outputs import RequestOutput
     from specplug.sampling.params import SamplingParams
 
-_REQUEST = re.compile(r"^request '(\d+)': ")
+_PLACE = re.compile(r"^prompts\[(\d+)\]: ")
 _HEADER_WIDTH = 60
 _WITHOUT_KERNELS = (
     "The native kernels are being compiled in the background, once. This run uses PyTorch's; later ones are faster."
@@ -122,7 +122,14 @@ def _params(job: GenerateJob, llm: LLM, err: Terminal) -> list[SamplingParams]:
     except RequestError as error:
         error.add_note(f"from generation_config.json of {job.target}; give the option to override it")
         raise
-    return [make_params(DEFAULTS, used, job.sampling, line.options) for line in job.prompts]
+    params = []
+    for line in job.prompts:
+        given = {**DEFAULTS, **job.sampling, **line.options}
+        own = dict(used)
+        if "min_tokens" in own and given["max_tokens"] is not None:  # a recommendation yields to what was asked for
+            own["min_tokens"] = min(own["min_tokens"], given["max_tokens"])
+        params.append(make_params(DEFAULTS, own, job.sampling, line.options))
+    return params
 
 
 def _stream(job: GenerateJob, params: SamplingParams, llm: LLM, out: Terminal, err: Terminal) -> None:
@@ -163,13 +170,11 @@ def _run_all(job: GenerateJob, params: list[SamplingParams], llm: LLM, out: Term
 
 
 def _located(error: RequestError, job: GenerateJob) -> RequestError:
-    """Names the file and line of a prompt where the engine names a request."""
+    """Names a prompt by its option, or its file and line, where `LLM` names it by its place among those that were given."""
     text = str(error)
-    match = _REQUEST.match(text)
-    if match is None or int(match[1]) >= len(job.prompts):
-        return RequestError(text)
-    where = f"{job.prompts[int(match[1])].where}: " if job.is_file else ""
-    return RequestError(where + text[match.end() :])
+    if match := _PLACE.match(text):
+        return RequestError(f"{job.prompts[int(match[1])].where}: {text[match.end() :]}")
+    return RequestError(f"{job.prompts[0].where}: {text}" if len(job.prompts) == 1 else text)
 
 
 def _show_texts(out: Terminal, number: int, output: RequestOutput, *, has_text: bool) -> None:

@@ -10,6 +10,7 @@ import attrs
 
 from specplug.cli.json_text import parse_json
 from specplug.errors import ConfigurationError, did_you_mean
+from specplug.values import text_fault
 
 _OPTION = "--prompts"
 _KEYS = ("prompt", "prompt_token_ids", "sampling_params")
@@ -50,6 +51,17 @@ def read_prompts(name: str) -> list[PromptLine]:
     return prompts
 
 
+def checked_text(prompt: str, where: str) -> str:
+    """A prompt as it is, if it is valid text.
+
+    Raises:
+        ConfigurationError: it is not; the message begins with `where`.
+    """
+    if fault := text_fault(prompt):
+        raise ConfigurationError(f"{where} holds {fault}, and so is no valid text; remove or replace that character")
+    return prompt
+
+
 def _read(name: str) -> bytes:
     try:
         return Path(name).expanduser().read_bytes()
@@ -86,9 +98,9 @@ def _prompt(value: dict[str, Any], where: str) -> str | list[int]:
         raise ConfigurationError(f"{where}: needs 'prompt' or 'prompt_token_ids', one of the two")
     if "prompt" in value:
         prompt = value["prompt"]
-        if not isinstance(prompt, str) or not prompt:
-            raise ConfigurationError(f"{where}: 'prompt' is not a text of at least one character, but {prompt!r}")
-        return prompt
+        if not isinstance(prompt, str):
+            raise ConfigurationError(f"{where}: 'prompt' is not a text, but {prompt!r}")
+        return checked_text(prompt, f"{where}: 'prompt'")
     ids = value["prompt_token_ids"]
     if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
         raise ConfigurationError(f"{where}: 'prompt_token_ids' is not a list of at least one token id")

@@ -15,7 +15,8 @@ from specplug.request import Request
 from specplug.sampling.params import MAX_SEED, SamplingParams
 from specplug.sampling.randomness import EngineRandomness, RowRandomness
 from specplug.sampling.rules import LogitsRules
-from specplug.text.prompts import bad_word_ids
+from specplug.text.bad_words import bad_word_ids
+from specplug.text.prompts import token_ids
 from specplug.text.stream import TextStream
 
 
@@ -57,14 +58,17 @@ class Intake:
         Raises:
             RequestError: the prompt or a parameter can never be served; the message says why.
         """
-        ids = list(prompt_ids)
+        try:
+            ids = token_ids(prompt_ids)
+        except RequestError as error:
+            raise RequestError(f"request '{request_id}': {error}") from error
         self._check_prompt(request_id, ids)
         self._check_ids(request_id, params)
         room = self._plan.max_model_len - len(ids)
         limit = min(params.max_tokens or room, room)
         params = attrs.evolve(params, max_tokens=limit, min_tokens=min(params.min_tokens, limit))
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
-        words = bad_word_ids(params.bad_words, self._tokenizer) if params.bad_words else []
+        words = self._bad_words(request_id, params)
         family = [self._request(request_id, ids, params, index, stop_ids, words) for index in range(params.n)]
         family[0].fork_group = family[1:]
         return family
@@ -93,10 +97,10 @@ class Intake:
             stop_ids=stop_ids,
             randomness=RowRandomness(self._randomness, number, seed),
             rules=rules,
-            text=self._text(request_id, params),
+            text=self._text(request_id, ids, params),
         )
 
-    def _text(self, request_id: str, params: SamplingParams) -> TextStream | None:
+    def _text(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> TextStream | None:
         tokenizer = self._tokenizer() if params.detokenize else None
         if tokenizer is None:
             if params.stop:
@@ -107,17 +111,30 @@ class Intake:
         return TextStream(
             tokenizer,
             params.stop,
+            prompt_ids=prompt_ids,
             skip_special_tokens=params.skip_special_tokens,
             include_stop=params.include_stop_str_in_output,
         )
+
+    def _bad_words(self, request_id: str, params: SamplingParams) -> list[list[int]]:
+        given = [list(ids) for ids in params.bad_words_ids]
+        if not params.bad_words:
+            return given
+        tokenizer = self._tokenizer()
+        if tokenizer is None:
+            raise RequestError(f"request '{request_id}': bad_words needs a tokenizer, and the engine has none")
+        try:
+            return given + bad_word_ids(params.bad_words, tokenizer)
+        except RequestError as error:
+            raise RequestError(f"request '{request_id}': {error}") from error
 
     def _check_prompt(self, request_id: str, ids: list[int]) -> None:
         if not ids:
             raise RequestError(f"request '{request_id}': the prompt is empty; it needs at least one token")
         for position, token in enumerate(ids):
-            if not isinstance(token, int) or not 0 <= token < self._vocab_size:
+            if not 0 <= token < self._vocab_size:
                 raise RequestError(
-                    f"request '{request_id}': token id {token!r} at position {position} is outside the vocabulary of "
+                    f"request '{request_id}': token id {token} at position {position} is outside the vocabulary of "
                     f"{self._vocab_size:,}"
                 )
         if len(ids) >= self._plan.max_model_len:

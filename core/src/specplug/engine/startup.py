@@ -20,7 +20,7 @@ from specplug.engine.engine import Engine
 from specplug.engine.intake import Intake
 from specplug.engine.planning import PlannedEngine, max_nodes_of, plan_engine, wants_top_k_at_drafts
 from specplug.engine.scheduler import Scheduler
-from specplug.errors import CheckpointError, SpecplugError, StartupError
+from specplug.errors import SpecplugError, StartupError
 from specplug.model.checkpoint import resolve_checkpoint
 from specplug.model.compiled_step import compile_step
 from specplug.model.kv_cache import KVCache
@@ -30,6 +30,7 @@ from specplug.model.runner import ModelRunner
 from specplug.model.tokenizer import check_tokenizer
 from specplug.model.torch_state import own_torch_state
 from specplug.plugins.registry import RegisteredSpeculator
+from specplug.sampling.defaults import eos_ids
 from specplug.sampling.randomness import EngineRandomness
 from specplug.sampling.workspace import Workspace
 from specplug.speculation.auto import AutoBudget
@@ -96,6 +97,7 @@ def start_engine(
                 check_tokenizer(_tokenizer_folder(planned))
             if planned.device.type == "cpu":
                 threads.warn_of_too_many()
+            ends = eos_ids(planned.folder, planned.model_config, planned.architecture.vocab_size)
         with _step(2, on_step):
             model = load_model(
                 planned.folder,
@@ -118,7 +120,7 @@ def start_engine(
             if wants_compilation(config.compile, planned.architecture.weight_bytes):
                 drafts = [h.runner for h in planned.facade.handles if isinstance(h, LazyModel) and h.runner]
                 compile_forwards([runner, *drafts], config.block_size, planned.most_captured)
-            engine = _assemble(planned, runner, states, caches, tokenizer)
+            engine = _assemble(planned, runner, states, caches, tokenizer, ends)
         with _step(6, on_step):
             undo.pop_all()
         return engine
@@ -211,6 +213,7 @@ def _assemble(
     states: StateStore,
     caches: list[dict[str, KVCache]],
     tokenizer: Callable[[], Any],
+    ends: frozenset[int],
 ) -> Engine:
     config, plan = planned.config, planned.plan
     compiles = wants_compilation(config.compile, planned.architecture.weight_bytes)
@@ -256,7 +259,7 @@ def _assemble(
         intake=Intake(
             plan,
             planned.architecture.vocab_size,
-            eos_ids(planned.folder, planned.model_config),
+            ends,
             randomness,
             tokenizer,
             planned.device,
@@ -294,20 +297,3 @@ def _row_buckets(max_num_seqs: int) -> tuple[int, ...]:
     while buckets[-1] < max_num_seqs:
         buckets.append(min(buckets[-1] * 2, max_num_seqs))
     return tuple(buckets)
-
-
-def eos_ids(folder: Path, model_config: Any) -> frozenset[int]:
-    """The ids that end a sequence: those of generation_config.json if it names any, else of config.json."""
-    from transformers import GenerationConfig
-
-    ids: Any = None
-    if (folder / "generation_config.json").is_file():
-        try:
-            ids = GenerationConfig.from_pretrained(folder).eos_token_id
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder / 'generation_config.json'} is damaged: {error}") from error
-    if ids is None:
-        ids = getattr(model_config.get_text_config(), "eos_token_id", None)
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)

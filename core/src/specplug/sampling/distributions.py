@@ -13,12 +13,10 @@ from specplug.errors import ModelOutputError
 from specplug.model.device import to_device
 from specplug.native.gpu import cuda
 from specplug.sampling.likeliest import is_fast, likeliest
-from specplug.sampling.params import SamplingParams
+from specplug.sampling.params import LOWEST_DIVISOR, SamplingParams
 from specplug.sampling.rules import LogitsRules
 from specplug.sampling.workspace import Workspace
 
-# As good as greedy, and still a divisor that leaves float32 logits finite.
-_LOWEST_TEMPERATURE = 1e-30
 MOST_AT_ONCE = 1 << 22  # logits that are processed together
 
 
@@ -82,7 +80,7 @@ def process(logits: torch.Tensor, params: Sequence[SamplingParams], out: torch.T
 def _scaled(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     scaled = logits.float()
     if any(param.temperature != 1 for param in params):
-        divisors = [max(float(param.temperature), _LOWEST_TEMPERATURE) for param in params]
+        divisors = [max(float(param.temperature), LOWEST_DIVISOR) for param in params]
         scaled = scaled / to_device(divisors, logits.device, torch.float32)[:, None]
     if any(param.truncates for param in params):
         scaled = truncate(

@@ -8,8 +8,15 @@ from typing import Any
 import attrs
 
 from specplug.errors import RequestError
+from specplug.values import text_fault, to_python
 
 MAX_SEED = 2**63
+# Logits are float32. No combination of parameters within these bounds leaves it: a biased logit, divided by the smallest
+# penalty and by the smallest divisor that `distributions` uses for a temperature, stays below 3.4e38.
+MAX_BIAS = 1e20
+MAX_PENALTY = 1e8
+MAX_TEMPERATURE = 1e20
+LOWEST_DIVISOR = 1e-10  # as good as greedy
 
 
 def _is_int(value: object) -> bool:
@@ -45,18 +52,25 @@ def _number(low: float, high: float) -> Any:
 
 def _strings(value: Any) -> Any:
     """One string, several, or None → a tuple."""
+    value = to_python(value)
     if value is None:
         return ()
     return (value,) if isinstance(value, str) else _tuple(value)
 
 
-def _ids(value: Iterable[int] | None) -> Any:
+def _ids(value: Any) -> Any:
+    value = to_python(value)
     return () if value is None else _tuple(value)
+
+
+def _id_sequences(value: Any) -> Any:
+    value = _ids(value)
+    return tuple(_ids(each) for each in value) if isinstance(value, tuple) else value
 
 
 def _tuple(value: Any) -> Any:
     """Things in a row → a tuple; anything else as it is, for the validator to refuse."""
-    return tuple(value) if isinstance(value, Iterable) else value
+    return tuple(map(to_python, value)) if isinstance(value, Iterable) else value
 
 
 def _bias(value: Mapping[Any, Any] | None) -> Any:
@@ -65,11 +79,23 @@ def _bias(value: Mapping[Any, Any] | None) -> Any:
         return {}
     if not isinstance(value, Mapping):
         return value
-    return {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in value.items()}
+    pairs = ((to_python(k), to_python(v)) for k, v in value.items())
+    return {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in pairs}
 
 
-_text_list = _expect(lambda v: all(isinstance(s, str) and s for s in v), "a non-empty string or a list of them")
-_id_list = _expect(lambda v: all(_is_int(i) and i >= 0 for i in v), "a list of token ids")
+def _are_ids(values: Iterable[Any]) -> bool:
+    return all(_is_int(i) and i >= 0 for i in values)
+
+
+_text_list = _expect(
+    lambda v: all(isinstance(s, str) and s and text_fault(s) is None for s in v),
+    "a non-empty string of valid text, or a list of them",
+)
+_id_list = _expect(_are_ids, "a list of token ids")
+_id_sequence_list = _expect(
+    lambda v: not isinstance(v, str) and all(isinstance(i, tuple) and i and _are_ids(i) for i in v),
+    "a list of non-empty lists of token ids",
+)
 _flag = _expect(lambda v: isinstance(v, bool), "True or False")
 _count = _expect(lambda v: v is None or (_is_int(v) and v >= -1), "an integer of at least 0, -1 for all, or None")
 
@@ -91,15 +117,16 @@ class SamplingParams:
     The target's distribution after all of these is what is sampled from, with any speculator, at every draft position: a
     penalty counts the draft's earlier tokens, a ban holds inside the draft. They apply in this order: allowed tokens, bad
     words, `min_tokens`, `logit_bias`, penalties, temperature, `min_p`, `top_k`, `top_p`. Should the bans leave no token at
-    all, only `allowed_token_ids` holds for that position.
+    all, only `allowed_token_ids` holds for that position. NumPy and torch scalars, arrays and tensors are taken as the numbers
+    and lists that they hold.
 
     Attributes:
         n: how many completions to generate for the prompt; they share its computed KV blocks.
         presence_penalty: subtracted from the logits of tokens that the output holds.
         frequency_penalty: subtracted once for every time the output holds the token.
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output (Keskar et al.
-            1909.05858); 1 changes nothing.
-        temperature: 0 is greedy; otherwise logits are divided by it.
+            1909.05858); 1 changes nothing; from 1e-8 to 1e8.
+        temperature: 0 is greedy; otherwise logits are divided by it (by 1e-10 at least), up to 1e20.
         top_p: keep the smallest set of most likely tokens whose probabilities reach this sum.
         top_k: keep the k most likely tokens (ties included); 0 or -1 keeps all.
         min_p: drop tokens less likely than this share of the most likely token's probability.
@@ -116,9 +143,12 @@ class SamplingParams:
         detokenize: whether to decode the output.
         skip_special_tokens: leave special tokens out of the text.
         include_stop_str_in_output: keep the stop string, or the stop token's text, in the text.
-        logit_bias: token id → what is added to its logit.
+        logit_bias: token id → what is added to its logit, up to 1e20 either way.
         allowed_token_ids: only these may be generated; empty allows all.
-        bad_words: words that are not generated: the last token that would complete one, also across the end of the prompt.
+        bad_words: words that are not generated: the last token that would complete one, also across the end of the prompt. A
+            word is taken as it is, with its white space, in the tokens that write it at the start of a text, inside one and
+            behind a space.
+        bad_words_ids: the same as token ids, a list for each word: for engines without a tokenizer, and to ban single tokens.
         num_speculative_tokens: a cap on draft tokens for this request; 0 turns speculation off; None keeps the engine's.
         structured_outputs: not supported.
         extra_args: not supported.
@@ -129,51 +159,58 @@ class SamplingParams:
         repetition_detection: not supported.
     """
 
-    n: int = attrs.field(default=1, validator=_integer(1))
-    presence_penalty: float = attrs.field(default=0.0, validator=_number(-2, 2))
-    frequency_penalty: float = attrs.field(default=0.0, validator=_number(-2, 2))
+    n: int = attrs.field(default=1, converter=to_python, validator=_integer(1))
+    presence_penalty: float = attrs.field(default=0.0, converter=to_python, validator=_number(-2, 2))
+    frequency_penalty: float = attrs.field(default=0.0, converter=to_python, validator=_number(-2, 2))
     repetition_penalty: float = attrs.field(
-        default=1.0, validator=_expect(lambda v: _is_number(v) and 0 < v < float("inf"), "a number above 0")
+        default=1.0, converter=to_python, validator=_number(1 / MAX_PENALTY, MAX_PENALTY)
     )
-    temperature: float = attrs.field(
-        default=1.0,
-        validator=_expect(lambda v: _is_number(v) and 0 <= v < float("inf"), "a finite number of at least 0"),
-    )
+    temperature: float = attrs.field(default=1.0, converter=to_python, validator=_number(0, MAX_TEMPERATURE))
     top_p: float = attrs.field(
-        default=1.0, validator=_expect(lambda v: _is_number(v) and 0 < v <= 1, "a number above 0, at most 1")
+        default=1.0,
+        converter=to_python,
+        validator=_expect(lambda v: _is_number(v) and 0 < v <= 1, "a number above 0, at most 1"),
     )
     top_k: int = attrs.field(
-        default=0, validator=_expect(lambda v: _is_int(v) and v >= -1, "an integer of at least 1, or 0 for all")
+        default=0,
+        converter=to_python,
+        validator=_expect(lambda v: _is_int(v) and v >= -1, "an integer of at least 1, or 0 for all"),
     )
-    min_p: float = attrs.field(default=0.0, validator=_number(0, 1))
+    min_p: float = attrs.field(default=0.0, converter=to_python, validator=_number(0, 1))
     seed: int | None = attrs.field(
         default=None,
+        converter=to_python,
         validator=_expect(
             lambda v: v is None or (_is_int(v) and -MAX_SEED <= v < MAX_SEED), "a 64-bit integer or None"
         ),
     )
     stop: tuple[str, ...] = attrs.field(default=(), converter=_strings, validator=_text_list)
     stop_token_ids: tuple[int, ...] = attrs.field(default=(), converter=_ids, validator=_id_list)
-    ignore_eos: bool = attrs.field(default=False, validator=_flag)
-    max_tokens: int | None = attrs.field(default=16, validator=_integer(1, or_none=True))
-    min_tokens: int = attrs.field(default=0, validator=_integer(0))
-    logprobs: int | None = attrs.field(default=None, validator=_count)
-    prompt_logprobs: int | None = attrs.field(default=None, validator=_count)
-    detokenize: bool = attrs.field(default=True, validator=_flag)
-    skip_special_tokens: bool = attrs.field(default=True, validator=_flag)
-    include_stop_str_in_output: bool = attrs.field(default=False, validator=_flag)
+    ignore_eos: bool = attrs.field(default=False, converter=to_python, validator=_flag)
+    max_tokens: int | None = attrs.field(default=16, converter=to_python, validator=_integer(1, or_none=True))
+    min_tokens: int = attrs.field(default=0, converter=to_python, validator=_integer(0))
+    logprobs: int | None = attrs.field(default=None, converter=to_python, validator=_count)
+    prompt_logprobs: int | None = attrs.field(default=None, converter=to_python, validator=_count)
+    detokenize: bool = attrs.field(default=True, converter=to_python, validator=_flag)
+    skip_special_tokens: bool = attrs.field(default=True, converter=to_python, validator=_flag)
+    include_stop_str_in_output: bool = attrs.field(default=False, converter=to_python, validator=_flag)
     logit_bias: Mapping[int, float] = attrs.field(
         default={},
         converter=_bias,
         validator=_expect(
-            lambda v: all(_is_int(k) and k >= 0 and _is_number(b) and abs(b) < float("inf") for k, b in v.items()),
-            "a mapping of token ids to finite numbers",
+            lambda v: all(_is_int(k) and k >= 0 and _is_number(b) and abs(b) <= MAX_BIAS for k, b in v.items()),
+            f"a mapping of token ids to numbers from {-MAX_BIAS:g} to {MAX_BIAS:g}",
         ),
         hash=False,
     )
     allowed_token_ids: tuple[int, ...] = attrs.field(default=(), converter=_ids, validator=_id_list)
     bad_words: tuple[str, ...] = attrs.field(default=(), converter=_strings, validator=_text_list)
-    num_speculative_tokens: int | None = attrs.field(default=None, validator=_integer(0, or_none=True))
+    bad_words_ids: tuple[tuple[int, ...], ...] = attrs.field(
+        default=(), converter=_id_sequences, validator=_id_sequence_list
+    )
+    num_speculative_tokens: int | None = attrs.field(
+        default=None, converter=to_python, validator=_integer(0, or_none=True)
+    )
 
     structured_outputs: Any = attrs.field(default=None, validator=_unsupported("there is no grammar backend"))
     extra_args: Any = attrs.field(default=None, validator=_unsupported("nothing here reads it"))
@@ -184,6 +221,10 @@ class SamplingParams:
     )
     thinking_token_budget: Any = attrs.field(default=None, validator=_unsupported("use max_tokens"))
     repetition_detection: Any = attrs.field(default=None, validator=_unsupported("use stop or a penalty"))
+
+    def clone(self) -> SamplingParams:
+        """A copy. Parameters cannot be changed; `attrs.evolve(params, temperature=0)` makes a copy with changes."""
+        return attrs.evolve(self, logit_bias=dict(self.logit_bias))
 
     def __attrs_post_init__(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -211,4 +252,11 @@ class SamplingParams:
     @property
     def changes_logits(self) -> bool:
         """Whether anything but temperature and truncation changes the distribution."""
-        return bool(self.penalizes or self.logit_bias or self.allowed_token_ids or self.bad_words or self.min_tokens)
+        return bool(
+            self.penalizes
+            or self.logit_bias
+            or self.allowed_token_ids
+            or self.bad_words
+            or self.bad_words_ids
+            or self.min_tokens
+        )

@@ -1,4 +1,4 @@
-"""Turning what users give into token ids: text, ids, chat messages, bad words."""
+"""Turning what users give into token ids: text, ids, chat messages."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+import attrs
+
 from specplug.errors import RequestError
 from specplug.model.checkpoint import resolve_checkpoint
 from specplug.model.tokenizer import required_tokenizer
+from specplug.values import text_fault, to_python
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -54,62 +57,129 @@ class LazyTokenizer:
         return tokenizer
 
 
-def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several → a list."""
+@attrs.frozen
+class EncodedPrompt:
+    """A prompt as ids.
+
+    Attributes:
+        where: its place in the call, for messages: `prompts[2]: `; empty where a single one was given.
+        text: its text, if it was given as text or rendered from messages.
+        ids: its token ids.
+    """
+
+    where: str
+    text: str | None
+    ids: list[int]
+
+
+def encode_prompts(prompts: Prompt | Iterable[Prompt], tokenizer: LazyTokenizer) -> list[EncodedPrompt]:
+    """One prompt or several → their ids.
+
+    NumPy arrays and torch tensors are taken like the lists that they hold, in every place.
+
+    Raises:
+        RequestError: see `encode_prompt`; of several prompts, the message begins with the place of the wrong one.
+    """
+    prompts = to_python(prompts)
     if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
-        return [prompts]
-    listed = list(prompts)
+        return [EncodedPrompt("", *encode_prompt(prompts, tokenizer))]
+    listed: list[Any] = [to_python(prompt) for prompt in prompts]
     if listed and all(isinstance(item, Integral) for item in listed):
-        return [listed]  # type: ignore[list-item]
-    return listed  # type: ignore[return-value]
+        return [EncodedPrompt("", *encode_prompt(listed, tokenizer))]
+    return _each("prompts", listed, lambda prompt: encode_prompt(prompt, tokenizer))
+
+
+def render_chats(
+    messages: Sequence[Message] | Sequence[Sequence[Message]], tokenizer: LazyTokenizer, **options: Any
+) -> list[EncodedPrompt]:
+    """One conversation or several → the texts of the chat template and their ids.
+
+    Raises:
+        RequestError: see `render_chat`; of several conversations, the message begins with the place of the wrong one.
+    """
+    if not isinstance(messages, Sequence):
+        raise RequestError(f"messages={messages!r}: expected a list of messages, or a list of conversations")
+    if messages and isinstance(messages[0], Mapping):
+        return [EncodedPrompt("", *render_chat(messages, tokenizer, **options))]  # type: ignore[arg-type]
+    return _each("messages", messages, lambda each: render_chat(each, tokenizer, **options))
+
+
+def _each(
+    name: str, values: Sequence[Any], encode: Callable[[Any], tuple[str | None, list[int]]]
+) -> list[EncodedPrompt]:
+    encoded = []
+    for index, value in enumerate(values):
+        where = f"{name}[{index}]: "
+        try:
+            encoded.append(EncodedPrompt(where, *encode(value)))
+        except RequestError as error:
+            raise RequestError(f"{where}{error}") from error
+    return encoded
 
 
 def encode_prompt(prompt: Prompt, tokenizer: LazyTokenizer) -> tuple[str | None, list[int]]:
     """A prompt → (its text if it was given as text, its ids).
 
     Raises:
-        RequestError: it is of no known form, or text without a tokenizer.
+        RequestError: it is of no known form, no valid text, text without a tokenizer, or it has no tokens.
     """
+    prompt = to_python(prompt)
     if isinstance(prompt, str):
-        if not prompt:
-            raise RequestError("the prompt is empty; it needs at least one character")
-        ids = tokenizer.required("a prompt given as text")(prompt)["input_ids"]
-        return prompt, list(ids)
+        _check_text(prompt, "the prompt")
+        ids = list(tokenizer.required("a prompt given as text")(prompt)["input_ids"])
+        if not ids:
+            raise RequestError(
+                "the prompt is empty: the tokenizer gives no token for it"
+                + ("" if prompt else ", nor one for the beginning of a text; it needs at least one character")
+            )
+        return prompt, ids
     if isinstance(prompt, Mapping):
         unknown = set(prompt) - {"prompt", "prompt_token_ids"}
         if unknown or not prompt:
             named = f", not '{min(map(str, unknown))}'" if unknown else ""
             raise RequestError(f"a prompt given as a mapping has the key 'prompt' or 'prompt_token_ids'{named}")
-        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        text, ids = prompt.get("prompt"), to_python(prompt.get("prompt_token_ids"))
         if text is not None and not isinstance(text, str):
             raise RequestError(f"'prompt' in a mapping is text, not {type(text).__name__}")
         if ids is None:
             return encode_prompt(text, tokenizer)  # type: ignore[arg-type]
         if not _is_list(ids):
             raise RequestError(f"'prompt_token_ids' in a mapping is a list of token ids, not {type(ids).__name__}")
-        return text, _token_ids(ids)
+        return text, token_ids(ids)
     if _is_list(prompt):
-        return None, _token_ids(prompt)
+        return None, token_ids(prompt)
     raise RequestError(f"a prompt is text, a list of token ids or a mapping, not {type(prompt).__name__}")
 
 
-def _token_ids(values: Sequence[Any]) -> list[int]:
-    """Integers of any kind become Python's; whether they are ids of the model is checked with the request."""
-    for position, token in enumerate(values):
-        if isinstance(token, bool):
-            raise RequestError(f"token id {token} at position {position} is not an integer")
-    return [int(token) if isinstance(token, Integral) else token for token in values]
+def token_ids(values: Iterable[Any]) -> list[int]:
+    """Integers of any kind become Python's; whether they are ids of the model is checked with the request.
+
+    Raises:
+        RequestError: one of the values is no integer.
+    """
+    ids = []
+    for position, value in enumerate(to_python(values)):
+        token = value if type(value) is int else to_python(value)
+        if isinstance(token, bool) or not isinstance(token, Integral):
+            raise RequestError(f"token id {reprlib.repr(token)} at position {position} is not an integer")
+        ids.append(int(token))
+    return ids
+
+
+def _check_text(text: str, what: str) -> None:
+    if fault := text_fault(text):
+        raise RequestError(f"{what} holds {fault}, and so is no valid text; remove or replace that character")
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
 
 
-def render_chat(messages: Sequence[Message], tokenizer: LazyTokenizer, **options: Any) -> list[int]:
-    """Chat messages → token ids, by the tokenizer's chat template.
+def render_chat(messages: Sequence[Message], tokenizer: LazyTokenizer, **options: Any) -> tuple[str, list[int]]:
+    """Chat messages → (the text of the tokenizer's chat template, its ids).
 
     Raises:
-        RequestError: no template, or messages it cannot render.
+        RequestError: no template, messages it cannot render, or text that has no tokens.
     """
     if not _is_list(messages) or not all(isinstance(message, Mapping) for message in messages):
         raise RequestError(
@@ -120,21 +190,11 @@ def render_chat(messages: Sequence[Message], tokenizer: LazyTokenizer, **options
     if not options.get("chat_template") and not getattr(loaded, "chat_template", None):
         raise RequestError("the tokenizer has no chat template; give one with chat_template=, or use generate()")
     try:
-        text = loaded.apply_chat_template(list(messages), tokenize=False, **options)
+        text = str(loaded.apply_chat_template(list(messages), tokenize=False, **options))
     except Exception as error:
         raise RequestError(f"the chat template cannot render the messages: {type(error).__name__}: {error}") from error
-    return list(loaded(text, add_special_tokens=False)["input_ids"])
-
-
-def bad_word_ids(words: Sequence[str], tokenizer: Callable[[], Any]) -> list[list[int]]:
-    """The token sequences of words that must not appear, as they stand at the start of a text and inside one."""
-    loaded = tokenizer()
-    if loaded is None:
-        raise RequestError("bad_words needs a tokenizer, and the engine has none (skip_tokenizer_init=True)")
-    sequences: list[list[int]] = []
-    for word in words:
-        for text in (word, " " + word.lstrip()):
-            ids = list(loaded(text, add_special_tokens=False)["input_ids"])
-            if ids and ids not in sequences:
-                sequences.append(ids)
-    return sequences
+    _check_text(text, "what the chat template makes of the messages")
+    ids = list(loaded(text, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise RequestError("the chat template cannot render the messages: what it makes of them has no tokens")
+    return text, ids
