@@ -5,16 +5,19 @@ from __future__ import annotations
 import io
 import os
 import pty
+import re
 import select
 from typing import TYPE_CHECKING
 
 import pytest
 
 from specplug.cli.memory_view import draw_bar, show_memory
+from specplug.cli.plan_report import PlanReport
 from specplug.cli.startup_view import StartupView
 from specplug.cli.table import Table
 from specplug.cli.terminal import Terminal
 from specplug.cli.text_view import TextView
+from specplug.configuration.engine import EngineConfig
 from specplug.engine.startup import StepReport
 from specplug.llm import StreamedPiece
 from specplug.memory.plan import MemoryPlan
@@ -164,3 +167,73 @@ def test_steps_are_shown_while_they_run_only_on_a_terminal(
         f"  3/6 {'load draft weights':<36}   1.50 s",
         f"  4/6 {'allocate':<36}failed",
     ]
+
+
+def plain(text: str) -> str:
+    """Text without its styles."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def widest(text: str) -> int:
+    return max(map(len, plain(text).splitlines()))
+
+
+def test_a_narrow_terminal_gets_the_columns_of_a_table_one_below_the_other(
+    screen: tuple[Callable[[], Terminal], Callable[[], str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    terminal, read = screen
+    rows = [
+        ("lookup", "acme-lookup", "1.2.3", "ok", "a summary of many words, of which some wrap"),
+        ("b", "c", "", "", ""),
+    ]
+    seen: list[int] = []
+    Table(("METHOD", "PACKAGE", "VERSION", "STATUS", "SUMMARY"), rows).show(terminal(), below=seen.append)
+    text = read()
+    assert widest(text) <= 40
+    assert seen == [0, 1]
+    words = plain(text).split()
+    assert words.count("METHOD") == words.count("lookup") == 2
+    for word in ("PACKAGE", "VERSION", "STATUS", "SUMMARY", "acme-lookup", "1.2.3", "ok", "wrap"):
+        assert words.count(word) == 1
+
+
+def test_the_tables_of_bench_fit_a_narrow_terminal(
+    screen: tuple[Callable[[], Terminal], Callable[[], str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    terminal, read = screen
+    header = ("method", "tokens/s", "x plain", "95 % interval", "first token", "next token", "accepted", "by position")
+    row = (
+        "draft_model",
+        "1,234.5",
+        "1.75",
+        "1.70 to 1.80",
+        "123.4 / 567.8",
+        "12.3 / 45.6",
+        "3.21",
+        "90% 80% 70% 60% 50% 40%",
+    )
+    Table(header, [row], right=(1, 2, 3, 4, 5, 6)).show(terminal())
+    assert widest(read()) <= 40
+
+
+@pytest.mark.parametrize("colour", [True, False])
+def test_a_plan_fits_a_narrow_terminal(
+    screen: tuple[Callable[[], Terminal], Callable[[], str]], monkeypatch: pytest.MonkeyPatch, colour: bool
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    if not colour:
+        monkeypatch.setenv("NO_COLOR", "1")
+    terminal, read = screen
+    config = EngineConfig.create("tiny", memory="200MiB", speculative_config={"method": "ngram"}, device="cpu")
+    plan = MemoryPlan(200 << 20, 4128, 16, 2048, 12 << 20, 100 << 20, 1 << 20, 9 << 20, 1 << 20)
+    report = PlanReport(
+        config, plan, "LlamaForCausalLM", "bfloat16", "cpu", 4096, "", (("ngram", 8), ("draft_model", 8)), 0
+    )
+    report.show(terminal())
+    text = plain(read())
+    assert widest(text) <= 40
+    for name, _ in plan.parts:
+        assert f"{name} " in text
+    assert "Longest sequence: 2,048 tokens" in text

@@ -9,7 +9,10 @@ if TYPE_CHECKING:
     from specplug.memory.plan import MemoryPlan
 
 _BAR_WIDTH = 30
+_LEAST_BAR = 5
 _BUDGET_WIDTH = 70
+_NAME_WIDTH = 22
+_ROW_WIDTH = 41  # of a part's line without its bar
 _STYLES = ("blue", "cyan", "magenta", "yellow", "green")
 _LETTERS = "TKdkv"
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -21,11 +24,17 @@ def show_memory(terminal: Terminal, plan: MemoryPlan) -> None:
 
     smooth = terminal.can_show(_EIGHTHS)
     total = max(plan.total_bytes, 1)
-    terminal.line(f"Memory plan: {format_bytes(plan.total_bytes)} of a budget of {format_bytes(plan.budget_bytes)}")
+    terminal.paragraph(
+        f"Memory plan: {format_bytes(plan.total_bytes)} of a budget of {format_bytes(plan.budget_bytes)}", indent="  "
+    )
+    width = _BAR_WIDTH if terminal.width is None else min(_BAR_WIDTH, terminal.width - _ROW_WIDTH)
     for (name, size), style in zip(plan.parts, _STYLES, strict=True):
-        bar = draw_bar(size / total, _BAR_WIDTH, smooth=smooth)
-        terminal.write(f"  {name:<22}")
-        terminal.write(f"{bar:<{_BAR_WIDTH}}", style)
+        if width < _LEAST_BAR:
+            terminal.line(f" {name:<20} {format_bytes(size):>10} {size / total:4.0%}")
+            continue
+        bar = draw_bar(size / total, width, smooth=smooth)
+        terminal.write(f"  {name:<{_NAME_WIDTH}}")
+        terminal.write(f"{bar:<{width}}", style)
         terminal.line(f"{format_bytes(size):>11}  {size / total:4.0%}")
 
 
@@ -39,16 +48,20 @@ def show_budget(terminal: Terminal, plan: MemoryPlan) -> None:
     coloured = terminal.has_colour and terminal.can_show("█░")
     left = max(plan.budget_bytes - plan.total_bytes, 0)
     sizes = [size for _, size in plan.parts]
-    *widths, rest = _columns([*sizes, left], _BUDGET_WIDTH)
+    width = _BUDGET_WIDTH if terminal.width is None else min(_BUDGET_WIDTH, max(terminal.width, 40) - 2)
+    *widths, rest = _columns([*sizes, left], width)
     share = left / plan.budget_bytes
-    terminal.line(f"Budget: {format_bytes(plan.budget_bytes)}, of which {format_bytes(left)} ({share:.0%}) are left")
+    terminal.paragraph(
+        f"Budget: {format_bytes(plan.budget_bytes)}, of which {format_bytes(left)} ({share:.0%}) are left", indent="  "
+    )
     terminal.write("  ")
     for width, style, letter in zip(widths, _STYLES, _LETTERS, strict=True):
         terminal.write(("█" if coloured else letter) * width, style)
     terminal.line(("░" if coloured else ".") * rest, "dim")
     if not coloured:
         used = zip(_LETTERS, plan.parts, strict=True)
-        terminal.line(f"  {', '.join([*(f'{letter} {name}' for letter, (name, size) in used if size), '. left'])}")
+        legend = ", ".join([*(f"{letter} {name}" for letter, (name, size) in used if size), ". left"])
+        terminal.paragraph(f"  {legend}", indent="  ")
 
 
 def _columns(sizes: list[int], width: int) -> list[int]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from specplug.memory.plan import MemoryPlan, OtherDevice
 
 _INDENT = 22
+_NARROW = 60  # columns; below, names and values do not stand side by side
 
 
 @attrs.frozen
@@ -166,7 +167,10 @@ class PlanReport:
 
 
 def _row(terminal: Terminal, name: str, value: str) -> None:
-    terminal.paragraph(f"{name:<{_INDENT}}{value}", indent=" " * _INDENT)
+    if terminal.width is not None and terminal.width < _NARROW:
+        terminal.paragraph(f"{name}: {value}", indent="  ")
+    else:
+        terminal.paragraph(f"{name:<{_INDENT}}{value}", indent=" " * _INDENT)
 
 
 def _count(count: int, noun: str) -> str:

@@ -12,10 +12,13 @@ if TYPE_CHECKING:
 
 _GAP = "  "
 _LEAST_WIDTH = 20
+_LEAST_REST = 8
 
 
 class Table:
     """Rows of text under a header. Nothing is ever cut: on a terminal the last column wraps, elsewhere it is one line.
+
+    Columns that a terminal has no room for stand below, in further tables with the first column again.
 
     Args:
         header: names of the columns.
@@ -42,25 +45,46 @@ class Table:
             style: gives the style of a cell by its row and column.
             below: called with a row's index when the row was printed.
         """
-        self._show_row(terminal, self._header, ["bold"] * len(self._header))
-        for index, cells in enumerate(self._rows):
-            self._show_row(terminal, cells, [style(index, column) for column in range(len(cells))])
-            below(index)
+        parts = self._parts(terminal)
+        for part in parts:
+            if part is not parts[0]:
+                terminal.line()
+            self._show_row(terminal, part, self._header, ["bold"] * len(self._header))
+            for index, cells in enumerate(self._rows):
+                self._show_row(terminal, part, cells, [style(index, column) for column in range(len(cells))])
+                if part is parts[-1]:
+                    below(index)
 
-    def _show_row(self, terminal: Terminal, cells: Sequence[str], styles: Sequence[str]) -> None:
-        last = len(cells) - 1
-        indent = sum(self._widths[:last]) + len(_GAP) * last
-        for column, (cell, width) in enumerate(zip(cells[:last], self._widths, strict=False)):
-            padding = " " * (width - len(cell))
+    def _parts(self, terminal: Terminal) -> list[list[int]]:
+        """The columns of each table; all in one where there is room."""
+        columns = list(range(len(self._widths)))
+        if terminal.width is None:
+            return [columns]
+        parts = [columns[:1]]
+        for column in columns[1:]:
+            before = sum(self._widths[each] + len(_GAP) for each in parts[-1])
+            needed = self._widths[column]
+            if column == columns[-1]:  # which may wrap
+                needed = min(needed, _LEAST_WIDTH)
+            if before + needed > terminal.width and len(parts[-1]) > 1:
+                parts.append([0])
+            parts[-1].append(column)
+        return parts
+
+    def _show_row(self, terminal: Terminal, part: Sequence[int], cells: Sequence[str], styles: Sequence[str]) -> None:
+        last = part[-1]
+        indent = sum(self._widths[column] + len(_GAP) for column in part[:-1])
+        for column in part[:-1]:
+            padding = " " * (self._widths[column] - len(cells[column]))
             before, after = (padding, "") if column in self._right else ("", padding)
             terminal.write(before)
-            terminal.write(cell, styles[column])
-            if cells[-1] or column < last - 1:
+            terminal.write(cells[column], styles[column])
+            if cells[last] or column != part[-2]:
                 terminal.write(after + _GAP)
-        lines = self._last_cell(terminal, cells[-1], indent)
+        lines = self._last_cell(terminal, cells[last], last, indent)
         terminal.line(f"\n{' ' * indent}".join(lines), styles[last])
 
-    def _last_cell(self, terminal: Terminal, text: str, indent: int) -> list[str]:
+    def _last_cell(self, terminal: Terminal, text: str, column: int, indent: int) -> list[str]:
         if terminal.width is None or indent + len(text) <= terminal.width:
-            return [text.rjust(self._widths[-1]) if len(self._widths) - 1 in self._right else text]
-        return textwrap.wrap(text, max(terminal.width - indent, _LEAST_WIDTH)) or [""]
+            return [text.rjust(self._widths[column]) if column in self._right else text]
+        return textwrap.wrap(text, max(terminal.width - indent, _LEAST_REST)) or [""]
