@@ -141,6 +141,8 @@ def test_steps_are_shown_while_they_run_only_on_a_terminal(
 ) -> None:
     def start(terminal: Terminal) -> None:
         with StartupView(terminal) as view:
+            view(StepReport(0, "compile", elapsed=12.3))
+            view(StepReport(0, "compile", 13.0, 1.0))
             view(StepReport(3, "load draft weights"))
             view(StepReport(3, "load draft weights", fraction=0.5))
             view(StepReport(3, "load draft weights", 1.5, 1.0))
@@ -152,11 +154,13 @@ def test_steps_are_shown_while_they_run_only_on_a_terminal(
         start(terminal())
     live = read()
     assert "50%" in live
-    assert live.count("\r") == 5
+    assert "12 s so far" in live
+    assert live.count("\r") == 7
     file = io.StringIO()
     with pytest.raises(KeyError):
         start(Terminal(file))
     assert file.getvalue().splitlines() == [
+        f"  0/6 {'compile':<36}  13.00 s",
         f"  3/6 {'load draft weights':<36}   1.50 s",
         f"  4/6 {'allocate':<36}failed",
     ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -63,7 +65,7 @@ def test_a_library_that_cannot_be_loaded_is_built_twice_and_never_again(
     """As from a file system on which nothing may be executed."""
     built: list[Path] = []
 
-    def compile_(compiler: list[str], output: Path) -> None:
+    def compile_(compiler: list[str], output: Path, on_wait: object) -> None:
         built.append(output)
         output.write_text("a library")
 
@@ -90,7 +92,7 @@ def test_a_library_that_others_may_write_to_is_not_loaded(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     loaded: list[str] = []
-    monkeypatch.setattr(build, "_compile", lambda compiler, output: output.write_text("a library"))
+    monkeypatch.setattr(build, "_compile", lambda compiler, output, on_wait: output.write_text("a library"))
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
     path = build_library()
     path.chmod(0o722)
@@ -102,3 +104,63 @@ def test_a_library_that_others_may_write_to_is_not_loaded(
         assert not library._try_to_load()
     assert [f"others may write to {part}" in caplog.text for part in (path, folder)] == [True, True]
     assert not loaded
+
+
+def test_two_processes_that_start_together_compile_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As threads here, each of which opens the lock for itself."""
+    built: list[Path] = []
+
+    def compile_(compiler: list[str], output: Path, on_wait: object) -> None:
+        built.append(output)
+        time.sleep(0.3)
+        output.write_text("a library")
+
+    monkeypatch.setattr(build, "_compile", compile_)
+    with ThreadPoolExecutor(3) as pool:
+        (path,) = set(pool.map(lambda _: build_library(), range(3)))
+    assert len(built) == 1
+    assert path.read_text() == "a library"
+    assert [part.name for part in path.parent.iterdir()] == [path.name]
+
+
+def test_a_slow_compiler_tells_how_long_it_has_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = program(tmp_path / "g++")
+    slow.write_text("#!/bin/sh\nsleep 2.5\necho error: no >&2\nexit 1\n")
+    monkeypatch.setenv("CXX", str(slow))
+    told: list[float] = []
+    with pytest.raises(BuildError, match="failed: error: no"):
+        build_library(told.append)
+    assert [round(seconds) for seconds in told] == [1, 2]
+
+
+def test_what_must_be_compiled_is_known_before(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library._State, "loaded", None)
+    assert library.must_be_compiled()
+    monkeypatch.setenv("SPECPLUG_NATIVE", "0")
+    assert not library.must_be_compiled()
+    monkeypatch.delenv("SPECPLUG_NATIVE")
+    monkeypatch.setattr(build, "_compile", lambda compiler, output, on_wait: output.write_text("a library"))
+    build_library()
+    assert not library.must_be_compiled()
+    assert not library.go_without()
+    assert library._State.loaded is None
+
+
+def test_a_process_that_goes_without_leaves_compiling_to_another_and_its_failure_is_told_later(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(library._State, "loaded", None)
+    monkeypatch.setenv("CXX", str(program(tmp_path / "g++")))
+    assert library.go_without()
+    assert not library.load()
+    assert not library.go_without()
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("*.unloadable")):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    monkeypatch.setattr(library._State, "loaded", None)
+    assert not library.must_be_compiled()
+    with caplog.at_level(logging.WARNING):
+        assert not library.load()
+    assert "g++ failed" in caplog.text
+    assert "to try again" in caplog.text

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from specplug.cli.engine_options import bench_engine_options, read_engine_options
+from specplug.cli.libraries import check_plugins
 from specplug.cli.option_groups import GroupedCommand, named, option_group
 from specplug.cli.speculative_option import read_speculative_config
 from specplug.cli.terminal import Terminal
@@ -137,8 +138,7 @@ def bench(
     if engine.setdefault("max_num_seqs", most) < most:
         raise ConfigurationError(f"--batch {most} is more than --max-num-seqs {engine['max_num_seqs']}; raise it")
     EngineConfig.create(target, **engine)
-    for config in configs:
-        EngineConfig.create(target, speculative_config=config, **engine)
+    engines = [EngineConfig.create(target, speculative_config=config, **engine) for config in configs]
     if json_file not in (None, _STDOUT) and not Path(str(json_file)).absolute().parent.is_dir():
         raise ConfigurationError(f"--json {json_file!r}: there is no folder {str(Path(str(json_file)).parent)!r}")
 
@@ -147,6 +147,8 @@ def bench(
     job = BenchJob(target, configs, engine, lines, peer=peer, json_file=json_file, plot=plot, **options, **flags)
     out, err = Terminal.out(), Terminal.err()
     with contextlib.redirect_stdout(sys.stderr):  # standard output gets the results, whatever a plugin may print
+        for each in engines:
+            check_plugins(each)
         run_bench(job, out, err)
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from specplug.cli.check_report import CheckReport
-from specplug.cli.libraries import import_libraries
-from specplug.cli.speculative_option import read_speculative_config
+from specplug.cli.libraries import check_plugins, import_libraries
+from specplug.cli.speculative_option import hint_at_keys, read_speculative_config
 from specplug.cli.terminal import Terminal
 from specplug.errors import ConfigurationError
 
@@ -72,9 +72,13 @@ def check(
       specplug check mine --speculative-config '{"window": 3}' --json
       specplug check --explain budgets
     """  # noqa: D301
+    from specplug.plugins.finder import find_plugins
+
     config = _method_config(method, read_speculative_config(speculative_config))
     out = Terminal.out()
     with contextlib.redirect_stdout(sys.stderr):  # standard output gets the verdicts, whatever a plugin may print
+        if not any(record.method == method and record.kind == "observer" for record in find_plugins()):
+            _check_keys(config, target)
         import_libraries()
         from specplug.cli.check_run import choose_checks, make_subject, preflight, whole_kit
         from specplug.testing.runner import run_checks
@@ -92,6 +96,17 @@ def check(
         report.show_summary(out)
     if report.failed:
         ctx.exit(1)
+
+
+def _check_keys(config: dict[str, Any], target: str | None) -> None:
+    """Refuses what can be refused without importing PyTorch."""
+    from specplug.configuration.engine import EngineConfig
+
+    try:
+        check_plugins(EngineConfig.create(target or "tiny", speculative_config=config))
+    except ConfigurationError as error:
+        hint_at_keys(error, has_target=target is not None)
+        raise
 
 
 @contextlib.contextmanager

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specplug.cli.speculative_option import hint_at_keys
 from specplug.configuration.engine import EngineConfig
 from specplug.engine.planning import plan_engine
-from specplug.errors import ConfigurationError, SpecplugError, did_you_mean
+from specplug.errors import ConfigurationError, did_you_mean
 from specplug.plugins.finder import find_plugins
 from specplug.testing import lookup
 from specplug.testing.checks import CHECKS
@@ -90,12 +91,8 @@ def preflight(subject: Subject, method: str, *, has_target: bool) -> bool:
             )
         )
         planned.facade.close()
-    except SpecplugError as error:
-        if isinstance(error, ConfigurationError):
-            hint = "give its keys with --speculative-config"
-            if not has_target:
-                hint += ", and with --target the model that they are for (without, the kit makes small random ones)"
-            error.add_note(hint)
+    except ConfigurationError as error:
+        hint_at_keys(error, has_target=has_target)
         raise
     return any(speculator.overrides_verify for speculator in planned.speculators if speculator.method == method)
 

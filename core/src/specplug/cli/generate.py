@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from specplug.cli.engine_options import draft_options, engine_options, read_engine_options
+from specplug.cli.libraries import check_plugins
 from specplug.cli.option_groups import GroupedCommand, named, option_group
 from specplug.cli.sampling_options import (
     DEFAULTS,
@@ -99,7 +100,7 @@ def generate(
         lines = [PromptLine("--prompt", _text(prompt or ""))]
     rows = sum(_checked(line, sampling) for line in lines)
     engine.setdefault("max_num_seqs", min(rows, _MOST_ROWS, max(engine.get("max_num_batched_tokens", rows), 1)))
-    EngineConfig.create(target, **engine)
+    config = EngineConfig.create(target, **engine)
 
     from specplug.cli.generate_run import GenerateJob, run_job
 
@@ -108,6 +109,7 @@ def generate(
     )
     out, err = Terminal.out(), Terminal.err()
     with contextlib.redirect_stdout(sys.stderr):  # standard output gets the text, whatever a plugin may print
+        check_plugins(config)
         run_job(job, out, err)
 
 

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 _REQUEST = re.compile(r"^request '(\d+)': ")
 _HEADER_WIDTH = 60
+_WITHOUT_KERNELS = (
+    "The native kernels are being compiled in the background, once. This run uses PyTorch's; later ones are faster."
+)
 
 
 @attrs.frozen
@@ -72,6 +75,8 @@ def run_job(job: GenerateJob, out: Terminal, err: Terminal) -> None:
         import_libraries()
         from specplug.llm import LLM
 
+        if _begins_without_kernels(job) and not job.quiet:
+            err.paragraph(_WITHOUT_KERNELS, style="dim")
         llm = LLM(job.target, on_step=view, **job.engine)
     with llm:
         params = _params(job, llm, err)
@@ -83,6 +88,15 @@ def run_job(job: GenerateJob, out: Terminal, err: Terminal) -> None:
         except RequestError as error:
             raise _located(error, job) from error
         _name_unverified(err, llm)
+
+
+def _begins_without_kernels(job: GenerateJob) -> bool:
+    """Lets one prompt begin at once with PyTorch's kernels, where the native ones would have to be compiled first."""
+    from specplug import native
+    from specplug.model.device import choose_device
+
+    is_long = job.is_file or bool(job.engine.get("compile"))
+    return not is_long and choose_device(job.engine.get("device", "auto")).type == "cpu" and native.go_without()
 
 
 def _name_unverified(err: Terminal, llm: LLM) -> None:

@@ -16,8 +16,23 @@ from specplug import threads
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from specplug.configuration.engine import EngineConfig
+
 INTERRUPTED = 130
 _MODULES = ("specplug.llm", "transformers.modeling_utils", "transformers.models.auto.modeling_auto")
+
+
+def check_plugins(config: EngineConfig) -> None:
+    """Refuses methods that cannot be used and keys that they do not know, before seconds are spent on importing the rest.
+
+    Raises:
+        SpecplugError: with what is wrong.
+    """
+    from specplug.plugins.registry import PluginRegistry
+
+    is_first = "torch" not in sys.modules  # a plugin may be what imports it
+    with _importing() if is_first else contextlib.nullcontext():
+        PluginRegistry(config.allowed_plugins, config.denied_plugins, config.plugins).check(config.speculative)
 
 
 def import_libraries() -> None:
@@ -25,9 +40,15 @@ def import_libraries() -> None:
     missing = [name for name in _MODULES if name not in sys.modules]
     if not missing:
         return
-    with _ending_at_once(), _without_collecting(), threads.importing():
+    with _importing():
         for name in missing:
             importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    with _ending_at_once(), _without_collecting(), threads.importing():
+        yield
 
 
 @contextlib.contextmanager
@@ -61,5 +82,6 @@ def _ending_at_once() -> Iterator[None]:
 
 
 def _end(*_: Any) -> None:
-    os.write(2, b"specplug: interrupted\n")
+    with contextlib.suppress(OSError):
+        os.write(2, b"specplug: interrupted\n")
     os._exit(INTERRUPTED)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import os
-import sys
 import traceback
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -25,6 +23,7 @@ from specplug.cli.listing import list_command
 from specplug.cli.new import new
 from specplug.cli.plan import plan
 from specplug.cli.quick_end import quick_end
+from specplug.cli.streams import open_streams
 from specplug.cli.terminal import Terminal
 from specplug.version import __version__
 
@@ -169,9 +168,7 @@ for _command in (bench, check, demo, generate, list_command, new, plan):
 
 def main() -> None:
     """The entry point."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    open_streams()
     os.environ.update(threads.waiting_variables())  # for child processes too
     with quick_end():
         cli(prog_name="specplug")

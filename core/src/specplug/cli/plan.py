@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from specplug.cli.engine_options import engine_options, read_engine_options
-from specplug.cli.libraries import import_libraries
+from specplug.cli.libraries import check_plugins, import_libraries
 from specplug.cli.option_groups import GroupedCommand
 from specplug.cli.terminal import Terminal
 
@@ -37,6 +37,7 @@ def plan(target: str, as_json: bool, **given: Any) -> None:
     config = EngineConfig.create(target, **read_engine_options(given))
     out = Terminal.out()
     with contextlib.redirect_stdout(sys.stderr):  # standard output gets the plan, whatever a plugin may print
+        check_plugins(config)
         import_libraries()
         from specplug.cli.plan_report import PlanReport
         from specplug.engine.planning import plan_engine

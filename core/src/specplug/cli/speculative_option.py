@@ -45,3 +45,11 @@ def _parse(text: str, where: str) -> dict[str, Any]:
             f'{where}: expected a JSON object such as {{"method": "ngram"}}, got {text.strip()[:40]}'
         )
     return parsed
+
+
+def hint_at_keys(error: ConfigurationError, *, has_target: bool) -> None:
+    """Adds to an error of `specplug check` how a method is given the keys that it needs."""
+    hint = "give its keys with --speculative-config"
+    if not has_target:
+        hint += ", and with --target the model that they are for (without, the kit makes small random ones)"
+    error.add_note(hint)

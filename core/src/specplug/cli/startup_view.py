@@ -45,7 +45,8 @@ class StartupView:
         if report.seconds is not None:
             self._show(report, f"{report.seconds:7.2f} s", end="\n")
         elif self._terminal.is_live:
-            self._show(report, f"{report.fraction:7.0%}" if report.fraction else "", end="")
+            elapsed = f"{report.elapsed:7.0f} s so far" if report.elapsed else ""
+            self._show(report, f"{report.fraction:7.0%}" if report.fraction else elapsed, end="")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

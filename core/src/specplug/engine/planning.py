@@ -51,9 +51,21 @@ class PlannedEngine:
     most_captured: int
 
 
-def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: None) -> PlannedEngine:
-    """Step 1: everything that can be known and refused from configuration and headers alone."""
+def plan_engine(
+    config: EngineConfig,
+    *,
+    tokenizer: Callable[[], Any] = lambda: None,
+    before_kernels: Callable[[], None] = lambda: None,
+) -> PlannedEngine:
+    """Step 1: everything that can be known and refused from configuration and headers alone.
+
+    Args:
+        config: the engine's.
+        tokenizer: gives the target's tokenizer to speculators that ask for it.
+        before_kernels: called on a CPU, once the target is known to be there, before it is asked which kernels there are.
+    """
     registry = PluginRegistry(config.allowed_plugins, config.denied_plugins, config.plugins, strict=config.strict)
+    registry.check(config.speculative)
     folder = resolve_checkpoint(resolve_model(config.model), config.revision)
     model_config = load_config(folder, trust_remote_code=config.trust_remote_code)
     read_headers(folder)
@@ -66,6 +78,8 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
             f"{architecture.name} can be given in a batch; lower it"
         )
     longest = config.max_model_len or architecture.context_length
+    if device.type == "cpu":
+        before_kernels()
     weight_bytes = architecture.loaded_bytes(dtype, device)
     facade = TargetFacade(
         config=model_config,

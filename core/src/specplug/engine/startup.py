@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 import torch
 
-from specplug import threads
+from specplug import native, threads
 from specplug.configuration.engine import EngineConfig
 from specplug.contract.resources import Resources
 from specplug.engine.compilation import compile_forwards, wants_compilation
@@ -43,6 +43,7 @@ STEPS = (
     "warm up",
     "ready",
 )
+COMPILATION = "compile native kernels (once)"
 
 
 @attrs.frozen
@@ -50,16 +51,18 @@ class StepReport:
     """One startup step, begun or done.
 
     Attributes:
-        number: 1 to 6.
+        number: 1 to 6; 0 before the first step, where the native kernels are compiled, once.
         name: of the step.
         seconds: how long it took; None while it runs.
         fraction: how much of it is done, between 0 and 1.
+        elapsed: seconds that it has run for, where no fraction is known.
     """
 
     number: int
     name: str
     seconds: float | None = None
     fraction: float = 0.0
+    elapsed: float = 0.0
 
 
 OnStep = Callable[[StepReport], None]
@@ -79,8 +82,8 @@ def start_engine(
         SpecplugError: with the failed step, the cause, and what to change.
     """
     with ExitStack() as undo:
-        with _step(1, on_step):
-            planned = plan_engine(config, tokenizer=tokenizer)
+        with _step(1, on_step) as clock:
+            planned = plan_engine(config, tokenizer=tokenizer, before_kernels=lambda: _compile_kernels(on_step, clock))
             undo.callback(planned.facade.close)
             if planned.device.type == "cpu":
                 threads.warn_of_too_many()
@@ -110,19 +113,40 @@ def start_engine(
         return engine
 
 
+@attrs.define
+class _Clock:
+    """Of a step: seconds in it that are another's."""
+
+    left_out: float = 0.0
+
+
+def _compile_kernels(on_step: OnStep, clock: _Clock) -> None:
+    """Compiles the native kernels if need be, which is reported as a step of its own within the first."""
+    if not native.must_be_compiled():
+        return
+    report = StepReport(0, COMPILATION)
+    on_step(report)
+    started = time.perf_counter()
+    native.load(lambda seconds: on_step(attrs.evolve(report, elapsed=seconds)))
+    clock.left_out = time.perf_counter() - started
+    on_step(StepReport(0, COMPILATION, clock.left_out, 1.0))
+    on_step(StepReport(1, STEPS[0]))
+
+
 @contextmanager
-def _step(number: int, on_step: OnStep) -> Iterator[None]:
+def _step(number: int, on_step: OnStep) -> Iterator[_Clock]:
     name = STEPS[number - 1]
     on_step(StepReport(number, name))
     started = time.perf_counter()
+    clock = _Clock()
     try:
-        yield
+        yield clock
     except SpecplugError as error:
         error.add_note(f"startup step {number} of {len(STEPS)}: {name}")
         raise
     except Exception as error:
         raise StartupError(f"startup step {number} of 6 ({name}) failed: {type(error).__name__}: {error}") from error
-    on_step(StepReport(number, name, time.perf_counter() - started, 1.0))
+    on_step(StepReport(number, name, time.perf_counter() - started - clock.left_out, 1.0))
 
 
 def _load_drafts(planned: PlannedEngine, on_step: OnStep) -> None:

@@ -1,4 +1,7 @@
-"""Compiling the kernels: once per machine, compiler and PyTorch; afterwards they lie in specplug's cache folder."""
+"""Compiling the kernels: once per machine, compiler and PyTorch; afterwards they lie in specplug's cache folder.
+
+python -m specplug.native.build compiles them too, behind everything else that the machine does.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,11 @@ import platform
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
-from contextlib import suppress
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -22,18 +28,22 @@ _FLAGS = (
     "-march=native",
     "-std=c++20",
     "-fPIC",
-    "-shared",
     "-fopenmp",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-DAT_PARALLEL_OPENMP=1",
     "-w",
 )
+_FILES = {"kernels.cpp": (), "registration.cpp": ("-O1",)}  # the second has nothing in it that could be faster
 _LONGEST_SECONDS = 300
 
 
 class BuildError(Exception):
     """The kernels cannot be compiled here; the message says why."""
+
+
+class _CompilerError(Exception):
+    """What the compiler says is wrong."""
 
 
 def find_compiler() -> list[str]:
@@ -57,12 +67,52 @@ def find_compiler() -> list[str]:
     return command
 
 
-def build_library() -> Path:
+OnWait = Callable[[float], None]
+
+
+def build_library(on_wait: OnWait = lambda seconds: None) -> Path:
     """Compiles the kernels unless that has been done; returns the shared library.
+
+    Where another process compiles them just now, its library is waited for.
+
+    Args:
+        on_wait: told every second for how long the compiler has run.
 
     Raises:
         BuildError: there is no compiler, it fails, the cache folder cannot be used, or the library could not be loaded before.
     """
+    compiler, library = _find()
+    if not library.is_file():
+        try:
+            with _alone(library):
+                if not library.is_file():
+                    _check_unloadable(library)
+                    with new_file(library) as temporary:
+                        _compile(compiler, temporary, on_wait)
+        except OSError as error:
+            raise BuildError(f"the cache folder {library.parent} cannot be written: {error}") from error
+    return library
+
+
+def is_pending() -> bool:
+    """Whether the kernels can be compiled here, as far as that is known before, and have not been."""
+    try:
+        _, library = _find()
+        _check_unloadable(library)
+    except BuildError:
+        return False
+    return not library.is_file()
+
+
+def build_behind() -> None:
+    """Has the kernels compiled by a process that outlives this one."""
+    command = [sys.executable, "-m", "specplug.native.build"]
+    nothing = subprocess.DEVNULL
+    subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
+
+
+def _find() -> tuple[list[str], Path]:
+    """The compiler, and where its library is or will be."""
     if platform.system() != "Linux":
         raise BuildError(f"native kernels are built on Linux only, not on {platform.system()}")
     compiler = find_compiler()
@@ -70,21 +120,33 @@ def build_library() -> Path:
         library = private_folder("native") / f"kernels-{_key(compiler)}.so"
         if library.is_file():
             check_private(library)
-            return library
     except CacheError as error:
         raise BuildError(str(error)) from error
-    _check_unloadable(library)
-    try:
-        with new_file(library) as temporary:
-            _compile(compiler, temporary)
-    except OSError as error:
-        raise BuildError(f"the cache folder {library.parent} cannot be written: {error}") from error
-    return library
+    return compiler, library
+
+
+@contextmanager
+def _alone(library: Path) -> Iterator[None]:
+    """One process at a time: others wait. The lock goes with the process that holds it."""
+    import fcntl
+
+    lock = library.with_suffix(".lock")
+    with lock.open("w") as file:
+        with suppress(OSError):  # a file system without locks: then two may compile, and the later library counts
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def mark_unloadable(library: Path, reason: str) -> None:
     """Remembers that a library that was just built could not be loaded: the next start does not build it again."""
     library.unlink(missing_ok=True)
+    _mark(library, f"the library could not be loaded when it was built: {reason}")
+
+
+def _mark(library: Path, reason: str) -> None:
     with suppress(OSError):
         _marker(library).write_text(reason, encoding="utf-8")
 
@@ -95,32 +157,75 @@ def _check_unloadable(library: Path) -> None:
         reason = marker.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return
-    raise BuildError(f"the library could not be loaded when it was built (delete {marker} to try again): {reason}")
+    raise BuildError(f"{reason} (delete {marker} to try again)")
 
 
 def _marker(library: Path) -> Path:
     return library.with_suffix(".unloadable")
 
 
-def compile_command(compiler: list[str], more: Sequence[str]) -> list[str]:
-    """What compiles the kernels, with more flags behind those that are always given."""
+def compile_command(compiler: list[str], more: Sequence[str], file: str = "kernels.cpp") -> list[str]:
+    """What compiles a file of the kernels, with more flags behind those that are always given."""
     root = Path(torch.__file__).parent
     includes = [root / "include", root / "include" / "torch" / "csrc" / "api" / "include"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    return [*compiler, *_FLAGS, abi, *(f"-I{path}" for path in includes), *more, str(_SOURCES / "kernels.cpp")]
+    return [*compiler, *_FLAGS, abi, *(f"-I{path}" for path in includes), *more, str(_SOURCES / file)]
 
 
-def _compile(compiler: list[str], output: Path) -> None:
+def _compile(compiler: list[str], output: Path, on_wait: OnWait) -> None:
     libraries = Path(torch.__file__).parent / "lib"
-    command = [*compile_command(compiler, ()), "-o", str(output), *_cpp_runtime()]
-    command += [f"-L{libraries}", "-ltorch_cpu", "-lc10"]
+    with tempfile.TemporaryDirectory(dir=output.parent) as name:
+        folder = Path(name)
+        objects = [str(folder / f"{file}.o") for file in _FILES]
+        pairs = zip(_FILES.items(), objects, strict=True)
+        commands = [compile_command(compiler, (*more, "-c", "-o", made), file) for (file, more), made in pairs]
+        link = [*compiler, "-shared", "-fopenmp", *objects, "-o", str(output), *_cpp_runtime()]
+        started = time.monotonic()
+        for together in (commands, [[*link, f"-L{libraries}", "-ltorch_cpu", "-lc10"]]):
+            try:
+                _run(together, folder, lambda: on_wait(time.monotonic() - started))
+            except (_CompilerError, OSError, subprocess.TimeoutExpired) as error:
+                raise BuildError(f"{shlex.join(compiler)} failed: {error}") from error
+
+
+def _run(commands: Sequence[list[str]], folder: Path, on_wait: Callable[[], None]) -> None:
+    """Runs commands of the compiler at the same time.
+
+    Raises:
+        _CompilerError: one fails; the message is the compiler's.
+        OSError: it cannot be run.
+        subprocess.TimeoutExpired: one takes too long.
+    """
+    nothing = subprocess.DEVNULL
+    running: list[tuple[subprocess.Popen[bytes], Path]] = []
+    ends = time.monotonic() + _LONGEST_SECONDS
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{shlex.join(compiler)} failed: {error}") from error
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [""]
-        raise BuildError(f"{shlex.join(compiler)} failed: {lines[0].strip()[:300]}")
+        for number, command in enumerate(commands):
+            errors = folder / f"errors-{number}"
+            with errors.open("wb") as file:
+                running.append((subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=file), errors))
+        for process, errors in running:
+            while not _ends_soon(process):
+                if time.monotonic() > ends:
+                    raise subprocess.TimeoutExpired(process.args, _LONGEST_SECONDS)
+                on_wait()
+            if process.returncode:
+                lines = errors.read_text(encoding="utf-8", errors="replace").splitlines()
+                line = next((line for line in lines if "error" in line), lines[0] if lines else "")
+                raise _CompilerError(line.strip()[:300])
+    finally:
+        for process, _ in running:
+            process.kill()
+            process.wait()
+
+
+def _ends_soon(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process ends within a second."""
+    try:
+        process.wait(1.0)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _cpp_runtime() -> list[str]:
@@ -144,7 +249,9 @@ def _key(compiler: list[str]) -> str:
         digest.update(source.read_bytes())
     programs = [Path(found).resolve().stat() for found in map(shutil.which, compiler) if found]  # `ccache g++`: both
     changes = [(status.st_size, status.st_mtime_ns) for status in programs]
-    digest.update(repr((_FLAGS, _cpp_runtime(), torch.__version__, compiler, changes, _instructions())).encode())
+    digest.update(
+        repr((_FLAGS, _FILES, _cpp_runtime(), torch.__version__, compiler, changes, _instructions())).encode()
+    )
     return digest.hexdigest()[:24]
 
 
@@ -154,3 +261,17 @@ def _instructions() -> str:
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+def main() -> None:
+    """Compiles the kernels, when nothing else needs the processor; what fails is remembered for the next start to tell."""
+    os.nice(10)
+    try:
+        build_library()
+    except BuildError as error:
+        with suppress(BuildError):
+            _mark(_find()[1], str(error))
+
+
+if __name__ == "__main__":
+    main()

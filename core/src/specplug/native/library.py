@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from specplug.native.build import BuildError, build_library, mark_unloadable
+from specplug.native.build import BuildError, OnWait, build_behind, build_library, is_pending, mark_unloadable
 
 logger = logging.getLogger("specplug")
 _lock = threading.Lock()
@@ -25,24 +25,48 @@ class _State:
     key = ""
 
 
-def load() -> bool:
+def load(on_wait: OnWait = lambda seconds: None) -> bool:
     """Compiles the kernels if need be, and loads them; whether they can be used from now on.
 
     Where that is not possible, one line of warning says why, once. `SPECPLUG_NATIVE=0` switches them off.
+
+    Args:
+        on_wait: told every second for how long the compiler has run.
     """
     with _lock:
         if _State.loaded is None:
             _State.loaded = False
             if os.environ.get("SPECPLUG_NATIVE", "1") != "0":
-                _State.loaded = _try_to_load()
+                _State.loaded = _try_to_load(on_wait)
         return _State.loaded
 
 
-def _try_to_load() -> bool:
+def must_be_compiled() -> bool:
+    """Whether `load` will compile the kernels first, which takes half a minute or more."""
+    return _State.loaded is None and os.environ.get("SPECPLUG_NATIVE", "1") != "0" and is_pending()
+
+
+def go_without() -> bool:
+    """Where the kernels would have to be compiled first, has that done for the next process: this one uses PyTorch's.
+
+    It stays so for this process: an engine's numbers, to the last bit, depend on its kernels.
+
+    Returns:
+        Whether that is so.
+    """
+    with _lock:
+        if not must_be_compiled():
+            return False
+        build_behind()
+        _State.loaded = False
+        return True
+
+
+def _try_to_load(on_wait: OnWait = lambda seconds: None) -> bool:
     import specplug.native.operators  # noqa: F401 - the schemas that the library implements
 
     try:
-        path = _load_library()
+        path = _load_library(on_wait)
         _State.key = path.stem
         library = ctypes.CDLL(str(path))
         _State.packs_bf16 = bool(library.kernels_pack_bf16())
@@ -53,15 +77,15 @@ def _try_to_load() -> bool:
     return True
 
 
-def _load_library() -> Path:
+def _load_library(on_wait: OnWait) -> Path:
     """Loads the library; from the sources once more if that fails: what lies there may be cut off by a full disk."""
-    path = build_library()
+    path = build_library(on_wait)
     try:
         torch.ops.load_library(str(path))
         return path
     except OSError:
         path.unlink(missing_ok=True)
-    path = build_library()
+    path = build_library(on_wait)
     try:
         torch.ops.load_library(str(path))
     except OSError as error:  # a folder from which nothing may be executed, say

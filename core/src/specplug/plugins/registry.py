@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 import pluggy
 
+from specplug import threads
 from specplug.contract.hookspecs import PROJECT, SpeculatorHooks, hookimpl
 from specplug.contract.settings import SpeculativeConfig
 from specplug.contract.traits import SpeculatorTraits
@@ -108,7 +109,8 @@ class PluginRegistry:
         """Imports and registers what an entry point names; None if that fails (see `failures`)."""
         try:
             path, _, attribute = record.module.partition(":")
-            module: Any = importlib.import_module(path)
+            with threads.importing():
+                module: Any = importlib.import_module(path)
             for name in filter(None, attribute.split(".")):
                 module = getattr(module, name)
             if not self.manager.is_registered(module):
@@ -160,6 +162,20 @@ class PluginRegistry:
         except Exception as error:
             self.manager.unregister(name=unique)
             raise PluginError(f"plugin '{name}': {error}") from error
+
+    def check(self, config: SpeculativeConfig | None) -> None:
+        """Refuses what a configuration and its fallbacks get wrong, as far as that is known without a target.
+
+        Raises:
+            PluginError: a method is not installed or cannot be loaded.
+            ConfigurationError: the plugin names the class of its settings (its attribute `settings_class`), and these do not
+                fit it.
+        """
+        while config is not None:
+            settings = getattr(self._module(config.method), "settings_class", None)
+            if isinstance(settings, type) and attrs.has(settings):
+                attrs.evolve(config).settings(settings)
+            config = config.fallback
 
     def register_verifier(self, verifier: Any) -> None:
         """Registers core's verifier, which answers when nobody else does."""

@@ -5,4 +5,6 @@ from __future__ import annotations
 from specplug_draft_model.settings import DraftModelSettings
 from specplug_draft_model.speculator import DraftModelSpeculator, load_speculator
 
-__all__ = ["DraftModelSettings", "DraftModelSpeculator", "load_speculator"]
+__all__ = ["DraftModelSettings", "DraftModelSpeculator", "load_speculator", "settings_class"]
+
+settings_class = DraftModelSettings

@@ -5,4 +5,6 @@ from __future__ import annotations
 from specplug_eagle.settings import EagleSettings
 from specplug_eagle.speculator import EagleSpeculator, load_speculator
 
-__all__ = ["EagleSettings", "EagleSpeculator", "load_speculator"]
+__all__ = ["EagleSettings", "EagleSpeculator", "load_speculator", "settings_class"]
+
+settings_class = EagleSettings

@@ -1,0 +1,35 @@
+// The operators' functions, as `kernels.cpp` has them and `registration.cpp` registers them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace specplug {
+
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// Those for packed bfloat16 weights are null where the processor has no vectors for them.
+struct Operators {
+  Tensor (*attend)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                   double, int64_t, double, const MaybeTensor&);
+  Tensor (*attend_turned)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                          const Tensor&, double, int64_t, double, const MaybeTensor&, const Tensor&, const Tensor&);
+  void (*copy_rows)(at::TensorList, at::IntArrayRef, at::IntArrayRef, at::TensorList, at::IntArrayRef);
+  std::tuple<Tensor, Tensor> (*likeliest)(const Tensor&);
+  void (*pack_weight)(const Tensor&, const Tensor&) = nullptr;
+  Tensor (*linear)(const Tensor&, const Tensor&, const MaybeTensor&, int64_t) = nullptr;
+  std::tuple<Tensor, Tensor> (*linears_2)(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&,
+                                          const MaybeTensor&, int64_t, int64_t) = nullptr;
+  std::tuple<Tensor, Tensor, Tensor> (*linears_3)(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                                  const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, int64_t,
+                                                  int64_t, int64_t) = nullptr;
+  Tensor (*gated_linears)(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, const MaybeTensor&, int64_t,
+                          int64_t) = nullptr;
+};
+
+const Operators& operators();
+
+}  // namespace specplug
