@@ -12,6 +12,8 @@ ROOT = Path(specplug.__file__).parent
 ORDER = [
     "version",
     "errors",
+    "values",
+    "threads",
     "contract",
     "cache",
     "native",
