@@ -36,6 +36,7 @@ ORDER = [
     "bench",
     "scaffold",
     "cli",
+    "__main__",
 ]
 # model.checkpoint (headers) is read for generation_config and tokenizers before there is a model.
 ALLOWED = {("sampling", "model")}
