@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ def is_packable(linear: nn.Linear) -> bool:
     A weight of a tensor class of its own (quantised, distributed) is more than its numbers, and a layer whose forward was
     replaced or hooked does more than multiply: both stay as they are.
     """
-    weight = getattr(linear, "weight", None)
+    weight: Any = getattr(linear, "weight", None)
     if type(weight) not in (nn.Parameter, torch.Tensor) or type(weight.data) is not torch.Tensor:
         return False
     if "forward" in vars(linear) or linear._forward_hooks or linear._forward_pre_hooks:

@@ -21,7 +21,7 @@ def check_kind(config: Any, *, trust_remote_code: bool) -> None:
     model_type = getattr(config, "model_type", "unknown")
     own_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not own_code and type(config) not in AutoModelForCausalLM._model_mapping:
-        text = getattr(config, "text_config", None)
+        text: Any = getattr(config, "text_config", None)
         instead = (
             f", such as one of type '{text.model_type}'" if type(text) in AutoModelForCausalLM._model_mapping else ""
         )
