@@ -176,7 +176,7 @@ REQUESTS: list[tuple[Callable[[LLM], Any], str]] = [
     (lambda llm: llm.generate({"prompt_token_ids": []}), "the prompt is empty; it needs at least one token"),
     (lambda llm: llm.generate([[3, VOCABULARY]]), "token id 64 at position 1 is outside the vocabulary of 64"),
     (lambda llm: llm.generate([[3, -1]]), "token id -1 at position 1 is outside the vocabulary"),
-    (lambda llm: llm.generate([[3, 1.5]]), "token id 1.5 at position 1 is outside the vocabulary"),
+    (lambda llm: llm.generate([[3, 1.5]]), "token id 1.5 at position 1 is not an integer"),
     (lambda llm: llm.generate([[3] * 100]), "the prompt has 100 tokens, the longest sequence is 32 tokens"),
     (lambda llm: llm.generate("text"), "a prompt given as text needs a tokenizer, and the engine has none"),
     (lambda llm: llm.generate({"promt": "x"}), "has the key 'prompt' or 'prompt_token_ids', not 'promt'"),

@@ -336,10 +336,11 @@ class LLM:
     def _with_text(self, positions: Any) -> Any:
         """Fills in the text of the tokens in log-probabilities, as they read behind other text."""
         tokenizer = self._tokenizer() if positions else None
-        reading = None if tokenizer is None else Reading.of(tokenizer)
-        for position in positions or () if reading is not None else ():
-            for token, logprob in (position or {}).items():
-                logprob.decoded_token = reading.token(token)
+        if tokenizer is not None:
+            reading = Reading.of(tokenizer)
+            for position in positions:
+                for token, logprob in (position or {}).items():
+                    logprob.decoded_token = reading.token(token)
         return positions
 
     # ---- about ----------------------------------------------------------------------------------------------------

@@ -44,9 +44,11 @@ def bad_word_ids(words: Sequence[str], tokenizer: Any) -> list[list[int]]:
 
 def _unknown(tokenizer: Any, reading: Reading) -> dict[int, str]:
     """The ids that stand for whatever the vocabulary does not hold, and their texts; none where all can be written."""
-    ids = {getattr(tokenizer, "unk_token_id", None), *_encode(_PRIVATE, tokenizer)} - {None}
-    if _PRIVATE in reading.decode(_encode(_PRIVATE, tokenizer)):
+    ids = _encode(_PRIVATE, tokenizer)
+    if _PRIVATE in reading.decode(ids):
         return {}
+    if (declared := getattr(tokenizer, "unk_token_id", None)) is not None:
+        ids.append(declared)
     return {token: reading.decode([token]).strip() for token in ids}
 
 
