@@ -22,7 +22,7 @@ from specplug.testing.targets import repetitive_prompt
 
 _LENGTH = 90
 _TEXTS = 2
-_CHUNK = 24
+_CHUNK = 16
 _CALM_END = 14  # the last tokens of a request come one by one, so that the same of them are shown in both engines
 Drafts = dict[tuple[int, int, int, int], RowDraft]
 
@@ -80,7 +80,11 @@ def _learn_and_draft(subject: Subject, folder: Path, seed: int, *, restless: boo
     scripts: dict[int, list[int]] = {}
     chooser = random.Random(seed)
     disturbed = False
-    options = {"max_num_seqs": 2, "max_num_batched_tokens": _CHUNK if restless else 2 * _LENGTH, "block_size": 4}
+    options: dict[str, Any] = {
+        "max_num_seqs": 2,
+        "max_num_batched_tokens": _CHUNK if restless else 2 * _LENGTH,
+        "block_size": 4,
+    }
     with subject.start(folder, max_model_len=2 * _LENGTH, seed=seed, **options) as session:
         engine = session.engine
 
@@ -122,7 +126,7 @@ def _learn_and_draft(subject: Subject, folder: Path, seed: int, *, restless: boo
             probing = number >= count - _TEXTS
             disturbed = restless and not probing
             text = repetitive_prompt(_LENGTH, session.vocabulary, 700 + number % _TEXTS)
-            length = 40 + 7 * (number % 3)
+            length = 52 + 7 * (number % 3)
             params = SamplingParams(temperature=0, max_tokens=_LENGTH - length, ignore_eos=True)
             (request,) = session.add(text[:length], params)
             scripts[request.number] = text

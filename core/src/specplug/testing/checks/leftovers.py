@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def run(subject: Subject) -> str:
     folder = subject.targets.get()
     subject.config(folder)
     learns = subject.learns
-    with only_what_is_new(), tracing():
+    with only_what_is_new(), contextlib.nullcontext() if learns else tracing():
         reference, host, tensors = _come_and_go(subject, folder)
         left = live_bytes()
     if not learns:
@@ -59,7 +60,11 @@ def run(subject: Subject) -> str:
             "that nobody holds on to the speculator after the engine was closed",
             f"something still refers to the {type(reference()).__name__}",
         )
-    held = f"{format_bytes(host[0])} to {format_bytes(max(host))} held between requests"
+    held = (
+        "what it learned may grow"
+        if learns
+        else f"{format_bytes(host[0])} to {format_bytes(max(host))} between requests"
+    )
     return f"{held}, {format_bytes(max(left, 0))} of tensors left at the end"
 
 
@@ -81,7 +86,7 @@ def _come_and_go(subject: Subject, folder: Path) -> tuple[Any, list[int], list[L
             _serve(session, subject.scaled(60, 2 * _ROWS) if round_ else 1, round_)
             _serve(session, 1, 0)  # delivers the ends
             if round_:
-                host.append(host_bytes())
+                host.append(0 if subject.learns else host_bytes())
                 tensors.append(live_tensors())
     return reference, host, tensors
 

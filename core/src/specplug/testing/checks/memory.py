@@ -5,7 +5,7 @@ from __future__ import annotations
 from specplug.memory.plan import format_bytes
 from specplug.testing.check import Check, expect
 from specplug.testing.drive import mixed_params
-from specplug.testing.live import host_bytes, live_tensors, only_what_is_new, tracing
+from specplug.testing.live import host_bytes, live_bytes, live_tensors, only_what_is_new, tracing
 from specplug.testing.subject import Subject
 from specplug.testing.targets import repetitive_prompt
 
@@ -37,9 +37,11 @@ def run(subject: Subject) -> str:
 
         def look(step: int) -> None:
             nonlocal most, most_host
-            if step % 9 == 4:
+            if step % 36 == 22 and not grows:
                 tensors, host = _used(own)
-                most, most_host = max(most, tensors), warm_host if grows else max(most_host, host)
+                most, most_host = max(most, tensors), max(most_host, host)
+            elif step % 9 == 4:
+                most = max(most, live_bytes() - own)
 
         for number in range(16):
             prompt = repetitive_prompt((60, 9, 30)[number % 3], session.vocabulary, number)
