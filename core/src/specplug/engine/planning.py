@@ -87,7 +87,7 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
         for speculative in _chain(config.speculative)
     ]
     channels = channels_for([s.traits for s in speculators], architecture.hidden_size, dtype)
-    _check_boundaries(speculators, len(architecture.layers))
+    _check_boundaries(speculators, architecture)
     budget = MemoryBudget(
         total_bytes=config.memory or default_budget(device),
         block_size=config.block_size,
@@ -190,13 +190,19 @@ def max_nodes_of(speculator: RegisteredSpeculator) -> int:
     return speculator.traits.max_nodes or speculator.config.num_speculative_tokens
 
 
-def _check_boundaries(speculators: Sequence[RegisteredSpeculator], num_layers: int) -> None:
+def _check_boundaries(speculators: Sequence[RegisteredSpeculator], architecture: Architecture) -> None:
+    num_layers = len(architecture.layers)
     for speculator in speculators:
         for boundary in speculator.traits.hidden_states:
             if boundary != "final" and not 0 <= boundary <= num_layers:
                 raise PluginError(
                     f"speculator '{speculator.method}' asks for hidden states at boundary {boundary}; the target has "
                     f"boundaries 0 to {num_layers}, and 'final'"
+                )
+            if boundary != "final" and not architecture.has_plain_stream:
+                raise PluginError(
+                    f"speculator '{speculator.method}' asks for hidden states at boundary {boundary}, but the layers of "
+                    f"{architecture.name} carry more than one state per token; only 'final' can be delivered for it"
                 )
 
 

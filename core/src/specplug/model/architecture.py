@@ -36,7 +36,7 @@ class AttentionCall:
 
     module: str
     kv: KVLayer
-    mask: Mask = Mask()
+    mask: Mask = attrs.field(factory=Mask)
 
 
 @attrs.frozen
@@ -51,6 +51,7 @@ class Architecture:
         hidden_size: the width of the residual stream.
         weight_bytes: parameters and buffers in the dtype they are loaded in, shared ones once.
         context_length: the longest sequence that positions exist for.
+        has_plain_stream: whether every layer gives the residual stream as one state per token; some carry several.
         tied_head_bytes: of an output layer that shares the embedding's table; 0 if it has its own.
     """
 
@@ -61,6 +62,7 @@ class Architecture:
     hidden_size: int
     weight_bytes: int
     context_length: int
+    has_plain_stream: bool = True
     tied_head_bytes: int = 0
 
     def loaded_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
@@ -99,6 +101,27 @@ def _recording_interface(
     return module.__dict__[attention.SITE].record(query, key, value, attention_mask), None
 
 
+class _Streams:
+    """Shapes of what numbered modules, among them the decoder layers, give during the trace."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for name, module in model.named_modules():
+            if _LAYER_NAME.fullmatch(f"{name}."):
+                module.register_forward_hook(self._keep(name))
+
+    def _keep(self, name: str) -> Any:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            given = output if isinstance(output, torch.Tensor) else output[0]
+            self._shapes[name] = tuple(given.shape) if isinstance(given, torch.Tensor) else ()
+
+        return hook
+
+    def are_plain(self, layers: tuple[str, ...], hidden_size: int) -> bool:
+        """Whether these layers give one state per token."""
+        return all(self._shapes.get(layer) == (1, _TRACE_TOKENS, hidden_size) for layer in layers)
+
+
 def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Architecture:
     """Traces a model from its configuration alone.
 
@@ -127,8 +150,10 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
         ) from error
     weight_bytes = _unique_bytes(model)
     tied_head_bytes = _tied_head_bytes(model)
+    streams = _Streams(model)
     calls, width = _trace(model, model_type, dtype)
     layers = _decoder_layers(calls)
+    hidden_size = config.get_text_config().hidden_size
     expected = getattr(config, "num_hidden_layers", len(layers))
     if len(calls) != expected or len(layers) != expected:
         raise UnsupportedModelError(
@@ -146,9 +171,10 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
         calls=tuple(calls),
         layers=layers,
         vocab_size=width,
-        hidden_size=config.get_text_config().hidden_size,
+        hidden_size=hidden_size,
         weight_bytes=weight_bytes,
         context_length=longest,
+        has_plain_stream=streams.are_plain(layers, hidden_size),
         tied_head_bytes=tied_head_bytes,
     )
 
