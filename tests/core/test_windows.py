@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from specplug import LLM, SamplingParams, SpecplugError
+from specplug import LLM, Proposal, SamplingParams, SpecplugError, SpeculatorTraits, hookimpl
 from specplug.errors import UnsupportedModelError
 from specplug.model import masks
 from specplug.model.architecture import inspect_architecture
 from specplug.model.masks import learn_mask
-from specplug.model.probe import measure_difference
+from specplug.model.probe import measure_attention, measure_difference
 from specplug.model.specimen import make_specimen
 from support.models import VOCABULARY, make_config, save_model
 from support.reference import decisive_prompts
+from support.speculators import provide
 
 WINDOW = 12  # beyond what a probe of a few tokens would see
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -89,6 +91,50 @@ def test_masks_that_depend_on_keys_are_refused_by_name(tmp_path: Path) -> None:
     folder = save_model(tmp_path, "doge", num_experts=4, num_experts_per_tok=2, keep_window_size=64)
     with pytest.raises(SpecplugError, match="adds a mask or a bias of its own"):
         LLM(folder, skip_tokenizer_init=True, memory="64MiB")
+
+
+def test_rounding_in_bfloat16_refuses_no_correct_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that rounding routes to other experts changes logits by more than 8 %; attention itself does not change."""
+    monkeypatch.setenv("SPECPLUG_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    config = make_config("gpt_oss", num_hidden_layers=8, num_local_experts=16, initializer_range=0.02)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "model")
+    with LLM(tmp_path / "model", dtype="bfloat16", skip_tokenizer_init=True, memory="64MiB") as llm:
+        runner = llm.engine.runner
+        assert max(measure_attention(runner, 16)) < 0.02
+        site = runner.sites[5]
+        site.attend, usual = lambda *how: usual(*how) * 1.05, site.attend  # type: ignore[method-assign]
+        assert max(measure_attention(runner, 16)) > 0.04
+
+
+def test_taps_where_layers_carry_several_streams_are_refused_at_the_start(tmp_path: Path) -> None:
+    options = {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0],
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 8,
+        "intermediate_size": 48,
+        "sliding_window": 6,
+    }
+    folder = save_model(tmp_path, "gemma3n_text", **options)
+
+    class Tap:
+        def __init__(self, boundary: Any) -> None:
+            self.traits = SpeculatorTraits(hidden_states=(boundary,))
+
+        @hookimpl
+        def propose(self, batch: Any) -> Proposal:
+            return Proposal([[1] for _ in batch.rows])
+
+    def start(boundary: Any) -> LLM:
+        return LLM(folder, skip_tokenizer_init=True, memory="64MiB", **provide(lambda c, t: Tap(boundary)))
+
+    with pytest.raises(SpecplugError, match="carry more than one state per token; only 'final'"):
+        start(1)
+    with start("final") as llm:
+        assert llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=4))
 
 
 def test_a_mask_is_learnt_from_positions_far_apart() -> None:

@@ -44,7 +44,7 @@ def _capture(runner: ModelRunner, block_size: int, most_tokens: int) -> None:
     try:
         runner.graphs = CudaGraphs(runner, most_tokens)
         ours, theirs = lambda rows: (runner.forward(rows), runner.taps.captured), over_rows(runner, runner.run_tensors)
-        check_change(runner, "captured", measure_change(runner, block_size, ours, theirs))
+        check_change(runner, "captured", measure_change(runner, block_size, ours, theirs), block_size)
     except (CompileError, RuntimeError) as error:
         runner.graphs = None
         torch.cuda.synchronize(runner.device)

@@ -107,7 +107,7 @@ def plan_engine(
         for speculative in _chain(config.speculative)
     ]
     for speculator in speculators:
-        _check_traits(speculator, len(architecture.layers), architecture.vocab_size)
+        _check_traits(speculator, architecture)
     channels = channels_for([s.traits for s in speculators], architecture.hidden_size, dtype)
     budget = MemoryBudget(
         total_bytes=config.memory or default_budget(device),
@@ -220,18 +220,24 @@ def wants_top_k_at_drafts(speculators: Sequence[RegisteredSpeculator]) -> bool:
     return any(speculator.traits.top_k_at_drafts for speculator in speculators)
 
 
-def _check_traits(speculator: RegisteredSpeculator, num_layers: int, vocab_size: int) -> None:
+def _check_traits(speculator: RegisteredSpeculator, architecture: Architecture) -> None:
     """Refuses what a speculator declares and this target does not have.
 
     Raises:
-        PluginError: a boundary beyond the last layer, or a top_k that is larger than the vocabulary.
+        PluginError: a boundary beyond the last layer or inside layers that carry several states per token, or a top_k
+            that is larger than the vocabulary.
     """
-    traits = speculator.traits
+    traits, num_layers, vocab_size = speculator.traits, len(architecture.layers), architecture.vocab_size
     for boundary in traits.hidden_states:
         if boundary != "final" and boundary > num_layers:
             raise PluginError(
                 f"speculator '{speculator.method}' declares traits.hidden_states with boundary {boundary}; the target has "
                 f"boundaries 0 to {num_layers}, and 'final'"
+            )
+        if boundary != "final" and not architecture.has_plain_stream:
+            raise PluginError(
+                f"speculator '{speculator.method}' declares traits.hidden_states with boundary {boundary}, but the layers of "
+                f"{architecture.name} carry more than one state per token; only 'final' can be delivered for it"
             )
     if traits.top_k > vocab_size:
         raise PluginError(

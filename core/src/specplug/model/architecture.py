@@ -61,6 +61,7 @@ class Architecture:
         hidden_size: the width of the residual stream.
         weight_bytes: parameters and buffers in the dtype they are loaded in, shared ones once.
         context_length: the longest sequence that positions exist for.
+        has_plain_stream: whether every layer gives the residual stream as one state per token; some carry several.
         tied_head_bytes: of an output layer that shares the embedding's table; 0 if it has its own.
         context_note: why `context_length` is shorter than the configuration says; empty if it is not.
         tensor_kinds: the last parts of its tensors' names, such as `weight`.
@@ -73,6 +74,7 @@ class Architecture:
     hidden_size: int
     weight_bytes: int
     context_length: int
+    has_plain_stream: bool = True
     tied_head_bytes: int = 0
     context_note: str = ""
     tensor_kinds: frozenset[str] = frozenset()
@@ -145,6 +147,27 @@ class _Trace:
     uses_positions: bool = False
 
 
+class _Streams:
+    """Shapes of what numbered modules, among them the decoder layers, give during the trace."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for name, module in model.named_modules():
+            if _LAYER_NAME.fullmatch(f"{name}."):
+                module.register_forward_hook(self._keep(name))
+
+    def _keep(self, name: str) -> Any:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            given = output if isinstance(output, torch.Tensor) else output[0]
+            self._shapes[name] = tuple(given.shape) if isinstance(given, torch.Tensor) else ()
+
+        return hook
+
+    def are_plain(self, layers: tuple[str, ...], hidden_size: int) -> bool:
+        """Whether these layers give one state per token."""
+        return all(self._shapes.get(layer) == (1, _TRACE_TOKENS, hidden_size) for layer in layers)
+
+
 def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Architecture:
     """Traces a model from its configuration alone.
 
@@ -172,12 +195,14 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
         raise build_failure(model_type, error) from error
     weight_bytes = _unique_bytes(model)
     tied_head_bytes = _tied_head_bytes(model)
+    streams = _Streams(model)
     trace = _run(model, model_type, dtype)
     layers = _decoder_layers(trace.calls)
     expected = getattr(config.get_text_config(), "num_hidden_layers", len(layers))
     check_attention(model_type, expected, len(layers), len(trace.calls))
     check_causality(model_type, trace.modules)
     check_positions(model_type, model, used=trace.uses_positions)
+    hidden_size = config.get_text_config().hidden_size
     for call in trace.calls:
         if call.mask.misfit:
             raise UnsupportedModelError(
@@ -189,9 +214,10 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
         calls=tuple(trace.calls),
         layers=layers,
         vocab_size=trace.vocab_size,
-        hidden_size=config.get_text_config().hidden_size,
+        hidden_size=hidden_size,
         weight_bytes=weight_bytes,
         context_length=longest,
+        has_plain_stream=streams.are_plain(layers, hidden_size),
         tied_head_bytes=tied_head_bytes,
         context_note=note,
         tensor_kinds=frozenset(name.rpartition(".")[2] for name in model.state_dict()),

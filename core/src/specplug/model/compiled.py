@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from specplug.model.runner import ModelRunner
 
 logger = logging.getLogger("specplug")
+_MOST_CHANGE = 0.5  # beyond, a fault would look no different
 Outputs = tuple[torch.Tensor, dict[int | str, torch.Tensor]]
 TensorForward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Outputs]
 RowsForward = Callable[[list[ForwardRow]], Outputs]
@@ -76,7 +77,7 @@ def compile_forward(runner: ModelRunner, block_size: int) -> CompiledForward:
 
     def check(artifact: Artifact) -> None:
         ours, theirs = over_rows(runner, bind(artifact)), over_rows(runner, runner.run_tensors)
-        check_change(runner, "compiled", measure_change(runner, block_size, ours, theirs))
+        check_change(runner, "compiled", measure_change(runner, block_size, ours, theirs), block_size)
 
     return bind(obtain_artifact(_key(runner), runner.device, lambda: _compile(runner), check))
 
@@ -119,13 +120,36 @@ def measure_change(runner: ModelRunner, block_size: int, ours: RowsForward, thei
     return worst
 
 
-def check_change(runner: ModelRunner, how: str, change: float) -> None:
+@torch.inference_mode()
+def measure_rounding(runner: ModelRunner, block_size: int) -> float:
+    """The relative root-mean-square difference of logits that rounding alone makes, for the same tokens in one step or several.
+
+    The first blocks of the KV cache are overwritten.
+    """
+    length = min(7, runner.architecture.context_length, runner.cache.num_slots)
+    ids = torch.arange(length).mul(13).add(1).remainder(runner.architecture.vocab_size).tolist()
+    table = BlockTable(block_size)
+    table.extend(range(-(-length // block_size)))
+    run = over_rows(runner, runner.run_tensors)
+    whole = run([ForwardRow(ids, 0, table)])[0].clone()
+    single = [run([ForwardRow([token], start, table)])[0].clone() for start, token in enumerate(ids)]
+    return relative_difference(torch.cat(single), whole)
+
+
+def check_change(runner: ModelRunner, how: str, change: float, block_size: int) -> None:
     """Refuses a change of results that is more than rounding.
+
+    Where it is more than rounding makes of most models, it may still be what rounding makes of this one (in bfloat16, a token
+    may be routed to other experts): then as much is allowed as its own forward changes by the way tokens are cut into steps.
 
     Raises:
         CompileError: it is.
     """
-    if not change <= TOLERANCE[runner.cache.keys[0].dtype]:
+    usual = TOLERANCE[runner.cache.keys[0].dtype]
+    if change <= usual:
+        return
+    limit = min(_MOST_CHANGE, max(usual, 2 * measure_rounding(runner, block_size)))
+    if not change <= limit:
         raise CompileError(f"{how}, it gives other logits (relative difference {change:.2g})")
 
 

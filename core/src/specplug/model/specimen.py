@@ -77,9 +77,12 @@ def _build(config: Any, trust_remote_code: bool) -> torch.nn.Module:
 
 @torch.no_grad()
 def _shake(model: torch.nn.Module) -> None:
-    """Weights under which every layer's attention shows in the logits: matrices keep a state's norm, none stays zero or one."""
+    """Weights under which every layer's attention shows in the logits: matrices keep a state's norm, no vector is all zero."""
+    table = model.get_input_embeddings()  # type: ignore[operator]
     for parameter in model.parameters():
-        if parameter.dim() > 1:
+        if parameter is getattr(table, "weight", None):
+            parameter.normal_()  # a large stream: what layers add to it then does not blow rounding up from layer to layer
+        elif parameter.dim() > 1:
             parameter.normal_(0, 1 / math.sqrt(parameter.shape[-1]))
         elif parameter.is_floating_point():
             parameter.add_(torch.randn(parameter.shape), alpha=0.1)
