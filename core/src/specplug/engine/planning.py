@@ -16,7 +16,7 @@ from specplug.engine.compilation import wants_compilation
 from specplug.errors import CheckpointError, ConfigurationError, PluginError, SpecplugError
 from specplug.memory.available import default_budget
 from specplug.memory.plan import MemoryPlan, solve
-from specplug.model.architecture import Architecture, inspect_architecture
+from specplug.model.architecture import Architecture, check_text_model, inspect_architecture
 from specplug.model.checkpoint import choose_dtype, load_config, read_headers, resolve_checkpoint
 from specplug.model.device import choose_device
 from specplug.model.step_memory import StepModel, step_bytes
@@ -56,6 +56,7 @@ def plan_engine(config: EngineConfig, *, tokenizer: Callable[[], Any] = lambda: 
     registry = PluginRegistry(config.allowed_plugins, config.denied_plugins, config.plugins, strict=config.strict)
     folder = resolve_checkpoint(resolve_model(config.model), config.revision)
     model_config = load_config(folder, trust_remote_code=config.trust_remote_code)
+    check_text_model(model_config)
     read_headers(folder)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, model_config)

@@ -166,6 +166,12 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
                 f"model type '{model_type}' {call.mask.misfit} (in '{call.module}'); only causal and sliding-window attention "
                 "can be paged and rolled back"
             )
+    for call, kept in zip(calls, masks.windows_of_cache(config, len(calls)), strict=True):
+        if kept is not None and kept < min(call.mask.window or longest, longest):
+            raise UnsupportedModelError(
+                f"model type '{model_type}' has a window of {kept} positions in its cache, but not in the mask of "
+                f"'{call.module}': what it generates depends on how a prompt is cut into steps"
+            )
     return Architecture(
         name=type(model).__name__,
         calls=tuple(calls),
@@ -177,6 +183,21 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
         has_plain_stream=streams.are_plain(layers, hidden_size),
         tied_head_bytes=tied_head_bytes,
     )
+
+
+def check_text_model(config: Any) -> None:
+    """Refuses a configuration of several text models at once (an encoder and a decoder, for example).
+
+    Raises:
+        UnsupportedModelError: it is one.
+    """
+    try:
+        config.get_text_config()
+    except ValueError as error:
+        kind = getattr(config, "model_type", "unknown")
+        raise UnsupportedModelError(
+            f"model type '{kind}' holds several text models, of which none is a causal LM by itself"
+        ) from error
 
 
 def context_length(config: Any) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from specplug.contract.memory import MemoryRegion
 from specplug.errors import PluginError
-from specplug.model.architecture import inspect_architecture
+from specplug.model.architecture import check_text_model, inspect_architecture
 from specplug.model.checkpoint import (
     choose_dtype,
     load_config,
@@ -103,6 +103,7 @@ class LazyModel:
     ) -> None:
         self.folder: Path = resolve_checkpoint(source, revision)
         self.config = load_config(self.folder)
+        check_text_model(self.config)
         read_headers(self.folder)
         self.dtype = choose_dtype(dtype, self.config)
         self.device = device
