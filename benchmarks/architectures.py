@@ -28,15 +28,21 @@ MARGIN = 2e-4  # where the two best logits are closer, two correct programs may 
 SECONDS = 240
 HEAD = """# Architectures
 
-A causal language model runs if all of its layers attend through Transformers' attention interface, with a causal or
-sliding-window mask, and keep nothing else from token to token. Which mask each layer has is learnt from the model itself;
-the [parity probe](how-it-works.md) then compares logits before the first token is served. So a model either runs exactly or
-is refused with a reason, and no list has to be kept.
+A causal language model runs if each of its layers attends through Transformers' attention interface, with a causal or a
+sliding-window mask, and keeps nothing else from token to token. There is no list of supported models:
+
+- **At the start, before weights are read,** the model is traced. The trace learns the window of each layer from the mask that
+  the model itself builds, and refuses what is no such layer.
+- **The first time a configuration is met** with these versions of torch and Transformers, the parity probe compares logits with
+  the model's own attention, over prefill, decode and verification steps. It takes a narrow copy: the same code and layers in
+  float32, with random weights, divided widths and windows of four tokens, so that short rows reach beyond every window and no
+  difference is rounding. Then the attention of every loaded layer is compared with its formula, in the dtype and on the device
+  that will be used.
 
 This table was made by `python benchmarks/architectures.py --table docs/architectures.md` with Transformers {version}: a tiny
-random model of each type, in each arrangement of full and sliding-window layers that its configuration allows, decoded greedily
-in float32 and compared token for token with `generate`, plain and with speculation. {equal} types are equal, {refused} are
-refused. Types that wrap a text model with others (images, sound) were run on text.
+random model of each type, in the arrangement of full and sliding-window layers that is its default and in the others that its
+configuration allows, decoded greedily in float32 and compared token for token with `generate`, plain and with speculation.
+{equal} types are equal, {refused} are refused. Types that join a text model with others (images, sound) were run on text.
 
 | model type | layers | outcome | reason |
 |---|---|---|---|

@@ -137,6 +137,15 @@ def test_taps_where_layers_carry_several_streams_are_refused_at_the_start(tmp_pa
         assert llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=4))
 
 
+def test_a_window_that_only_the_cache_of_generate_has_is_refused() -> None:
+    """Prefill sees all keys there, and decoding the last few: no mask of ours gives both."""
+    options = {"ffn_dim": 64, "sliding_window": 6, "num_codebooks": 2, "audio_vocab_size": 32}
+    with pytest.raises(UnsupportedModelError, match="a window of 6 positions in its cache, but not in the mask"):
+        inspect_architecture(make_config("moshi", **options), torch.float32)
+    config = make_config("moshi", **{**options, "sliding_window": 160})
+    assert [call.mask.window for call in inspect_architecture(config, torch.float32).calls] == [None] * 3
+
+
 def test_a_mask_is_learnt_from_positions_far_apart() -> None:
     def window(size: int) -> Any:
         return lambda batch, head, query, key: (key <= query) & (key > query - size)

@@ -20,6 +20,7 @@ from specplug.model.architecture import Architecture, inspect_architecture
 from specplug.model.checkpoint import choose_dtype, load_config, read_headers, resolve_checkpoint
 from specplug.model.device import choose_device
 from specplug.model.leftovers import check_not_quantised
+from specplug.model.refusal import check_kind
 from specplug.model.step_memory import StepModel, step_bytes
 from specplug.model.tokenizer import load_tokenizer
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
@@ -72,6 +73,7 @@ def plan_engine(
         resolve_model(config.model), config.revision, trust_remote_code=config.trust_remote_code
     )
     model_config = load_config(folder, trust_remote_code=config.trust_remote_code)
+    check_kind(model_config, trust_remote_code=config.trust_remote_code)
     headers = read_headers(folder)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, model_config)

@@ -209,6 +209,12 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
                 f"model type '{model_type}' {call.mask.misfit} (in '{call.module}'); only causal and sliding-window attention "
                 "can be paged and rolled back"
             )
+    for call, kept in zip(trace.calls, masks.windows_of_cache(config, len(trace.calls)), strict=True):
+        if kept is not None and kept < min(call.mask.window or longest, longest):
+            raise UnsupportedModelError(
+                f"model type '{model_type}' has a window of {kept} positions in its cache, but not in the mask of "
+                f"'{call.module}': what it generates depends on how a prompt is cut into steps"
+            )
     return Architecture(
         name=type(model).__name__,
         calls=tuple(trace.calls),

@@ -78,6 +78,15 @@ def learn_mask(mask_function: MaskFunction, context_length: int, local_size: int
     return Mask(window)
 
 
+def windows_of_cache(config: Any, num_layers: int) -> list[int | None]:
+    """How many positions `generate` keeps of each layer in its own cache; None where it keeps all."""
+    from transformers import DynamicCache
+
+    layers = DynamicCache(config=config).layers[:num_layers]
+    kept = [layer.sliding_window if layer.is_sliding else None for layer in layers]
+    return kept + [None] * (num_layers - len(kept))
+
+
 def register(recording: Callable[..., Any]) -> None:
     """Makes the implementation of the trace known to Transformers.
 

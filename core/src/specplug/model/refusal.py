@@ -43,9 +43,9 @@ def check_kind(config: Any, *, trust_remote_code: bool) -> None:
 
 def build_failure(model_type: str, error: Exception) -> UnsupportedModelError:
     """For a model that Transformers does not build with our attention."""
-    from specplug.model.attention import IMPLEMENTATION
+    from specplug.model.masks import RECORDING
 
-    if isinstance(error, KeyError) and error.args == (IMPLEMENTATION,):
+    if isinstance(error, KeyError) and error.args == (RECORDING,):
         return UnsupportedModelError(
             f"model type '{model_type}' does not use Transformers' attention interface, through which the KV cache is paged; "
             "give a model that does"

@@ -26,6 +26,7 @@ from specplug.model.head import Head
 from specplug.model.kv_cache import KVCache
 from specplug.model.leftovers import check_not_quantised
 from specplug.model.loading import load_model
+from specplug.model.refusal import check_kind
 from specplug.model.runner import ModelRunner
 from specplug.model.tokenizer import load_tokenizer
 from specplug.values import as_integer, as_tuple, is_integer, shown
@@ -105,6 +106,7 @@ class LazyModel:
     ) -> None:
         self.folder: Path = resolve_checkpoint(source, revision)
         self.config = load_config(self.folder)
+        check_kind(self.config)
         headers = read_headers(self.folder)
         self.dtype = choose_dtype(dtype, self.config)
         self.device = device
