@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from specplug import LLM, GenerationError, SamplingParams
+from specplug.text.reading import Reading
 from support.models import VOCABULARY, save_model
 from support.speculators import ModelSpeculator, Oracle, TokenSpeculator, TreeSpeculator, provide
 from support.stepwise import save_words
@@ -195,9 +196,10 @@ def test_a_rule_a_text_or_scores_that_fail(
     assert ids(plain.generate(PROMPTS, params)) == expected
 
 
-def test_a_tokenizer_that_fails_on_the_text_of_scores(plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    params = [attrs.evolve(GREEDY, logprobs=2), GREEDY]
-    monkeypatch.setattr(type(plain.get_tokenizer()), "decode", lambda *_, **__: {}["unknown"])
+@pytest.mark.parametrize("scored", ["logprobs", "prompt_logprobs"])
+def test_a_tokenizer_that_fails_on_the_text_of_scores(plain: LLM, monkeypatch: pytest.MonkeyPatch, scored: str) -> None:
+    params = [attrs.evolve(GREEDY, **{scored: 2}), GREEDY]
+    monkeypatch.setattr(Reading, "token", lambda *_: {}["unknown"])
     with pytest.raises(GenerationError, match=r"^prompt 0: KeyError: 'unknown'$") as caught:
         plain.generate(PROMPTS[:2], params)
     assert [output.outputs[0].finish_reason for output in caught.value.outputs] == ["error", "length"]

@@ -292,11 +292,15 @@ class LLM:
         first = submitted.family[0]
         scores = None if first.params.prompt_logprobs is None else [None, *first.prompt_logprobs]
         ends = [request.finished_time for request in submitted.family]
+        try:
+            self._with_text(scores)
+        except Exception as error:  # as in `_completion`
+            first.fail(error)
         return RequestOutput(
             request_id=submitted.id,
             prompt=submitted.prompt,
             prompt_token_ids=first.tokens[: first.num_prompt_tokens],
-            prompt_logprobs=self._with_text(scores),
+            prompt_logprobs=scores,
             outputs=[self._completion(index, request) for index, request in enumerate(submitted.family)],
             finished=all(request.is_finished for request in submitted.family),
             metrics=RequestMetrics(

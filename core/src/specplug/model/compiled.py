@@ -127,7 +127,13 @@ def measure_rounding(runner: ModelRunner, block_size: int) -> float:
     The first blocks of the KV cache are overwritten.
     """
     length = min(7, runner.architecture.context_length, runner.cache.num_slots)
-    ids = torch.arange(length).mul(13).add(1).remainder(runner.architecture.vocab_size).tolist()
+    ids = (
+        torch.arange(length, dtype=torch.long, device="cpu")
+        .mul(13)
+        .add(1)
+        .remainder(runner.architecture.vocab_size)
+        .tolist()
+    )
     table = BlockTable(block_size)
     table.extend(range(-(-length // block_size)))
     run = over_rows(runner, runner.run_tensors)

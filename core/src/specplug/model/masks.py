@@ -61,10 +61,12 @@ def learn_mask(mask_function: MaskFunction, context_length: int, local_size: int
     queries = sorted({min(query, last) for query in (0, 1, 2, 5, 31, 64, 999, 4_100, 70_001, last // 2, last)})
     window: int | None = None
     for query in queries:
-        keys = torch.arange(query + 3)
+        keys = torch.arange(query + 3, dtype=torch.long, device="cpu")
         try:
-            index = torch.zeros(1, 1, 1, 1, dtype=torch.long)
-            seen = mask_function(index, index, torch.full((1, 1, 1, 1), query), keys[None, None, None])
+            index = torch.zeros(1, 1, 1, 1, dtype=torch.long, device="cpu")
+            seen = mask_function(
+                index, index, torch.full((1, 1, 1, 1), query, dtype=torch.long, device="cpu"), keys[None, None, None]
+            )
             visible = torch.as_tensor(seen, dtype=torch.bool).expand(1, 1, 1, len(keys)).flatten()
         except Exception:  # it reads tensors of the batch, which have no values in the trace
             return Mask(local_size)

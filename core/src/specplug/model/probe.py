@@ -159,7 +159,7 @@ def _by_formula(
     pieces = []
     for span in site.batch.spans:
         low, mask = span.mask(window, torch.float32)
-        slots = torch.tensor(list(span.slot_numbers[low:]), device=query.device)
+        slots = torch.tensor(list(span.slot_numbers[low:]), dtype=torch.long, device=query.device)
         keys, values = (tensor.index_select(1, slots).float() for tensor in (site.keys, site.values))
         rows = query[:, span.first : span.last].float()
         sunk = None if sinks is None else sinks.float()

@@ -85,7 +85,7 @@ def _shake(model: torch.nn.Module) -> None:
         elif parameter.dim() > 1:
             parameter.normal_(0, 1 / math.sqrt(parameter.shape[-1]))
         elif parameter.is_floating_point():
-            parameter.add_(torch.randn(parameter.shape), alpha=0.1)
+            parameter.add_(torch.randn(parameter.shape, dtype=parameter.dtype, device=parameter.device), alpha=0.1)
 
 
 def _narrow_configs(config: Any, *, is_small: bool) -> Iterator[Any]:

@@ -106,7 +106,7 @@ class LazyModel:
     ) -> None:
         self.folder: Path = resolve_checkpoint(source, revision)
         self.config = load_config(self.folder)
-        check_kind(self.config)
+        check_kind(self.config, trust_remote_code=False)
         headers = read_headers(self.folder)
         self.dtype = choose_dtype(dtype, self.config)
         self.device = device

@@ -192,7 +192,7 @@ def _as_tensors(probs: Any, where: str) -> DraftDistributions:
 
 def _as_tensor(value: Any) -> Any:
     """An array → a tensor; anything else as it is."""
-    return torch.tensor(value) if isinstance(value, np.ndarray) else value
+    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
 
 
 def _holds_integers(tensor: torch.Tensor) -> bool:
