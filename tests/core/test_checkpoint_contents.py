@@ -17,8 +17,8 @@ from specplug import LLM
 from specplug.bench.peer import TransformersModel
 from specplug.configuration.engine import EngineConfig
 from specplug.errors import CheckpointError
-from specplug.model.checkpoint import load_config, resolve_checkpoint
-from specplug.model.loading import load_model
+from specplug.model.load.checkpoint import load_config, resolve_checkpoint
+from specplug.model.load.weights import load_model
 from specplug.tiny import resolve_model
 from support.models import save_model
 
@@ -75,9 +75,9 @@ def test_integers_as_weights_are_refused_before_weights_are_read(folder: Path, t
 
 def test_a_parameter_of_the_model_itself_is_no_quantisation_scale(tmp_path: Path) -> None:
     """BERT-like norms apart, some models have parameters that are called scales."""
-    from specplug.model.architecture import inspect_architecture
-    from specplug.model.checkpoint import read_headers
-    from specplug.model.leftovers import check_not_quantised
+    from specplug.model.load.architecture import inspect_architecture
+    from specplug.model.load.checkpoint import read_headers
+    from specplug.model.load.weights import check_not_quantised
 
     source = save_model(tmp_path, "llama")
     headers = read_headers(source)

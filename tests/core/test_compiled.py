@@ -13,8 +13,8 @@ import pytest
 
 from specplug import LLM, SamplingParams
 from specplug.engine import compilation, startup
-from specplug.model import compiled
-from specplug.model.compiled import measure_change, over_rows
+from specplug.model.compile import compiled
+from specplug.model.compile.compiled import measure_change, over_rows
 from support.models import VOCABULARY, save_model
 from support.reference import decisive_prompts
 from support.speculators import Oracle, TreeSpeculator, provide

@@ -14,14 +14,13 @@ from torch import nn
 from specplug import CAPTURED_TOKENS, native
 from specplug.contract.memory import KVLayer
 from specplug.contract.resources import MOST_CAPTURED
-from specplug.model import compiled_step
-from specplug.model.blocks import BlockTable
-from specplug.model.compiled_step import CompiledStep, compile_step
-from specplug.model.cuda_graphs import token_buckets
-from specplug.model.forward import ForwardRow, TreeMask
-from specplug.model.kv_cache import KVCache
-from specplug.model.packing import pack_linears
+from specplug.model.compile import compiled_step
+from specplug.model.compile.compiled_step import CompiledStep, compile_step
+from specplug.model.compile.cuda_graphs import token_buckets
+from specplug.model.kv_cache import BlockTable, KVCache
+from specplug.model.load.packing import pack_linears
 from specplug.model.paged import PagedBatch
+from specplug.model.rows import ForwardRow, TreeMask
 
 HEADS, KV_HEADS, DIM, WIDTH, BLOCK = 4, 2, 16, 64, 8
 CPU = torch.device("cpu")

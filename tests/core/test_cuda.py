@@ -17,13 +17,13 @@ from core.test_compiled_step import DIM, KV_HEADS, WIDTH, Layer
 from core.test_native_kernels import BLOCK, BLOCKS, random_row
 from specplug import LLM, SamplingParams
 from specplug.contract.memory import KVLayer
-from specplug.model.attention import AttentionSite
-from specplug.model.blocks import BlockAllocator, BlockTable
-from specplug.model.captured_step import CapturedStep
-from specplug.model.compiled_step import compile_step
-from specplug.model.forward import ForwardBatch, ForwardRow
-from specplug.model.kv_cache import KVCache
+from specplug.model.attention.interface import AttentionSite
+from specplug.model.batch import ForwardBatch
+from specplug.model.compile.captured_step import CapturedStep
+from specplug.model.compile.compiled_step import compile_step
+from specplug.model.kv_cache import BlockAllocator, BlockTable, KVCache
 from specplug.model.paged import PagedBatch
+from specplug.model.rows import ForwardRow
 from specplug.native.gpu import cuda
 from specplug.native.gpu.linear import products
 from specplug.sampling.distributions import most_likely

@@ -12,12 +12,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from specplug import LLM, native
 from specplug.contract.memory import KVLayer
-from specplug.model.blocks import BlockTable
-from specplug.model.forward import ForwardBatch, ForwardRow
-from specplug.model.fusions import fuse
-from specplug.model.kv_cache import KVCache
-from specplug.model.packing import packed_shape
-from specplug.model.trace import trace_forward
+from specplug.model.batch import ForwardBatch
+from specplug.model.compile.passes import fuse
+from specplug.model.compile.trace import trace_forward
+from specplug.model.kv_cache import BlockTable, KVCache
+from specplug.model.load.packing import packed_shape
+from specplug.model.rows import ForwardRow
 from specplug.native.operators import ACTIVATIONS
 from support.models import save_model
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from specplug.model.artifacts import CompileError
-from specplug.model.compiled import check_change, compile_forward, measure_change, over_rows
-from specplug.model.cuda_graphs import CudaGraphs
+from specplug.model.compile.artifacts import CompileError
+from specplug.model.compile.compiled import check_change, compile_forward, measure_change, over_rows
+from specplug.model.compile.cuda_graphs import CudaGraphs
 from specplug.model.runner import ModelRunner
 
 logger = logging.getLogger("specplug")

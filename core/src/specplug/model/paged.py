@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import torch
 
-from specplug.model.attention import AttentionSite
+from specplug.model.attention.interface import AttentionSite
+from specplug.model.batch import ForwardBatch
 from specplug.model.device import to_device
-from specplug.model.forward import ForwardBatch, ForwardRow
-
-if TYPE_CHECKING:
-    from specplug.model.kv_cache import KVCache
-    from specplug.model.staging import StagedInputs
+from specplug.model.kv_cache import KVCache
+from specplug.model.rows import ForwardRow
+from specplug.model.staging import StagedInputs
 
 
 class PagedBatch:

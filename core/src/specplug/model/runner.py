@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 
 from specplug.contract.traits import Boundary
-from specplug.model import attention
-from specplug.model.architecture import Architecture
-from specplug.model.attention import AttentionSite
-from specplug.model.compiled import CompiledForward
-from specplug.model.cuda_graphs import CudaGraphs
-from specplug.model.forward import ForwardBatch, ForwardRow, can_attend_natively
+from specplug.model.attention.interface import SITE, AttentionSite
+from specplug.model.batch import ForwardBatch, can_attend_natively
+from specplug.model.compile.compiled import CompiledForward
+from specplug.model.compile.cuda_graphs import CudaGraphs
+from specplug.model.compile.trace import TracedBatch
 from specplug.model.kv_cache import KVCache
+from specplug.model.load.architecture import Architecture
+from specplug.model.rows import ForwardRow
 from specplug.model.taps import Taps
-from specplug.model.trace import TracedBatch
 
 
 class ModelRunner:
@@ -39,7 +39,7 @@ class ModelRunner:
         self.graphs: CudaGraphs | None = None
         for call, keys, values in zip(architecture.calls, cache.keys, cache.values, strict=True):
             site = AttentionSite(keys, values, call.mask.window)
-            model.get_submodule(call.module).__dict__[attention.SITE] = site
+            model.get_submodule(call.module).__dict__[SITE] = site
             self.sites.append(site)
 
     @torch.inference_mode()
@@ -117,5 +117,5 @@ class ModelRunner:
         self.graphs = None
         self.taps.remove()
         for call in self.architecture.calls:
-            self.model.get_submodule(call.module).__dict__.pop(attention.SITE, None)
+            self.model.get_submodule(call.module).__dict__.pop(SITE, None)
         self.sites.clear()

@@ -16,12 +16,13 @@ from torch.overrides import TorchFunctionMode
 
 from specplug.contract.memory import KVLayer
 from specplug.errors import UnsupportedModelError
-from specplug.model import attention, masks
-from specplug.model.context import LENGTH_DEPENDENT_ROPE, context_length, context_note, rope_parameters
-from specplug.model.masks import Mask
-from specplug.model.packing import can_pack
-from specplug.model.quiet import quiet_transformers
-from specplug.model.refusal import (
+from specplug.model.attention.interface import SITE
+from specplug.model.load import masks
+from specplug.model.load.context import LENGTH_DEPENDENT_ROPE, context_length, context_note, rope_parameters
+from specplug.model.load.masks import Mask
+from specplug.model.load.packing import can_pack
+from specplug.model.load.quiet import quiet_transformers
+from specplug.model.load.refusal import (
     build_failure,
     check_attention,
     check_causality,
@@ -114,7 +115,7 @@ def _recording_interface(
     attention_mask: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    return module.__dict__[attention.SITE].record(query, key, value, attention_mask), None
+    return module.__dict__[SITE].record(query, key, value, attention_mask), None
 
 
 class _Use(TorchFunctionMode):
@@ -243,7 +244,7 @@ def _check_layer_types(config: Any, model_type: str) -> None:
 def _run(model: torch.nn.Module, model_type: str, dtype: torch.dtype) -> _Trace:
     trace = _Trace()
     for name, module in model.named_modules():
-        module.__dict__[attention.SITE] = _Recorder(name, module, trace)
+        module.__dict__[SITE] = _Recorder(name, module, trace)
     disable_padding_checks(model)
     seen = torch.ones(
         1, _TRACE_TOKENS, dtype=torch.long, device="meta"

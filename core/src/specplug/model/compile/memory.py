@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
-from specplug.model.cuda_graphs import CudaGraphs
+from specplug.model.compile.cuda_graphs import CudaGraphs
 from specplug.native.gpu.cuda import misfit
 from specplug.native.gpu.sizes import scratch_bytes
 from specplug.sampling.distributions import MOST_AT_ONCE

@@ -43,7 +43,7 @@ def check_kind(config: Any, *, trust_remote_code: bool) -> None:
 
 def build_failure(model_type: str, error: Exception) -> UnsupportedModelError:
     """For a model that Transformers does not build with our attention."""
-    from specplug.model.attention import IMPLEMENTATION
+    from specplug.model.attention.interface import IMPLEMENTATION
 
     if isinstance(error, KeyError) and error.args == (IMPLEMENTATION,):
         return UnsupportedModelError(

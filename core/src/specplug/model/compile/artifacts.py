@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import shutil
 import warnings
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 
 from specplug.cache import CacheError, check_private, new_file, private_folder
+from specplug.version import __version__
 
 logger = logging.getLogger("specplug")
 Artifact = Callable[..., Any]
@@ -133,3 +136,33 @@ def _compiler_settings(own: Path, device: torch.device) -> Iterator[None]:
     ):
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # float32 is asked for to be exact
         yield
+
+
+_NAMES_ONLY = ("_name_or_path", "transformers_version")  # say where a configuration came from, not what it is
+
+
+def cache_key(name: str, facts: dict[str, Any]) -> str:
+    """A name with a digest of some facts, and of the versions of everything that computes."""
+    import transformers
+
+    versions = [__version__, torch.__version__, transformers.__version__]
+    text = json.dumps({**facts, "versions": versions}, sort_keys=True, default=str)
+    return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+
+
+def config_facts(config: Any) -> Any:
+    """A model's configuration, as far as it changes what is computed."""
+    return _without_names(config.to_dict())
+
+
+def _without_names(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _without_names(inner) for key, inner in value.items() if key not in _NAMES_ONLY}
+    return value
+
+
+def device_name(device: torch.device) -> str:
+    """The kind of device; of a GPU also which, and what it can do."""
+    if device.type != "cuda":
+        return device.type
+    return f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)}"

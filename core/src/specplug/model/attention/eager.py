@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import attrs
 import torch
+import torch.nn.functional as F
 
 from specplug.model.device import to_device
+from specplug.model.rows import ForwardRow
 
-if TYPE_CHECKING:
-    from specplug.model.forward import ForwardRow
+_FOLD_LIMIT = 32
+_SCORE_LIMIT = 1 << 26
 
 
 @attrs.frozen(eq=False)
@@ -124,3 +125,93 @@ class RowSpan:
             return low, None
         mask = torch.zeros(allowed.shape, dtype=dtype, device="cpu").masked_fill_(~allowed, float("-inf"))
         return low, mask.to(self._device, non_blocking=True)
+
+
+def attend_row(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    *,
+    causal: bool = False,
+) -> torch.Tensor:
+    """Attention of one row.
+
+    Args:
+        query: [heads, q, key_dim].
+        keys: [kv_heads, L, key_dim].
+        values: [kv_heads, L, value_dim].
+        mask: additive [q, L], or None.
+        scaling: multiplies the scores.
+        softcap: see `AttentionSite.attend`.
+        sinks: see `AttentionSite.attend`.
+        causal: the mask is SDPA's own causal one (then q == L); faster than the same mask spelled out.
+
+    Returns:
+        [heads, q, value_dim].
+    """
+    heads, count, _ = query.shape
+    kv_heads = keys.shape[0]
+    group = heads // kv_heads
+    if softcap is not None or sinks is not None:
+        return _attend_explicit(query, keys, values, mask, scaling, softcap, sinks)
+    if group > 1 and count > _FOLD_LIMIT:
+        attended = F.scaled_dot_product_attention(
+            query[None],
+            keys[None],
+            values[None],
+            attn_mask=None if causal else mask,
+            is_causal=causal,
+            scale=scaling,
+            enable_gqa=True,
+        )
+        return attended[0]
+    # The query heads of a group share their keys: fold them into the query dimension, so that keys are read once.
+    folded = query.reshape(kv_heads, group * count, -1)
+    if mask is not None and group > 1:
+        mask = mask.expand(group, *mask.shape).reshape(group * count, -1)
+    use_causal = causal and group == 1
+    attended = F.scaled_dot_product_attention(
+        folded[None],
+        keys[None],
+        values[None],
+        attn_mask=None if use_causal else mask,
+        is_causal=use_causal,
+        scale=scaling,
+    )
+    return attended[0].reshape(heads, count, -1)
+
+
+def _attend_explicit(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention spelled out, for what SDPA cannot do; long queries go in pieces, to bound the score matrix."""
+    heads, count, _ = query.shape
+    kv_heads, length, _ = keys.shape
+    group = heads // kv_heads
+    step = max(1, _SCORE_LIMIT // (heads * length))
+    pieces = []
+    for begin in range(0, count, step):
+        part = query[:, begin : begin + step].reshape(kv_heads, -1, query.shape[-1])
+        scores = (part @ keys.transpose(1, 2) * scaling).view(kv_heads, group, -1, length)
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        if mask is not None:
+            scores = scores + mask[begin : begin + step]
+        if sinks is not None:
+            sink = sinks.view(kv_heads, group, 1, 1).expand(-1, -1, scores.shape[2], 1).to(scores.dtype)
+            probs = torch.cat([scores, sink], dim=-1).softmax(dim=-1, dtype=torch.float32)[..., :-1]
+        else:
+            probs = scores.softmax(dim=-1, dtype=torch.float32)
+        attended = probs.to(values.dtype).view(kv_heads, -1, length) @ values
+        pieces.append(attended.view(heads, -1, values.shape[-1]))
+    return torch.cat(pieces, dim=1)

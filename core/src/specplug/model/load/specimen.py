@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from specplug.errors import UnsupportedModelError
-from specplug.model import attention
-from specplug.model.architecture import Architecture, disable_padding_checks, inspect_architecture
+from specplug.model.attention.interface import IMPLEMENTATION, register
 from specplug.model.kv_cache import KVCache
+from specplug.model.load.architecture import Architecture, disable_padding_checks, inspect_architecture
 from specplug.model.runner import ModelRunner
 
 WINDOW = 4
@@ -67,9 +67,9 @@ def make_specimen(
 def _build(config: Any, trust_remote_code: bool) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
-    attention.register()
+    register()
     model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=attention.IMPLEMENTATION, trust_remote_code=trust_remote_code
+        config, dtype=torch.float32, attn_implementation=IMPLEMENTATION, trust_remote_code=trust_remote_code
     )
     disable_padding_checks(model)
     return model.eval().requires_grad_(False)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from specplug.model.gates import gate_products
-from specplug.model.products import join_products, take_products
-from specplug.model.rotations import take_rotations
+from specplug.model.compile.linears import gate_products, join_products, take_products
+from specplug.model.compile.rope import take_rotations
 
 
 def fuse(module: fx.GraphModule, device: torch.device) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from specplug import native
-from specplug.model.large_memory import allocate
+from specplug.model.huge_pages import allocate
 
 PANEL = 32  # outputs side by side; see `linear.h`
 _ROWS_HINT = 1

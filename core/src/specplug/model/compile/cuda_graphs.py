@@ -17,7 +17,7 @@ import torch
 from specplug.model.staging import StagedInputs, staged_length
 
 if TYPE_CHECKING:
-    from specplug.model.forward import ForwardBatch
+    from specplug.model.batch import ForwardBatch
     from specplug.model.runner import ModelRunner
 
 MOST_TOKENS = 256

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from specplug.model.row_span import RowSpan
+from specplug.model.attention.eager import RowSpan
 
 LONGEST_QUERY = 128
 _ROW_COST_TOKENS = 600  # one kernel call costs about as much as attending to so many cached tokens of a small model

@@ -9,7 +9,7 @@ import attrs
 import torch
 
 from specplug.contract.resources import MOST_CAPTURED
-from specplug.model.cuda_graphs import LONGEST_PLAN, capture, token_buckets
+from specplug.model.compile.cuda_graphs import LONGEST_PLAN, capture, token_buckets
 from specplug.model.paged import PagedBatch, stage
 from specplug.model.staging import StagedInputs
 

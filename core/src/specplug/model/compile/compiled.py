@@ -14,20 +14,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from specplug import native
-from specplug.model.artifacts import (
+from specplug.model.batch import ForwardBatch
+from specplug.model.compile.artifacts import (
     Artifact,
     CompileError,
     as_compile_error,
+    cache_key,
     compile_graph,
+    config_facts,
+    device_name,
     obtain_artifact,
     quiet_tracing,
 )
-from specplug.model.blocks import BlockTable
-from specplug.model.cache_key import cache_key, config_facts, device_name
+from specplug.model.compile.trace import trace_forward, weights_of
 from specplug.model.difference import TOLERANCE, relative_difference
-from specplug.model.forward import ForwardBatch, ForwardRow
-from specplug.model.packing import PackedLinear
-from specplug.model.trace import trace_forward, weights_of
+from specplug.model.kv_cache import BlockTable
+from specplug.model.load.packing import PackedLinear
+from specplug.model.rows import ForwardRow
 
 if TYPE_CHECKING:
     from specplug.model.runner import ModelRunner

@@ -12,24 +12,25 @@ import torch
 from torch import fx
 
 from specplug import native
-from specplug.model.artifacts import (
+from specplug.model.batch import can_attend_natively
+from specplug.model.compile.artifacts import (
     Artifact,
     CompileError,
     as_compile_error,
+    cache_key,
     compile_graph,
+    device_name,
     obtain_artifact,
     quiet_tracing,
 )
-from specplug.model.blocks import BlockTable
-from specplug.model.cache_key import cache_key, device_name
-from specplug.model.captured_step import CapturedStep
+from specplug.model.compile.captured_step import CapturedStep
+from specplug.model.compile.passes import fuse
+from specplug.model.compile.trace import EXAMPLE_PLAN, EXAMPLE_TOKENS, FakeInputs, weights_of
 from specplug.model.difference import TOLERANCE, relative_difference
-from specplug.model.fake_inputs import EXAMPLE_PLAN, EXAMPLE_TOKENS, FakeInputs
-from specplug.model.forward import ForwardRow, can_attend_natively
-from specplug.model.fusions import fuse
-from specplug.model.packing import PackedLinear
+from specplug.model.kv_cache import BlockTable
+from specplug.model.load.packing import PackedLinear
 from specplug.model.paged import PagedBatch
-from specplug.model.trace import weights_of
+from specplug.model.rows import ForwardRow
 
 if TYPE_CHECKING:
     from specplug.model.kv_cache import KVCache

@@ -22,15 +22,16 @@ import torch
 from specplug import native
 from specplug.cache import CacheError, check_private, new_file, private_folder
 from specplug.errors import UnsupportedModelError
-from specplug.model import attention
-from specplug.model.attention import AttentionSite, attend_row
-from specplug.model.blocks import BlockTable
-from specplug.model.cache_key import cache_key, config_facts, device_name
+from specplug.model.attention.eager import attend_row
+from specplug.model.attention.interface import IMPLEMENTATION, AttentionSite
+from specplug.model.batch import ForwardBatch
+from specplug.model.compile.artifacts import cache_key, config_facts, device_name
 from specplug.model.difference import TOLERANCE, relative_difference
-from specplug.model.forward import ForwardBatch, ForwardRow
-from specplug.model.packing import PackedLinear
+from specplug.model.kv_cache import BlockTable
+from specplug.model.load.packing import PackedLinear
+from specplug.model.load.specimen import make_specimen
+from specplug.model.rows import ForwardRow
 from specplug.model.runner import ModelRunner
-from specplug.model.specimen import make_specimen
 
 logger = logging.getLogger("specplug")
 _REVISION = 2  # verdicts of other probes say nothing
@@ -200,7 +201,7 @@ def _own_logits(model: Any, ids: list[int], device: torch.device) -> torch.Tenso
     try:
         return model(input_ids=torch.tensor([ids], device=device, dtype=torch.long), use_cache=False).logits[0]
     finally:
-        model.set_attn_implementation(attention.IMPLEMENTATION)
+        model.set_attn_implementation(IMPLEMENTATION)
 
 
 def _key(runner: ModelRunner, config: Any) -> str:
