@@ -114,7 +114,7 @@ def four_ways(runner: ModelRunner, block_size: int, most: int) -> dict[str, dict
     results["compiled"] = forwards(runner, block_size)
     runner.compiled = None
     results["eager"] = forwards(runner, block_size)
-    runner.graphs = CudaGraphs(runner, most)
+    runner.graphs = CudaGraphs(runner.run_tensors, runner.device, most)
     results["captured"] = forwards(runner, block_size)
     runner.compiled, runner.graphs = compiled, graphs
     return results

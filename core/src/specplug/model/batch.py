@@ -1,4 +1,4 @@
-"""One ragged forward: which tokens of which rows, where their KV goes, and what each may attend to."""
+"""The inputs of one ragged forward, packed: ids, positions, write slots, logits index and attention plan."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class ForwardBatch:
 
     Args:
         rows: the rows.
-        cache: where their KV lies.
+        cache: the KV cache that holds them.
         logits_index: the packed positions to compute logits for; None for all.
 
     Attributes:
         num_tokens: tokens of all rows, T.
         wants_all: whether logits are computed for all positions.
-        is_native: whether attention is native (see `specplug.native`), over `plan`; else it goes by `views` and `padded`.
+        is_native: whether attention is native (see `specplug.native`), over `plan`; else it uses `views` and `padded`.
     """
 
     def __init__(self, rows: Sequence[ForwardRow], cache: KVCache, logits_index: Sequence[int] | None = None) -> None:
@@ -78,8 +78,14 @@ class ForwardBatch:
 
     @property
     def plan(self) -> torch.Tensor:
-        """int32: the rows as native attention reads them (see `attention_plan`)."""
+        """int32: the rows as native attention reads them (see `attention.plan`)."""
         return self._tensors[4]
+
+    @property
+    def step_inputs(self) -> list[torch.Tensor]:
+        """Positions [T], plan, write slots, ids [T] and logits index: a forward's inputs as a step over tensors."""
+        ids, positions, slots, index, plan = self._tensors
+        return [positions, plan, slots, ids, index]
 
     @cached_property
     def _tensors(self) -> list[torch.Tensor]:

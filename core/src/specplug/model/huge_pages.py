@@ -1,4 +1,4 @@
-"""Memory that is read from front to back at every step, in pages as large as the system has."""
+"""Memory in huge pages, for tensors that every step reads from front to back."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _LARGE = 4 << 20
 def allocate(count: int, dtype: torch.dtype) -> torch.Tensor:
     """A tensor [count] of zeros on the CPU.
 
-    Looking up where a page of 4 KB lies costs as much as reading it, on a virtual machine more so: weights in pages of 2 MB are
-    read up to a third faster. Linux gives these to whoever asks (`madvise`), and only what is written to takes memory;
-    elsewhere, and for little, pages are as usual.
+    Translating the address of a page of 4 KB costs as much as reading it, and more on a virtual machine: weights in pages of
+    2 MB are read up to a third faster. Linux gives them on request (`madvise`), and only written pages take memory.
+    Elsewhere, and for small tensors, pages are as usual.
     """
     num_bytes = count * dtype.itemsize
     if num_bytes < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):

@@ -17,7 +17,7 @@ from specplug.native.gpu import cuda
 
 
 class BlockTable:
-    """The blocks of one row: token i lies in slot `blocks[i // block_size] * block_size + i % block_size`.
+    """The blocks of one row: token i is in slot `blocks[i // block_size] * block_size + i % block_size`.
 
     Attributes:
         blocks: the row's block numbers, in token order.
@@ -64,12 +64,12 @@ class BlockTable:
         """The KV slots of tokens [start, stop).
 
         Raises:
-            PluginError: the row's blocks do not reach so far; `scratch_tokens_per_row` was planned too small.
+            PluginError: the row's blocks end before `stop`; `scratch_tokens_per_row` was planned too small.
         """
         if stop > self.capacity:
             raise PluginError(
                 f"KV entries {start:,} to {stop - 1:,} of a row were asked for, and its blocks hold {self.capacity:,}: plan "
-                "scratch_tokens_per_row for what propose writes behind the committed tokens, in a MemoryRegion of plan_memory"
+                "scratch_tokens_per_row for what propose writes after the committed tokens, in a MemoryRegion of plan_memory"
             )
         if self.contiguous:
             base = self.blocks[0] * self.block_size if self.blocks else 0
@@ -81,8 +81,8 @@ class BlockTable:
 class BlockAllocator:
     """Hands out reference-counted blocks and prefers runs that follow each other.
 
-    A row announces how many blocks it may come to need. The allocator then starts it where that many blocks are free and
-    keeps others away from them for as long as there is room elsewhere, so that a row usually stays one contiguous slice.
+    A row announces how many blocks it may need. The allocator starts it where that many blocks are free, and gives them to
+    other rows only when no others are free, so that a row usually stays one contiguous slice.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -97,7 +97,7 @@ class BlockAllocator:
 
         Args:
             count: blocks to take.
-            after: the row's last block; the one behind it is preferred.
+            after: the row's last block; the one after it is preferred.
             expected: blocks the row may need in all, `count` included.
         """
         if count > self.num_free:
@@ -143,7 +143,7 @@ class BlockAllocator:
 
         Args:
             blocks: the blocks, in table order.
-            claimed: how many blocks the row had announced; the part of its run that it never used is given up.
+            claimed: how many blocks the row had announced; the part of its run that it never used becomes unclaimed.
         """
         for block in blocks:
             self._references[block] -= 1
@@ -179,7 +179,7 @@ class KVCache:
 
     @cached_property
     def suits_gpu_kernels(self) -> bool:
-        """Whether it lies on a GPU, and our own kernels can attend to it."""
+        """Whether it is on a GPU, and our own kernels can attend to it."""
         return self.keys[0].is_cuda and all(cuda.can_attend(tensor) for tensor in (*self.keys, *self.values))
 
     @property

@@ -13,12 +13,12 @@ from specplug.model.kv_cache import BlockTable
 
 @attrs.frozen(eq=False)
 class TreeMask:
-    """What the new tokens of a row may see behind its linear prefix, and the positions of the entries there.
+    """The tree mask of a row: which entries after its linear prefix the new tokens may attend to, and their positions.
 
     Attributes:
         prefix: how many KV entries of the row are plain committed tokens, visible to all new tokens.
-        visible: bool [new tokens, entries behind the prefix]: ancestors and self. The new tokens are the last entries.
-        positions: the position of each entry behind the prefix (committed length + depth).
+        visible: bool [new tokens, entries after the prefix]: ancestors and self. The new tokens are the last entries.
+        positions: the position of each entry after the prefix (committed length + depth).
     """
 
     prefix: int
@@ -34,12 +34,12 @@ class TreeMask:
             parents: each node's parent as a node index, -1 for the root; parents come before their children.
         """
         count = len(parents) + 1
-        seen, positions = [1], [prefix]  # whom a node sees is a set of bits: a torch call per node would take longer
+        visible_bits, positions = [1], [prefix]  # ancestors as bits of an int: a torch call per node would take longer
         for node, parent in enumerate(parents, start=1):
-            seen.append(seen[parent + 1] | 1 << node)
+            visible_bits.append(visible_bits[parent + 1] | 1 << node)
             positions.append(positions[parent + 1] + 1)
         width = -(-count // 8)
-        packed = np.frombuffer(b"".join(bits.to_bytes(width, "little") for bits in seen), dtype=np.uint8)
+        packed = np.frombuffer(b"".join(bits.to_bytes(width, "little") for bits in visible_bits), dtype=np.uint8)
         visible = np.unpackbits(packed.reshape(count, width), axis=1, count=count, bitorder="little").view(np.bool_)
         return TreeMask(prefix, torch.from_numpy(visible), positions)
 
@@ -51,9 +51,9 @@ class ForwardRow:
     Attributes:
         tokens: ids to run; their KV is stored at KV indices `start`, `start + 1`, …
         start: the KV index of the first token; entries before it are computed. Also its position, unless `tree` is given.
-        table: where the row's KV lies; it must hold `start + len(tokens)` entries.
+        table: the row's KV blocks; it must hold `start + len(tokens)` entries.
         tree: for tokens that are not a plain continuation.
-        first: KV entries before this index are not seen: they were never stored.
+        first: KV entries before this index are masked: they were never stored.
     """
 
     tokens: Sequence[int]

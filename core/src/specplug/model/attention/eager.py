@@ -1,4 +1,4 @@
-"""One row of a forward as PyTorch's attention is called for it: its slice of the cache, and the mask over it."""
+"""PyTorch attention of one row: its slice of the KV cache, its mask, and the computation."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _SCORE_LIMIT = 1 << 26
 
 @attrs.frozen(eq=False)
 class RowView:
-    """One row in one kind of layer: its queries, the KV entries they may see, and the mask over them.
+    """One row in one kind of layer: its queries, the KV entries they may attend to, and the mask over them.
 
     Attributes:
         first: the packed index of its first query.
-        last: one behind its last query.
-        begin: the first slot it sees, where its slots are one slice.
-        end: one behind the last.
-        slots: int64, the slots it sees, where they are not one slice; then `begin` and `end` say nothing.
-        mask: additive [queries, entries], or None when all are seen.
+        last: the packed index after its last query.
+        begin: the first slot it attends to, where its slots are one slice.
+        end: the slot after the last.
+        slots: int64, the slots it attends to, where they are not one slice; then `begin` and `end` are unused.
+        mask: additive [queries, entries], or None when all are visible.
         causal: whether the mask is SDPA's own causal one.
     """
 
@@ -92,7 +92,7 @@ class RowSpan:
         )
 
     def mask(self, window: int | None, dtype: torch.dtype) -> tuple[int, torch.Tensor | None]:
-        """What the queries may see, shared by all layers with the same window.
+        """The mask of the queries, shared by all layers with the same window.
 
         Returns:
             (first visible entry, additive mask [queries, length - first] or None when everything there is visible).
@@ -114,11 +114,11 @@ class RowSpan:
         keys = torch.arange(low, prefix, dtype=torch.long, device="cpu")
         if row.tree is None:
             tail = torch.arange(row.start, self.length, dtype=torch.long, device="cpu")
-            behind = torch.ones(self.count, self.count, dtype=torch.bool, device="cpu").tril()
+            tail_mask = torch.ones(self.count, self.count, dtype=torch.bool, device="cpu").tril()
         else:
             tail = torch.tensor(list(row.tree.positions), dtype=torch.long, device="cpu")
-            behind = row.tree.visible
-        allowed = torch.cat([torch.ones(self.count, len(keys), dtype=torch.bool, device="cpu"), behind], dim=1)
+            tail_mask = row.tree.visible
+        allowed = torch.cat([torch.ones(self.count, len(keys), dtype=torch.bool, device="cpu"), tail_mask], dim=1)
         if window:
             allowed &= queries - torch.cat([keys, tail])[None, :] < window
         if bool(allowed.all()):
@@ -148,7 +148,7 @@ def attend_row(
         scaling: multiplies the scores.
         softcap: see `AttentionSite.attend`.
         sinks: see `AttentionSite.attend`.
-        causal: the mask is SDPA's own causal one (then q == L); faster than the same mask spelled out.
+        causal: the mask is SDPA's own causal one (then q == L); faster than the same mask as a tensor.
 
     Returns:
         [heads, q, value_dim].
@@ -194,7 +194,7 @@ def _attend_explicit(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention spelled out, for what SDPA cannot do; long queries go in pieces, to bound the score matrix."""
+    """Attention as explicit matmuls, for what SDPA cannot do; long queries are split, to bound the score matrix."""
     heads, count, _ = query.shape
     kv_heads, length, _ = keys.shape
     group = heads // kv_heads

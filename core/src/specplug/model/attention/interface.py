@@ -2,33 +2,46 @@
 
 The interface calls one function with the attention module, queries, keys and values of the packed batch. Each attention
 module of a runner carries an `AttentionSite`, through which the function finds the runner's KV cache and the current
-batch: nothing is global, and any number of runners can live side by side.
+batch: nothing is global, so that a process can have any number of runners.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol
 
 import torch
 
 from specplug.model.attention.eager import attend_row
-
-if TYPE_CHECKING:
-    from specplug.model.batch import ForwardBatch
-    from specplug.model.compile.trace import TracedBatch
+from specplug.model.batch import ForwardBatch
 
 IMPLEMENTATION = "specplug"
 SITE = "specplug_attention_site"
 
 
+class AttendedBatch(Protocol):
+    """What native attention reads of a batch; only a `ForwardBatch` may be attended to otherwise."""
+
+    @property
+    def is_native(self) -> bool:
+        """Whether attention is native."""
+
+    @property
+    def plan(self) -> torch.Tensor:
+        """int32, see `attention.plan`."""
+
+    @property
+    def write_slots(self) -> torch.Tensor:
+        """int64 [T], where the KV of each token goes."""
+
+
 class AttentionSite:
-    """One attention layer of a runner: its part of the KV cache, its window, and the batch under way."""
+    """One attention layer of a runner: its part of the KV cache, its window, and the current batch."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, window: int | None = None) -> None:
         self.keys = keys
         self.values = values
         self.window = window
-        self.batch: ForwardBatch | TracedBatch | None = None
+        self.batch: AttendedBatch | None = None
 
     def attend(
         self,
@@ -40,16 +53,16 @@ class AttentionSite:
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Stores the new keys and values, then lets every query see its row.
+        """Stores the new keys and values, then attends with every query to its row.
 
         Args:
             query: [1, heads, T, key_dim].
             key: [1, kv_heads, T, key_dim].
             value: [1, kv_heads, T, value_dim].
             scaling: multiplies the scores.
-            window: a query sees keys fewer than this many positions back.
+            window: a query attends to keys fewer than this many positions back.
             softcap: scores become softcap · tanh(scores / softcap).
-            sinks: [heads]: one extra score per head that takes probability and gives nothing.
+            sinks: [heads]: one extra score per head that takes probability and adds nothing to the output.
 
         Returns:
             [1, T, heads, value_dim].
@@ -70,7 +83,7 @@ class AttentionSite:
                 softcap or 0.0,
                 sinks,
             )
-        batch = cast("ForwardBatch", batch)  # a traced one is native
+        assert isinstance(batch, ForwardBatch)
         self.keys.index_copy_(1, batch.write_slots, key[0])
         self.values.index_copy_(1, batch.write_slots, value[0])
         heads = query.shape[1]
@@ -102,7 +115,7 @@ def attention_interface(
 ) -> tuple[torch.Tensor, None]:
     """The function registered with Transformers.
 
-    Masks come from the site: its batch, and the window that was learnt from the model's own mask (see `masks`).
+    Masks come from the site: its batch, and the window that was read from the model's own mask (see `load.masks`).
     """
     site = module.__dict__[SITE]
     if scaling is None:

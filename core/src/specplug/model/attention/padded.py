@@ -1,8 +1,8 @@
 """Attention of many short rows in one kernel, where launching one per row would cost more than padding.
 
 On a GPU the rows that decode or verify are gathered from the cache, padded and masked. On a CPU a gather would cost more than
-it saves, but rows that lie at equal distances in the cache (as the scheduler places them while there is room) are one strided
-view of it, so that only masking is paid for. Long prefill rows go alone on both.
+it saves, but rows at equal distances in the cache (where the scheduler puts them while blocks are free) are one strided view of
+it, so that only masking costs time. Long prefill rows are computed alone on both.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class PaddedRows:
         self._masks: dict[tuple[int | None, torch.dtype, int], torch.Tensor] = {}
 
     def mask(self, window: int | None, dtype: torch.dtype, group: int) -> torch.Tensor:
-        """Additive mask [R, 1, group * Q, L]; the padding of a row repeats its last query, so that nothing is masked wholly."""
+        """Additive mask [R, 1, group * Q, L]; padding repeats a row's last query, so that no query is fully masked."""
         key = (window, dtype, group)
         if key not in self._masks:
             entries = torch.arange(self.longest, dtype=torch.long, device="cpu")
@@ -132,7 +132,7 @@ class PaddedRows:
 def split_rows(
     spans: list[RowSpan], device: torch.device, num_slots: int, *, gather: bool
 ) -> tuple[list[RowSpan], PaddedRows | None]:
-    """Chooses the rows that are attended to together: (rows that go alone, rows that go together)."""
+    """Chooses the rows that are attended to together: (rows alone, rows together)."""
     short = [span for span in spans if span.count <= LONGEST_QUERY]
     if gather:
         long = [span for span in spans if span.count > LONGEST_QUERY]
@@ -150,7 +150,7 @@ def split_rows(
 
 
 def _equally_spaced(spans: list[RowSpan], num_slots: int) -> tuple[list[RowSpan], int]:
-    """The longest run of rows whose first slots lie at equal distances, and that distance."""
+    """The longest run of rows whose first slots are at equal distances, and that distance."""
     ordered = sorted(spans, key=lambda span: span.slot_numbers[0])
     starts = [span.slot_numbers[0] for span in ordered]
     best, begin = (0, 0), 0

@@ -1,4 +1,4 @@
-"""Machine code for traced graphs: made once, kept on disk, and tried before it is used."""
+"""Machine code for traced graphs: compiled once, kept on disk, and checked before it is used."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class CompileError(Exception):
 
 @contextmanager
 def as_compile_error() -> Iterator[None]:
-    """Whatever goes wrong in tracing, compiling or trying becomes a `CompileError` of one line."""
+    """Any error of tracing, compiling or checking becomes a `CompileError` of one line."""
     try:
         yield
     except CompileError:
@@ -39,13 +39,13 @@ def as_compile_error() -> Iterator[None]:
 def obtain_artifact(
     name: str, device: torch.device, make: Callable[[], Artifact], check: Callable[[Artifact], None]
 ) -> Artifact:
-    """What is kept under a name; if nothing is, or it does not work, what is made now.
+    """The artifact that is kept under a name; without one, or if it does not work, one that is made now.
 
     Args:
-        name: says everything that it depends on.
+        name: depends on everything that the artifact depends on.
         device: where it runs.
         make: compiles it.
-        check: calls it, and raises if it does not do what it should.
+        check: calls it, and raises if its results are wrong.
 
     Raises:
         CompileError: it cannot be compiled here, or does not pass the check.
@@ -70,13 +70,13 @@ def compile_graph(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Artifa
     """Machine code for a traced graph, for `obtain_artifact`."""
     from torch._inductor import standalone_compile
 
-    # Kernels are tuned when they first run, on what is there: to tune them now would take a second copy of the largest weight.
+    # Kernels are tuned when they first run, on the real tensors: tuning now would take a second copy of the largest weight.
     options = {"config_patches": {"triton.autotune_at_compile_time": False}}
     return standalone_compile(module, list(inputs), dynamic_shapes="from_graph", options=options)
 
 
 def _load(path: Path, own: Path, check: Callable[[Artifact], None]) -> Artifact | None:
-    """What lies on disk and works; None if nothing does, and then nothing lies there any more."""
+    """The artifact on disk if it works; else None, and what was on disk is removed."""
     from torch._inductor import CompiledArtifact
 
     if not path.is_file():
@@ -89,12 +89,12 @@ def _load(path: Path, own: Path, check: Callable[[Artifact], None]) -> Artifact 
     except Exception as error:
         logger.debug("the compiled %s cannot be used: %s", path, error)
         path.unlink(missing_ok=True)
-        shutil.rmtree(own, ignore_errors=True)  # what the compiler kept of it may be what is broken
+        shutil.rmtree(own, ignore_errors=True)  # the fault may be in what the compiler kept of it
         return None
 
 
 def _save(artifact: Any, path: Path) -> None:
-    """Keeps machine code; where the cache folder cannot be written, it is compiled again next time."""
+    """Writes machine code to disk; where the cache folder cannot be written, the next start compiles again."""
     try:
         with new_file(path) as temporary:
             artifact.save(path=str(temporary), format="binary")
@@ -118,8 +118,8 @@ def quiet_tracing() -> Iterator[None]:
 def _compiler_settings(own: Path, device: torch.device) -> Iterator[None]:
     """One call into machine code instead of one per kernel (a GPU's come from a graph).
 
-    What the compiler itself writes, and loads libraries from, goes to a folder of this artifact's own, and not to a predictable
-    one below /tmp. Precompiled headers (150 MB each) would pay after many compilations only.
+    The compiler writes to a folder of this artifact's own, and loads libraries from there: not from a predictable one below
+    /tmp. Precompiled headers (150 MB each) would pay only after many compilations.
     """
     from torch._inductor import config
     from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
@@ -130,11 +130,11 @@ def _compiler_settings(own: Path, device: torch.device) -> Iterator[None]:
         config.patch(
             cpp_wrapper=device.type == "cpu",
             cpp_cache_precompile_headers=False,
-            size_asserts=False,  # hundreds of checks a step that our own operators' shapes are as they were traced
+            size_asserts=False,  # hundreds of checks a step that our own operators' shapes are those of the trace
             scalar_asserts=False,
         ),
     ):
-        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # float32 is asked for to be exact
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # float32 is chosen to be exact
         yield
 
 
@@ -142,7 +142,7 @@ _NAMES_ONLY = ("_name_or_path", "transformers_version")  # say where a configura
 
 
 def cache_key(name: str, facts: dict[str, Any]) -> str:
-    """A name with a digest of some facts, and of the versions of everything that computes."""
+    """A name with a digest of some facts, and of the versions of specplug, PyTorch and Transformers."""
     import transformers
 
     versions = [__version__, torch.__version__, transformers.__version__]
@@ -162,7 +162,7 @@ def _without_names(value: Any) -> Any:
 
 
 def device_name(device: torch.device) -> str:
-    """The kind of device; of a GPU also which, and what it can do."""
+    """The kind of device; for a GPU also its name and compute capability."""
     if device.type != "cuda":
         return device.type
     return f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)}"

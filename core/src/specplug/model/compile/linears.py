@@ -1,4 +1,8 @@
-"""A traced graph's products with weights, rewritten as the operations that are fastest for a few rows."""
+"""Linear layers in a traced graph, rewritten as the operators that are fastest for a few rows.
+
+Gated linear units (arXiv:2002.05202) become one operator: the rows between its linears, several times as wide as the residual
+stream, are then never written.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,8 @@ from torch import fx
 from specplug.model.load.packing import PANEL
 
 
-def take_products(graph: fx.Graph) -> None:
-    """Products with a weight become our own operation, as packed ones on a CPU are."""
+def use_own_linears(graph: fx.Graph) -> None:
+    """Matmuls with a weight become our own linear operator, as packed ones on a CPU are."""
     aten = torch.ops.aten
     views = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
     for node in list(graph.nodes):
@@ -33,19 +37,19 @@ def take_products(graph: fx.Graph) -> None:
         if bias is not None and (bias.op != "placeholder" or bias.meta["val"].dim() != 1):
             continue
         if states.target in views and states.args[0].meta["val"].shape[-1] == states.meta["val"].shape[-1]:
-            states = states.args[0]  # products of the same rows are to be seen as such
+            states = states.args[0]  # so that linears of the same rows have the same input node
         size = weight.meta["val"].shape[1]
         with graph.inserting_before(node):
-            product = graph.call_function(torch.ops.specplug.linear.default, (states, weight.args[0], bias, int(size)))
-            product.meta["val"] = states.meta["val"].new_empty(*states.meta["val"].shape[:-1], int(size))
-            flat = graph.call_function(aten.reshape.default, (product, [-1, int(size)]))
+            linear = graph.call_function(torch.ops.specplug.linear.default, (states, weight.args[0], bias, int(size)))
+            linear.meta["val"] = states.meta["val"].new_empty(*states.meta["val"].shape[:-1], int(size))
+            flat = graph.call_function(aten.reshape.default, (linear, [-1, int(size)]))
             flat.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(flat)
         graph.erase_node(node)
 
 
-def join_products(graph: fx.Graph) -> None:
-    """Products of the same rows (query, key and value; gate and up) become one operation."""
+def join_linears(graph: fx.Graph) -> None:
+    """Linears of the same rows (query, key and value; gate and up) become one operator."""
     from specplug.native.operators import JOINED
 
     linear = torch.ops.specplug.linear.default
@@ -78,17 +82,17 @@ _operations = torch.ops.specplug
 
 @attrs.frozen
 class _Gated:
-    """What is multiplied: a node with both products, whether the first is the gate, and the gate's activation."""
+    """A gated linear unit: the node with both linears, whether the first is the gate, and the gate's activation."""
 
-    products: Any
+    linears: Any
     gate_first: bool
     activation: str
 
 
-def gate_products(graph: fx.Graph) -> None:
-    """Two products of the same rows, one activated and multiplied with the other, become one operation.
+def fuse_gates(graph: fx.Graph) -> None:
+    """Two linears of the same rows, one activated and multiplied with the other, become one operator.
 
-    Their weights may be two, or the halves of one.
+    They may have a weight each, or the halves of one.
     """
     from specplug.native.operators import ACTIVATIONS
 
@@ -97,7 +101,7 @@ def gate_products(graph: fx.Graph) -> None:
         if found is None:
             continue
         with graph.inserting_before(node):
-            states, branches, size = _branches(graph, found.products)
+            states, branches, size = _branches(graph, found.linears)
             gate, up = branches if found.gate_first else branches[::-1]
             arguments = (states, gate[0], up[0], gate[1], up[1], size, ACTIVATIONS[found.activation])
             gated = graph.call_function(_operations.gated_linears.default, arguments)
@@ -107,7 +111,7 @@ def gate_products(graph: fx.Graph) -> None:
 
 
 def _gated(node: fx.Node) -> _Gated | None:
-    """Recognises activation(gate) * up, where nothing else is made of either."""
+    """Recognises activation(gate) * up, where neither has another use."""
     if node.target is not _aten.mul.Tensor:
         return None
     factors: Any = node.args
@@ -118,9 +122,9 @@ def _gated(node: fx.Node) -> _Gated | None:
         gate: Any = activated.args[0] if name else None
         if not (name and _is_used_once(gate) and gate.target is operator.getitem and up.target is operator.getitem):
             continue
-        products = gate.args[0]
-        if products is up.args[0] and gate.args[1] != up.args[1] and _are_alike(products):
-            return _Gated(products, gate.args[1] == 0, name)
+        linears = gate.args[0]
+        if linears is up.args[0] and gate.args[1] != up.args[1] and _are_alike(linears):
+            return _Gated(linears, gate.args[1] == 0, name)
     return None
 
 
@@ -136,13 +140,13 @@ def _activation(node: fx.Node) -> str | None:
     return None
 
 
-def _are_alike(products: Any) -> bool:
-    """Whether these are two products of one size."""
-    if products.target is _operations.linears_2.default:
-        return products.args[5] == products.args[6]
-    if products.target is not _aten.split.Tensor:
+def _are_alike(linears: Any) -> bool:
+    """Whether these are two linears of one size."""
+    if linears.target is _operations.linears_2.default:
+        return linears.args[5] == linears.args[6]
+    if linears.target is not _aten.split.Tensor:
         return False
-    whole, size, dim = (*products.args, 0)[:3]
+    whole, size, dim = (*linears.args, 0)[:3]
     return (
         whole.target is _operations.linear.default
         and _is_used_once(whole)
@@ -152,12 +156,12 @@ def _are_alike(products: Any) -> bool:
     )
 
 
-def _branches(graph: fx.Graph, products: Any) -> tuple[Any, list[tuple[Any, Any]], int]:
-    """The rows, each product's weight and bias, and its size."""
-    if products.target is _operations.linears_2.default:
-        states, one, other, bias, other_bias, size, _ = products.args
+def _branches(graph: fx.Graph, linears: Any) -> tuple[Any, list[tuple[Any, Any]], int]:
+    """The rows, each linear's weight and bias, and its size."""
+    if linears.target is _operations.linears_2.default:
+        states, one, other, bias, other_bias, size, _ = linears.args
         return states, [(one, bias), (other, other_bias)], size
-    whole, size = products.args[:2]
+    whole, size = linears.args[:2]
     states, packed, bias, _ = whole.args
     weights = _halves(graph, packed, size // PANEL)
     return states, list(zip(weights, _halves(graph, bias, size) if bias else (None, None), strict=True)), size

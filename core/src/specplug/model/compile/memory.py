@@ -1,4 +1,4 @@
-"""What a GPU's memory holds while a step runs, beyond what is allocated once: on a CPU it comes and goes unplanned."""
+"""GPU memory that a step takes while it runs, in addition to what is allocated once. On a CPU it is not planned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from specplug.contract.memory import KVLayer
 
 _STREAMS = 4  # residual, normed, queries and attended, each as wide as the residual stream
-_PRODUCTS = 3  # gate, up and their product
+_MLP = 3  # gate, up and their elementwise product
 _PROCESSED = (
     2  # float32 copies of the logits that verification reads: after a request's rules, and what drafts were drawn from
 )
@@ -50,7 +50,7 @@ class StepModel:
     def token_bytes(self) -> int:
         """Bytes of a token's activations in one layer."""
         inner = getattr(self._text, "intermediate_size", None) or 4 * self._text.hidden_size
-        return int((_STREAMS * self._text.hidden_size + _PRODUCTS * inner) * self.dtype.itemsize)
+        return int((_STREAMS * self._text.hidden_size + _MLP * inner) * self.dtype.itemsize)
 
     @property
     def state_bytes(self) -> int:
@@ -63,7 +63,7 @@ class StepModel:
         return self.vocab_size * self.dtype.itemsize
 
     def scratch_bytes(self, tokens: int, device: torch.device) -> int:
-        """Bytes of what attention merges."""
+        """Bytes of the partial results that attention merges."""
         heads = self._text.num_attention_heads
         return max(
             scratch_bytes(

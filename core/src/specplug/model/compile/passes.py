@@ -1,24 +1,24 @@
-"""What a traced graph's operations are put together to, before it is compiled."""
+"""The passes that fuse a traced graph's operations before it is compiled."""
 
 from __future__ import annotations
 
 import torch
 from torch import fx
 
-from specplug.model.compile.linears import gate_products, join_products, take_products
-from specplug.model.compile.rope import take_rotations
+from specplug.model.compile.linears import fuse_gates, join_linears, use_own_linears
+from specplug.model.compile.rope import fuse_rope
 
 
 def fuse(module: fx.GraphModule, device: torch.device) -> None:
-    """Puts together what our kernels for a device do at once; a GPU's compiler puts the rest together itself."""
+    """Fuses what our kernels for a device compute in one call; on a GPU, Inductor fuses the rest."""
     graph = module.graph
     if device.type == "cuda":
-        take_products(graph)
-        join_products(graph)
+        use_own_linears(graph)
+        join_linears(graph)
     else:
-        join_products(graph)
-        gate_products(graph)
-        take_rotations(graph)
+        join_linears(graph)
+        fuse_gates(graph)
+        fuse_rope(graph)
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()

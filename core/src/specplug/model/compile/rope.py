@@ -1,7 +1,7 @@
-"""Rotary positions in a traced graph, taken into the attention that they are made for.
+"""RoPE in a traced graph, fused into the attention that follows it.
 
-Models turn queries and keys by operations of their own, layer by layer, and a compiler that fuses these works out the cosines
-of every position anew for every head of every layer. Attention that is given them turns what it reads anyway.
+Models rotate queries and keys by operations of their own, layer by layer, and a compiler that fuses these computes the cosines
+of every position again for every head of every layer. Attention that is given the cosines rotates what it reads anyway.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ _aten = torch.ops.aten
 
 
 @attrs.frozen
-class _Turned:
-    """What is turned, and by which angles: states [..., tokens, dim], cosines and sines [..., tokens, turned dim]."""
+class _Rotated:
+    """What is rotated, and by which angles: states [..., tokens, dim], cosines and sines [..., tokens, rotated dim]."""
 
     states: fx.Node
     cosines: fx.Node
     sines: fx.Node
 
 
-def take_rotations(graph: fx.Graph) -> None:
-    """Attention over queries and keys that are turned by the same angles becomes one operation.
+def fuse_rope(graph: fx.Graph) -> None:
+    """Attention over queries and keys that are rotated by the same angles becomes one operator.
 
-    Heads may be turned in part, their first elements. Others stay as they are: those turned in neighbouring pairs, say.
+    Only the first elements of heads may be rotated. Other forms stay as they are: rotation of neighbouring pairs, for example.
     """
     for node in list(graph.nodes):
         if node.target is not torch.ops.specplug.attend.default:
             continue
-        query, key = (_turned(argument) for argument in node.args[:2])
+        query, key = (_rotated(argument) for argument in node.args[:2])
         if query is None or key is None or (query.cosines, query.sines) != (key.cosines, key.sines):
             continue
         with graph.inserting_before(node):
-            states = [_four_dimensional(graph, turned.states) for turned in (query, key)]
+            states = [_four_dimensional(graph, rotated.states) for rotated in (query, key)]
             arguments = (*states, *node.args[2:], query.cosines, query.sines)
             attended = graph.call_function(torch.ops.specplug.attend_rope.default, arguments)
         attended.meta = dict(node.meta)
@@ -47,26 +47,26 @@ def take_rotations(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def _turned(node: Any) -> _Turned | None:
-    """Recognises heads that are turned, or of which the first elements are and the others follow as they were."""
+def _rotated(node: Any) -> _Rotated | None:
+    """Recognises heads that are rotated as a whole, or whose first elements are, followed by the others unchanged."""
     if _is(node, _aten.unsqueeze.default) and node.args[1] == 0:
         node = node.args[0]
     if not _is(node, _aten.cat.default) or len(node.args[0]) != 2 or not _is_last(node, node.args[1:]):
-        return _turned_whole(node)
+        return _rotated_whole(node)
     first, rest = node.args[0]
-    turned = _turned_whole(first)
-    if turned is None or not _is(rest, _aten.slice.Tensor):
+    rotated = _rotated_whole(first)
+    if rotated is None or not _is(rest, _aten.slice.Tensor):
         return None
-    heads, part = rest.args[0], turned.states
+    heads, part = rest.args[0], rotated.states
     dim = part.meta["val"].shape[-1]
     if _elements(rest) != (dim, heads.meta["val"].shape[-1]):
         return None
-    is_all = _is(part, _aten.alias.default) and part.args[0] is heads  # of which nothing follows
+    is_all = _is(part, _aten.alias.default) and part.args[0] is heads  # then nothing follows
     is_first = _is(part, _aten.slice.Tensor) and part.args[0] is heads and _elements(part) == (0, dim)
-    return attrs.evolve(turned, states=heads) if is_all or is_first else None
+    return attrs.evolve(rotated, states=heads) if is_all or is_first else None
 
 
-def _turned_whole(node: Any) -> _Turned | None:
+def _rotated_whole(node: Any) -> _Rotated | None:
     """Recognises x * cosines + cat(-x[half:], x[:half]) * sines."""
     if not _is(node, _aten.add.Tensor) or node.kwargs:
         return None
@@ -78,8 +78,8 @@ def _turned_whole(node: Any) -> _Turned | None:
             if states is None or states not in straight.args:
                 continue
             cosines = straight.args[1] if straight.args[0] is states else straight.args[0]
-            if _are_angles(cosines, states) and _are_angles(sines, states):
-                return _Turned(states, cosines, sines)
+            if _are_cosines(cosines, states) and _are_cosines(sines, states):
+                return _Rotated(states, cosines, sines)
     return None
 
 
@@ -97,7 +97,7 @@ def _swapped(node: Any) -> fx.Node | None:
 
 
 def _part(node: Any) -> tuple[fx.Node | None, int]:
-    """Of half the elements of a last dimension: whose they are, and which half."""
+    """For half the elements of a last dimension: of which tensor, and which half."""
     if _is(node, _aten.slice.Tensor):
         size = node.args[0].meta["val"].shape[-1]
         for half in (0, 1):
@@ -112,7 +112,7 @@ def _part(node: Any) -> tuple[fx.Node | None, int]:
 
 
 def _elements(part: fx.Node) -> tuple[int, int] | None:
-    """Which of the last dimension's elements a slice takes: from where on, and up to where."""
+    """The range of the last dimension's elements that a slice takes: begin and end."""
     if len(part.args) != 4 or not _is_last(part, part.args[1:2]):
         return None
     states, _, begin, end = part.args
@@ -127,7 +127,7 @@ def _is_last(node: fx.Node, dims: Sequence[Any]) -> bool:
     return dim in (-1, node.meta["val"].dim() - 1)
 
 
-def _are_angles(node: Any, states: fx.Node) -> bool:
+def _are_cosines(node: Any, states: fx.Node) -> bool:
     """Whether a tensor has one row for each token, the same for every head."""
     if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
         return False

@@ -1,27 +1,25 @@
-"""A model's packed forward as one graph of plain tensor operations, whatever the model's own code looks like."""
+"""A step over paged KV as one graph of plain tensor operations, whatever its own code looks like."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import attrs
 import torch
 from torch import fx
 
+from specplug.model.attention.interface import AttentionSite
 from specplug.model.compile.passes import fuse
+from specplug.model.kv_cache import KVCache
 
-if TYPE_CHECKING:
-    from specplug.model.attention.interface import AttentionSite
-    from specplug.model.taps import Taps
-
-
-# Sizes of free dimensions while code is traced: no two alike, and none that is a size of a model.
+# Sizes of free dimensions during tracing: all different, and none of them a size of a model.
 EXAMPLE_TOKENS, EXAMPLE_LOGITS, EXAMPLE_PLAN = 7, 5, 93
+Step = Callable[..., Sequence[torch.Tensor]]
 
 
 class FakeInputs:
-    """Makes fake tensors of one tracing."""
+    """Makes the fake tensors of one tracing."""
 
     def __init__(self) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
@@ -43,23 +41,45 @@ class FakeInputs:
 
 
 @attrs.frozen
-class TracedBatch:
-    """Stands in for a `ForwardBatch` while a model is traced: what native attention needs, as inputs of the graph."""
+class TensorBatch:
+    """A batch given by tensors alone, for native attention: inputs of a traced graph, or what a CUDA graph reads.
 
+    Attributes:
+        positions: int64 [T].
+        plan: int32, the attention plan.
+        write_slots: int64 [T].
+        caches: keys and values, layer by layer.
+    """
+
+    positions: torch.Tensor
     plan: torch.Tensor
     write_slots: torch.Tensor
+    caches: Sequence[torch.Tensor]
     is_native: bool = True
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """See `PagedBatch.attend`."""
+        site = AttentionSite(*self.caches[2 * layer : 2 * layer + 2])
+        site.batch = self
+        return site.attend(query[None], key[None], value[None], scaling, window, None, None)[0]
 
 
 @attrs.frozen
-class ForwardGraph:
-    """A traced forward.
+class StepGraph:
+    """A traced step.
 
     Attributes:
-        module: the graph. Inputs: the weights, the KV cache (keys, values, layer by layer), input_ids [1, T],
-            position_ids [1, T], attention plan [P], write slots [T], logits index [L]. Outputs: logits [1, L, vocabulary],
-            then the captured states [T, hidden] in the order of the taps' boundaries. T, L, P and the cache's slots are free,
-            everything else is fixed.
+        module: the graph. Inputs: the weights, the KV cache (keys, values, layer by layer), positions [T], attention plan [P],
+            write slots [T], and the step's own inputs. Outputs: those of the step. T, P, the cache's slots and the first
+            dimension of the step's own inputs are free, everything else is fixed.
         inputs: fake tensors of the same shapes.
     """
 
@@ -72,49 +92,48 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def trace_forward(model: torch.nn.Module, sites: Sequence[AttentionSite], taps: Taps) -> ForwardGraph:
-    """Runs the model once on fake tensors and records what it does. Needs native attention.
+def tensors_of(cache: KVCache) -> list[torch.Tensor]:
+    """Keys and values, layer by layer."""
+    return [tensor for pair in zip(cache.keys, cache.values, strict=True) for tensor in pair]
+
+
+def trace_step(
+    step: Step, module: torch.nn.Module, caches: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
+) -> StepGraph:
+    """Runs a step once on fake tensors and records what it does. Needs native attention.
+
+    Args:
+        step: called as `step(batch, *inputs)` with a `TensorBatch`.
+        module: has all its weights.
+        caches: keys and values, layer by layer.
+        inputs: examples of its own inputs, with `EXAMPLE_TOKENS` or `EXAMPLE_LOGITS` rows.
 
     Raises:
-        Exception: of any kind; the model's code depends on values and not on shapes alone, say.
+        Exception: of any kind; the step's code depends on values and not on shapes alone, say.
     """
     from torch._dispatch.python import enable_python_dispatcher
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    weights = weights_of(model)
-    names = list(weights)
-    caches = [tensor for site in sites for tensor in (site.keys, site.values)]
-    device = caches[0].device
     fake = FakeInputs()
-    inputs = [fake.fixed(tensor) for tensor in weights.values()]
-    inputs += [fake.free(tensor, 1) for tensor in caches]
-    inputs += [
-        fake.free(torch.zeros(1, EXAMPLE_TOKENS, dtype=torch.long, device=device), 1),
-        fake.free(torch.zeros(1, EXAMPLE_TOKENS, dtype=torch.long, device=device), 1),
-        fake.free(torch.zeros(EXAMPLE_PLAN, dtype=torch.int32, device=device), 0),
-        fake.free(torch.zeros(EXAMPLE_TOKENS, dtype=torch.long, device=device), 0),
-        fake.free(torch.zeros(EXAMPLE_LOGITS, dtype=torch.long, device=device), 0),
-    ]
+    weights = weights_of(module)
+    device = caches[0].device
+    batch_inputs = (
+        torch.zeros(EXAMPLE_TOKENS, dtype=torch.long, device=device),
+        torch.zeros(EXAMPLE_PLAN, dtype=torch.int32, device=device),
+        torch.zeros(EXAMPLE_TOKENS, dtype=torch.long, device=device),
+    )
+    fakes = [fake.fixed(tensor) for tensor in weights.values()]
+    fakes += [fake.free(tensor, 1) for tensor in caches]
+    fakes += [fake.free(tensor, 0) for tensor in (*batch_inputs, *inputs)]
 
-    def forward(*flat: Any) -> list[Any]:
-        own_weights = dict(zip(names, flat[: len(names)], strict=True))
-        own_caches = flat[len(names) : len(names) + len(caches)]
-        ids, positions, plan, slots, keep = flat[len(names) + len(caches) :]
-        traced = TracedBatch(plan, slots)
-        for index, site in enumerate(sites):
-            site.keys, site.values = own_caches[2 * index : 2 * index + 2]
-            site.batch = traced
-        named = {"input_ids": ids, "position_ids": positions, "use_cache": False, "logits_to_keep": keep}
-        output = torch.func.functional_call(model, own_weights, (), named)
-        return [output.logits, *(taps.captured[boundary] for boundary in taps.boundaries)]
+    def run(*flat: Any) -> list[Any]:
+        first = len(weights) + len(caches)
+        own_weights = dict(zip(weights, flat[: len(weights)], strict=True))
+        batch = TensorBatch(*flat[first : first + 3], flat[len(weights) : first])
+        with torch.nn.utils.stateless._reparametrize_module(module, own_weights, tie_weights=True):
+            return list(step(batch, *flat[first + 3 :]))
 
-    try:
-        with torch.no_grad(), fake.mode, enable_python_dispatcher():  # older C++ decompositions want numbers for sizes
-            module = make_fx(forward, tracing_mode="real")(*inputs)
-    finally:
-        taps.captured.clear()
-        for index, site in enumerate(sites):
-            site.keys, site.values = caches[2 * index : 2 * index + 2]
-            site.batch = None
-    fuse(module, device)
-    return ForwardGraph(module, inputs)
+    with torch.no_grad(), fake.mode, enable_python_dispatcher():  # older C++ decompositions want numbers for sizes
+        graph = make_fx(run, tracing_mode="real")(*fakes)
+    fuse(graph, device)
+    return StepGraph(graph, fakes)

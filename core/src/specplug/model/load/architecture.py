@@ -1,7 +1,7 @@
-"""What a model is made of, learnt by running it once on the meta device: no weights, no config formulas.
+"""A model's layers, KV shapes and sizes, found by running it once on the meta device: no weights, no config formulas.
 
 The traced call of every attention layer says what the KV cache must store (multi-head latent attention, for example,
-shows its expanded keys and values here) and whether the model can be run packed at all.
+shows its expanded keys and values here) and whether the model can run as a packed batch.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _TRACE_TOKENS = 6
 
 @attrs.frozen
 class AttentionCall:
-    """One attention layer as the trace saw it.
+    """One attention layer in the trace.
 
     Attributes:
         module: its name in the model.
         kv: what it stores per token.
-        mask: which keys its queries see.
+        mask: its mask.
     """
 
     module: str
@@ -52,7 +52,7 @@ class AttentionCall:
 
 @attrs.frozen
 class Architecture:
-    """The facts about a model that the engine plans and runs by.
+    """The facts about a model that planning and running need.
 
     Attributes:
         name: the model class.
@@ -91,7 +91,7 @@ class Architecture:
 
 
 class _Recorder:
-    """Stands in for an attention site during the trace."""
+    """Takes the place of an attention site during the trace."""
 
     def __init__(self, name: str, module: torch.nn.Module, trace: _Trace) -> None:
         self._name = name
@@ -119,25 +119,25 @@ def _recording_interface(
 
 
 class _Use(TorchFunctionMode):
-    """Notices whether anything is computed from a tensor."""
+    """Records whether anything is computed from a tensor."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         super().__init__()
         self._tensor = tensor
-        self.seen = False
+        self.is_used = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen = self.seen or any(each is self._tensor for each in (*args, *(kwargs or {}).values()))
+        self.is_used = self.is_used or any(each is self._tensor for each in (*args, *(kwargs or {}).values()))
         return func(*args, **(kwargs or {}))
 
 
 @attrs.define
 class _Trace:
-    """What one forward showed.
+    """What one forward on the meta device recorded.
 
     Attributes:
         calls: of the attention interface.
-        modules: who made them.
+        modules: the modules that made them.
         vocab_size: the width of the logits.
         uses_positions: whether anything was computed from `position_ids`.
     """
@@ -149,7 +149,7 @@ class _Trace:
 
 
 class _Streams:
-    """Shapes of what numbered modules, among them the decoder layers, give during the trace."""
+    """Output shapes of numbered modules, among them the decoder layers, during the trace."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -185,7 +185,7 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
     _check_layer_types(config, model_type)
     longest, note = context_length(config), context_note(config)
     for parameters in rope_parameters(config):
-        if parameters.get("rope_type") in LENGTH_DEPENDENT_ROPE:  # would read positions, which the meta device cannot
+        if parameters.get("rope_type") in LENGTH_DEPENDENT_ROPE:  # reads positions: not possible on the meta device
             parameters["rope_type"] = "default"
     try:
         with torch.device("meta"), quiet_transformers():
@@ -226,8 +226,8 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
 
 
 def disable_padding_checks(model: Any) -> None:
-    """Some models look for padding in their inputs, a host synchronisation a packed batch has no use for."""
-    vars(model.config)["pad_token_id"] = None  # an assignment would be validated, and of some types refused
+    """Some models look for padding in their inputs: a host synchronisation that a packed batch does not need."""
+    vars(model.config)["pad_token_id"] = None  # an assignment would be validated, and refused for some types
 
 
 def _check_layer_types(config: Any, model_type: str) -> None:
@@ -246,9 +246,8 @@ def _run(model: torch.nn.Module, model_type: str, dtype: torch.dtype) -> _Trace:
     for name, module in model.named_modules():
         module.__dict__[SITE] = _Recorder(name, module, trace)
     disable_padding_checks(model)
-    seen = torch.ones(
-        1, _TRACE_TOKENS, dtype=torch.long, device="meta"
-    )  # else the mask code would look for packed rows
+    # Without a mask, the model's mask code would look for packed rows.
+    attention_mask = torch.ones(1, _TRACE_TOKENS, dtype=torch.long, device="meta")
     ids = torch.zeros(1, _TRACE_TOKENS, dtype=torch.long, device="meta")
     positions = torch.arange(_TRACE_TOKENS, device="meta", dtype=torch.long)[None]
     keep = torch.tensor([1, _TRACE_TOKENS - 1], device="meta", dtype=torch.long)
@@ -257,7 +256,11 @@ def _run(model: torch.nn.Module, model_type: str, dtype: torch.dtype) -> _Trace:
     try:
         with torch.no_grad(), use:
             logits = model(
-                input_ids=ids, attention_mask=seen, position_ids=positions, use_cache=False, logits_to_keep=keep
+                input_ids=ids,
+                attention_mask=attention_mask,
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=keep,
             ).logits
     except Exception as error:
         if dtype != torch.bfloat16:  # grouped expert kernels have a meta implementation for bfloat16 alone
@@ -268,7 +271,7 @@ def _run(model: torch.nn.Module, model_type: str, dtype: torch.dtype) -> _Trace:
             f"model type '{model_type}' ignores logits_to_keep, which a packed batch needs; give a decoder-only model that "
             "takes it"
         )
-    trace.vocab_size, trace.uses_positions = logits.shape[-1], use.seen
+    trace.vocab_size, trace.uses_positions = logits.shape[-1], use.is_used
     return trace
 
 

@@ -1,6 +1,6 @@
 """Checkpoints on disk or on the hub: configuration and headers first, tensors only when asked.
 
-Models are safetensors alone. A speculator's own weights may also be a `pytorch_model.bin`, read by `pickled`.
+Models are read from safetensors only. A speculator's own weights may also be a `pytorch_model.bin`, read by `pickled`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": t
 
 @attrs.frozen
 class TensorHeader:
-    """Where a tensor lies and what it is, known without reading it."""
+    """A tensor's file, shape and dtype, known without reading its values."""
 
     file: Path
     shape: tuple[int, ...]
@@ -49,7 +49,7 @@ class TensorHeader:
 def resolve_checkpoint(
     source: str, revision: str | None = None, *, pickles: bool = False, trust_remote_code: bool = False
 ) -> Path:
-    """Returns the local folder of a checkpoint: a path as it is, a hub name through the hub's cache.
+    """Returns the local folder of a checkpoint: a path unchanged, a hub name through the hub's cache.
 
     Only configuration, tokenizer and safetensors files are fetched: code only with `trust_remote_code`, and no pickles unless
     `pickles` allows them and there is no safetensors file.
@@ -81,7 +81,7 @@ def resolve_checkpoint(
         at = f" at revision '{revision}'" if revision else ""
         summary = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(
-            f"'{source}' is no local folder, and could not be had from the hub{at}: {type(error).__name__}: {summary}"
+            f"'{source}' is not a local folder, and could not be downloaded from the hub{at}: {type(error).__name__}: {summary}"
         ) from error
 
 
@@ -89,8 +89,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Reads a model's configuration.
 
     Raises:
-        CheckpointError: config.json is missing, unreadable, or of a type this Transformers does not know; or an adapter
-            lies beside it.
+        CheckpointError: config.json is missing, unreadable, or of a type this Transformers does not know; or there is an
+            adapter next to it.
     """
     import transformers
 
@@ -114,7 +114,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def read_json_config(folder: Path) -> dict[str, Any]:
-    """Reads config.json as it is, for checkpoints whose configuration is not a model's.
+    """Reads config.json as plain JSON, for checkpoints whose configuration is not a model's.
 
     Raises:
         CheckpointError: it is missing, or not a JSON object.
@@ -127,20 +127,20 @@ def read_json_config(folder: Path) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}; download it again") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{file} is damaged: it holds no JSON object; download it again")
+        raise CheckpointError(f"{file} is damaged: it is not a JSON object; download it again")
     return config
 
 
 def read_headers(folder: Path, *, pickles: bool = False) -> dict[str, TensorHeader]:
-    """Reads the header of every safetensors file of a checkpoint and checks that no file is cut short.
+    """Reads the header of every safetensors file of a checkpoint and checks that no file is truncated.
 
     Args:
         folder: the checkpoint.
-        pickles: whether `pytorch_model.bin` will do where there is no safetensors file; only tensors are ever unpickled.
+        pickles: whether to accept `pytorch_model.bin` where there is no safetensors file; only tensors are ever unpickled.
 
     Raises:
         CheckpointError: no weight file, a missing shard, a damaged header, a truncated file, or a pickle that holds
-            anything else than tensors.
+            anything but tensors.
     """
     headers: dict[str, TensorHeader] = {}
     if pickles and not any(folder.glob("*.safetensors")) and not (folder / "model.safetensors.index.json").is_file():
@@ -170,7 +170,7 @@ def load_tensors(
     """Reads tensors to a device, floating ones converted to `dtype`. `progress` is called with (done, total) tensors.
 
     Raises:
-        CheckpointError: a file changed or broke since its header was read.
+        CheckpointError: a file changed or was damaged since its header was read.
     """
     tensors: dict[str, torch.Tensor] = {}
     by_file: dict[Path, list[str]] = {}

@@ -1,4 +1,4 @@
-"""How long a sequence of a model may be, from its configuration."""
+"""The longest sequence of a model, from its configuration."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def context_length(config: Any) -> int:
     """The longest sequence the model has positions for.
 
     As in vLLM, RoPE that is scaled from an original length reaches `factor` times that length: YaRN from the
-    `original_max_position_embeddings` that it names, linear scaling from `max_position_embeddings`. A configuration whose
-    `max_position_embeddings` is larger already is taken by its word, and so are RoPE settings per type of layer, where a
-    scaled layer stands beside others that are not.
+    `original_max_position_embeddings` that it names, linear scaling from `max_position_embeddings`. A larger
+    `max_position_embeddings` is used as it is, and so it is where RoPE settings differ by type of layer, since then some
+    layers are scaled and others are not.
 
     RoPE whose frequencies depend on the length (`LENGTH_DEPENDENT_ROPE`) is bounded by the length up to which they do not:
-    a longer row would need other frequencies than the rows beside it, from its first token on.
+    a longer row would need other frequencies than the rest of the batch, from its first token on.
     """
     text = config.get_text_config()
     length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or _UNBOUNDED
@@ -36,7 +36,7 @@ def context_note(config: Any) -> str:
         rope_type = each.get("rope_type")
         if rope_type in LENGTH_DEPENDENT_ROPE:
             return (
-                f"beyond {context_length(config):,} tokens its {rope_type} RoPE turns the whole sequence by other "
+                f"beyond {context_length(config):,} tokens its {rope_type} RoPE rotates the whole sequence by other "
                 "frequencies, which a batch cannot have row by row"
             )
     return ""
@@ -56,7 +56,7 @@ def _scaled_length(rope: dict[str, Any], length: int) -> float:
 
 
 def _constant_length(rope: dict[str, Any], text: Any) -> int | None:
-    """Up to where the frequencies are always the same; dynamic RoPE changes them beyond `max_position_embeddings`."""
+    """Up to which length the frequencies are constant; dynamic RoPE changes them beyond `max_position_embeddings`."""
     if rope.get("rope_type") == "dynamic":
         return None
     own: int | None = rope.get("original_max_position_embeddings")

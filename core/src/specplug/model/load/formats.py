@@ -1,4 +1,4 @@
-"""What a path holds that is no Hugging Face checkpoint: each gets named, with what to do instead."""
+"""Errors for a path that is not a Hugging Face checkpoint: each says what it is, and what to do instead."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _UNUSABLE = "it is not a Hugging Face checkpoint"
 
 
 def not_a_folder(path: Path) -> CheckpointError:
-    """For a path to something that is there and is no folder."""
+    """For a path that exists and is not a folder."""
     if path.suffix.lower() == ".gguf":
         return CheckpointError(f"{path} is a GGUF file; give a folder with the same model as safetensors")
     if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".json"):
@@ -51,7 +51,7 @@ def check_no_adapter(folder: Path) -> None:
     """
     if (folder / ADAPTER).is_file():
         raise CheckpointError(
-            f"{folder} has an adapter ({ADAPTER}) beside its config.json, and adapters are not applied; merge it with peft's "
+            f"{folder} has an adapter ({ADAPTER}) next to its config.json, and adapters are not applied; merge it with peft's "
             f"merge_and_unload(), or remove {ADAPTER} to run the model without it"
         )
 

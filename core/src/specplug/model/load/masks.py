@@ -1,10 +1,10 @@
-"""Which keys each attention layer may see, learnt from the masks that the model itself builds.
+"""The causal or sliding-window mask of each attention layer, read from the masks that the model itself builds.
 
-A model's own attention obeys the mask that reaches it, whatever else is passed beside it: `sliding_window`, for example, is
-read by flash attention alone, and some models never pass it. So the trace of `inspect_architecture` runs with an attention
+A model's own attention applies the mask that it receives and ignores other arguments: `sliding_window`, for example, is read
+by flash attention alone, and some models never pass it. So the trace of `inspect_architecture` runs with an attention
 implementation that has a mask function: Transformers calls that with the mask as a function of two positions. It is
-evaluated at positions as far as the model's context reaches, which costs nothing, and its window goes to the layer that
-receives the mask. The running implementation has no mask function, so nothing of this is left in a forward.
+evaluated at positions up to the model's context length, which costs little, and the layer that receives the mask gets its
+window. The implementation that runs has no mask function, so a forward builds no mask.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ MaskFunction = Callable[..., Any]
 
 @attrs.frozen
 class Mask:
-    """What a query sees: keys at most `window - 1` positions back; all before it where `window` is None.
+    """A query attends to keys at most `window - 1` positions back; to all before it where `window` is None.
 
     Attributes:
         window: positions, the query's own included.
-        misfit: why the mask is no such window; then `window` says nothing.
+        misfit: why the mask is not such a window; then `window` is unused.
     """
 
     window: int | None = None
@@ -49,13 +49,13 @@ def read_mask(attention_mask: Any) -> Mask:
 
 
 def learn_mask(mask_function: MaskFunction, context_length: int, local_size: int | None = None) -> Mask:
-    """Evaluates a mask at some far-apart queries, over all keys up to shortly behind each.
+    """Evaluates a mask at some queries far apart, over all keys up to a few after each.
 
     Args:
         mask_function: of (batch, head, query, key) indices, as Transformers' masks are made of.
         context_length: queries go up to here.
-        local_size: the window that the model names for it; it is believed where the mask reads tensors of the batch too,
-            which kind each token is for example: the parity probe then shows whether it holds for text.
+        local_size: the window that the model names for it; used where the mask also reads tensors of the batch (the kind
+            of each token, for example): the parity probe then checks it for text.
     """
     last = min(context_length, _FARTHEST) - 1
     queries = sorted({min(query, last) for query in (0, 1, 2, 5, 31, 64, 999, 4_100, 70_001, last // 2, last)})
@@ -64,8 +64,8 @@ def learn_mask(mask_function: MaskFunction, context_length: int, local_size: int
         keys = torch.arange(query + 3)
         try:
             index = torch.zeros(1, 1, 1, 1, dtype=torch.long)
-            seen = mask_function(index, index, torch.full((1, 1, 1, 1), query), keys[None, None, None])
-            visible = torch.as_tensor(seen, dtype=torch.bool).expand(1, 1, 1, len(keys)).flatten()
+            allowed = mask_function(index, index, torch.full((1, 1, 1, 1), query), keys[None, None, None])
+            visible = torch.as_tensor(allowed, dtype=torch.bool).expand(1, 1, 1, len(keys)).flatten()
         except Exception:  # it reads tensors of the batch, which have no values in the trace
             return Mask(local_size)
         count = int(visible.sum())
@@ -99,7 +99,7 @@ def _record(
     local_size: int | None = None,
     **_: Any,
 ) -> torch.Tensor:
-    """Stands in for a mask during the trace: a tensor of its shape, which knows what it stands for."""
+    """A placeholder for a mask during the trace: a tensor of its shape that carries the `Mask`."""
     mask = torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
     length = getattr(config, "max_position_embeddings", None) or _FARTHEST
     setattr(mask, _FACT, learn_mask(mask_function, length, local_size))

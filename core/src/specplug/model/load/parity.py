@@ -1,13 +1,13 @@
 """The parity probe: is the packed, paged forward the same function as the model's own?
 
-It runs the first time an architecture is met with these versions of torch and Transformers, and its verdict is kept on
-disk. "Any architecture" is thereby a checked fact and not a hope. Two things are compared, where each can be seen clearly:
+It runs the first time that an architecture meets these versions of torch and Transformers, and its verdict is kept on disk:
+that is how "any architecture" is checked. Two things are compared:
 
 - the model's code: a narrow float32 copy (see `specimen`) gives the logits of its own eager attention, over prefill, decode
   and verification steps of ragged rows that reach beyond every window;
-- the arithmetic on this device and in this dtype: in every attention layer of the loaded model, what is computed is the
-  formula over the same queries, keys and values in float32. Logits would not do: what rounding makes of them in bfloat16
-  (a token that is routed to other experts) is as large as a fault.
+- the arithmetic on this device and in this dtype: in every attention layer of the loaded model, the
+  result is the formula over the same queries, keys and values in float32. Logits cannot show that: rounding in bfloat16
+  (a token that is routed to other experts) changes them as much as a fault does.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from specplug.model.rows import ForwardRow
 from specplug.model.runner import ModelRunner
 
 logger = logging.getLogger("specplug")
-_REVISION = 2  # verdicts of other probes say nothing
+_REVISION = 2  # verdicts of other probes do not count
 _LENGTHS = (9, 23)
 _STEPS = (1, 3, 1)  # tokens of the steps after prefill: decoding, verification
 _BLOCK_SIZE = 4
 # Of a narrow copy's logits. Deep models make up to 1e-3 of float32's rounding, a fault in one layer makes 0.03 and more.
 _SPECIMEN_TOLERANCE = 5e-3
-# Of one attention layer; torch's float32 products may be less than float32 on a GPU.
+# Of one attention layer; torch's float32 matmuls may be less exact than float32 on a GPU.
 _ATTENTION_TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-3, torch.bfloat16: 0.02, torch.float16: 0.005}
 
 
@@ -62,7 +62,7 @@ def check_parity(
         cache_folder: where verdicts are kept; by default specplug's cache folder.
 
     Returns:
-        Whether the probe ran (False: a verdict was on record).
+        Whether the probe ran (False: there was a verdict on disk).
 
     Raises:
         UnsupportedModelError: the two disagree.
@@ -75,7 +75,7 @@ def check_parity(
     name = runner.architecture.name
     num_blocks = 2 * -(-max(_LENGTHS) // _BLOCK_SIZE)
     specimen = make_specimen(config, runner.architecture, num_blocks, _BLOCK_SIZE, trust_remote_code=trust_remote_code)
-    if specimen is None:  # then by the logits of the real weights, however much of a difference is rounding
+    if specimen is None:  # then compare the logits of the real weights, whose difference includes rounding
         logger.debug("no narrow copy of %s can be made: the probe takes the model itself", name)
         difference, limit = measure_difference(runner, block_size), TOLERANCE[dtype]
     else:
@@ -99,7 +99,7 @@ def check_parity(
 def _measure_specimen(specimen: ModelRunner) -> float:
     try:
         return measure_difference(specimen, _BLOCK_SIZE)
-    except Exception as error:  # of the model's own code, even by its own attention
+    except Exception as error:  # of the model's own code, with its own attention
         raise UnsupportedModelError(
             f"{specimen.architecture.name} cannot be run with this configuration: {type(error).__name__}: {error}"
         ) from error
@@ -109,7 +109,7 @@ def _measure_specimen(specimen: ModelRunner) -> float:
 
 @torch.inference_mode()
 def measure_difference(runner: ModelRunner, block_size: int) -> float:
-    """The relative root-mean-square difference of the logits to the model's own, of the worst step."""
+    """The largest relative root-mean-square difference of a step's logits to the model's own."""
     rows = _probe_rows(runner)
     steps = _probe_steps(rows, block_size)
     own = [_own_logits(runner.model, ids, runner.device) for ids in rows]
@@ -122,7 +122,7 @@ def measure_difference(runner: ModelRunner, block_size: int) -> float:
 
 @torch.inference_mode()
 def measure_attention(runner: ModelRunner, block_size: int) -> list[float]:
-    """Per attention layer, the relative root-mean-square difference to the formula in float32, of the worst step."""
+    """Per attention layer, the largest relative root-mean-square difference of a step to the formula in float32."""
     worst = [0.0] * len(runner.sites)
     usual = [site.attend for site in runner.sites]
 
@@ -155,7 +155,7 @@ def _by_formula(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """What `AttentionSite.attend` has to give, [T, heads, value_dim] in float32, from the keys and values it stored."""
+    """What `AttentionSite.attend` must return, [T, heads, value_dim] in float32, from the keys and values it stored."""
     assert isinstance(site.batch, ForwardBatch)
     pieces = []
     for span in site.batch.spans:
@@ -196,7 +196,7 @@ def _probe_steps(rows: list[list[int]], block_size: int) -> list[list[tuple[int,
 
 
 def _own_logits(model: Any, ids: list[int], device: torch.device) -> torch.Tensor:
-    """Logits [T, V] of one row by the model's own eager attention, without any cache."""
+    """Logits [T, V] of one row by the model's own eager attention, without a cache."""
     model.set_attn_implementation("eager")
     try:
         return model(input_ids=torch.tensor([ids], device=device, dtype=torch.long), use_cache=False).logits[0]
@@ -218,7 +218,7 @@ def _key(runner: ModelRunner, config: Any) -> str:
 
 
 def _record(folder: Path | None) -> Path | None:
-    """Where verdicts are kept; None where no folder can be trusted: then every start probes."""
+    """The file of verdicts; None where no folder can be trusted: then every start probes."""
     try:
         record = (folder or private_folder()) / "parity.json"
         if record.exists():

@@ -1,4 +1,4 @@
-"""`pytorch_model.bin`: a zip of tensors behind a pickle, of which nothing but tensors is ever unpickled."""
+"""`pytorch_model.bin`: a zip of a pickle and tensors, from which only tensors are ever unpickled."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def describe(file: Path) -> dict[str, torch.Tensor]:
     """Returns the tensors of a file without their data, on the device `meta`.
 
     Raises:
-        CheckpointError: the file is truncated or damaged, or holds anything else than tensors by name.
+        CheckpointError: the file is truncated or damaged, or holds anything but tensors by name.
     """
     return _load(file, torch.device("meta"))
 
@@ -53,7 +53,7 @@ def read(file: Path, names: Sequence[str], device: torch.device) -> Iterator[tup
 
 
 def _load(file: Path, device: torch.device) -> dict[str, torch.Tensor]:
-    # Files older than torch 1.6 are no zip, and cannot be mapped.
+    # Files older than torch 1.6 are not a zip, and cannot be mapped.
     mapped = zipfile.is_zipfile(file)
     try:
         with warnings.catch_warnings(action="ignore"):

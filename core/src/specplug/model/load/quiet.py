@@ -1,4 +1,4 @@
-"""Transformers prints progress bars, notices and reports of its own: not into our output."""
+"""Keeps Transformers' progress bars, notices and reports out of our output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keeps Transformers' own progress bars and notices out of ours; what matters is raised."""
+    """Silences Transformers; errors are still raised."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()

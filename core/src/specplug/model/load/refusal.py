@@ -1,4 +1,4 @@
-"""Why a model cannot be run: one line each, without the library's own text where that explains nothing to a user."""
+"""Errors for models that cannot be run: one line each, with the library's own text only where it helps a user."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from specplug.errors import UnsupportedModelError, one_line
 
 
 def check_kind(config: Any, *, trust_remote_code: bool) -> None:
-    """Refuses what is no decoder-only language model, by its configuration alone.
+    """Refuses everything but decoder-only language models, by the configuration alone.
 
     Raises:
         UnsupportedModelError: Transformers has no causal LM of this type, or it is an encoder-decoder.
@@ -26,7 +26,7 @@ def check_kind(config: Any, *, trust_remote_code: bool) -> None:
             f", such as one of type '{text.model_type}'" if type(text) in AutoModelForCausalLM._model_mapping else ""
         )
         raise UnsupportedModelError(
-            f"model type '{model_type}' is no causal language model of Transformers {transformers.__version__}; give a "
+            f"model type '{model_type}' is not a causal language model of Transformers {transformers.__version__}; give a "
             f"text-only checkpoint{instead}"
         )
     try:
@@ -84,7 +84,7 @@ def forward_failure(model_type: str, error: Exception) -> UnsupportedModelError:
 
 
 def check_attention(model_type: str, num_layers: int, layers: int, calls: int) -> None:
-    """Compares what the trace saw with what the configuration says.
+    """Compares the trace with the configuration.
 
     Args:
         model_type: of the configuration.
@@ -110,7 +110,7 @@ def check_attention(model_type: str, num_layers: int, layers: int, calls: int) -
 
 
 def check_positions(model_type: str, model: torch.nn.Module, *, used: bool) -> None:
-    """Refuses models whose positions a packed batch cannot give.
+    """Refuses models that need positions which a packed batch cannot give.
 
     Raises:
         UnsupportedModelError: the model counts positions itself, from where its batch begins or from a padding id.
@@ -129,7 +129,7 @@ def check_positions(model_type: str, model: torch.nn.Module, *, used: bool) -> N
 
 
 def check_causality(model_type: str, modules: list[torch.nn.Module]) -> None:
-    """Refuses encoders: a token of theirs sees those behind it.
+    """Refuses encoders: their tokens attend to later ones.
 
     Raises:
         UnsupportedModelError: an attention layer says that it is not causal.

@@ -1,9 +1,9 @@
-"""A narrow copy of a model, in which the parity probe sees what the real weights would hide.
+"""A narrow copy of a model, in which the parity probe finds faults that the rounding of real weights would hide.
 
 It has the model's code, all its layers and its configuration, except that widths are divided, the vocabulary is cut and
 windows are a few tokens long. Weights are random, in float32, on the CPU. So rows of a few tokens reach beyond every window,
-and a difference is a fault and not rounding: bfloat16 with real weights can be neither cheap at the length of a real window
-nor exact, since rounding alone changes the experts that a token is routed to.
+and a difference is a fault and not rounding. With real weights in bfloat16 the probe would be expensive at the length of a
+real window, and inexact: rounding alone changes the experts that a token is routed to.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SMALL_BYTES, _MOST_BYTES = 16 << 20, 1 << 30
 def make_specimen(
     config: Any, architecture: Architecture, num_blocks: int, block_size: int, *, trust_remote_code: bool = False
 ) -> ModelRunner | None:
-    """Builds a narrow copy, bound to a KV cache of its own.
+    """Builds a narrow copy, bound to its own KV cache.
 
     Args:
         config: the configuration of the real model.
@@ -44,7 +44,7 @@ def make_specimen(
         trust_remote_code: as for the real model.
 
     Returns:
-        Its runner; None where a narrow copy of this model is none of the same layers, cannot be built, or would not be small.
+        Its runner; None where a narrow copy would have other layers, cannot be built, or would not be small.
     """
     own = None
     for narrow in _narrow_configs(config, is_small=architecture.weight_bytes <= _SMALL_BYTES):
@@ -77,11 +77,11 @@ def _build(config: Any, trust_remote_code: bool) -> torch.nn.Module:
 
 @torch.no_grad()
 def _shake(model: torch.nn.Module) -> None:
-    """Weights under which every layer's attention shows in the logits: matrices keep a state's norm, no vector is all zero."""
+    """Weights by which every layer's attention changes the logits: matrices keep a state's norm, no vector is all zero."""
     table = model.get_input_embeddings()  # type: ignore[operator]
     for parameter in model.parameters():
         if parameter is getattr(table, "weight", None):
-            parameter.normal_()  # a large stream: what layers add to it then does not blow rounding up from layer to layer
+            parameter.normal_()  # a large residual stream: then rounding does not grow from layer to layer
         elif parameter.dim() > 1:
             parameter.normal_(0, 1 / math.sqrt(parameter.shape[-1]))
         elif parameter.is_floating_point():
@@ -89,7 +89,7 @@ def _shake(model: torch.nn.Module) -> None:
 
 
 def _narrow_configs(config: Any, *, is_small: bool) -> Iterator[Any]:
-    """Configurations to try, the narrowest first: heads and other widths are divided, each by what all of a kind can be."""
+    """Configurations to try, the narrowest first: heads and widths are divided by a common divisor of their kind."""
     text = config.get_text_config()
     heads, widths = _counts(text, _HEADS), _counts(text, _WIDTHS)
     of_heads, of_widths = _common(heads), _common(widths)
@@ -109,7 +109,7 @@ def _narrow_configs(config: Any, *, is_small: bool) -> Iterator[Any]:
             _change(own, _counts(own, _VOCABULARY), lambda number: min(number, _FEWEST_IDS))
             for part in (narrow, own):
                 if getattr(part, "pad_token_id", None) is not None:
-                    vars(part)["pad_token_id"] = 0  # it may lie outside the vocabulary now
+                    vars(part)["pad_token_id"] = 0  # it may be outside the vocabulary now
         yield narrow
 
 

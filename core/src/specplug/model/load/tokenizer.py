@@ -18,13 +18,11 @@ _FILES = (
     "vocab.json",
     "vocab.txt",
 )
-
-
 _ADVICE = "name one with tokenizer=, or give token ids and skip_tokenizer_init=True"
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Sees that there is a tokenizer, without loading it.
+    """Checks that there is a tokenizer, without loading it.
 
     Raises:
         CheckpointError: the folder holds none.

@@ -24,7 +24,7 @@ from specplug.native.gpu import cuda
 def load_model(
     folder: Path, config: Any, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
 ) -> torch.nn.Module:
-    """Loads a causal LM in evaluation mode, with its attention going through the paged KV cache.
+    """Loads a causal LM in evaluation mode, with its attention over the paged KV cache.
 
     Raises:
         CheckpointError: weights are missing, truncated, of another shape, or not safetensors.
@@ -67,7 +67,7 @@ def load_model(
 
 logger = logging.getLogger("specplug")
 
-# What belongs to quantised weights: scales, zero points, packed integers, of all common formats.
+# Tensors of quantised weights: scales, zero points, packed integers, of all common formats.
 _QUANTISED = re.compile(
     r"(^|[._])(scales?|scale_inv|scale_\d|zero_points?|qzeros|qweight|g_idx|weight_packed|weight_shape|absmax|quant_map|SCB)$"
     r"|\.quant_state\."
@@ -85,7 +85,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 def check_not_quantised(
     folder: Path, headers: Mapping[str, TensorHeader], config: Any, architecture: Architecture
 ) -> None:
-    """Refuses quantised weights that nothing says how to read, from headers alone.
+    """Refuses quantised weights without a `quantization_config`, from headers alone.
 
     Raises:
         CheckpointError: there are scales or integers as weights, and no `quantization_config`.
@@ -102,7 +102,7 @@ def check_not_quantised(
 
 
 def check_leftovers(folder: Path, names: Collection[str], config: Any, model: str) -> None:
-    """Judges the tensors that a load left over; those of no known kind are named in a warning.
+    """Checks the tensors that loading did not use; a warning names those of unknown kind.
 
     Args:
         folder: the checkpoint.
@@ -118,13 +118,11 @@ def check_leftovers(folder: Path, names: Collection[str], config: Any, model: st
     if scales and not is_quantised(config):
         raise _raw_numbers(folder, scales, model)
     if odd:
-        logger.warning(
-            "%s: %s of the checkpoint have no place in %s and are not used: %s", folder, _count(odd), model, _first(odd)
-        )
+        logger.warning("%s: %s does not use %s of the checkpoint: %s", folder, model, _count(odd), _first(odd))
 
 
 def is_quantised(config: Any) -> bool:
-    """Whether a configuration says how its weights are quantised."""
+    """Whether a configuration has a `quantization_config`."""
     return any(getattr(each, "quantization_config", None) for each in (config, config.get_text_config()))
 
 
@@ -138,7 +136,7 @@ def _is_harmless(name: str, config: Any) -> bool:
         return True
     if name.endswith("lm_head.weight"):
         return bool(getattr(text, "tie_word_embeddings", False))
-    layer = _LAYER.search(name)  # layers behind the last predict further tokens
+    layer = _LAYER.search(name)  # layers after the last predict further tokens (MTP)
     return layer is not None and int(layer.group(1)) >= getattr(text, "num_hidden_layers", 1 << 30)
 
 
@@ -146,7 +144,7 @@ def _raw_numbers(folder: Path, names: Iterable[str], model: str) -> CheckpointEr
     listed = list(names)
     return CheckpointError(
         f"{folder} holds quantised weights, and its config.json has no quantization_config that says how to read them: "
-        f"{_count(listed)} have no place in {model}: {_first(listed)}; restore quantization_config, or take a checkpoint that "
+        f"{model} does not use {_count(listed)}: {_first(listed)}; restore quantization_config, or take a checkpoint that "
         "is not quantised"
     )
 
