@@ -55,9 +55,9 @@ if TYPE_CHECKING:
     from specplug.model.rows import ForwardRow, TreeMask
     from specplug.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamedPiece
     from specplug.request import FinishReason, Request
+    from specplug.sampling.argmax import argmax_with_prob
     from specplug.sampling.distributions import process
     from specplug.sampling.drawing import sample
-    from specplug.sampling.likeliest import likeliest
     from specplug.sampling.logprobs import Logprob, PositionLogprobs
     from specplug.sampling.params import SamplingParams
     from specplug.sampling.randomness import RowRandomness
@@ -150,7 +150,7 @@ _HOMES = {
     ),
     "specplug.sampling.distributions": ("process",),
     "specplug.sampling.drawing": ("sample",),
-    "specplug.sampling.likeliest": ("likeliest",),
+    "specplug.sampling.argmax": ("argmax_with_prob",),
     "specplug.sampling.logprobs": (
         "Logprob",
         "PositionLogprobs",

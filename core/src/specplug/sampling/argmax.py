@@ -10,16 +10,15 @@ _NATIVE = (torch.float32, torch.bfloat16)
 
 
 def is_fast(logits: torch.Tensor) -> bool:
-    """Whether the kernels do it."""
-    is_native = logits.device.type == "cpu" and logits.dtype in _NATIVE and library.available()
-    return is_native and logits.stride(1) == 1
+    """Whether our kernels compute it."""
+    native = logits.device.type == "cpu" and logits.dtype in _NATIVE and library.available()
+    return native and logits.stride(1) == 1
 
 
-def likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def argmax_with_prob(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The first of the highest logits of each row, and its probability under the softmax.
 
-    Both are found without writing a distribution: on a GPU by PyTorch's operations, which write one of all rows, and on a
-    processor that the kernels are not for one row after the other.
+    Our CPU kernels write no distribution. PyTorch's operations do: of all rows on a GPU, of one row at a time elsewhere.
 
     Args:
         logits: [N, V], of any floating dtype.
