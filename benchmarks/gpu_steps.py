@@ -27,11 +27,11 @@ import torch
 import transformers
 
 from specplug import LLM, SamplingParams
-from specplug.model.blocks import BlockTable
-from specplug.model.cuda_graphs import CudaGraphs
-from specplug.model.forward import ForwardRow, TreeMask
+from specplug.model.compile.cuda_graphs import CudaGraphs
+from specplug.model.compile.trace import weights_of
+from specplug.model.kv_cache import BlockTable
+from specplug.model.rows import ForwardRow, TreeMask
 from specplug.model.runner import ModelRunner
-from specplug.model.trace import weights_of
 
 CONTEXT = 1024
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
@@ -114,7 +114,7 @@ def four_ways(runner: ModelRunner, block_size: int, most: int) -> dict[str, dict
     results["compiled"] = forwards(runner, block_size)
     runner.compiled = None
     results["eager"] = forwards(runner, block_size)
-    runner.graphs = CudaGraphs(runner, most)
+    runner.graphs = CudaGraphs(runner.run_tensors, runner.device, most)
     results["captured"] = forwards(runner, block_size)
     runner.compiled, runner.graphs = compiled, graphs
     return results

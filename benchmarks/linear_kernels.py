@@ -25,7 +25,7 @@ import torch
 
 from specplug import native
 from specplug.bench.machine import describe_machine
-from specplug.model.packing import packed_shape
+from specplug.model.load.packing import packed_shape
 from specplug.native.build import compile_command, find_compiler
 
 ROWS = (1, 4, 8, 16, 64, 256, 1024)

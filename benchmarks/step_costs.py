@@ -24,9 +24,9 @@ from positions import with_positions
 
 from specplug import LLM, SamplingParams
 from specplug.bench.machine import describe_machine
-from specplug.model.blocks import BlockTable
-from specplug.model.forward import ForwardRow
-from specplug.model.large_memory import allocate
+from specplug.model.huge_pages import allocate
+from specplug.model.kv_cache import BlockTable
+from specplug.model.rows import ForwardRow
 
 _TOKENS = (1, 2, 4, 6, 8, 16, 32, 64)
 _CONTEXTS = (128, 1024, 4096, 16000)

@@ -45,7 +45,14 @@ below are imported from `specplug`.
 ALIASES = {"EndReason": EndReason, "Boundary": Boundary, "RegionKind": RegionKind, "TableKind": TableKind}
 GROUPS = {
     "What propose sees": ("ProposalBatch", "ProposalRow", "TokenView", "Budget", "Outcome"),
-    "What it returns": ("Proposal", "DraftDistributions", "sample", "process", "likeliest", "worth_another_token"),
+    "What it returns": (
+        "Proposal",
+        "DraftDistributions",
+        "sample",
+        "process",
+        "argmax_with_prob",
+        "worth_another_token",
+    ),
     "What verify sees and returns": ("VerificationBatch", "VerificationRow", "TargetDistributions", "Verdict"),
     "Configuration": ("SpeculativeConfig", "SpeculatorTraits", "ConfigurationError"),
     "The target, models and weights": (

@@ -11,7 +11,7 @@ import pytest
 from specplug import LLM
 from specplug.configuration.engine import EngineConfig
 from specplug.engine.planning import plan_engine
-from specplug.model import loading
+from specplug.model.load import weights
 from support.models import save_model
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def test_the_plan_is_what_the_engine_allocates(run: Callable[..., Any], folder: 
 
 
 def test_no_weight_is_read(run: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "load_model", None)
+    monkeypatch.setattr(weights, "load_model", None)
     monkeypatch.setattr("specplug.engine.startup.load_model", None)
     monkeypatch.setattr("safetensors.safe_open", None)
     assert run("plan", str(folder)).exit_code == 0

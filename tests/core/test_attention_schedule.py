@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from core.test_native_kernels import BLOCKS, random_row
-from specplug.model.attention_plan import attention_plan
-from specplug.model.attention_schedule import scheduled_plan
+from specplug.model.attention.plan import attention_plan, scheduled_plan
 from specplug.native.gpu.sizes import MOST_SHARES, queries_per_block
 
 

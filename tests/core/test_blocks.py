@@ -9,10 +9,9 @@ import torch
 
 from specplug import KVLayer, SamplingParams
 from specplug.engine.scheduler import Scheduler
-from specplug.model.blocks import BlockAllocator, BlockTable
-from specplug.model.forward import ForwardRow, TreeMask
-from specplug.model.kv_cache import KVCache
-from specplug.model.row_span import RowSpan
+from specplug.model.attention.eager import RowSpan
+from specplug.model.kv_cache import BlockAllocator, BlockTable, KVCache
+from specplug.model.rows import ForwardRow, TreeMask
 from specplug.request import Request
 from specplug.sampling.randomness import EngineRandomness, RowRandomness
 

@@ -17,8 +17,8 @@ from specplug import LLM
 from specplug.bench.peer import TransformersModel
 from specplug.configuration.engine import EngineConfig
 from specplug.errors import CheckpointError
-from specplug.model.checkpoint import load_config, resolve_checkpoint
-from specplug.model.loading import load_model
+from specplug.model.load.checkpoint import load_config, resolve_checkpoint
+from specplug.model.load.weights import load_model
 from specplug.tiny import resolve_model
 from support.models import save_model
 
@@ -63,7 +63,7 @@ def test_scales_without_a_quantisation_config_are_refused_before_weights_are_rea
         tensors[name] = torch.ones(1)
 
     source = changed(folder, tmp_path / "fp8", quantise)
-    with pytest.raises(CheckpointError, match=rf"has no quantization_config .* 1 tensor have no place .*'{name}'"):
+    with pytest.raises(CheckpointError, match=rf"has no quantization_config .* does not use 1 tensor: .*'{name}'"):
         startup.plan_engine(EngineConfig.create(str(source), memory="64MiB"))
 
 
@@ -75,9 +75,9 @@ def test_integers_as_weights_are_refused_before_weights_are_read(folder: Path, t
 
 def test_a_parameter_of_the_model_itself_is_no_quantisation_scale(tmp_path: Path) -> None:
     """BERT-like norms apart, some models have parameters that are called scales."""
-    from specplug.model.architecture import inspect_architecture
-    from specplug.model.checkpoint import read_headers
-    from specplug.model.leftovers import check_not_quantised
+    from specplug.model.load.architecture import inspect_architecture
+    from specplug.model.load.checkpoint import read_headers
+    from specplug.model.load.weights import check_not_quantised
 
     source = save_model(tmp_path, "llama")
     headers = read_headers(source)
@@ -110,7 +110,7 @@ def test_leftover_tensors_are_named_unless_they_are_known_to_be_harmless(
         load_model(source, load_config(source), torch.float32, CPU)
     messages = [record.getMessage() for record in caplog.records if record.name == "specplug"]
     assert len(messages) == warned
-    assert all("2 tensors of the checkpoint have no place in LlamaForCausalLM" in message for message in messages)
+    assert all("LlamaForCausalLM does not use 2 tensors of the checkpoint" in message for message in messages)
     assert all("'model.layers.0.mlp.extra.weight', 'odd'" in message for message in messages)
 
 
@@ -190,7 +190,7 @@ def test_a_file_in_place_of_a_folder_is_named_for_what_it_is(tmp_path: Path, fil
 def test_an_adapter_in_a_models_folder_is_refused_whatever_is_installed(folder: Path, tmp_path: Path) -> None:
     source = shutil.copytree(folder, tmp_path / "adapted")
     write(source / "adapter_config.json", {"base_model_name_or_path": "org/base"})
-    with pytest.raises(CheckpointError, match=r"adapter_config.json\) beside its config.json.*merge it .* or remove"):
+    with pytest.raises(CheckpointError, match=r"adapter_config.json\) next to its config.json.*merge it .* or remove"):
         startup.plan_engine(EngineConfig.create(str(source), memory="64MiB"))
 
 

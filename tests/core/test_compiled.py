@@ -13,8 +13,8 @@ import pytest
 
 from specplug import LLM, SamplingParams
 from specplug.engine import compilation, startup
-from specplug.model import compiled
-from specplug.model.compiled import measure_change, over_rows
+from specplug.model.compile import compiled
+from specplug.model.compile.forwards import measure_forward_change, over_rows
 from support.models import VOCABULARY, save_model
 from support.reference import decisive_prompts
 from support.speculators import Oracle, TreeSpeculator, provide
@@ -30,21 +30,16 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def count_compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    made: list[str] = []
-    own = compiled._compile
-
-    def counted(runner: Any) -> Any:
-        made.append(runner.architecture.name)
-        return own(runner)
-
-    monkeypatch.setattr(compiled, "_compile", counted)
+def count_compilations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    made: list[Any] = []
+    own = compiled.compile_graph
+    monkeypatch.setattr(compiled, "compile_graph", lambda *graph: (made.append(graph), own(*graph))[1])
     return made
 
 
 def change_by_compiling(runner: Any) -> float:
     forward, runner.compiled = runner.compiled, None
-    change = measure_change(runner, 16, over_rows(runner, forward), over_rows(runner, runner.run_tensors))
+    change = measure_forward_change(runner, over_rows(runner, forward.over_tensors))
     runner.compiled = forward
     return change
 
@@ -167,8 +162,8 @@ def test_what_does_not_work_when_new_is_not_used(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """One line of warning, an engine that runs, and nothing on disk."""
-    own = compiled._compile
-    monkeypatch.setattr(compiled, "_compile", lambda runner: raising if fault == "raises" else wrong(own(runner)))
+    own = compiled.compile_graph
+    monkeypatch.setattr(compiled, "compile_graph", lambda *graph: raising if fault == "raises" else wrong(own(*graph)))
     before = set((own_cache / "forwards").glob("*.bin"))
     folder = save_model(tmp_path, "llama", hidden_size=28)
     with caplog.at_level(logging.WARNING):

@@ -14,14 +14,13 @@ from torch import nn
 from specplug import CAPTURED_TOKENS, native
 from specplug.contract.memory import KVLayer
 from specplug.contract.resources import MOST_CAPTURED
-from specplug.model import compiled_step
-from specplug.model.blocks import BlockTable
-from specplug.model.compiled_step import CompiledStep, compile_step
-from specplug.model.cuda_graphs import token_buckets
-from specplug.model.forward import ForwardRow, TreeMask
-from specplug.model.kv_cache import KVCache
-from specplug.model.packing import pack_linears
+from specplug.model.compile import compiled
+from specplug.model.compile.compiled import CompiledStep, compile_step
+from specplug.model.compile.cuda_graphs import token_buckets
+from specplug.model.kv_cache import BlockTable, KVCache
+from specplug.model.load.packing import pack_linears
 from specplug.model.paged import PagedBatch
+from specplug.model.rows import ForwardRow, TreeMask
 
 HEADS, KV_HEADS, DIM, WIDTH, BLOCK = 4, 2, 16, 64, 8
 CPU = torch.device("cpu")
@@ -102,18 +101,18 @@ def test_computes_what_the_module_does(dtype: torch.dtype, monkeypatch: pytest.M
     pack_linears(layer)
     cache, own = new_cache(dtype), new_cache(dtype)
     made: list[Any] = []
-    compile_graph = compiled_step.compile_graph
-    monkeypatch.setattr(compiled_step, "compile_graph", lambda *a: (made.append(a), compile_graph(*a))[1])
+    compile_graph = compiled.compile_graph
+    monkeypatch.setattr(compiled, "compile_graph", lambda *a: (made.append(a), compile_graph(*a))[1])
     for _ in range(2):
-        compiled = compile_step(layer.step, layer, cache, [torch.zeros(1, WIDTH, dtype=dtype)])
-        assert isinstance(compiled, CompiledStep)
+        machine_code = compile_step(layer.step, layer, cache, [torch.zeros(1, WIDTH, dtype=dtype)])
+        assert isinstance(machine_code, CompiledStep)
     assert len(made) == 1
     for tensor, other in zip((*cache.keys, *cache.values), (*own.keys, *own.values), strict=True):
         tensor.normal_()
         other.copy_(tensor)
     states = torch.randn(WIDTH, 9, dtype=dtype).t()
     with torch.inference_mode():
-        ours, theirs = compiled(batch_of(cache), states), layer.step(batch_of(own), states)
+        ours, theirs = machine_code(batch_of(cache), states), layer.step(batch_of(own), states)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     for a, b in zip((*ours, *cache.keys, *cache.values), (*theirs, *own.keys, *own.values), strict=True):
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
@@ -125,8 +124,8 @@ def test_other_operations_are_another_step() -> None:
     results = []
     for scale in (1.0, 3.0):
         layer = Layer(scale)
-        compiled = compile_step(layer.step, layer, cache, [states[:1]])
-        results.append(compiled(batch_of(cache), states)[0])
+        machine_code = compile_step(layer.step, layer, cache, [states[:1]])
+        results.append(machine_code(batch_of(cache), states)[0])
     torch.testing.assert_close(results[0] * 3, results[1])
 
 
@@ -169,14 +168,14 @@ def test_a_file_that_raises_is_replaced(monkeypatch: pytest.MonkeyPatch, caplog:
     module, cache = Embedding(), new_cache(torch.float32)
     ids = torch.tensor([1])
     made: list[Any] = []
-    compile_graph = compiled_step.compile_graph
-    monkeypatch.setattr(compiled_step, "compile_graph", lambda *a: (made.append(a), compile_graph(*a))[1])
+    compile_graph = compiled.compile_graph
+    monkeypatch.setattr(compiled, "compile_graph", lambda *a: (made.append(a), compile_graph(*a))[1])
     module.table = nn.Embedding(13, WIDTH).requires_grad_(False)
     assert isinstance(compile_step(module.step, module, cache, [ids]), CompiledStep)
     monkeypatch.setattr(CompiledArtifact, "load", lambda **how: raising)
     assert isinstance(compile_step(module.step, module, cache, [ids]), CompiledStep)
     assert len(made) == 2
-    monkeypatch.setattr(compiled_step, "compile_graph", lambda *a: raising)
+    monkeypatch.setattr(compiled, "compile_graph", lambda *a: raising)
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert compile_step(module.step, module, cache, [ids]) == module.step

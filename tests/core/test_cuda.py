@@ -17,16 +17,15 @@ from core.test_compiled_step import DIM, KV_HEADS, WIDTH, Layer
 from core.test_native_kernels import BLOCK, BLOCKS, random_row
 from specplug import LLM, SamplingParams
 from specplug.contract.memory import KVLayer
-from specplug.model.attention import AttentionSite
-from specplug.model.blocks import BlockAllocator, BlockTable
-from specplug.model.captured_step import CapturedStep
-from specplug.model.compiled_step import compile_step
-from specplug.model.forward import ForwardBatch, ForwardRow
-from specplug.model.kv_cache import KVCache
+from specplug.model.attention.interface import AttentionSite
+from specplug.model.batch import ForwardBatch
+from specplug.model.compile.compiled import CompiledStep, compile_step
+from specplug.model.kv_cache import BlockAllocator, BlockTable, KVCache
 from specplug.model.paged import PagedBatch
+from specplug.model.rows import ForwardRow
 from specplug.native.gpu import cuda
 from specplug.native.gpu.linear import products
-from specplug.sampling.distributions import most_likely
+from specplug.sampling.distributions import argmax
 from support.models import VOCABULARY, save_model
 from support.reference import decisive_prompts
 
@@ -136,15 +135,15 @@ def test_the_most_likely_token_is_pytorchs(rows: int, vocabulary: int, dtype: to
     """The first of equals, which half precision has many of; NaN is found wherever it stands."""
     torch.manual_seed(rows)
     logits = torch.randn(rows, vocabulary, device=GPU).to(dtype)
-    assert most_likely(logits) == (logits.cpu().float().argmax(dim=-1).tolist(), None)
+    assert argmax(logits) == (logits.cpu().float().argmax(dim=-1).tolist(), None)
     for value in (0.0, -0.0, float("-inf"), -3.0):
         logits = torch.full((rows, vocabulary), value, dtype=dtype, device=GPU)
-        assert most_likely(logits) == ([0] * rows, None)
+        assert argmax(logits) == ([0] * rows, None)
     logits[:, 1::2] = 0.0
     logits[:, 2::2] = -0.0
-    assert most_likely(logits)[0] == [1] * rows
+    assert argmax(logits)[0] == [1] * rows
     logits[rows - 1, vocabulary - 2] = float("nan")
-    assert most_likely(logits)[1] == rows - 1
+    assert argmax(logits)[1] == rows - 1
 
 
 def test_a_plan_longer_than_usual_is_copied_too(tmp_path: Path) -> None:
@@ -222,7 +221,8 @@ def test_a_speculators_own_step_is_captured(dtype: torch.dtype) -> None:
     layer = Layer().to(GPU, dtype)
     cache, own = (KVCache([KVLayer(KV_HEADS, DIM, DIM)], 120, 8, dtype, GPU) for _ in range(2))
     step = compile_step(layer.step, layer, cache, [torch.zeros(1, WIDTH, dtype=dtype, device=GPU)])
-    assert isinstance(step, CapturedStep)
+    assert isinstance(step, CompiledStep)
+    assert step.graphs is not None
     for tensor, other in zip((*cache.keys, *cache.values), (*own.keys, *own.values), strict=True):
         other.copy_(tensor.normal_())
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -13,7 +13,7 @@ from specplug import KVLayer, MemoryRegion, Proposal, SpeculatorTraits, hookimpl
 from specplug.configuration.engine import EngineConfig
 from specplug.engine.planning import PlannedEngine, plan_engine
 from specplug.errors import InsufficientMemoryError, PluginError, SpecplugError
-from specplug.model.blocks import BlockTable
+from specplug.model.kv_cache import BlockTable
 
 LAYER = KVLayer(1, 4, 4)
 

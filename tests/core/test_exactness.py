@@ -86,7 +86,7 @@ def test_equals_transformers_generate(root: Path, architecture: str, speculator:
 
 def squeeze_blocks(llm: LLM, count: int) -> None:
     """Leaves the engine with few KV blocks, so that rows must be preempted."""
-    from specplug.model.blocks import BlockAllocator
+    from specplug.model.kv_cache import BlockAllocator
 
     assert count <= llm.engine.plan.num_blocks
     llm.engine.scheduler.allocator = BlockAllocator(count)

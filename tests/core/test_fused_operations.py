@@ -12,12 +12,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from specplug import LLM, native
 from specplug.contract.memory import KVLayer
-from specplug.model.blocks import BlockTable
-from specplug.model.forward import ForwardBatch, ForwardRow
-from specplug.model.fusions import fuse
-from specplug.model.kv_cache import KVCache
-from specplug.model.packing import packed_shape
-from specplug.model.trace import trace_forward
+from specplug.model.batch import ForwardBatch
+from specplug.model.compile.forwards import example_inputs, forward_step
+from specplug.model.compile.passes import fuse
+from specplug.model.compile.trace import trace_step
+from specplug.model.kv_cache import BlockTable, KVCache
+from specplug.model.load.packing import packed_shape
+from specplug.model.rows import ForwardRow
 from specplug.native.operators import ACTIVATIONS
 from support.models import save_model
 
@@ -162,7 +163,8 @@ def test_models_in_which_they_are_found(tmp_path: Path, architecture: str, rotat
     options = {"skip_tokenizer_init": True, "memory": "64MiB", "compile": False}
     with LLM(folder, device="cpu", dtype="bfloat16", **options) as llm:
         runner = llm.engine.runner
-        graph = trace_forward(runner.model, runner.sites, runner.taps).module.graph
+        inputs = example_inputs(runner.device)
+        graph = trace_step(forward_step(runner), runner.model, runner.cache_tensors, inputs).module.graph
     found = Counter(node.target for node in graph.nodes)
     operations = torch.ops.specplug
     assert found[operations.attend_rope.default] == rotations

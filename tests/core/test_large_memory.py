@@ -8,8 +8,8 @@ import mmap
 import pytest
 import torch
 
-from specplug.model import large_memory
-from specplug.model.large_memory import allocate
+from specplug.model import huge_pages
+from specplug.model.huge_pages import allocate
 
 
 @pytest.mark.parametrize("count", [0, 7, 3 << 20])
@@ -31,7 +31,7 @@ def test_a_system_without_such_pages_gives_usual_ones(monkeypatch: pytest.Monkey
         def madvise(self, *_: int) -> None:
             raise OSError("no such pages")
 
-    monkeypatch.setattr(large_memory.mmap, "mmap", Refusing)
+    monkeypatch.setattr(huge_pages.mmap, "mmap", Refusing)
     assert not allocate(4 << 20, torch.bfloat16).any()
-    monkeypatch.delattr(large_memory.mmap, "MADV_HUGEPAGE")
+    monkeypatch.delattr(huge_pages.mmap, "MADV_HUGEPAGE")
     assert not allocate(4 << 20, torch.bfloat16).any()

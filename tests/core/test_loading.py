@@ -15,7 +15,7 @@ import specplug.engine.startup as startup
 from specplug import LLM, SamplingParams
 from specplug.configuration.engine import EngineConfig
 from specplug.errors import CheckpointError, ConfigurationError, SpecplugError, StartupError, UnsupportedModelError
-from specplug.model.probe import check_parity, measure_difference
+from specplug.model.load.parity import check_parity, measure_difference
 from support.models import ARCHITECTURES, make_config, save_model
 from support.reference import generate
 
@@ -263,8 +263,8 @@ def test_two_engines_do_not_share_anything(folder: Path, tmp_path: Path) -> None
 
 def test_padded_rows_give_what_separate_rows_give(tmp_path: Path) -> None:
     """The path for GPUs, run on the CPU: all architectures, trees and windows included."""
-    from specplug.model.blocks import BlockTable
-    from specplug.model.forward import ForwardRow, TreeMask
+    from specplug.model.kv_cache import BlockTable
+    from specplug.model.rows import ForwardRow, TreeMask
 
     for architecture in ARCHITECTURES:
         folder = save_model(tmp_path / architecture, architecture)
@@ -291,7 +291,7 @@ def test_padded_rows_give_what_separate_rows_give(tmp_path: Path) -> None:
 
 
 def test_configs_are_never_written_to() -> None:
-    from specplug.model.architecture import inspect_architecture
+    from specplug.model.load.architecture import inspect_architecture
 
     config = make_config("gpt2")
     before = config.to_dict()

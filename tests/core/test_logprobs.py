@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from specplug import LLM, SamplingParams
-from specplug.model.blocks import BlockAllocator
+from specplug.model.kv_cache import BlockAllocator
 from specplug.outputs import CompletionOutput, RequestOutput
 from specplug.sampling.logprobs import PositionLogprobs
 from support.models import VOCABULARY, save_model

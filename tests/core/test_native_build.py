@@ -51,7 +51,7 @@ def test_an_empty_cxx_names_nothing(named: str, monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize(
     ("named", "message"),
-    [("no-such-compiler -O1", "CXX names 'no-such-compiler -O1', which is not there"), ("'", "CXX")],
+    [("no-such-compiler -O1", "CXX names 'no-such-compiler -O1', which was not found"), ("'", "CXX")],
 )
 def test_a_cxx_that_is_not_there_is_named(named: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", named)

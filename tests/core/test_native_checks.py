@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from specplug import LLM, KVLayer, MemoryRegion, Proposal, SamplingParams, hookimpl, native
-from specplug.model.blocks import BlockTable
-from specplug.model.forward import ForwardRow
-from specplug.model.kv_cache import KVCache
-from specplug.model.packing import PackedLinear
+from specplug.model.kv_cache import BlockTable, KVCache
+from specplug.model.load.packing import PackedLinear
 from specplug.model.paged import PagedBatch
+from specplug.model.rows import ForwardRow
 from support.models import save_model
 from support.speculators import provide
 

@@ -14,11 +14,11 @@ import torch
 
 from specplug import LLM, native
 from specplug.contract.memory import KVLayer
-from specplug.model.attention import AttentionSite
-from specplug.model.blocks import BlockTable
-from specplug.model.forward import ForwardBatch, ForwardRow, TreeMask
-from specplug.model.kv_cache import KVCache
-from specplug.model.packing import packed_shape
+from specplug.model.attention.interface import AttentionSite
+from specplug.model.batch import ForwardBatch
+from specplug.model.kv_cache import BlockTable, KVCache
+from specplug.model.load.packing import packed_shape
+from specplug.model.rows import ForwardRow, TreeMask
 from specplug.native.build import compile_command, find_compiler
 from specplug.native.operators import JOINED
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from specplug import LLM, native
-from specplug.model import loading, packing
-from specplug.model.packing import PackedLinear, can_pack, is_packable, pack_linears
+from specplug.model.load import packing, weights
+from specplug.model.load.packing import PackedLinear, can_pack, is_packable, pack_linears
 from support.models import ARCHITECTURES, VOCABULARY, save_model
 
 CPU = torch.device("cpu")
@@ -43,10 +43,10 @@ def test_models_give_the_same_logits(tmp_path: Path, monkeypatch: pytest.MonkeyP
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
-    packed = loading.load_model(folder, config, torch.bfloat16, CPU)
+    packed = weights.load_model(folder, config, torch.bfloat16, CPU)
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "pack_linears", lambda model: 0)
-        plain = loading.load_model(folder, config, torch.bfloat16, CPU)
+        patch.setattr(weights, "pack_linears", lambda model: 0)
+        plain = weights.load_model(folder, config, torch.bfloat16, CPU)
     if PACKS and architecture != "gpt2":  # its projections are of a class of their own
         assert any(isinstance(module, PackedLinear) for module in packed.modules())
     ids = torch.randint(3, VOCABULARY, (1, 9), generator=torch.Generator().manual_seed(0))

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from specplug import LLM, native
-from specplug.model import probe
-from specplug.model.cache_key import cache_key, config_facts
-from specplug.model.probe import check_parity
+from specplug.model.compile.artifacts import cache_key, config_facts
+from specplug.model.load import parity
+from specplug.model.load.parity import check_parity
 from specplug.model.runner import ModelRunner
 from support.models import save_model
 
@@ -36,7 +36,7 @@ def test_other_kernels_and_other_gpus_are_probed_anew(runner: ModelRunner, monke
         patch.setattr(native, "key", lambda: "kernels-of-another-compiler")
         assert has_probed(runner) == runner.attends_natively
     with monkeypatch.context() as patch:
-        patch.setattr(probe, "device_name", lambda device: "a GPU (9, 0)")
+        patch.setattr(parity, "device_name", lambda device: "a GPU (9, 0)")
         assert has_probed(runner)
     assert not has_probed(runner)
 

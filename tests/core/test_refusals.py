@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from specplug.errors import UnsupportedModelError
-from specplug.model.architecture import inspect_architecture
+from specplug.model.load.architecture import inspect_architecture
 from support.models import make_config
 
 LONGEST = 300
@@ -63,10 +63,10 @@ def refusal(architecture: str, options: dict[str, Any]) -> str:
         ("bart", DECODER, "ignores position_ids: 'model.decoder.embed_positions' counts positions itself"),
         ("mbart", DECODER, "ignores position_ids"),
         ("musicgen", WRAPPER, "several text models"),
-        ("mistral3", WRAPPER, "no causal language model of Transformers .*, such as one of type 'mistral'"),
-        ("qwen3_vl", WRAPPER, "no causal language model of Transformers .*; give a text-only checkpoint"),
-        ("kimi_k25", WRAPPER, "no causal language model of Transformers"),
-        ("t5", WRAPPER, "no causal language model of Transformers"),
+        ("mistral3", WRAPPER, "not a causal language model of Transformers .*, such as one of type 'mistral'"),
+        ("qwen3_vl", WRAPPER, "not a causal language model of Transformers .*; give a text-only checkpoint"),
+        ("kimi_k25", WRAPPER, "not a causal language model of Transformers"),
+        ("t5", WRAPPER, "not a causal language model of Transformers"),
     ],
 )
 def test_a_refused_model_gets_one_short_line_with_the_true_reason(

@@ -124,7 +124,7 @@ def test_a_seeded_request_never_changes(tmp_path: Path) -> None:
             folder, skip_tokenizer_init=True, strict=True, **{"memory": "64MiB", "block_size": 4, **options}
         ) as llm:
             if options.get("max_num_seqs") == 3:
-                from specplug.model.blocks import BlockAllocator
+                from specplug.model.kv_cache import BlockAllocator
 
                 llm.engine.scheduler.allocator = BlockAllocator(18)
             outputs = llm.generate([prompts[i] for i in order], [params[i] for i in order])

@@ -70,7 +70,7 @@ def test_delivered_states_equal_a_fresh_prefill(folder: Path, seed: int) -> None
     with LLM(folder, skip_tokenizer_init=True, strict=True, **options, **provide(lambda c, t: speculator)) as llm:
         engine = llm.engine
         engine.chain.policy = RandomPolicy(seed)
-        from specplug.model.blocks import BlockAllocator
+        from specplug.model.kv_cache import BlockAllocator
 
         engine.scheduler.allocator = BlockAllocator(66)
         for number in range(9):

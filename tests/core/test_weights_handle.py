@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import specplug
 from specplug.errors import CheckpointError, PluginError
-from specplug.model.checkpoint import read_headers, resolve_checkpoint
+from specplug.model.load.checkpoint import read_headers, resolve_checkpoint
 from specplug.speculation.target import LazyModel, LazyWeights
 
 CPU = torch.device("cpu")

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from specplug import LLM, Proposal, SamplingParams, SpecplugError, SpeculatorTraits, hookimpl
 from specplug.errors import UnsupportedModelError
-from specplug.model import masks
-from specplug.model.architecture import inspect_architecture
-from specplug.model.masks import learn_mask
-from specplug.model.probe import measure_attention, measure_difference
-from specplug.model.specimen import make_specimen
+from specplug.model.load import masks
+from specplug.model.load.architecture import inspect_architecture
+from specplug.model.load.masks import learn_mask
+from specplug.model.load.parity import measure_attention, measure_difference
+from specplug.model.load.specimen import make_specimen
 from support.models import VOCABULARY, make_config, save_model
 from support.reference import decisive_prompts
 from support.speculators import provide

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from specplug import LLM, ForwardRow, MemoryBudget, MemoryRegion, Proposal, ProposalBatch, Resources, hookimpl
-from specplug.model.blocks import BlockAllocator
+from specplug.model.kv_cache import BlockAllocator
 from specplug_draft_model import DraftModelSpeculator, load_speculator
 from support.reference import load_reference
 

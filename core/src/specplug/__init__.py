@@ -49,16 +49,15 @@ if TYPE_CHECKING:
     )
     from specplug.llm import LLM
     from specplug.metrics import Counter, Gauge, Metric, Vector
-    from specplug.model.blocks import BlockTable
-    from specplug.model.forward import ForwardRow, TreeMask
-    from specplug.model.kv_cache import KVCache
-    from specplug.model.packing import pack_linears
+    from specplug.model.kv_cache import BlockTable, KVCache
+    from specplug.model.load.packing import pack_linears
     from specplug.model.paged import PagedBatch
+    from specplug.model.rows import ForwardRow, TreeMask
     from specplug.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamedPiece
     from specplug.request import FinishReason, Request
+    from specplug.sampling.argmax import argmax_with_prob
     from specplug.sampling.distributions import process
     from specplug.sampling.drawing import sample
-    from specplug.sampling.likeliest import likeliest
     from specplug.sampling.logprobs import Logprob, PositionLogprobs
     from specplug.sampling.params import SamplingParams
     from specplug.sampling.randomness import RowRandomness
@@ -129,14 +128,16 @@ _HOMES = {
         "Metric",
         "Vector",
     ),
-    "specplug.model.blocks": ("BlockTable",),
-    "specplug.model.forward": (
+    "specplug.model.kv_cache": (
+        "BlockTable",
+        "KVCache",
+    ),
+    "specplug.model.load.packing": ("pack_linears",),
+    "specplug.model.paged": ("PagedBatch",),
+    "specplug.model.rows": (
         "ForwardRow",
         "TreeMask",
     ),
-    "specplug.model.kv_cache": ("KVCache",),
-    "specplug.model.packing": ("pack_linears",),
-    "specplug.model.paged": ("PagedBatch",),
     "specplug.outputs": (
         "CompletionOutput",
         "RequestMetrics",
@@ -149,7 +150,7 @@ _HOMES = {
     ),
     "specplug.sampling.distributions": ("process",),
     "specplug.sampling.drawing": ("sample",),
-    "specplug.sampling.likeliest": ("likeliest",),
+    "specplug.sampling.argmax": ("argmax_with_prob",),
     "specplug.sampling.logprobs": (
         "Logprob",
         "PositionLogprobs",

@@ -19,7 +19,7 @@ from specplug.text.stream import TextStream
 
 if TYPE_CHECKING:
     from specplug.engine.calls import Call
-    from specplug.model.blocks import BlockTable
+    from specplug.model.kv_cache import BlockTable
     from specplug.speculation.draft import Draft
     from specplug.speculation.estimates import RowEstimate
 

@@ -11,7 +11,7 @@ from fresh_drafts import FreshDraft, dynamic_tree, static_tree
 from recorded_drafts import Drafted, RandomWalk, random_walk
 
 from specplug import LLM, SamplingParams
-from specplug.model.blocks import BlockAllocator
+from specplug.model.kv_cache import BlockAllocator
 from specplug.speculation.state_ring import WINDOW
 from specplug_eagle.drafting.chain import Chain
 from specplug_eagle.drafting.static_tree import StaticTree

@@ -11,7 +11,7 @@ import pytest
 from recorded_drafts import paths_of
 
 from specplug import LLM, MemoryBudget, MemoryRegion, Proposal, ProposalBatch, Resources, SamplingParams, hookimpl
-from specplug.model.blocks import BlockAllocator
+from specplug.model.kv_cache import BlockAllocator
 from specplug_eagle import EagleSpeculator, load_speculator
 from support.heads import TREES, drafted_by_head, save_eagle1, save_eagle3
 from support.models import ARCHITECTURES, VOCABULARY, save_model

@@ -13,7 +13,7 @@ import torch
 from specplug import LLM, SamplingParams
 from specplug.configuration.engine import EngineConfig
 from specplug.engine.planning import PlannedEngine, plan_engine
-from specplug.model import checkpoint, pickled
+from specplug.model.load import checkpoint, pickled
 from support.heads import TREES, drafted_by_head, head_speculator_of, save_eagle1, save_eagle3
 from support.models import VOCABULARY, save_model
 from support.peak import PeakBytes, tensor_bytes

@@ -14,9 +14,9 @@ from specplug.bench.contestant import OnStep
 from specplug.bench.measurement import Advance, Measurement
 from specplug.bench.workload import BenchPrompt, Cell, Workload
 from specplug.errors import ConfigurationError
-from specplug.model.checkpoint import choose_dtype, load_config, resolve_checkpoint
 from specplug.model.device import choose_device
-from specplug.model.quiet import quiet_transformers
+from specplug.model.load.checkpoint import choose_dtype, load_config, resolve_checkpoint
+from specplug.model.load.quiet import quiet_transformers
 from specplug.plugins.finder import find_plugins
 from specplug.tiny import resolve_model
 

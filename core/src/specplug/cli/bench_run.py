@@ -101,8 +101,8 @@ def _measure(job: BenchJob, view: StartupView, err: Terminal) -> tuple[Compariso
     from specplug.bench.report import About
     from specplug.bench.workload import Cell, Workload
     from specplug.cli.bench_progress import BenchProgress
-    from specplug.model.checkpoint import choose_dtype, load_config, resolve_checkpoint
     from specplug.model.device import choose_device
+    from specplug.model.load.checkpoint import choose_dtype, load_config, resolve_checkpoint
     from specplug.tiny import resolve_model
 
     workload = Workload("built in" if not job.lines else "prompts", _prompts(job), job.max_tokens)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from specplug.contract.traits import Boundary
-    from specplug.model.blocks import BlockTable
+    from specplug.model.kv_cache import BlockTable
     from specplug.sampling.params import SamplingParams
     from specplug.sampling.randomness import RowRandomness
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from specplug.contract.memory import MemoryRegion
-    from specplug.model.forward import ForwardRow
+    from specplug.model.rows import ForwardRow
 
 
 class TargetModel(Protocol):

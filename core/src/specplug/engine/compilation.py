@@ -5,11 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-import torch
-
-from specplug.model.artifacts import CompileError
-from specplug.model.compiled import check_change, compile_forward, measure_change, over_rows
-from specplug.model.cuda_graphs import CudaGraphs
+from specplug.model.compile.artifacts import CompileError
+from specplug.model.compile.forwards import capture_forward, compile_forward
 from specplug.model.runner import ModelRunner
 
 logger = logging.getLogger("specplug")
@@ -21,32 +18,22 @@ def wants_compilation(choice: bool | str, weight_bytes: int) -> bool:
     return weight_bytes >= _SMALLEST_BYTES if choice == "auto" else bool(choice)
 
 
-def compile_forwards(runners: Sequence[ModelRunner], block_size: int, most_tokens: int) -> None:
+def compile_forwards(runners: Sequence[ModelRunner], most_tokens: int) -> None:
     """Compiles each runner's forward, captures it where it runs on a GPU, and checks it against the model's own.
 
     Where one cannot be compiled or captured or computes something else, a warning of one line says so, and it runs as it is.
 
     Args:
         runners: the target's and the drafts'.
-        block_size: tokens of a KV block.
         most_tokens: of a batch in which every row decodes or verifies.
     """
     for runner in runners:
         try:
-            runner.compiled = compile_forward(runner, block_size)
+            runner.compiled = compile_forward(runner)
         except CompileError as error:
             logger.warning("%s runs uncompiled: %s", runner.architecture.name, error)
         if runner.device.type == "cuda" and runner.attends_natively:
-            _capture(runner, block_size, most_tokens)
-
-
-def _capture(runner: ModelRunner, block_size: int, most_tokens: int) -> None:
-    try:
-        runner.graphs = CudaGraphs(runner, most_tokens)
-        ours, theirs = lambda rows: (runner.forward(rows), runner.taps.captured), over_rows(runner, runner.run_tensors)
-        check_change(runner, "captured", measure_change(runner, block_size, ours, theirs), block_size)
-    except (CompileError, RuntimeError) as error:
-        runner.graphs = None
-        torch.cuda.synchronize(runner.device)
-        reason = " ".join(str(error).split())[:300]
-        logger.warning("%s runs without CUDA graphs: %s", runner.architecture.name, reason)
+            try:
+                capture_forward(runner, most_tokens)
+            except CompileError as error:
+                logger.warning("%s runs without CUDA graphs: %s", runner.architecture.name, error)

@@ -20,8 +20,8 @@ from specplug.engine.verification import Verification
 from specplug.errors import RequestError
 from specplug.memory.plan import MemoryPlan
 from specplug.model.device import to_device
-from specplug.model.forward import ForwardRow, TreeMask
 from specplug.model.kv_cache import KVCache
+from specplug.model.rows import ForwardRow, TreeMask
 from specplug.model.runner import ModelRunner
 from specplug.model.torch_state import own_torch_state
 from specplug.plugins.registry import PluginRegistry

@@ -16,13 +16,13 @@ from specplug.engine.compilation import wants_compilation
 from specplug.errors import CheckpointError, ConfigurationError, PluginError, SpecplugError
 from specplug.memory.available import default_budget
 from specplug.memory.plan import MemoryPlan, solve
-from specplug.model.architecture import Architecture, inspect_architecture
-from specplug.model.checkpoint import choose_dtype, load_config, read_headers, resolve_checkpoint
+from specplug.model.compile.memory import StepModel, step_bytes
 from specplug.model.device import choose_device
-from specplug.model.leftovers import check_not_quantised
-from specplug.model.refusal import check_kind
-from specplug.model.step_memory import StepModel, step_bytes
-from specplug.model.tokenizer import load_tokenizer
+from specplug.model.load.architecture import Architecture, inspect_architecture
+from specplug.model.load.checkpoint import choose_dtype, load_config, read_headers, resolve_checkpoint
+from specplug.model.load.refusal import check_kind
+from specplug.model.load.tokenizer import load_tokenizer
+from specplug.model.load.weights import check_not_quantised
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
 from specplug.sampling.workspace import Workspace
 from specplug.speculation.state_ring import ChannelSpec

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from specplug.contract.batch import EndReason
-from specplug.model.blocks import BlockAllocator, BlockTable
+from specplug.model.kv_cache import BlockAllocator, BlockTable
 from specplug.request import Request
 
 if TYPE_CHECKING:

@@ -21,13 +21,13 @@ from specplug.engine.intake import Intake
 from specplug.engine.planning import PlannedEngine, max_nodes_of, plan_engine, wants_top_k_at_drafts
 from specplug.engine.scheduler import Scheduler
 from specplug.errors import SpecplugError, StartupError
-from specplug.model.checkpoint import resolve_checkpoint
-from specplug.model.compiled_step import compile_step
+from specplug.model.compile.compiled import compile_step
 from specplug.model.kv_cache import KVCache
-from specplug.model.loading import load_model
-from specplug.model.probe import check_parity
+from specplug.model.load.checkpoint import resolve_checkpoint
+from specplug.model.load.parity import check_parity
+from specplug.model.load.tokenizer import check_tokenizer
+from specplug.model.load.weights import load_model
 from specplug.model.runner import ModelRunner
-from specplug.model.tokenizer import check_tokenizer
 from specplug.model.torch_state import own_torch_state
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.sampling.defaults import eos_ids
@@ -119,7 +119,7 @@ def start_engine(
                 )
             if wants_compilation(config.compile, planned.architecture.weight_bytes):
                 drafts = [h.runner for h in planned.facade.handles if isinstance(h, LazyModel) and h.runner]
-                compile_forwards([runner, *drafts], config.block_size, planned.most_captured)
+                compile_forwards([runner, *drafts], planned.most_captured)
             engine = _assemble(planned, runner, states, caches, tokenizer, ends)
         with _step(6, on_step):
             undo.pop_all()

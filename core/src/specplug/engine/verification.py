@@ -18,7 +18,7 @@ from specplug.errors import ModelOutputError, PluginError
 from specplug.model.device import to_device
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
 from specplug.request import Request
-from specplug.sampling.distributions import DistributionRow, StepDistributions, most_likely, nan_message
+from specplug.sampling.distributions import DistributionRow, StepDistributions, argmax, nan_message
 from specplug.sampling.workspace import Workspace
 from specplug.speculation.verification.matching import follow
 from specplug.values import as_integer, is_integer, shown
@@ -119,7 +119,7 @@ class Verification:
     @staticmethod
     def _match_greedily(requests: Sequence[Request], offsets: Sequence[int], logits: torch.Tensor) -> Verdict:
         """What core's verifier answers for greedy rows, without the distributions that nobody needs."""
-        tokens, bad = most_likely(logits)
+        tokens, bad = argmax(logits)
         if bad is not None:
             request = requests[bisect_right(offsets, bad) - 1]
             raise ModelOutputError(nan_message(request.id, len(request.tokens)))

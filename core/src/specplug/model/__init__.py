@@ -1,1 +1,1 @@
-"""Running Hugging Face causal LMs over ragged batches with a paged KV cache. Knows nothing about speculation."""
+"""Causal LMs over a paged KV cache: rows and batches, the runner, and rooms for loading, attention and compilation."""

@@ -13,14 +13,16 @@ def choose_device(name: str) -> torch.device:
     """Resolves `auto` or a device's name.
 
     Raises:
-        ConfigurationError: there is no such device here.
+        ConfigurationError: there is no such device on this machine.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigurationError(f"device='{name}' is not a device's name; use auto, cpu, cuda or cuda:N") from error
+        raise ConfigurationError(
+            f"device='{name}' is not the name of a device; use auto, cpu, cuda or cuda:N"
+        ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError(f"device='{name}': this machine (or this build of torch) has no CUDA device; use cpu")
     if device.type not in ("cpu", "cuda"):

@@ -9,7 +9,7 @@ import torch
 
 
 class _StatesOnly(list[Any]):
-    """A base model's output that holds states; whatever else a model's forward looks for in it is None."""
+    """A base model's output that holds states; any other attribute that a forward reads is None."""
 
     @property
     def last_hidden_state(self) -> Any:
@@ -21,7 +21,7 @@ class _StatesOnly(list[Any]):
 
 
 class _Passthrough(torch.nn.Module):
-    """Stands where the base model was and returns given states as its output."""
+    """Takes the place of the base model and returns given states as its output."""
 
     def __init__(self) -> None:
         super().__init__()

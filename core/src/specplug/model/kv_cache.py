@@ -1,4 +1,4 @@
-"""The storage of keys and values: one pair of tensors per layer, addressed by slots."""
+"""The KV cache: block tables, the allocator of blocks, and the storage, one pair of tensors per layer."""
 
 from __future__ import annotations
 
@@ -6,12 +6,154 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from specplug.contract.memory import KVLayer
+from specplug.errors import PluginError
 from specplug.model.device import to_device
-from specplug.model.large_memory import allocate
+from specplug.model.huge_pages import allocate
 from specplug.native.gpu import cuda
+
+
+class BlockTable:
+    """The blocks of one row: token i is in slot `blocks[i // block_size] * block_size + i % block_size`.
+
+    Attributes:
+        blocks: the row's block numbers, in token order.
+        contiguous: whether the blocks follow each other, so that the row is one slice of every KV cache.
+    """
+
+    __slots__ = ("_numbers", "block_size", "blocks", "contiguous")
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.blocks: list[int] = []
+        self.contiguous = True
+        self._numbers: np.ndarray | None = None
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """The block numbers, int32; kept until blocks come or go."""
+        if self._numbers is None:
+            self._numbers = np.array(self.blocks, dtype=np.int32)
+        return self._numbers
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit the blocks held."""
+        return len(self.blocks) * self.block_size
+
+    def extend(self, blocks: Sequence[int]) -> None:
+        """Appends blocks."""
+        self._numbers = None
+        for block in blocks:
+            if self.blocks and block != self.blocks[-1] + 1:
+                self.contiguous = False
+            self.blocks.append(block)
+
+    def truncate(self, count: int) -> list[int]:
+        """Keeps the first `count` blocks and returns the others."""
+        self._numbers = None
+        removed = self.blocks[count:]
+        del self.blocks[count:]
+        self.contiguous = all(b == a + 1 for a, b in zip(self.blocks, self.blocks[1:], strict=False))
+        return removed
+
+    def slots(self, start: int, stop: int) -> Sequence[int]:
+        """The KV slots of tokens [start, stop).
+
+        Raises:
+            PluginError: the row's blocks end before `stop`; `scratch_tokens_per_row` was planned too small.
+        """
+        if stop > self.capacity:
+            raise PluginError(
+                f"KV entries {start:,} to {stop - 1:,} of a row were asked for, and its blocks hold {self.capacity:,}: plan "
+                "scratch_tokens_per_row for what propose writes after the committed tokens, in a MemoryRegion of plan_memory"
+            )
+        if self.contiguous:
+            base = self.blocks[0] * self.block_size if self.blocks else 0
+            return range(base + start, base + stop)
+        size = self.block_size
+        return [self.blocks[i // size] * size + i % size for i in range(start, stop)]
+
+
+class BlockAllocator:
+    """Hands out reference-counted blocks and prefers runs that follow each other.
+
+    A row announces how many blocks it may need. The allocator starts it where that many blocks are free, and gives them to
+    other rows only when no others are free, so that a row usually stays one contiguous slice.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.num_free = num_blocks
+        self._references = [0] * num_blocks
+        self._free = np.ones(num_blocks, dtype=bool)
+        self._unclaimed = np.ones(num_blocks, dtype=bool)  # free, and in no row's expected run
+
+    def allocate(self, count: int, *, after: int | None = None, expected: int = 0) -> list[int] | None:
+        """Takes `count` blocks, or returns None (and takes nothing) when fewer are free.
+
+        Args:
+            count: blocks to take.
+            after: the row's last block; the one after it is preferred.
+            expected: blocks the row may need in all, `count` included.
+        """
+        if count > self.num_free:
+            return None
+        if after is not None:
+            run = self._free[after + 1 : after + 1 + count]
+            if len(run) == count and run.all():
+                return self._take(range(after + 1, after + 1 + count))
+        start = self._find_run(self._unclaimed, max(count, expected))
+        if start is None:
+            start = self._find_run(self._free, count)
+        if start is None:
+            return self._take(np.flatnonzero(self._free)[:count].tolist())
+        self._unclaimed[start : start + max(count, expected)] = False
+        return self._take(range(start, start + count))
+
+    @staticmethod
+    def _find_run(mask: np.ndarray, length: int) -> int | None:
+        """The start of the shortest run of True that is long enough, or of the longest if that is at least 1 long."""
+        edges = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False])).astype(np.int8)))
+        starts, lengths = edges[::2], edges[1::2] - edges[::2]
+        fitting = np.flatnonzero(lengths >= length)
+        if not len(fitting):
+            return None
+        return int(starts[fitting[lengths[fitting].argmin()]])
+
+    def _take(self, blocks: Sequence[int]) -> list[int]:
+        taken = list(blocks)
+        self._free[taken] = False
+        self._unclaimed[taken] = False
+        for block in taken:
+            self._references[block] = 1
+        self.num_free -= len(taken)
+        return taken
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Adds one holder to each block."""
+        for block in blocks:
+            self._references[block] += 1
+
+    def release(self, blocks: Sequence[int], *, claimed: int = 0) -> None:
+        """Drops one holder of each block; blocks without a holder become free.
+
+        Args:
+            blocks: the blocks, in table order.
+            claimed: how many blocks the row had announced; the part of its run that it never used becomes unclaimed.
+        """
+        for block in blocks:
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                self._free[block] = True
+                self._unclaimed[block] = True
+                self.num_free += 1
+        if blocks and claimed > len(blocks):
+            tail = slice(blocks[-1] + 1, blocks[-1] + 1 + claimed - len(blocks))
+            self._unclaimed[tail] = self._free[tail]
 
 
 class KVCache:
@@ -37,7 +179,7 @@ class KVCache:
 
     @cached_property
     def suits_gpu_kernels(self) -> bool:
-        """Whether it lies on a GPU, and our own kernels can attend to it."""
+        """Whether it is on a GPU, and our own kernels can attend to it."""
         return self.keys[0].is_cuda and all(cuda.can_attend(tensor) for tensor in (*self.keys, *self.values))
 
     @property

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import torch
 
-from specplug.model.attention import AttentionSite
+from specplug.model.attention.interface import AttentionSite
+from specplug.model.batch import ForwardBatch
 from specplug.model.device import to_device
-from specplug.model.forward import ForwardBatch, ForwardRow
-
-if TYPE_CHECKING:
-    from specplug.model.kv_cache import KVCache
-    from specplug.model.staging import StagedInputs
+from specplug.model.kv_cache import KVCache
+from specplug.model.rows import ForwardRow
 
 
 class PagedBatch:
     """A ragged batch for a speculator's own attention layers, over a KV cache that it planned as a region.
 
     Make one per forward of your module, and call `attend` once per layer. Keys and values are stored first, so that tokens
-    see themselves and each other as their rows' causal order or tree masks say.
+    attend to themselves and each other by their rows' causal order or tree masks.
 
     Args:
         rows: as for `ModelHandle.forward`; of their tokens only the number matters here.
@@ -62,7 +59,7 @@ class PagedBatch:
         scaling: float,
         window: int | None = None,
     ) -> torch.Tensor:
-        """Stores the new keys and values of a layer, and lets every query see what its row shows it.
+        """Stores the new keys and values of a layer, then attends with every query to its row.
 
         Args:
             layer: index of the region's `layers`.
@@ -70,7 +67,7 @@ class PagedBatch:
             key: [kv_heads, T, key_dim], position-encoded.
             value: [kv_heads, T, value_dim].
             scaling: multiplies the scores.
-            window: a query sees keys fewer than this many positions back; None sees all.
+            window: a query attends to keys fewer than this many positions back; None: to all.
 
         Returns:
             [T, heads, value_dim].
@@ -80,6 +77,6 @@ class PagedBatch:
         return site.attend(query[None], key[None], value[None], scaling, window, None, None)[0]
 
 
-def stage(batch: PagedBatch, inputs: StagedInputs, width: int) -> bool:
-    """Writes a batch to where a captured step takes it from; see `ForwardBatch.stage`."""
-    return batch._batch.stage(inputs, width)
+def forward_batch(batch: PagedBatch) -> ForwardBatch:
+    """The batch as a model's forward takes it."""
+    return batch._batch

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 
 from specplug.contract.traits import Boundary
-from specplug.model import attention
-from specplug.model.architecture import Architecture
-from specplug.model.attention import AttentionSite
-from specplug.model.compiled import CompiledForward
-from specplug.model.cuda_graphs import CudaGraphs
-from specplug.model.forward import ForwardBatch, ForwardRow, can_attend_natively
+from specplug.model.attention.interface import SITE, AttendedBatch, AttentionSite
+from specplug.model.batch import ForwardBatch, can_attend_natively
+from specplug.model.compile.compiled import CompiledStep
+from specplug.model.compile.cuda_graphs import CudaGraphs
+from specplug.model.compile.trace import TensorBatch, tensors_of
 from specplug.model.kv_cache import KVCache
+from specplug.model.load.architecture import Architecture
+from specplug.model.rows import ForwardRow
 from specplug.model.taps import Taps
-from specplug.model.trace import TracedBatch
 
 
 class ModelRunner:
@@ -35,11 +35,11 @@ class ModelRunner:
         self.device = device
         self.taps = Taps(model, architecture.layers, boundaries)
         self.sites: list[AttentionSite] = []
-        self.compiled: CompiledForward | None = None
+        self.compiled: CompiledStep | None = None
         self.graphs: CudaGraphs | None = None
         for call, keys, values in zip(architecture.calls, cache.keys, cache.values, strict=True):
             site = AttentionSite(keys, values, call.mask.window)
-            model.get_submodule(call.module).__dict__[attention.SITE] = site
+            model.get_submodule(call.module).__dict__[SITE] = site
             self.sites.append(site)
 
     @torch.inference_mode()
@@ -51,44 +51,54 @@ class ModelRunner:
         Args:
             rows: the rows; each one's table must hold its new tokens.
             logits_index: the packed positions to compute logits for; None for all.
-            lasting: whether anybody keeps logits or captured states beyond the next forward. On a CPU they last anyway.
+            lasting: whether the caller keeps logits or captured states beyond the next forward. On a CPU they last anyway.
 
         Returns:
             Logits [len(logits_index), vocabulary]. Captured states are in `taps.captured` until the next forward.
         """
         batch = ForwardBatch(rows, self.cache, logits_index)
-        replayed = None if self.graphs is None else self.graphs.replay(batch, lasting=lasting)
-        if replayed is not None:
-            logits, self.taps.captured = replayed
-        elif self.compiled is not None:
-            logits, self.taps.captured = self.compiled(
-                batch.input_ids, batch.position_ids, batch.plan, batch.write_slots, batch.logits_index
-            )
-        else:
+        outputs: Sequence[torch.Tensor] | None = None
+        if self.graphs is not None:
+            outputs = self.graphs.replay(batch, lasting=lasting)
+        if outputs is None and self.compiled is not None:
+            outputs = self.compiled.over_tensors(*batch.step_inputs)
+        if outputs is None:
             keep: int | torch.Tensor = 0 if batch.wants_all else batch.logits_index
             logits = self._run_model(batch, batch.input_ids, batch.position_ids, keep)
+        else:
+            logits, *states = outputs
+            self.taps.captured = dict(zip(self.taps.boundaries, states, strict=True))
         return logits if logits_index is None else logits[: len(logits_index)]
+
+    def step(self, batch: TensorBatch, ids: torch.Tensor, logits_index: torch.Tensor) -> list[torch.Tensor]:
+        """A forward with native attention over tensors alone.
+
+        Args:
+            batch: the batch.
+            ids: int64 [T].
+            logits_index: int64 [L].
+
+        Returns:
+            Logits [L, vocabulary], then the captured states [T, hidden] in the order of the taps' boundaries.
+        """
+        logits = self._run_model(batch, ids[None], batch.positions[None], logits_index)
+        return [logits, *self.captured_states]
 
     def run_tensors(
         self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
+        positions: torch.Tensor,
         plan: torch.Tensor,
         write_slots: torch.Tensor,
+        ids: torch.Tensor,
         logits_index: torch.Tensor,
-    ) -> tuple[torch.Tensor, dict[int | str, torch.Tensor]]:
-        """A forward with native attention over tensors alone, as a CUDA graph can hold it: logits and captured states."""
+    ) -> Sequence[torch.Tensor]:
+        """The same, by the compiled forward if there is one; a CUDA graph can hold it."""
         if self.compiled is not None:
-            return self.compiled(input_ids, position_ids, plan, write_slots, logits_index)
-        logits = self._run_model(TracedBatch(plan, write_slots), input_ids, position_ids, logits_index)
-        return logits, dict(self.taps.captured)
+            return self.compiled.over_tensors(positions, plan, write_slots, ids, logits_index)
+        return self.step(TensorBatch(positions, plan, write_slots, self.cache_tensors), ids, logits_index)
 
     def _run_model(
-        self,
-        batch: ForwardBatch | TracedBatch,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        keep: int | torch.Tensor,
+        self, batch: AttendedBatch, input_ids: torch.Tensor, position_ids: torch.Tensor, keep: int | torch.Tensor
     ) -> torch.Tensor:
         """The model's own code."""
         self.taps.captured.clear()
@@ -102,6 +112,11 @@ class ModelRunner:
         return output.logits[0]
 
     @property
+    def captured_states(self) -> list[torch.Tensor]:
+        """The captured states of the last forward, in the order of the taps' boundaries."""
+        return [self.taps.captured[boundary] for boundary in self.taps.boundaries]
+
+    @property
     def attends_natively(self) -> bool:
         """Whether attention is native, as a compiled forward needs it."""
         return can_attend_natively(self.cache)
@@ -109,7 +124,7 @@ class ModelRunner:
     @property
     def cache_tensors(self) -> list[torch.Tensor]:
         """Keys and values, layer by layer."""
-        return [tensor for site in self.sites for tensor in (site.keys, site.values)]
+        return tensors_of(self.cache)
 
     def close(self) -> None:
         """Takes hooks and cache references off the model."""
@@ -117,5 +132,5 @@ class ModelRunner:
         self.graphs = None
         self.taps.remove()
         for call in self.architecture.calls:
-            self.model.get_submodule(call.module).__dict__.pop(attention.SITE, None)
+            self.model.get_submodule(call.module).__dict__.pop(SITE, None)
         self.sites.clear()

@@ -1,4 +1,4 @@
-"""What a forward needs from the host, in one copy to the GPU that nobody waits for."""
+"""The inputs of a forward from the host, in one asynchronous copy to the GPU."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-_PADDING = (0, 0, -1, 0)  # token, position, slot and logits index of a padded token; attention leaves it alone
+_PADDING = (0, 0, -1, 0)  # token, position, slot and logits index of a padded token; attention ignores it
 _USUAL_PLAN = 4096  # elements that are always copied
 
 
 def staged_length(width: int, plan_length: int) -> int:
-    """int32 elements that a forward of so many tokens takes in a buffer."""
+    """int32 elements that a forward of `width` tokens takes in a buffer."""
     return 8 * width + plan_length
 
 
@@ -24,7 +24,7 @@ def stage(
     Args:
         longs: ids, positions, write slots and logits index.
         plan: int32, in pieces.
-        device: where to.
+        device: the destination.
 
     Returns:
         The lists as int64 tensors and the plan as an int32 one; all share one piece of memory.
@@ -45,7 +45,7 @@ def split_buffer(buffer: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tenso
 
 
 def _write(array: np.ndarray, at: int, pieces: Sequence[list[int] | np.ndarray]) -> int:
-    """Writes pieces after each other; returns where they end."""
+    """Writes pieces one after the other; returns where they end."""
     for piece in pieces:
         array[at : at + len(piece)] = piece
         at += len(piece)
@@ -55,9 +55,9 @@ def _write(array: np.ndarray, at: int, pieces: Sequence[list[int] | np.ndarray])
 class StagedInputs:
     """The buffer on a GPU from which captured forwards read, and the pinned memory from which it is filled.
 
-    A graph begins with the copy of what most batches need; only a longer plan costs a copy of its own. The pinned memory is
-    written again when the last forward has read it, which is waited for: a target's tokens had to be known anyway before the
-    next forward could be; a draft's levels could do without.
+    A graph begins with the copy of what most batches need; only a longer plan costs a separate copy. `write` waits until the
+    last forward has read the pinned memory. That costs a target nothing, since its tokens must be known before the next
+    forward; between the levels of a draft it is a wait that could be avoided.
 
     Args:
         most_tokens: of a forward.
@@ -80,7 +80,7 @@ class StagedInputs:
         return [*longs, plan[: self._longest_plan]]
 
     def copy(self, width: int) -> None:
-        """Copies what most forwards of so many tokens need; to be captured in front of them."""
+        """Copies what most forwards of `width` tokens need; to be captured before them."""
         length = 8 * width + _USUAL_PLAN
         self._buffer[:length].copy_(self._host[:length], non_blocking=True)
 
@@ -100,5 +100,5 @@ class StagedInputs:
         return True
 
     def mark_read(self) -> None:
-        """To be called behind the forward that reads what was written."""
+        """To be called after the forward that reads what was written."""
         self._read.record(torch.cuda.current_stream(self._buffer.device))

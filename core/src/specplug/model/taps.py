@@ -1,4 +1,4 @@
-"""Capturing the residual stream at the boundaries that speculators ask for, and nothing else."""
+"""Capturing the residual stream at the boundaries that speculators ask for, only there."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Taps:
         self._handles = []
         for boundary in self.boundaries:
             if boundary == "final":
-                stack = model.get_submodule(layers[0].rsplit(".", 2)[0])  # some models call it past their base model
+                stack = model.get_submodule(layers[0].rsplit(".", 2)[0])  # some models bypass their base model
                 handle = stack.register_forward_hook(self._keep_output(boundary))
             elif boundary == len(layers):
                 handle = model.get_submodule(layers[-1]).register_forward_hook(self._keep_output(boundary))

@@ -1,4 +1,4 @@
-"""PyTorch's settings of the calling thread, as an engine wants them within its calls."""
+"""PyTorch's settings of the calling thread during an engine's calls."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
 
 @contextmanager
 def own_torch_state() -> Iterator[None]:
-    """No autograd, no autocast, no inference mode and no function modes, such as a default device, whatever the caller has set.
+    """No autograd, no autocast, no inference mode and no function modes (a default device, say).
 
-    All of these belong to the thread. The default dtype and deterministic algorithms belong to the process, and are left alone:
-    every factory names its dtype. Costs a microsecond or two where the caller has set nothing.
+    All of these belong to the thread. The default dtype and deterministic algorithms belong to the process and stay: every
+    factory call names its dtype. Costs one or two microseconds where the caller has set nothing.
     """
     modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
     try:

@@ -1,7 +1,7 @@
-"""Kernels of our own for CPUs, compiled once on the user's machine where it has a C++ compiler.
+"""Our own CPU kernels, compiled once on the user's machine where it has a C++ compiler.
 
-PyTorch's own kernels do the same work elsewhere. What is gained: a product of a few rows with a packed bfloat16 weight runs at
-the speed at which the weight can be read, and attention reads a paged KV cache in place, for all rows and trees in one call.
+PyTorch's kernels do the same work elsewhere. The gain: a linear layer of a few rows with a packed bfloat16 weight runs at
+memory bandwidth, and attention reads a paged KV cache in place, for all rows and trees in one call.
 """
 
 from specplug.native.library import (

@@ -1,6 +1,6 @@
-"""Compiling the kernels: once per machine, compiler and PyTorch; afterwards they lie in specplug's cache folder.
+"""Compiles the kernels: once per machine, compiler and PyTorch; the library is kept in specplug's cache folder.
 
-python -m specplug.native.build compiles them too, behind everything else that the machine does.
+python -m specplug.native.build compiles them too, at low priority.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FLAGS = (
     "-fno-trapping-math",
     "-DAT_PARALLEL_OPENMP=1",
 )
-_FILES = {"kernels.cpp": (), "registration.cpp": ("-O1",)}  # the second has nothing in it that could be faster
+_FILES = {"kernels.cpp": (), "registration.cpp": ("-O1",)}  # optimisation gains nothing in the second
 _LONGEST_SECONDS = 300
 
 
@@ -42,7 +42,7 @@ class BuildError(Exception):
 
 
 class _CompilerError(Exception):
-    """What the compiler says is wrong."""
+    """The compiler's own error."""
 
 
 def find_compiler() -> list[str]:
@@ -62,7 +62,7 @@ def find_compiler() -> list[str]:
     except ValueError as error:
         raise BuildError(f"CXX cannot be read as a command ({error}): {named}") from error
     if not command or shutil.which(command[0]) is None:
-        raise BuildError(f"CXX names {named!r}, which is not there")
+        raise BuildError(f"CXX names {named!r}, which was not found")
     return command
 
 
@@ -72,10 +72,10 @@ OnWait = Callable[[float], None]
 def build_library(on_wait: OnWait = lambda seconds: None) -> Path:
     """Compiles the kernels unless that has been done; returns the shared library.
 
-    Where another process compiles them just now, its library is waited for.
+    If another process is compiling them, waits for its library.
 
     Args:
-        on_wait: told every second for how long the compiler has run.
+        on_wait: called every second with the seconds that the compiler has run.
 
     Raises:
         BuildError: there is no compiler, it fails, the cache folder cannot be used, or the library could not be loaded before.
@@ -94,7 +94,7 @@ def build_library(on_wait: OnWait = lambda seconds: None) -> Path:
 
 
 def is_pending() -> bool:
-    """Whether the kernels can be compiled here, as far as that is known before, and have not been."""
+    """Whether the kernels have not been compiled, and nothing is known that would prevent it."""
     try:
         _, library = _find()
         _check_unloadable(library)
@@ -103,15 +103,15 @@ def is_pending() -> bool:
     return not library.is_file()
 
 
-def build_behind() -> None:
-    """Has the kernels compiled by a process that outlives this one."""
+def build_in_background() -> None:
+    """Starts a process that compiles the kernels and outlives this one."""
     command = [sys.executable, "-m", "specplug.native.build"]
     nothing = subprocess.DEVNULL
     subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
 
 
 def _find() -> tuple[list[str], Path]:
-    """The compiler, and where its library is or will be."""
+    """The compiler, and the path of its library."""
     if platform.system() != "Linux":
         raise BuildError(f"native kernels are built on Linux only, not on {platform.system()}")
     compiler = find_compiler()
@@ -126,12 +126,12 @@ def _find() -> tuple[list[str], Path]:
 
 @contextmanager
 def _alone(library: Path) -> Iterator[None]:
-    """One process at a time: others wait. The lock goes with the process that holds it."""
+    """One process at a time: others wait. The lock ends with the process that holds it."""
     import fcntl
 
     lock = library.with_suffix(".lock")
     with lock.open("w") as file:
-        with suppress(OSError):  # a file system without locks: then two may compile, and the later library counts
+        with suppress(OSError):  # a file system without locks: two processes may compile, and the last library stays
             fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield
@@ -140,7 +140,7 @@ def _alone(library: Path) -> Iterator[None]:
 
 
 def mark_unloadable(library: Path, reason: str) -> None:
-    """Remembers that a library that was just built could not be loaded: the next start does not build it again."""
+    """Records that a library that was just built could not be loaded: the next start does not build it again."""
     library.unlink(missing_ok=True)
     _mark(library, f"the library could not be loaded when it was built: {reason}")
 
@@ -164,7 +164,7 @@ def _marker(library: Path) -> Path:
 
 
 def compile_command(compiler: list[str], more: Sequence[str], file: str = "kernels.cpp") -> list[str]:
-    """What compiles a file of the kernels, with more flags behind those that are always given."""
+    """The command that compiles a file of the kernels, with more flags after the usual ones."""
     root = Path(torch.__file__).parent
     includes = [root / "include", root / "include" / "torch" / "csrc" / "api" / "include"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
@@ -229,10 +229,10 @@ def _ends_soon(process: subprocess.Popen[bytes]) -> bool:
 
 
 def _cpp_runtime() -> list[str]:
-    """The C++ runtime that PyTorch has loaded, to be linked with before any other.
+    """The C++ runtime that PyTorch has loaded, to be linked before any other.
 
-    Some compilers link a copy of their own into the library. What that one throws PyTorch cannot catch: instead of an error
-    the process would end.
+    Some compilers link their own copy into the library. PyTorch cannot catch exceptions that come from it: the process would
+    end instead.
     """
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
@@ -243,7 +243,7 @@ def _cpp_runtime() -> list[str]:
 
 
 def _key(compiler: list[str]) -> str:
-    """What a compiled library depends on: sources, flags, compiler, PyTorch and this processor's instructions."""
+    """A digest of what a compiled library depends on: sources, flags, compiler, PyTorch and this processor's instructions."""
     digest = hashlib.sha256()
     for source in sorted(path for path in _SOURCES.rglob("*") if path.suffix in (".h", ".cpp")):
         digest.update(source.read_bytes())
@@ -264,7 +264,7 @@ def _instructions() -> str:
 
 
 def main() -> None:
-    """Compiles the kernels, when nothing else needs the processor; what fails is remembered for the next start to tell."""
+    """Compiles the kernels at low priority; a failure is recorded for the next start to report."""
     os.nice(10)
     try:
         build_library()

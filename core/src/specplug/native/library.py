@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from specplug.native.build import BuildError, OnWait, build_behind, build_library, is_pending, mark_unloadable
+from specplug.native.build import BuildError, OnWait, build_in_background, build_library, is_pending, mark_unloadable
 
 logger = logging.getLogger("specplug")
 _lock = threading.Lock()
 
 
 class _State:
-    """What this process has loaded: None until it was tried."""
+    """What this process has loaded; `loaded` is None until `load` was called."""
 
     loaded: bool | None = None
     packs_bf16 = False
@@ -26,12 +26,12 @@ class _State:
 
 
 def load(on_wait: OnWait = lambda seconds: None) -> bool:
-    """Compiles the kernels if need be, and loads them; whether they can be used from now on.
+    """Compiles the kernels if necessary, and loads them; returns whether they can be used.
 
-    Where that is not possible, one line of warning says why, once. `SPECPLUG_NATIVE=0` switches them off.
+    If that is not possible, one line of warning says why, once. `SPECPLUG_NATIVE=0` switches them off.
 
     Args:
-        on_wait: told every second for how long the compiler has run.
+        on_wait: called every second with the seconds that the compiler has run.
     """
     with _lock:
         if _State.loaded is None:
@@ -47,17 +47,17 @@ def must_be_compiled() -> bool:
 
 
 def go_without() -> bool:
-    """Where the kernels would have to be compiled first, has that done for the next process: this one uses PyTorch's.
+    """If the kernels must be compiled first, starts that for the next process; this one uses PyTorch's until it ends.
 
-    It stays so for this process: an engine's numbers, to the last bit, depend on its kernels.
+    It does not switch later, since an engine's results depend on its kernels to the last bit.
 
     Returns:
-        Whether that is so.
+        Whether this process goes without them.
     """
     with _lock:
         if not must_be_compiled():
             return False
-        build_behind()
+        build_in_background()
         _State.loaded = False
         return True
 
@@ -78,7 +78,7 @@ def _try_to_load(on_wait: OnWait = lambda seconds: None) -> bool:
 
 
 def _load_library(on_wait: OnWait) -> Path:
-    """Loads the library; from the sources once more if that fails: what lies there may be cut off by a full disk."""
+    """Loads the library; if that fails, builds it once more: the file may have been truncated by a full disk."""
     path = build_library(on_wait)
     try:
         torch.ops.load_library(str(path))
@@ -100,7 +100,7 @@ def available() -> bool:
 
 
 def packs_bfloat16() -> bool:
-    """Whether they include products with packed bfloat16 weights, for which the processor needs vectors (AVX2 at least)."""
+    """Whether they include linears with packed bfloat16 weights, which need AVX2 or more."""
     return available() and _State.packs_bf16
 
 
@@ -110,5 +110,5 @@ def has_amx() -> bool:
 
 
 def key() -> str:
-    """Names the loaded kernels: other sources, compilers, processors or PyTorch versions have other keys."""
+    """A key of the loaded kernels that changes with sources, compiler, processor and PyTorch version."""
     return _State.key

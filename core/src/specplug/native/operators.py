@@ -1,4 +1,4 @@
-"""The operators' schemas and their shape functions, so that compiled forwards can contain them.
+"""The schemas and fake implementations of our operators, which compiled forwards need.
 
 `attend` writes new keys and values into the KV cache without declaring the mutation. Only one layer's `attend` touches that
 layer's cache, and its result is always used; a declared mutation would make a compiled forward copy or re-link every cache.
@@ -66,5 +66,5 @@ def _argmax_with_prob(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 # Several linears over the same rows in one operator. Fixed arity: compiled code calls operators that take lists through Python.
 JOINED = {2: torch.ops.specplug.linears_2.default, 3: torch.ops.specplug.linears_3.default}
 
-# What `gated_linears` knows, by PyTorch's names; see `gemm/glu.h`.
+# The activations of `gated_linears`, by PyTorch's names; see `gemm/glu.h`.
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from specplug.errors import CheckpointError, RequestError
-from specplug.model.checkpoint import resolve_checkpoint
+from specplug.model.load.checkpoint import resolve_checkpoint
 from specplug.sampling.params import SamplingParams
 
 logger = logging.getLogger("specplug")

@@ -12,7 +12,7 @@ import torch
 from specplug.errors import ModelOutputError
 from specplug.model.device import to_device
 from specplug.native.gpu import cuda
-from specplug.sampling.likeliest import is_fast, likeliest
+from specplug.sampling.argmax import argmax_with_prob, is_fast
 from specplug.sampling.params import LOWEST_DIVISOR, SamplingParams
 from specplug.sampling.rules import LogitsRules
 from specplug.sampling.workspace import Workspace
@@ -103,16 +103,16 @@ def top_probs(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
     return torch.cat([piece.indices for piece in pieces]), torch.cat([piece.values for piece in pieces])
 
 
-def most_likely(logits: torch.Tensor) -> tuple[list[int], int | None]:
+def argmax(logits: torch.Tensor) -> tuple[list[int], int | None]:
     """The most likely token of each row of [N, V] (the first of equals), and the first row that holds NaN, if one does."""
     if logits.is_cuda and cuda.works_on(logits.device):
-        from specplug.native.gpu.argmax import argmax
+        from specplug.native.gpu.argmax import argmax as gpu_argmax
 
-        tokens, broken = argmax(logits)
+        tokens, broken = gpu_argmax(logits)
         return tokens, next((row for row, is_broken in enumerate(broken) if is_broken), None)
     if is_fast(logits):
-        ids, chances = likeliest(logits)
-        if not bool(chances.isnan().any()):  # else NaN or infinity: which of them is seen below
+        ids, probs = argmax_with_prob(logits)
+        if not bool(probs.isnan().any()):  # else NaN or infinity, which are told apart below
             return ids.tolist(), None
     values, indices = logits.max(dim=-1)
     if logits.device.type == "cpu":
@@ -204,7 +204,7 @@ class StepDistributions:
 
     def argmax(self, entries: Sequence[int]) -> list[int]:
         """The most likely token at each entry (the first of equals)."""
-        tokens, bad = most_likely(self._select(entries))
+        tokens, bad = argmax(self._select(entries))
         if bad is not None:
             self._refuse(entries[bad])
         return tokens

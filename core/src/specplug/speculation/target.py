@@ -11,8 +11,11 @@ import torch
 
 from specplug.contract.memory import MemoryRegion
 from specplug.errors import PluginError
-from specplug.model.architecture import inspect_architecture
-from specplug.model.checkpoint import (
+from specplug.model.device import choose_device
+from specplug.model.head import Head
+from specplug.model.kv_cache import KVCache
+from specplug.model.load.architecture import inspect_architecture
+from specplug.model.load.checkpoint import (
     choose_dtype,
     load_config,
     load_tensors,
@@ -20,15 +23,11 @@ from specplug.model.checkpoint import (
     read_json_config,
     resolve_checkpoint,
 )
-from specplug.model.device import choose_device
-from specplug.model.forward import ForwardRow
-from specplug.model.head import Head
-from specplug.model.kv_cache import KVCache
-from specplug.model.leftovers import check_not_quantised
-from specplug.model.loading import load_model
-from specplug.model.refusal import check_kind
+from specplug.model.load.refusal import check_kind
+from specplug.model.load.tokenizer import load_tokenizer
+from specplug.model.load.weights import check_not_quantised, load_model
+from specplug.model.rows import ForwardRow
 from specplug.model.runner import ModelRunner
-from specplug.model.tokenizer import load_tokenizer
 from specplug.values import as_integer, as_tuple, is_integer, shown
 
 Progress = Callable[[float], None]

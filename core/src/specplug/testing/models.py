@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from specplug.model.quiet import quiet_transformers
+from specplug.model.load.quiet import quiet_transformers
 
 CONTEXT = 400
 WINDOW = 6

@@ -15,7 +15,7 @@ from specplug.engine.engine import Engine
 from specplug.engine.planning import max_nodes_of
 from specplug.errors import GenerationError
 from specplug.llm import LLM
-from specplug.model.blocks import BlockAllocator
+from specplug.model.kv_cache import BlockAllocator
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
 from specplug.sampling.params import SamplingParams

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from specplug.errors import ConfigurationError
-from specplug.model.checkpoint import resolve_checkpoint
-from specplug.model.quiet import quiet_transformers
+from specplug.model.load.checkpoint import resolve_checkpoint
+from specplug.model.load.quiet import quiet_transformers
 from specplug.testing.models import save_tiny_model
 from specplug.testing.words import save_words
 from specplug.tiny import resolve_model

@@ -10,8 +10,8 @@ from typing import Any
 import attrs
 
 from specplug.errors import RequestError
-from specplug.model.checkpoint import resolve_checkpoint
-from specplug.model.tokenizer import required_tokenizer
+from specplug.model.load.checkpoint import resolve_checkpoint
+from specplug.model.load.tokenizer import required_tokenizer
 from specplug.values import text_fault, to_python
 
 Prompt = str | Sequence[int] | Mapping[str, Any]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 
-from specplug import likeliest, process
+from specplug import argmax_with_prob, process
 from specplug import sample as draw_tokens
 
 if TYPE_CHECKING:
@@ -71,9 +71,11 @@ def draw(
 def _best(logits: torch.Tensor, asks: bool) -> tuple[list[int], list[float | None]]:
     """The most likely token of every row, and its probability, which costs a GPU more: there it is None if nobody asks."""
     if logits.device.type == "cpu":
-        ids, chances = likeliest(logits)
+        ids, chances = argmax_with_prob(logits)
         return ids.tolist(), chances.tolist()
     if not asks:
         return logits.max(dim=-1).indices.tolist(), [None] * len(logits)
-    columns = torch.stack([part.double() for part in likeliest(logits)]).tolist()  # one copy; float64 holds every index
+    columns = torch.stack(
+        [part.double() for part in argmax_with_prob(logits)]
+    ).tolist()  # one copy; float64 holds every index
     return [int(token) for token in columns[0]], columns[1]

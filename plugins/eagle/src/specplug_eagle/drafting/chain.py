@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import attrs
 import torch
 
-from specplug import DraftDistributions, ForwardRow, likeliest, process, sample, worth_another_token
+from specplug import DraftDistributions, ForwardRow, argmax_with_prob, process, sample, worth_another_token
 from specplug_eagle.drafting.runner import HeadRunner, Roots
 from specplug_eagle.drafting.tree_draft import TreeDraft
 
@@ -101,7 +101,7 @@ def _draw(
 ) -> _Level:
     """The next token of every row; `output` is [members, hidden], `before` the scores so far."""
     logits = runner.head.logits(output)
-    ids, chances = likeliest(logits)
+    ids, chances = argmax_with_prob(logits)
     probs: dict[int, torch.Tensor] = {}
     if drawing := [member for member in members if member in sampled]:
         at = torch.tensor([members.index(member) for member in drawing], device=output.device, dtype=torch.long)

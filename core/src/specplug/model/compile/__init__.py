@@ -1,0 +1,1 @@
+"""Forwards as machine code and CUDA graphs."""

@@ -1,0 +1,127 @@
+"""A step as CUDA graphs, one per number of tokens: one launch instead of hundreds.
+
+A graph replays what was captured, over the memory it was captured with. Inputs therefore are in one buffer at a fixed address,
+and the copy that fills it is the graph's first part. The batch is padded to the next captured number of tokens, and the
+attention plan says how many are real: nothing attends to padding, and its KV is not stored. The next replay overwrites the
+outputs: copies are made for callers that keep them longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+import torch
+
+from specplug.model.batch import ForwardBatch
+from specplug.model.staging import StagedInputs, staged_length
+
+MOST_TOKENS = 256
+LONGEST_PLAN = 1 << 17
+_NO_WORK = [[0, 0, 1, 4, 0, 0, 0, 0]]
+"""The plan of a batch without rows."""
+TensorStep = Callable[..., Sequence[torch.Tensor]]
+
+
+def token_buckets(limit: int) -> list[int]:
+    """The numbers of tokens that are captured, up to a limit: 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, …"""
+    buckets, size = [1, 2], 4
+    while size < limit:
+        buckets += [size, size * 3 // 2]
+        size *= 2
+    return [*(bucket for bucket in buckets if bucket < limit), limit]
+
+
+@attrs.frozen(eq=False)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    outputs: list[torch.Tensor]
+
+
+class CudaGraphs:
+    """The captured runs of one step with native attention.
+
+    Args:
+        run: the step over tensors alone: positions, plan, write slots and its own inputs.
+        device: the GPU.
+        most_tokens: of a batch that is worth capturing.
+        inputs: examples of the step's own inputs, whose first dimension is the tokens. None for a model's forward: its inputs
+            are ids and logits index of the batch.
+
+    Raises:
+        RuntimeError: the step does something that cannot be captured.
+    """
+
+    def __init__(
+        self, run: TensorStep, device: torch.device, most_tokens: int, inputs: Sequence[torch.Tensor] | None = None
+    ) -> None:
+        self._buckets = token_buckets(min(most_tokens, MOST_TOKENS))
+        widest = self._buckets[-1]
+        self._staged = StagedInputs(widest, LONGEST_PLAN, device)
+        self._inputs: list[torch.Tensor] | None = None
+        if inputs is not None:
+            self._inputs = [tensor.new_zeros(widest, *tensor.shape[1:], device=device) for tensor in inputs]
+            for own, example in zip(self._inputs, inputs, strict=True):
+                if len(example):
+                    own.copy_(example[:1].expand_as(own))  # padding must be a valid value, an id of a table say
+        pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream(device)
+        self._captured = {bucket: self._capture(run, bucket, pool, stream) for bucket in reversed(self._buckets)}
+        torch.cuda.synchronize(device)
+
+    @torch.inference_mode()
+    def _capture(self, run: TensorStep, bucket: int, pool: Any, stream: torch.cuda.Stream) -> _Captured:
+        """A graph of one run, which copies its staged inputs first; a batch without rows is staged meanwhile."""
+        ids, positions, slots, index, plan = self._staged.tensors(bucket)
+        inputs = [ids, index] if self._inputs is None else [tensor[:bucket] for tensor in self._inputs]
+        self._staged.write([[], [], [], []], bucket, _NO_WORK)
+        self._staged.copy(bucket)
+        torch.cuda.synchronize(stream.device)
+        with torch.cuda.stream(stream):  # compiles kernels and fills libraries' workspaces, which a capture must not
+            run(positions, plan, slots, *inputs)
+        torch.cuda.synchronize(stream.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            self._staged.copy(bucket)
+            outputs = list(run(positions, plan, slots, *inputs))
+        return _Captured(graph, outputs)
+
+    def replay(
+        self, batch: ForwardBatch, inputs: Sequence[torch.Tensor] = (), *, lasting: bool = True
+    ) -> list[torch.Tensor] | None:
+        """The step's outputs for a batch; None if it is too large.
+
+        Args:
+            batch: the batch; the first output is cut to its logits, the others to its tokens.
+            inputs: the step's own inputs, as they were captured.
+            lasting: whether the outputs must outlive the next replay.
+        """
+        tokens = batch.num_tokens
+        if tokens > self._buckets[-1] or batch.num_logits > tokens:
+            return None
+        bucket = next(size for size in self._buckets if size >= tokens)
+        if not batch.stage(self._staged, bucket):
+            return None
+        for own, given in zip(self._inputs or (), inputs, strict=True):
+            own[:tokens].copy_(given)
+        captured = self._captured[bucket]
+        captured.graph.replay()
+        self._staged.mark_read()
+        lengths = [batch.num_logits] + [tokens] * (len(captured.outputs) - 1)
+        outputs = [output[:length] for output, length in zip(captured.outputs, lengths, strict=False)]
+        return [output.clone() for output in outputs] if lasting else outputs
+
+    @staticmethod
+    def planned_bytes(most_tokens: int, token_bytes: int, output_bytes: int, scratch_bytes: int) -> int:
+        """Bytes of one step's graphs; a pool serves all of its graphs, and no other's.
+
+        Args:
+            most_tokens: as above.
+            token_bytes: what a token takes while the step runs.
+            output_bytes: what it leaves: logits and captured states.
+            scratch_bytes: what the largest batch takes in addition.
+        """
+        buckets = token_buckets(min(most_tokens, MOST_TOKENS))
+        inputs = staged_length(buckets[-1], LONGEST_PLAN) * torch.int32.itemsize
+        return inputs + scratch_bytes + buckets[-1] * token_bytes + sum(buckets) * output_bytes

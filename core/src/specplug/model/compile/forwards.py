@@ -1,0 +1,136 @@
+"""A model's forward as a step: its inputs are ids [T] and logits index [L], its outputs logits and captured states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from specplug import native
+from specplug.model.batch import ForwardBatch
+from specplug.model.compile.artifacts import as_compile_error, cache_key, config_facts, device_name
+from specplug.model.compile.compiled import (
+    CompiledStep,
+    RowsStep,
+    build_step,
+    check_change,
+    measure_change,
+    measure_rounding,
+)
+from specplug.model.compile.cuda_graphs import CudaGraphs, TensorStep
+from specplug.model.compile.trace import EXAMPLE_LOGITS, EXAMPLE_TOKENS, Step, TensorBatch, weights_of
+from specplug.model.rows import ForwardRow
+from specplug.model.runner import ModelRunner
+
+_CONVENTION = 2  # the order of inputs and outputs, which an artifact depends on
+
+
+def compile_forward(runner: ModelRunner) -> CompiledStep:
+    """Compiles a runner's forward, or takes it from disk; the first slots of the KV cache are overwritten.
+
+    Raises:
+        CompileError: it cannot be compiled here, or does not compute what the model does.
+    """
+
+    def check(compiled: CompiledStep) -> None:
+        _check(runner, "compiled", over_rows(runner, compiled.over_tensors))
+
+    return build_step(
+        forward_step(runner),
+        runner.model,
+        runner.cache,
+        example_inputs(runner.device),
+        check,
+        runner.architecture.name,
+        _key(runner),
+    )
+
+
+def capture_forward(runner: ModelRunner, most_tokens: int) -> None:
+    """Gives a runner CUDA graphs of its forward, compiled or not; without them if it raises.
+
+    Args:
+        runner: on a GPU, with native attention.
+        most_tokens: of a batch that is worth capturing.
+
+    Raises:
+        CompileError: the forward cannot be captured, or gives other results.
+    """
+    try:
+        with as_compile_error():
+            runner.graphs = CudaGraphs(runner.run_tensors, runner.device, most_tokens)
+            _check(runner, "captured", lambda rows: [runner.forward(rows), *runner.captured_states])
+    except BaseException:
+        runner.graphs = None
+        torch.cuda.synchronize(runner.device)
+        raise
+
+
+def forward_step(runner: ModelRunner) -> Step:
+    """The runner's forward over the caches of a `TensorBatch`, as it is traced."""
+
+    def step(batch: TensorBatch, ids: torch.Tensor, logits_index: torch.Tensor) -> list[torch.Tensor]:
+        own = [(site.keys, site.values) for site in runner.sites]
+        try:
+            for number, site in enumerate(runner.sites):
+                site.keys, site.values = batch.caches[2 * number : 2 * number + 2]
+            return runner.step(batch, ids, logits_index)
+        finally:
+            runner.taps.captured.clear()
+            for site, (keys, values) in zip(runner.sites, own, strict=True):
+                site.keys, site.values = keys, values
+
+    return step
+
+
+def example_inputs(device: torch.device) -> list[torch.Tensor]:
+    """Ids and logits index for `trace_step`."""
+    return [torch.zeros(count, dtype=torch.long, device=device) for count in (EXAMPLE_TOKENS, EXAMPLE_LOGITS)]
+
+
+def over_rows(runner: ModelRunner, run: TensorStep) -> RowsStep:
+    """A forward over tensors as one over rows of a runner."""
+
+    def run_rows(rows: list[ForwardRow]) -> Any:
+        return run(*ForwardBatch(rows, runner.cache).step_inputs)
+
+    return run_rows
+
+
+def measure_forward_change(runner: ModelRunner, forward: RowsStep) -> float:
+    """See `measure_change`: how much a forward differs from the runner's own over tensors."""
+    own = over_rows(runner, runner.run_tensors)
+    return measure_change(forward, own, _longest(runner), runner.architecture.vocab_size)
+
+
+def _check(runner: ModelRunner, how: str, forward: RowsStep) -> None:
+    def rounding() -> float:
+        own = over_rows(runner, runner.run_tensors)
+        return measure_rounding(own, _longest(runner), runner.architecture.vocab_size)
+
+    change = measure_forward_change(runner, forward)
+    check_change(f"{how}, it gives other logits", change, runner.cache.keys[0].dtype, rounding)
+
+
+def _longest(runner: ModelRunner) -> int:
+    return min(runner.architecture.context_length, runner.cache.num_slots)
+
+
+def _key(runner: ModelRunner) -> str:
+    """What a compiled forward depends on, without a trace: that would take a start most of its time.
+
+    The model's code is covered by the versions, and by the check before use.
+    """
+    model: Any = runner.model
+    facts = {
+        "convention": _CONVENTION,
+        "config": config_facts(model.config),
+        "weights": {name: (list(w.shape), str(w.dtype)) for name, w in weights_of(model).items()},
+        "caches": [(tensor.shape[0], tensor.shape[2], str(tensor.dtype)) for tensor in runner.cache_tensors],
+        "boundaries": list(runner.taps.boundaries),
+        "windows": [site.window for site in runner.sites],
+        "native": native.key(),
+        "threads": torch.get_num_threads(),
+        "device": device_name(runner.device),
+    }
+    return cache_key(runner.architecture.name, facts)

@@ -1,0 +1,298 @@
+"""A model's layers, KV shapes and sizes, found by running it once on the meta device: no weights, no config formulas.
+
+The traced call of every attention layer says what the KV cache must store (multi-head latent attention, for example,
+shows its expanded keys and values here) and whether the model can run as a packed batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import attrs
+import torch
+from torch.overrides import TorchFunctionMode
+
+from specplug.contract.memory import KVLayer
+from specplug.errors import UnsupportedModelError
+from specplug.model.attention.interface import SITE
+from specplug.model.load import masks
+from specplug.model.load.context import LENGTH_DEPENDENT_ROPE, context_length, context_note, rope_parameters
+from specplug.model.load.masks import Mask
+from specplug.model.load.packing import can_pack
+from specplug.model.load.quiet import quiet_transformers
+from specplug.model.load.refusal import (
+    build_failure,
+    check_attention,
+    check_causality,
+    check_kind,
+    check_positions,
+    forward_failure,
+)
+
+_LAYER_NAME = re.compile(r"^(.*?\.\d+)\.")
+_TRACE_TOKENS = 6
+
+
+@attrs.frozen
+class AttentionCall:
+    """One attention layer in the trace.
+
+    Attributes:
+        module: its name in the model.
+        kv: what it stores per token.
+        mask: its mask.
+    """
+
+    module: str
+    kv: KVLayer
+    mask: Mask = attrs.field(factory=Mask)
+
+
+@attrs.frozen
+class Architecture:
+    """The facts about a model that planning and running need.
+
+    Attributes:
+        name: the model class.
+        calls: the attention layers, in the order they run.
+        layers: the names of the decoder layers; boundary b of the residual stream enters layer b.
+        vocab_size: the width of the logits.
+        hidden_size: the width of the residual stream.
+        weight_bytes: parameters and buffers in the dtype they are loaded in, shared ones once.
+        context_length: the longest sequence that positions exist for.
+        has_plain_stream: whether every layer gives the residual stream as one state per token; some carry several.
+        tied_head_bytes: of an output layer that shares the embedding's table; 0 if it has its own.
+        context_note: why `context_length` is shorter than the configuration says; empty if it is not.
+        tensor_kinds: the last parts of its tensors' names, such as `weight`.
+    """
+
+    name: str
+    calls: tuple[AttentionCall, ...]
+    layers: tuple[str, ...]
+    vocab_size: int
+    hidden_size: int
+    weight_bytes: int
+    context_length: int
+    has_plain_stream: bool = True
+    tied_head_bytes: int = 0
+    context_note: str = ""
+    tensor_kinds: frozenset[str] = frozenset()
+
+    def loaded_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
+        """Bytes of the weights as they are held: a packed output layer is a second copy of a tied table."""
+        return self.weight_bytes + (self.tied_head_bytes if can_pack(dtype, device) else 0)
+
+    @property
+    def kv_layers(self) -> tuple[KVLayer, ...]:
+        """What the KV cache stores per token, layer by layer."""
+        return tuple(call.kv for call in self.calls)
+
+
+class _Recorder:
+    """Takes the place of an attention site during the trace."""
+
+    def __init__(self, name: str, module: torch.nn.Module, trace: _Trace) -> None:
+        self._name = name
+        self._module = module
+        self._trace = trace
+
+    def record(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        layer = KVLayer(key.shape[1], key.shape[3], value.shape[3])
+        self._trace.calls.append(AttentionCall(self._name, layer, masks.read_mask(attention_mask)))
+        self._trace.modules.append(self._module)
+        return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+def _recording_interface(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    return module.__dict__[SITE].record(query, key, value, attention_mask), None
+
+
+class _Use(TorchFunctionMode):
+    """Records whether anything is computed from a tensor."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__()
+        self._tensor = tensor
+        self.is_used = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.is_used = self.is_used or any(each is self._tensor for each in (*args, *(kwargs or {}).values()))
+        return func(*args, **(kwargs or {}))
+
+
+@attrs.define
+class _Trace:
+    """What one forward on the meta device recorded.
+
+    Attributes:
+        calls: of the attention interface.
+        modules: the modules that made them.
+        vocab_size: the width of the logits.
+        uses_positions: whether anything was computed from `position_ids`.
+    """
+
+    calls: list[AttentionCall] = attrs.field(factory=list)
+    modules: list[torch.nn.Module] = attrs.field(factory=list)
+    vocab_size: int = 0
+    uses_positions: bool = False
+
+
+class _Streams:
+    """Output shapes of numbered modules, among them the decoder layers, during the trace."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for name, module in model.named_modules():
+            if _LAYER_NAME.fullmatch(f"{name}."):
+                module.register_forward_hook(self._keep(name))
+
+    def _keep(self, name: str) -> Any:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            given = output if isinstance(output, torch.Tensor) else output[0]
+            self._shapes[name] = tuple(given.shape) if isinstance(given, torch.Tensor) else ()
+
+        return hook
+
+    def are_plain(self, layers: tuple[str, ...], hidden_size: int) -> bool:
+        """Whether these layers give one state per token."""
+        return all(self._shapes.get(layer) == (1, _TRACE_TOKENS, hidden_size) for layer in layers)
+
+
+def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Architecture:
+    """Traces a model from its configuration alone.
+
+    Raises:
+        UnsupportedModelError: the model does not run every layer's attention through Transformers' attention interface,
+            keeps recurrent state, or needs positions that a packed batch cannot give.
+    """
+    from transformers import AutoModelForCausalLM
+
+    masks.register(_recording_interface)
+    config = copy.deepcopy(config)
+    model_type = getattr(config, "model_type", "unknown")
+    check_kind(config, trust_remote_code=trust_remote_code)
+    _check_layer_types(config, model_type)
+    longest, note = context_length(config), context_note(config)
+    for parameters in rope_parameters(config):
+        if parameters.get("rope_type") in LENGTH_DEPENDENT_ROPE:  # reads positions: not possible on the meta device
+            parameters["rope_type"] = "default"
+    try:
+        with torch.device("meta"), quiet_transformers():
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=masks.RECORDING, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:
+        raise build_failure(model_type, error) from error
+    weight_bytes = _unique_bytes(model)
+    tied_head_bytes = _tied_head_bytes(model)
+    streams = _Streams(model)
+    trace = _run(model, model_type, dtype)
+    layers = _decoder_layers(trace.calls)
+    expected = getattr(config.get_text_config(), "num_hidden_layers", len(layers))
+    check_attention(model_type, expected, len(layers), len(trace.calls))
+    check_causality(model_type, trace.modules)
+    check_positions(model_type, model, used=trace.uses_positions)
+    hidden_size = config.get_text_config().hidden_size
+    for call in trace.calls:
+        if call.mask.misfit:
+            raise UnsupportedModelError(
+                f"model type '{model_type}' {call.mask.misfit} (in '{call.module}'); only causal and sliding-window attention "
+                "can be paged and rolled back"
+            )
+    for call, kept in zip(trace.calls, masks.windows_of_cache(config, len(trace.calls)), strict=True):
+        if kept is not None and kept < min(call.mask.window or longest, longest):
+            raise UnsupportedModelError(
+                f"model type '{model_type}' has a window of {kept} positions in its cache, but not in the mask of "
+                f"'{call.module}': what it generates depends on how a prompt is cut into steps"
+            )
+    return Architecture(
+        name=type(model).__name__,
+        calls=tuple(trace.calls),
+        layers=layers,
+        vocab_size=trace.vocab_size,
+        hidden_size=hidden_size,
+        weight_bytes=weight_bytes,
+        context_length=longest,
+        has_plain_stream=streams.are_plain(layers, hidden_size),
+        tied_head_bytes=tied_head_bytes,
+        context_note=note,
+        tensor_kinds=frozenset(name.rpartition(".")[2] for name in model.state_dict()),
+    )
+
+
+def disable_padding_checks(model: Any) -> None:
+    """Some models look for padding in their inputs: a host synchronisation that a packed batch does not need."""
+    vars(model.config)["pad_token_id"] = None  # an assignment would be validated, and refused for some types
+
+
+def _check_layer_types(config: Any, model_type: str) -> None:
+    text = config.get_text_config()
+    known = {"full_attention", "sliding_attention"}
+    foreign = sorted(set(getattr(text, "layer_types", None) or ()) - known)
+    if foreign:
+        raise UnsupportedModelError(
+            f"model type '{model_type}' has layers of type {', '.join(foreign)}; only full and sliding-window attention "
+            "can be paged and rolled back"
+        )
+
+
+def _run(model: torch.nn.Module, model_type: str, dtype: torch.dtype) -> _Trace:
+    trace = _Trace()
+    for name, module in model.named_modules():
+        module.__dict__[SITE] = _Recorder(name, module, trace)
+    disable_padding_checks(model)
+    # Without a mask, the model's mask code would look for packed rows.
+    attention_mask = torch.ones(1, _TRACE_TOKENS, dtype=torch.long, device="meta")
+    ids = torch.zeros(1, _TRACE_TOKENS, dtype=torch.long, device="meta")
+    positions = torch.arange(_TRACE_TOKENS, device="meta", dtype=torch.long)[None]
+    keep = torch.tensor([1, _TRACE_TOKENS - 1], device="meta", dtype=torch.long)
+    use = _Use(positions)
+    model.eval()
+    try:
+        with torch.no_grad(), use:
+            logits = model(
+                input_ids=ids,
+                attention_mask=attention_mask,
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=keep,
+            ).logits
+    except Exception as error:
+        if dtype != torch.bfloat16:  # grouped expert kernels have a meta implementation for bfloat16 alone
+            return _run(model.to(torch.bfloat16), model_type, torch.bfloat16)
+        raise forward_failure(model_type, error) from error
+    if logits.shape[1] != 2:
+        raise UnsupportedModelError(
+            f"model type '{model_type}' ignores logits_to_keep, which a packed batch needs; give a decoder-only model that "
+            "takes it"
+        )
+    trace.vocab_size, trace.uses_positions = logits.shape[-1], use.is_used
+    return trace
+
+
+def _decoder_layers(calls: list[AttentionCall]) -> tuple[str, ...]:
+    names = [match.group(1) for call in calls if (match := _LAYER_NAME.match(call.module))]
+    return tuple(dict.fromkeys(names))
+
+
+def _unique_bytes(model: torch.nn.Module) -> int:
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _tied_head_bytes(model: Any) -> int:
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if type(head) is not torch.nn.Linear or head.weight is not getattr(table, "weight", None):
+        return 0
+    return head.weight.numel() * head.weight.element_size()

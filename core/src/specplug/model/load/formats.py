@@ -1,0 +1,63 @@
+"""Errors for a path that is not a Hugging Face checkpoint: each says what it is, and what to do instead."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from specplug.errors import CheckpointError
+
+ADAPTER = "adapter_config.json"
+_UNUSABLE = "it is not a Hugging Face checkpoint"
+
+
+def not_a_folder(path: Path) -> CheckpointError:
+    """For a path that exists and is not a folder."""
+    if path.suffix.lower() == ".gguf":
+        return CheckpointError(f"{path} is a GGUF file; give a folder with the same model as safetensors")
+    if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".json"):
+        return CheckpointError(f"{path} is one file of a checkpoint; give its folder")
+    return CheckpointError(f"'{path}' is not a folder with a checkpoint; give a folder or a hub name like org/model")
+
+
+def without_config(folder: Path) -> CheckpointError:
+    """For a folder without config.json."""
+    if (folder / ADAPTER).is_file():
+        base = _base_model(folder)
+        return CheckpointError(
+            f"{folder} has no config.json: it is an adapter (LoRA){f' for {base}' if base else ''}, not a model; merge it into "
+            "its base model with peft's merge_and_unload(), and give the folder of the result"
+        )
+    known = {
+        "*.gguf": "it holds a GGUF file; give a folder with the same model as safetensors",
+        "model_index.json": "it is a diffusion pipeline, not a language model",
+        "params.json": "it is in the format of the model's authors; give the checkpoint in Hugging Face's format",
+        "*/config.json": "its subfolder '{found}' has one; give that folder",
+        "snapshots/*/config.json": "its subfolder '{found}' has one; give that folder",
+    }
+    for pattern, what in known.items():
+        if found := sorted(folder.glob(pattern)):
+            return CheckpointError(
+                f"{folder} has no config.json: {what.format(found=found[0].parent.relative_to(folder))}"
+            )
+    return CheckpointError(f"{folder} has no config.json; {_UNUSABLE}")
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Refuses a model's folder with an adapter in it, which Transformers would apply only where peft is installed.
+
+    Raises:
+        CheckpointError: there is an adapter.
+    """
+    if (folder / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{folder} has an adapter ({ADAPTER}) next to its config.json, and adapters are not applied; merge it with peft's "
+            f"merge_and_unload(), or remove {ADAPTER} to run the model without it"
+        )
+
+
+def _base_model(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
+    except (OSError, ValueError, AttributeError):
+        return ""

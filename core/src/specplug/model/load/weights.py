@@ -1,0 +1,157 @@
+"""Reading a model's weights: safetensors only, every tensor accounted for."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specplug import native
+from specplug.errors import CheckpointError, one_line
+from specplug.model.attention.interface import IMPLEMENTATION, register
+from specplug.model.load.architecture import Architecture, disable_padding_checks
+from specplug.model.load.checkpoint import TensorHeader, read_headers
+from specplug.model.load.packing import pack_linears
+from specplug.model.load.quiet import quiet_transformers
+from specplug.native.gpu import cuda
+
+
+def load_model(
+    folder: Path, config: Any, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
+) -> torch.nn.Module:
+    """Loads a causal LM in evaluation mode, with its attention over the paged KV cache.
+
+    Raises:
+        CheckpointError: weights are missing, truncated, of another shape, or not safetensors.
+    """
+    from transformers import AutoModelForCausalLM
+
+    register()
+    cuda.load() if device.type == "cuda" else native.load()
+    read_headers(folder)
+    try:
+        with quiet_transformers():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=copy.deepcopy(config),
+                dtype=dtype,
+                attn_implementation=IMPLEMENTATION,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported below, with names and shapes
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        raise CheckpointError(f"the weights of {folder} cannot be loaded: {one_line(error, 300)}") from error
+    mismatched = report.get("mismatched_keys") or ()
+    if mismatched:
+        name, stored, expected = min(mismatched)
+        raise CheckpointError(
+            f"{folder}: {len(mismatched)} weights have another shape than config.json says, first '{name}': "
+            f"{list(stored)}, not {list(expected)}; config.json and weights belong to different models"
+        )
+    missing = sorted(report.get("missing_keys") or ())
+    if missing:
+        raise CheckpointError(f"{folder}: {len(missing)} weights are missing, first '{missing[0]}'")
+    check_leftovers(folder, report.get("unexpected_keys") or (), config, type(model).__name__)
+    disable_padding_checks(model)
+    model.to(device).eval().requires_grad_(False)
+    pack_linears(model)
+    return model
+
+
+logger = logging.getLogger("specplug")
+
+# Tensors of quantised weights: scales, zero points, packed integers, of all common formats.
+_QUANTISED = re.compile(
+    r"(^|[._])(scales?|scale_inv|scale_\d|zero_points?|qzeros|qweight|g_idx|weight_packed|weight_shape|absmax|quant_map|SCB)$"
+    r"|\.quant_state\."
+)
+# Rotary frequencies, masks and positions that old models stored; towers and heads that text generation does not run.
+_HARMLESS = re.compile(
+    r"(^|\.)inv_freq$|(^|\.)position_ids$|\.(attn|attention|self_attn)\.(masked_)?bias$"
+    r"|(^|\.)(mtp|nextn)|(^|\.)(vision|visual|audio|speech|image|video|embed_vision|embed_audio|talker|token2wav|code2wav)"
+    r"|(^|\.)(multi_modal_projector|mm_projector|connector|aligner|v_head|value_head|reward_head)(\.|$)"
+    r"|(^|\.)logit_scale$"
+)
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+
+
+def check_not_quantised(
+    folder: Path, headers: Mapping[str, TensorHeader], config: Any, architecture: Architecture
+) -> None:
+    """Refuses quantised weights without a `quantization_config`, from headers alone.
+
+    Raises:
+        CheckpointError: there are scales or integers as weights, and no `quantization_config`.
+    """
+    if is_quantised(config):
+        return
+    known = architecture.tensor_kinds
+    scales = [name for name in headers if name.rpartition(".")[2] not in known and _is_scale(name, config)]
+    integers = [
+        name for name, header in headers.items() if name.endswith(".weight") and not header.dtype.is_floating_point
+    ]
+    if found := sorted(scales) or sorted(integers):
+        raise _raw_numbers(folder, found, architecture.name)
+
+
+def check_leftovers(folder: Path, names: Collection[str], config: Any, model: str) -> None:
+    """Checks the tensors that loading did not use; a warning names those of unknown kind.
+
+    Args:
+        folder: the checkpoint.
+        names: the tensors.
+        config: the model's configuration.
+        model: the model class.
+
+    Raises:
+        CheckpointError: they are the scales of quantised weights.
+    """
+    odd = sorted(name for name in names if not _is_harmless(name, config))
+    scales = [name for name in odd if _QUANTISED.search(name)]
+    if scales and not is_quantised(config):
+        raise _raw_numbers(folder, scales, model)
+    if odd:
+        logger.warning("%s: %s does not use %s of the checkpoint: %s", folder, model, _count(odd), _first(odd))
+
+
+def is_quantised(config: Any) -> bool:
+    """Whether a configuration has a `quantization_config`."""
+    return any(getattr(each, "quantization_config", None) for each in (config, config.get_text_config()))
+
+
+def _is_scale(name: str, config: Any) -> bool:
+    return bool(_QUANTISED.search(name)) and not _is_harmless(name, config)
+
+
+def _is_harmless(name: str, config: Any) -> bool:
+    text = config.get_text_config()
+    if _HARMLESS.search(name):
+        return True
+    if name.endswith("lm_head.weight"):
+        return bool(getattr(text, "tie_word_embeddings", False))
+    layer = _LAYER.search(name)  # layers after the last predict further tokens (MTP)
+    return layer is not None and int(layer.group(1)) >= getattr(text, "num_hidden_layers", 1 << 30)
+
+
+def _raw_numbers(folder: Path, names: Iterable[str], model: str) -> CheckpointError:
+    listed = list(names)
+    return CheckpointError(
+        f"{folder} holds quantised weights, and its config.json has no quantization_config that says how to read them: "
+        f"{model} does not use {_count(listed)}: {_first(listed)}; restore quantization_config, or take a checkpoint that "
+        "is not quantised"
+    )
+
+
+def _count(names: Collection[str]) -> str:
+    return f"{len(names):,} tensor{'' if len(names) == 1 else 's'}"
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names[:3]) + (", ..." if len(names) > 3 else "")
