@@ -23,7 +23,7 @@ import torch
 from positions import with_positions
 
 from specplug import LLM, SamplingParams
-from specplug.bench.machine import describe_machine
+from specplug.bench.report import describe_machine
 from specplug.model.blocks import BlockTable
 from specplug.model.forward import ForwardRow
 from specplug.model.large_memory import allocate

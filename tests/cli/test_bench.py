@@ -192,9 +192,9 @@ BAD: list[tuple[tuple[str, ...], int, str]] = [
     (
         (CONFIG, NGRAM, "--max-tokens", "5000"),
         1,
-        "built-in prompt 1: 115 tokens of prompt and 5,000 to generate are more",
+        "built-in prompt 1: 115 prompt tokens and 5,000 to generate are more",
     ),
-    ((CONFIG, NGRAM, "--memory", "1MiB"), 1, "to hold one: --one-at-a-time"),
+    ((CONFIG, NGRAM, "--memory", "1MiB"), 1, "to keep one at a time: --one-at-a-time"),
     ((CONFIG, NGRAM, "--plot", "picture.bmp"), 1, "'picture.bmp': the name must end in one of .png, .svg, .pdf"),
     ((CONFIG, NGRAM, "--plot", "nowhere/picture.png"), 1, "--plot 'nowhere/picture.png': there is no folder 'nowhere'"),
     ((CONFIG, NGRAM, "--json", "nowhere/report.json"), 1, "--json 'nowhere/report.json': there is no folder 'nowhere'"),
