@@ -36,12 +36,10 @@ from workloads import WORKLOADS
 
 from specplug import resolve_model
 from specplug.bench.comparison import Comparison, Watcher, compare_open, open_contestant
-from specplug.bench.contestant import PLAIN, Contestant, EngineContestant
-from specplug.bench.machine import describe_machine, describe_versions
-from specplug.bench.peer import method_model, transformers_contestants
-from specplug.bench.report import About, as_json
-from specplug.bench.statistics import paired_ratio
-from specplug.bench.summary import summarize
+from specplug.bench.contestants import PLAIN, Contestant, EngineContestant
+from specplug.bench.peers import method_model, transformers_contestants
+from specplug.bench.report import About, as_json, describe_machine, describe_versions
+from specplug.bench.summary import paired_ratio, summarize
 from specplug.bench.workload import BenchPrompt, Cell, Workload
 
 METHODS = ("ngram", "draft_model", "eagle3")

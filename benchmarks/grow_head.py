@@ -22,7 +22,7 @@ import torch
 from grow import GrowthError, Sizes, place_heads
 from safetensors.torch import load_file, save_file
 
-from specplug.bench.peer import method_model
+from specplug.bench.peers import method_model
 
 NORMS = ("layers.0.hidden_norm", "layers.0.input_layernorm", "layers.0.post_attention_layernorm", "norm")
 LAYER = "layers.0."

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from specplug import native
-from specplug.bench.machine import describe_machine
+from specplug.bench.report import describe_machine
 from specplug.model.load.packing import packed_shape
 from specplug.native.build import compile_command, find_compiler
 

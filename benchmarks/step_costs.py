@@ -23,7 +23,7 @@ import torch
 from positions import with_positions
 
 from specplug import LLM, SamplingParams
-from specplug.bench.machine import describe_machine
+from specplug.bench.report import describe_machine
 from specplug.model.huge_pages import allocate
 from specplug.model.kv_cache import BlockTable
 from specplug.model.rows import ForwardRow

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from specplug.bench.contestant import OnStep
+from specplug.bench.contestants import OnStep
 from specplug.bench.measurement import Advance, Measurement
 from specplug.bench.workload import Cell, Workload
 from specplug.stats import SpeculationStats

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from specplug.bench.statistics import estimate, paired_ratio, quantile
+from specplug.bench.summary import estimate, paired_ratio, quantile
 
 
 def test_a_median_and_its_interval() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from specplug.bench.comparison import Comparison, Watcher, compare, tokens_to_generate
-from specplug.bench.contestant import PLAIN, label_configs
+from specplug.bench.contestants import PLAIN, label_configs
 from specplug.bench.measurement import DecodeCosts, Measurement
 from specplug.bench.summary import cost_model, summarize
 from specplug.bench.workload import BenchPrompt, Cell, Workload
@@ -129,7 +129,7 @@ def test_what_learns_is_opened_anew_for_every_counted_run() -> None:
 def test_what_learns_has_nothing_to_show_where_prompts_repeat() -> None:
     plain, learner = summaries(Fake(PLAIN, 2.0), Fake("learner", 1.0, learns=True), cell=Cell(2, 0.0))
     assert plain.missing is None
-    assert learner.missing == "it learns: needs 4 different prompts, not 2"
+    assert learner.missing == "it learns: needs 4 different prompts, got 2"
 
 
 def test_unrelated_prompts_have_the_lengths_of_the_workload_and_none_of_its_text() -> None:

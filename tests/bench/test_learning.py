@@ -8,7 +8,7 @@ import pytest
 
 from specplug import Proposal, SpeculatorTraits, hookimpl
 from specplug.bench.comparison import Comparison, Watcher, compare
-from specplug.bench.contestant import PLAIN, EngineContestant
+from specplug.bench.contestants import PLAIN, EngineContestant
 from specplug.bench.summary import summarize
 from specplug.bench.workload import BenchPrompt, Cell, Workload
 
@@ -60,4 +60,4 @@ def test_a_memoriser_gains_nothing(one_at_a_time: bool) -> None:
 
 def test_a_memoriser_shows_nothing_where_prompts_repeat_within_a_run() -> None:
     (_, learner) = summarize(measure([Cell(2, 0.0)], one_at_a_time=False))
-    assert learner.missing == "it learns: needs 4 different prompts, not 2"
+    assert learner.missing == "it learns: needs 4 different prompts, got 2"

@@ -84,5 +84,5 @@ def test_a_run_that_fails_leaves_nothing_behind(llm: LLM, measurer: Measurer) ->
 def test_a_sequence_that_is_too_long_is_named() -> None:
     work = Workload("test", [BenchPrompt("short", [1]), BenchPrompt("prompts.jsonl, line 2", [1] * 90)], 20)
     work.check_length(110)
-    with pytest.raises(RequestError, match=r"^prompts.jsonl, line 2: 90 tokens of prompt and 20 to generate are more"):
+    with pytest.raises(RequestError, match=r"^prompts.jsonl, line 2: 90 prompt tokens and 20 to generate are more"):
         work.check_length(109)

@@ -11,7 +11,7 @@ from grow import GrowthError, grow
 from grow_head import grow_head
 
 from specplug import LLM, SamplingParams
-from specplug.bench.peer import method_model
+from specplug.bench.peers import method_model
 from specplug.tiny import resolve_model
 
 SIZES: dict[str, int] = {

@@ -184,13 +184,17 @@ BAD: list[tuple[tuple[str, ...], int, str]] = [
     ((CONFIG, NGRAM, CONFIG, '{"num_speculative_tokens": 2}'), 1, "speculative_config needs 'method'"),
     ((CONFIG, '{"method": "ngran"}'), 1, "no speculator named 'ngran'; did you mean 'ngram'?"),
     ((CONFIG, '{"method": "ngram", "prompt_lookup": 2}'), 1, "unknown key 'prompt_lookup' for method 'ngram'"),
-    ((CONFIG, NGRAM, "--batch", "8", "--max-num-seqs", "4"), 1, "--batch 8 is more than --max-num-seqs 4; raise it"),
+    (
+        (CONFIG, NGRAM, "--batch", "8", "--max-num-seqs", "4"),
+        1,
+        "--batch 8 is more than --max-num-seqs 4; raise",
+    ),
     (
         (CONFIG, NGRAM, "--max-tokens", "5000"),
         1,
-        "built-in prompt 1: 115 tokens of prompt and 5,000 to generate are more",
+        "built-in prompt 1: 115 prompt tokens and 5,000 to generate are more",
     ),
-    ((CONFIG, NGRAM, "--memory", "1MiB"), 1, "to hold one: --one-at-a-time"),
+    ((CONFIG, NGRAM, "--memory", "1MiB"), 1, "to keep one at a time: --one-at-a-time"),
     ((CONFIG, NGRAM, "--plot", "picture.bmp"), 1, "'picture.bmp': the name must end in one of .png, .svg, .pdf"),
     ((CONFIG, NGRAM, "--plot", "nowhere/picture.png"), 1, "--plot 'nowhere/picture.png': there is no folder 'nowhere'"),
     ((CONFIG, NGRAM, "--json", "nowhere/report.json"), 1, "--json 'nowhere/report.json': there is no folder 'nowhere'"),
@@ -220,7 +224,7 @@ def test_bad_input_is_one_line(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "x", "sampling_params": {"n": 2}}', "line 1: 'sampling_params' are not used here"),
+        ('{"prompt": "x", "sampling_params": {"n": 2}}', "line 1: 'sampling_params' are not supported here"),
         ('{"prompt_token_ids": [99999]}', "prompts.jsonl, line 1"),
     ],
 )

@@ -107,7 +107,7 @@ def test_another_packages_wrapper_is_not_blamed_on_the_method(tmp_path: Path) ->
         (["needy"], "needs the key 'model' (give its keys with --speculative-config, and with --target"),
         (["needdy"], "no speculator named 'needdy'; did you mean 'needy'?"),
         (["needy", "--only", "budget"], "no check named 'budget'; did you mean 'budgets'? (checks: startup, "),
-        (["needy", "--speculative-config", '{"method": "x"}'], "names the method 'x', the command checks 'needy'"),
+        (["needy", "--speculative-config", '{"method": "x"}'], "has the method 'x', but the command checks 'needy'"),
         (["needy", "--speculative-config", "{"], "not valid JSON"),
         (["needy", "--target", "./nowhere"], "'./nowhere' is not a folder"),
     ],
@@ -122,7 +122,7 @@ def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], text: str) 
 
 
 def test_only_the_whole_kit_makes_a_method_conformant() -> None:
-    from specplug.cli.check_report import CheckReport
+    from specplug.cli.views.check import CheckReport
     from specplug.testing import CHECKS, CheckResult
 
     results = [CheckResult(check=check, verdict="ok", text="", seconds=0.0) for check in CHECKS]
@@ -133,7 +133,7 @@ def test_only_the_whole_kit_makes_a_method_conformant() -> None:
     assert (whole.is_conformant, whole.summary) == (True, "m (p 1): conformant")
     assert part.as_json()["conformant"] is None
     assert quiet.as_json()["conformant"] is None
-    assert quiet.summary == f"m (p 1): it drafted nothing that these could judge: {CHECKS[-1].name}"
+    assert quiet.summary == f"m (p 1): these checks saw no draft to judge: {CHECKS[-1].name}"
 
 
 def test_a_part_of_the_kit_leaves_it_open_whether_a_method_is_conformant(tmp_path: Path) -> None:

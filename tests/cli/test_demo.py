@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from specplug.cli import demo as demo_module
-from specplug.cli import demo_run
-from specplug.cli.demo_prompts import PROMPTS
+from specplug.cli.run import demo as demo_run
+from specplug.cli.run.demo_prompts import PROMPTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,7 +99,7 @@ def test_what_learns_is_timed_on_prompts_that_are_new_to_it(
     assert row is not None, result.stdout
     assert plain is not None, result.stdout
     assert (row[1], row[2]) == ("-", plain[1])
-    assert "memoriser learns from requests: each prompt was timed once, when it was new to it." in result.stdout
+    assert "memoriser learns from requests: each prompt was measured once, when it was new." in result.stdout
 
 
 def test_prompts_suit_the_model() -> None:
@@ -140,4 +140,4 @@ def test_another_output_is_an_error(run: Callable[..., Any], installed: Callable
     result = run("demo", "--method", "careless", "--max-tokens", "8")
     assert result.exit_code == 1
     assert re.search(r"^careless .* no$", result.stdout, re.MULTILINE)
-    assert "careless brings its own verification" in result.stdout
+    assert "careless has its own verification" in result.stdout

@@ -163,6 +163,6 @@ def test_an_interrupt(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("specplug.cli.generate_run.run_job", interrupt)
+    monkeypatch.setattr("specplug.cli.run.generate.run_job", interrupt)
     result = run("generate", "tiny", "--prompt", "x")
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "specplug: interrupted\n")

@@ -15,7 +15,7 @@ import pytest
 from fake_plugins import install
 
 from specplug import LLM, SamplingParams
-from specplug.cli import generate_run
+from specplug.cli.run import generate as generate_run
 from specplug.cli.terminal import Terminal
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from specplug import LLM, SamplingParams
-from specplug.cli import generate_run
+from specplug.cli.run import generate as generate_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable

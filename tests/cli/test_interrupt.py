@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from specplug.cli.interrupt import insistent_interrupts
+from specplug.cli.process import insistent_interrupts
 
 if TYPE_CHECKING:
     from pathlib import Path

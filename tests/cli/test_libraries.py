@@ -7,7 +7,7 @@ import sys
 
 SCRIPT = """
 import gc
-from specplug.cli.libraries import import_libraries
+from specplug.cli.process import import_libraries
 
 gc.{before}()
 collections = []

@@ -156,7 +156,7 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     (tmp_path / "specplug-mine").mkdir()
     result = specplug("new", "mine", "--out", str(tmp_path))
     assert result.returncode == 1
-    assert "exists; nothing is written over" in result.stderr
+    assert "already exists: choose another name" in result.stderr
     assert not any((tmp_path / "specplug-mine").iterdir())
 
 

@@ -10,7 +10,7 @@ import pytest
 # What stands for PyTorch takes the place of its teardown too: a module whose end is seen when Python takes it apart.
 SCRIPT = """
 import atexit, sys, threading, time, types
-from specplug.cli.quick_end import quick_end
+from specplug.cli.process import quick_end
 
 class Teardown:
     def __del__(self):

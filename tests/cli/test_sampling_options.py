@@ -11,8 +11,8 @@ import pytest
 
 import specplug.tiny
 from specplug import SamplingParams
-from specplug.cli import generate_run
-from specplug.cli.sampling_options import make_params
+from specplug.cli.options import make_params
+from specplug.cli.run import generate as generate_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,6 +75,7 @@ def test_every_sampling_parameter_has_an_option(run: Callable[..., Any], monkeyp
     expected = SamplingParams(**{name: value for name, (_, value) in EVERY_OPTION.items()})
     assert attrs.asdict(params) == attrs.asdict(expected)
     assert unsupported == {
+        "bad_words_ids",
         "detokenize",
         "structured_outputs",
         "extra_args",

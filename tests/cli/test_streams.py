@@ -55,7 +55,7 @@ def test_a_closed_standard_error_does_not_stop_generation() -> None:
 def test_nothing_else_is_opened_in_the_place_of_a_closed_stream() -> None:
     script = """
 import os, sys
-from specplug.cli.streams import open_streams
+from specplug.cli.process import open_streams
 open_streams()
 assert open(os.devnull).fileno() > 2
 for stream in (sys.stdin, sys.stdout, sys.stderr):

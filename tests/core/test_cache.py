@@ -54,7 +54,7 @@ def test_what_belongs_to_somebody_else_is_refused(root: Path, monkeypatch: pytes
 
 def test_a_folder_that_cannot_be_made_says_so(root: Path) -> None:
     root.touch()
-    with pytest.raises(CacheError, match="cannot be made: File exists"):
+    with pytest.raises(CacheError, match="cannot be created: File exists"):
         private_folder("a")
 
 
@@ -67,7 +67,7 @@ def test_users_without_a_home_are_told_what_to_do(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache_folder() == tmp_path / "specplug"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    with pytest.raises(CacheError, match="no home folder: name a folder in SPECPLUG_CACHE"):
+    with pytest.raises(CacheError, match="no home folder: set SPECPLUG_CACHE"):
         private_folder()
 
 

@@ -113,7 +113,7 @@ def test_threads_wait_for_a_bounded_time_where_specplug_imports_torch() -> None:
     if not has_libgomp():
         pytest.skip("this PyTorch has another OpenMP")
     assert run(LIBRARY)[1] == str(SPIN_COUNT)
-    assert run("from specplug.cli.libraries import import_libraries; import_libraries()")[1] == str(SPIN_COUNT)
+    assert run("from specplug.cli.process import import_libraries; import_libraries()")[1] == str(SPIN_COUNT)
 
 
 @pytest.mark.parametrize(("name", "value"), [("GOMP_SPINCOUNT", "7"), ("OMP_WAIT_POLICY", "passive")])

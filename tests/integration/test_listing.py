@@ -233,4 +233,4 @@ def test_results_of_a_rule_of_its_own_are_marked_everywhere(installed: Environme
     assert as_json["unverified_methods"] == ["lossy"]
     assert json.loads(installed.specplug(*speculative("good"), "--json", **deny).stdout)["unverified_methods"] == []
     checked = installed.specplug("check", "lossy", "--quick", "--only", "budgets", **deny)
-    assert "it verifies by a rule of its own, which core does not check" in checked.stdout.splitlines()[-1]
+    assert "it verifies by a rule of its own, which specplug does not check" in checked.stdout.splitlines()[-1]

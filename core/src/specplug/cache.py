@@ -1,6 +1,6 @@
-"""Where specplug keeps what it works out once: parity verdicts, compiled kernels, compiled forwards.
+"""The cache folder: parity results, compiled kernels, compiled forwards.
 
-Some of it is code that is loaded into the process. It lies in folders that nobody else can write to, or is not used.
+Some files contain code that is loaded into the process. They are used only if no other user can write to them.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 
 
 class CacheError(Exception):
-    """The cache folder, or a file in it, cannot be used; the message says why, and what to change."""
+    """The cache folder or a file in it cannot be used; the message says why, and how to fix it."""
 
 
 def default_cache_folder() -> Path:
-    """`$SPECPLUG_CACHE`, else `specplug` below the user's cache folder.
+    """Returns `$SPECPLUG_CACHE`, or `specplug` in the cache folder of the user.
 
     Raises:
-        CacheError: there is no such folder, since the user has no home.
+        CacheError: the user has no home folder.
     """
     if named := os.environ.get("SPECPLUG_CACHE"):
         return Path(named).absolute()
@@ -30,14 +30,14 @@ def default_cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "specplug"
     except RuntimeError as error:
-        raise CacheError("this user has no home folder: name a folder in SPECPLUG_CACHE") from error
+        raise CacheError("this user has no home folder: set SPECPLUG_CACHE to a folder") from error
 
 
 def private_folder(name: str = "") -> Path:
-    """The cache folder, or a folder in it: made if need be, and nobody else's to write to.
+    """Returns the cache folder or a subfolder, created if necessary, to which no other user can write.
 
     Raises:
-        CacheError: it cannot be made, or somebody else could have put something there.
+        CacheError: it cannot be created, or another user can write to it.
     """
     folder = default_cache_folder()
     _make_private(folder)
@@ -51,15 +51,15 @@ def _make_private(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
-        raise CacheError(f"the cache folder {folder} cannot be made: {error.strerror or error}") from error
+        raise CacheError(f"the cache folder {folder} cannot be created: {error.strerror or error}") from error
     check_private(folder)
 
 
 def check_private(path: Path) -> None:
-    """Refuses a file or folder that is not the user's own, or that others may write to.
+    """Checks that a file or folder belongs to the user, and that no other user can write to it.
 
     Raises:
-        CacheError: it is such a one, or is not there.
+        CacheError: it does not, another user can, or it does not exist.
     """
     try:
         status = path.stat()
@@ -69,19 +69,19 @@ def check_private(path: Path) -> None:
         return
     if status.st_uid != os.geteuid():
         raise CacheError(
-            f"{path} belongs to user {status.st_uid} and not to user {os.geteuid()}: name a folder of your own in "
-            "SPECPLUG_CACHE"
+            f"{path} belongs to user {status.st_uid} and not to user {os.geteuid()}: set SPECPLUG_CACHE to your "
+            "own folder"
         )
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise CacheError(f"others may write to {path}: take that away (chmod go-w), or name another in SPECPLUG_CACHE")
+        raise CacheError(f"others may write to {path}: run chmod go-w on it, or set SPECPLUG_CACHE to another folder")
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A file to be written, which takes its place under `path` when the block ends, whole and nobody else's to write to.
+    """Yields a temporary file for writing, which replaces `path` atomically when the block ends. Only the user may write to it.
 
     Raises:
-        OSError: the folder cannot be written to.
+        OSError: the folder is not writable.
     """
     handle, name = tempfile.mkstemp(prefix=f"{path.stem}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)

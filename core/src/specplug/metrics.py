@@ -1,4 +1,4 @@
-"""The engine's counters in vLLM's shape and under vLLM's names."""
+"""The metrics of an engine, with the types and names of vLLM."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ if TYPE_CHECKING:
 
 @attrs.frozen
 class Metric:
-    """One named figure."""
+    """A named value."""
 
     name: str
 
 
 @attrs.frozen
 class Counter(Metric):
-    """A figure that only grows."""
+    """A value that only increases."""
 
     value: int
 
 
 @attrs.frozen
 class Gauge(Metric):
-    """A figure of the moment."""
+    """A current value."""
 
     value: float
 
@@ -39,7 +39,7 @@ class Vector(Metric):
 
 
 def engine_metrics(engine: Engine) -> list[Metric]:
-    """All figures of an engine."""
+    """Returns all metrics of an engine."""
     stats, scheduler = engine.stats, engine.scheduler
     allocator = scheduler.allocator
     histogram = stats.acceptance_histogram

@@ -7,7 +7,7 @@ from typing import Any
 
 
 class ProgressBar:
-    """A progress bar over finished completions; does nothing where nobody would see it."""
+    """A progress bar over finished completions; shown only on a terminal, and for more than one."""
 
     def __init__(self, total: int, shown: bool) -> None:
         self._bar: Any = None

@@ -1,7 +1,7 @@
-"""How PyTorch's threads wait for each other, and how many there are.
+"""The number of PyTorch's threads, and how they wait for each other.
 
-Both are PyTorch's own business where the user has decided, or has imported PyTorch first. Where specplug is what imports it,
-its threads spin for a short time only, and there are no more of them than this process may use cores.
+Both stay unchanged if the user has chosen them, or has imported PyTorch first. If specplug imports PyTorch, its threads spin
+only briefly, and there are no more of them than cores that this process may use.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from pathlib import Path
 
 logger = logging.getLogger("specplug")
 SPIN_COUNT = 1_000
-"""Turns of libgomp's waiting loop before a thread sleeps, 20 to 50 microseconds on x86; its own default is 300,000.
+"""Iterations of libgomp's wait loop before a thread sleeps, 20 to 50 microseconds on x86; libgomp's default is 300,000.
 
-About what lies between two parallel regions of a step, so that on a quiet machine threads seldom sleep within one. On a busy
-machine every turn is taken from the time slice of a thread that could have computed: 10,000 cost nearly as much as the default.
+That is about the time between two parallel regions of a step, so threads seldom sleep within a step on an idle machine. On a
+busy machine, every iteration delays a thread that could compute: 10,000 iterations cost nearly as much as the default.
 """
 _POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def waiting_variables() -> dict[str, str]:
-    """The environment with which libgomp is to be loaded; empty where the user has chosen how threads wait."""
+    """Returns environment variables for loading libgomp; none if the user has chosen how threads wait."""
     return {} if any(map(os.environ.get, _POLICIES)) else {"GOMP_SPINCOUNT": str(SPIN_COUNT)}
 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Within the block PyTorch may be imported for the first time: its threads are then set up as this process needs them.
+    """Configures PyTorch's threads if PyTorch is first imported inside the block.
 
-    The environment is as before afterwards: libgomp has read it, and the caller's children do not inherit it.
+    The environment is restored afterwards: libgomp has read it, and child processes of the caller do not inherit it.
     """
     if "torch" in sys.modules:
         yield
@@ -58,7 +58,7 @@ def _limit() -> None:
 
 
 def warn_of_too_many() -> None:
-    """One line of warning where PyTorch was imported before specplug, and has more threads than there are cores for them."""
+    """Warns if PyTorch was imported before specplug and has more threads than cores that this process may use."""
     import torch
 
     cores, threads = usable_cores(), torch.get_num_threads()
@@ -74,32 +74,32 @@ def warn_of_too_many() -> None:
 
 
 def usable_cores(process: Path = Path("/proc/self")) -> int:
-    """Cores that this process may use: by its affinity, and by the quota of its control group; at least 1.
+    """Returns the number of cores that this process may use, from its affinity and control group quota; at least 1.
 
     Args:
-        process: the folder of /proc that describes it.
+        process: its folder in /proc.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota(process)
-    # A part of a core is left to others: threads that use up a quota are all stopped until the next period begins.
+    # Rounded down: threads that exhaust the quota are all stopped until the next period begins.
     return max(1, allowed if quota is None else min(allowed, int(quota)))
 
 
 def cpu_quota(process: Path = Path("/proc/self")) -> float | None:
-    """Cores' worth of time that the process's control groups grant it, the least of all that contain it; None: no limit.
+    """Returns the CPU quota of the process in cores, the lowest of all its control groups; None without a limit.
 
     Args:
-        process: the folder of /proc that describes it.
+        process: its folder in /proc.
     """
     quotas = [quota for folder in control_groups(process) if (quota := _quota_of(folder)) is not None]
     return min(quotas, default=None)
 
 
 def control_groups(process: Path) -> Iterator[Path]:
-    """The process's control groups with a say on processors, from its own to those that contain it, as far as they are seen.
+    """Yields the control groups of the process with a CPU controller, from its own to its ancestors, as far as visible.
 
     Args:
-        process: the folder of /proc that describes it.
+        process: its folder in /proc.
     """
     paths: dict[str, str] = {}
     for line in _lines(process / "cgroup"):
@@ -114,10 +114,10 @@ def control_groups(process: Path) -> Iterator[Path]:
         kind, _, options = [*system.split(), "", "", ""][:3]
         if kind not in paths or (kind == "cgroup" and "cpu" not in options.split(",")):
             continue
-        # A container may see the path of its group on the host, but has only the group itself mounted, as its root.
+        # A container may see the host path of its group, but only the group itself is mounted, as the root.
         path, base = paths[kind], root.rstrip("/")
         inner = path[len(base) :] if path == base or path.startswith(f"{base}/") else ""
-        if ".." in inner.split("/"):  # it is not below what is mounted
+        if ".." in inner.split("/"):  # outside the mounted group
             inner = ""
         top = Path(re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), point))
         folder = top / inner.strip("/")
@@ -126,7 +126,7 @@ def control_groups(process: Path) -> Iterator[Path]:
 
 
 def _quota_of(folder: Path) -> float | None:
-    """Of one control group, of either version."""
+    """Returns the quota of one control group, version 1 or 2; None without a limit."""
     try:
         if words := _lines(folder / "cpu.max"):
             limit, period = words[0].split()

@@ -1,1 +1,1 @@
-"""Measuring speculation methods beside plain decoding, and beside a peer, on one target in one run."""
+"""`specplug bench`: compares speculation methods with plain decoding, and with a peer, on one target in one run."""

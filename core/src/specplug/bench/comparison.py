@@ -1,4 +1,4 @@
-"""All contestants under all settings, interleaved, so that a slow moment of the machine hits every one of them."""
+"""Runs of all contestants under all settings, interleaved, so that a slow phase of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import attrs
 
-from specplug.bench.contestant import Contestant, OnStep, why_missing
+from specplug.bench.contestants import Contestant, OnStep, why_missing
 from specplug.bench.measurement import Measurement
 from specplug.bench.workload import Cell, Workload
 
@@ -16,14 +16,14 @@ OnRun = Callable[[Contestant, Cell, int], None]
 
 @attrs.frozen(eq=False)
 class Comparison:
-    """What was measured.
+    """The measurements.
 
     Attributes:
-        workload: what was generated.
+        workload: that was generated.
         cells: the settings.
         contestants: the rows, plain decoding first.
-        repetitions: how often each was measured.
-        runs: by setting and label the repetitions, in order; empty where a contestant has nothing to show.
+        repetitions: of each measurement.
+        runs: the repetitions by setting and label, in order; empty if a contestant cannot run a setting.
     """
 
     workload: Workload
@@ -35,12 +35,12 @@ class Comparison:
 
 @attrs.frozen(eq=False)
 class Watcher:
-    """Who is told how far it is.
+    """Callbacks that report progress.
 
     Attributes:
-        on_open: before a contestant gets ready; gives what is told of its startup steps.
-        on_run: before a run, with its repetition; 0 is the warm-up.
-        advance: of tokens as they are generated, those of warm-ups too.
+        on_open: called before a contestant opens; returns the callback for its startup steps.
+        on_run: called before each run with its repetition; 0 is the warm-up.
+        advance: called with the number of new tokens, in warm-ups too.
     """
 
     on_open: Callable[[Contestant], OnStep] = lambda contestant: lambda report: None
@@ -57,18 +57,18 @@ def compare(
     *,
     one_at_a_time: bool = False,
 ) -> Comparison:
-    """Measures; every contestant runs a setting once unmeasured before it counts.
+    """Measures all contestants; each runs every setting once as a warm-up.
 
-    A contestant that learns must not have seen what counts: it is opened anew for every counted run, and runs random
-    tokens first.
+    A contestant that learns must not know the measured prompts: it is reopened for every counted run, and warmed up with
+    random tokens.
 
     Args:
         contestants: the rows, plain decoding first.
         cells: the settings.
-        workload: what to generate.
-        repetitions: how often each is measured.
-        watcher: told how far it is.
-        one_at_a_time: only one contestant is open at any moment, and opened anew in every repetition.
+        workload: to generate.
+        repetitions: of each measurement.
+        watcher: receives the progress.
+        one_at_a_time: keep only one contestant open, and reopen it in every repetition.
     """
     if not one_at_a_time:
         with ExitStack() as stack:
@@ -93,7 +93,7 @@ def compare_open(
     repetitions: int,
     watcher: Watcher,
 ) -> Comparison:
-    """As `compare`, of contestants that are open."""
+    """Does the same as `compare` with contestants that are open."""
     result = _empty(contestants, cells, workload, repetitions)
     for cell in cells:
         for repetition in range(repetitions + 1):
@@ -103,7 +103,7 @@ def compare_open(
 
 
 def open_contestant(contestant: Contestant, stack: ExitStack, watcher: Watcher) -> None:
-    """Gets a contestant ready; the stack closes it."""
+    """Opens a contestant; the stack closes it."""
     stack.callback(contestant.close)
     contestant.open(watcher.on_open(contestant))
 
@@ -116,7 +116,7 @@ def tokens_to_generate(
     *,
     one_at_a_time: bool,
 ) -> int:
-    """How many tokens `compare` will generate, warm-ups included. Which contestants learn is known once they were open."""
+    """Returns how many tokens `compare` will generate, with warm-ups. `learns` is known only after a contestant was open."""
     able = [(c, cell) for c in contestants for cell in cells if why_missing(c, workload, cell) is None]
     return sum(
         workload.num_tokens(cell.batch) * (2 * repetitions if one_at_a_time or c.learns else repetitions + 1)
@@ -132,7 +132,7 @@ def _empty(
 
 
 def _run(result: Comparison, contestant: Contestant, cell: Cell, repetition: int, watcher: Watcher) -> None:
-    """One run; repetition 0 only warms up."""
+    """Runs a contestant once; repetition 0 is a warm-up."""
     if why_missing(contestant, result.workload, cell) is not None or (contestant.learns and not repetition):
         return
     if contestant.is_taught:
@@ -147,7 +147,7 @@ def _run(result: Comparison, contestant: Contestant, cell: Cell, repetition: int
 
 
 def _rotated(contestants: Sequence[Contestant], by: int) -> Iterator[Contestant]:
-    """Another one is first in every repetition."""
+    """Yields the contestants in order, with a different first one in every repetition."""
     start = by % len(contestants)
     yield from contestants[start:]
     yield from contestants[:start]

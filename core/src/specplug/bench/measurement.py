@@ -1,15 +1,15 @@
-"""One run of a workload, and what it took."""
+"""Runs of a workload on an engine, and what they cost."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
+import torch
 
-from specplug.bench.timing import EngineTimer
 from specplug.bench.workload import BenchPrompt, Cell, Workload
 from specplug.errors import GenerationError
 from specplug.sampling.params import SamplingParams
@@ -19,19 +19,92 @@ if TYPE_CHECKING:
     from specplug.engine.engine import Engine, StepOutput
     from specplug.llm import LLM
 
+
+@attrs.frozen
+class StepCosts:
+    """The costs of one step of the engine.
+
+    Attributes:
+        forward_seconds: in the forward of the target.
+        draft_seconds: in `propose` of the speculators.
+    """
+
+    forward_seconds: float
+    draft_seconds: float
+
+
+class EngineTimer:
+    """Times the forwards and proposals of an engine. On a GPU, events in the stream time forwards, without synchronization.
+
+    The engine itself times proposals with the host clock: they begin after the synchronization of the step.
+
+    Args:
+        engine: to time until `detach`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._forward = engine.runner.forward
+        self._is_cuda = engine.runner.device.type == "cuda"
+        self._spans: list[list[tuple[Any, Any]]] = []
+        self._drafting: list[float] = []
+        setattr(engine.runner, "forward", self._timed_forward)  # noqa: B010  # shadows the method on this one instance
+
+    def begin_step(self) -> None:
+        """Begins a new step."""
+        self._spans.append([])
+        self._drafting.append(self._draft_seconds())
+
+    def costs(self) -> list[StepCosts]:
+        """Returns the costs of the steps since the last call."""
+        if self._is_cuda:
+            torch.cuda.synchronize(self._engine.runner.device)
+        drafting = [*self._drafting[1:], self._draft_seconds()][: len(self._drafting)]
+        costs = [
+            StepCosts(sum(self._seconds(*span) for span in spans), after - before)
+            for spans, before, after in zip(self._spans, self._drafting, drafting, strict=True)
+        ]
+        self._spans, self._drafting = [], []
+        return costs
+
+    def detach(self) -> None:
+        """Restores the engine."""
+        vars(self._engine.runner).pop("forward", None)
+
+    def _draft_seconds(self) -> float:
+        return sum(self._engine.chain.seconds.values())
+
+    def _timed_forward(self, *args: Any, **kwargs: Any) -> Any:
+        started = self._now()
+        result = self._forward(*args, **kwargs)
+        if self._spans:
+            self._spans[-1].append((started, self._now()))
+        return result
+
+    def _now(self) -> Any:
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, started: Any, ended: Any) -> float:
+        return started.elapsed_time(ended) / 1e3 if self._is_cuda else ended - started
+
+
 Advance = Callable[[int], None]
 
 
 @attrs.define
 class DecodeCosts:
-    """The steps of a run in which every place of the batch decodes: no prompt, no empty place.
+    """The costs of the steps of a run in which the batch is full and every sequence decodes.
 
     Attributes:
-        steps: how many.
-        rows: sequences in them, added up.
-        tokens: what they generated.
-        seconds: the whole steps.
-        forward_seconds: of these in the target's forward.
+        steps: their number.
+        rows: their sequences, summed over steps.
+        tokens: generated.
+        seconds: in total.
+        forward_seconds: of these in the forward of the target.
         draft_seconds: of these in the speculators.
     """
 
@@ -45,18 +118,18 @@ class DecodeCosts:
 
 @attrs.define
 class Measurement:
-    """What one contestant did in one run.
+    """One run of a contestant.
 
     Attributes:
-        tokens: generated in all.
+        tokens: generated in total.
         seconds: from the first request to the last token.
         first_token_seconds: for each request, from its submission to its first token.
-        token_seconds: for each later token, the time since the tokens before it; tokens that come together share it.
-        outputs: the ids of every request.
-        decode: the steps that only decode; None where they are not seen.
-        stats: what speculation did; None where it is not seen.
-        faults: failures of speculators, which cost drafts.
-        unverified_methods: those that bring a `verify` of their own, which core does not check.
+        token_seconds: for each later token, the time since the previous tokens; tokens that arrive together share it.
+        outputs: the token ids of every request.
+        decode: the costs of decode steps; None if they are unknown.
+        stats: of speculation; None if they are unknown.
+        faults: failures of speculators, which lose drafts.
+        unverified_methods: methods with a `verify` of their own, which core does not check.
     """
 
     tokens: int = 0
@@ -74,14 +147,14 @@ class Measurement:
         """Throughput, prompts included."""
         return self.tokens / self.seconds
 
-    def arrived(self, count: int, gap: float) -> None:
-        """Notes `count` tokens of one request that came together, `gap` seconds after those before them."""
+    def add_tokens(self, count: int, gap: float) -> None:
+        """Adds `count` tokens of a request that arrived together, `gap` seconds after the previous ones."""
         self.token_seconds += [gap / count] * count
 
 
 @attrs.define
 class _Running:
-    """A request under way: its place among the requests, and when it last got a token (or was submitted)."""
+    """A running request: its index, and the time of its last token (or of its submission)."""
 
     index: int
     last: float
@@ -89,7 +162,7 @@ class _Running:
 
 
 class Measurer:
-    """Runs workloads on a live engine, with a fixed number of requests at a time: when one ends, the next begins."""
+    """Runs workloads on an engine with constant concurrency: when a request ends, the next one begins."""
 
     def __init__(self, llm: LLM) -> None:
         self._engine: Engine = llm.engine
@@ -99,12 +172,12 @@ class Measurer:
         """Generates the workload once.
 
         Args:
-            workload: what to generate.
-            cell: how many at a time, and how hot.
-            advance: told of every step's new tokens.
+            workload: to generate.
+            cell: the concurrency and temperature.
+            advance: called with the number of new tokens of every step.
 
         Raises:
-            RequestError: a prompt that cannot be served.
+            RequestError: a prompt is invalid.
         """
         params = SamplingParams(temperature=cell.temperature, max_tokens=workload.max_tokens, ignore_eos=True)
         requests = workload.requests(cell.batch)
@@ -117,12 +190,12 @@ class Measurer:
         return measured
 
     def close(self) -> None:
-        """Leaves the engine as it was."""
+        """Restores the engine."""
         self._timer.detach()
 
 
 class _Run:
-    """One pass over the requests."""
+    """One run over the requests."""
 
     def __init__(
         self,
@@ -142,7 +215,7 @@ class _Run:
         self.measured = Measurement(outputs=[[] for _ in requests], stats=SpeculationStats())
 
     def finish(self, advance: Advance) -> Measurement:
-        """Runs to the end."""
+        """Runs until all requests have ended."""
         started = time.perf_counter()
         try:
             while self._waiting or self._running:
@@ -179,7 +252,7 @@ class _Run:
         request, count = output.request, len(output.new_tokens)
         running = self._running[request.id]
         if running.has_tokens:
-            self.measured.arrived(count, now - running.last)
+            self.measured.add_tokens(count, now - running.last)
         elif count:
             self.measured.first_token_seconds.append(now - running.last)
         running.has_tokens, running.last = True, now

@@ -1,4 +1,4 @@
-"""A picture of a comparison: throughput with intervals on the left, acceptance by position on the right."""
+"""A plot of a comparison: throughput with intervals on the left, acceptance by position on the right."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from specplug.bench.contestant import PLAIN
+from specplug.bench.contestants import PLAIN
 from specplug.bench.report import About
 from specplug.bench.summary import Summary
 from specplug.errors import ConfigurationError
@@ -19,16 +19,16 @@ _COLOURS = ("#2166ac", "#d9822b", "#2a9d6f", "#8e5bb5", "#c0395a", "#4c9bb0", "#
 _MARKERS = "osD^vP*X"
 _ROW_INCHES = 0.42
 _CAPTION = (
-    "Bars: median and its 95 % interval; in brackets the paired ratio to plain decoding. Dotted: what the cost model "
-    "promises, at the measured acceptance and costs."
+    "Bars: median with 95 % interval; in brackets the paired ratio to plain decoding. Dotted: predicted by the cost model "
+    "from the measured acceptance and costs."
 )
 
 
 def check_plot(path: str) -> None:
-    """Refuses what cannot be drawn, before anything is measured.
+    """Checks before the measurements that the plot can be written.
 
     Raises:
-        ConfigurationError: the file's suffix is not that of a picture, its folder is missing, or matplotlib is.
+        ConfigurationError: the suffix is not supported, or the folder or matplotlib is missing.
     """
     file = Path(path)
     if file.suffix.lower() not in SUFFIXES:
@@ -42,7 +42,7 @@ def check_plot(path: str) -> None:
 
 
 def save_plot(path: str, about: About, summaries: Sequence[Summary]) -> None:
-    """Draws one row of panels for each setting."""
+    """Draws and saves one row of panels for each setting."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -83,30 +83,32 @@ def _colour(summary: Summary, styles: dict[str, tuple[str, str]]) -> str:
 
 
 def _draw_speeds(axes: Any, group: Sequence[Summary], styles: dict[str, tuple[str, str]]) -> None:
-    """Bars of tokens per second with their intervals, the ratio to plain decoding, and where the cost model puts it."""
+    """Draws bars of tokens per second with intervals, the ratio to plain decoding, and the prediction of the cost model."""
     plain = next(s for s in group if s.label == PLAIN)
     assert plain.tokens_per_second is not None
     base = plain.tokens_per_second.median
-    widest = 0.0
-    for place, summary in enumerate(group):
+    largest = 0.0
+    for position, summary in enumerate(group):
         speed, ratio = summary.tokens_per_second, summary.ratio
         assert speed is not None
         assert ratio is not None
-        axes.barh(place, speed.median, height=0.62, color=_colour(summary, styles), zorder=2)
+        axes.barh(position, speed.median, height=0.62, color=_colour(summary, styles), zorder=2)
         spread = [[speed.median - speed.low], [speed.high - speed.median]]
-        axes.errorbar(speed.median, place, xerr=spread, color=_INK, capsize=3, linewidth=1.1, zorder=4)
+        axes.errorbar(speed.median, position, xerr=spread, color=_INK, capsize=3, linewidth=1.1, zorder=4)
         end = speed.high
         if summary.cost_model is not None:
             promised = base * summary.cost_model.promised.median
-            axes.plot([promised] * 2, [place - 0.38, place + 0.38], color=_INK, linewidth=1.6, linestyle=":", zorder=5)
+            axes.plot(
+                [promised] * 2, [position - 0.38, position + 0.38], color=_INK, linewidth=1.6, linestyle=":", zorder=5
+            )
             end = max(end, promised)
-        told = f"  {speed.median:,.0f}" + ("" if summary is plain else f"  ({ratio.median:.2f} x)")
-        axes.text(end, place, told, va="center", ha="left", fontsize=9, zorder=6)
-        widest = max(widest, end)
+        text = f"  {speed.median:,.0f}" + ("" if summary is plain else f"  ({ratio.median:.2f} x)")
+        axes.text(end, position, text, va="center", ha="left", fontsize=9, zorder=6)
+        largest = max(largest, end)
     axes.axvline(base, color=_MUTED, linewidth=0.8, zorder=1)
     axes.set_yticks(range(len(group)), [summary.label for summary in group])
     axes.set_ylim(len(group) - 0.4, -0.6)
-    axes.set_xlim(0, widest * 1.24)
+    axes.set_xlim(0, largest * 1.24)
     axes.set_xlabel("tokens per second, prompts included")
     axes.grid(axis="x", color=_GRID, zorder=0)
     _clean(axes, ("top", "right", "left"))
@@ -114,25 +116,25 @@ def _draw_speeds(axes: Any, group: Sequence[Summary], styles: dict[str, tuple[st
 
 
 def _draw_acceptance(axes: Any, group: Sequence[Summary], styles: dict[str, tuple[str, str]]) -> None:
-    """The share of drafts accepted up to each position."""
+    """Draws the share of drafts that were accepted at least up to each position."""
     drawn = [summary for summary in group if summary.by_position]
     if not drawn:
-        axes.text(0.5, 0.5, "nothing was drafted", ha="center", va="center", color=_MUTED, transform=axes.transAxes)
+        axes.text(0.5, 0.5, "no drafts", ha="center", va="center", color=_MUTED, transform=axes.transAxes)
         axes.set_axis_off()
         return
     for summary in drawn:
         colour, marker = styles[summary.label]
-        places = range(1, len(summary.by_position) + 1)
+        positions = range(1, len(summary.by_position) + 1)
         shares = [100 * share for share in summary.by_position]
         length = f"{summary.label} (τ = {summary.acceptance_length:.2f})"
-        axes.plot(places, shares, color=colour, marker=marker, markersize=5, linewidth=1.8, label=length, zorder=3)
+        axes.plot(positions, shares, color=colour, marker=marker, markersize=5, linewidth=1.8, label=length, zorder=3)
     longest = max(len(summary.by_position) for summary in drawn)
     axes.set_xticks(range(1, longest + 1, 1 + longest // 12))
     axes.set_xlim(0.7, longest + 0.3)
     axes.set_ylim(0, 102)
     axes.yaxis.set_major_formatter("{x:.0f} %")
     axes.set_xlabel("position in the draft")
-    axes.set_title("drafts accepted at least this far", loc="left", color=_MUTED, fontsize=9)
+    axes.set_title("drafts accepted at least up to this position", loc="left", color=_MUTED, fontsize=9)
     axes.grid(color=_GRID, zorder=0)
     axes.legend(fontsize=8, frameon=False, loc="best")
     _clean(axes, ("top", "right"))

@@ -1,36 +1,76 @@
-"""A comparison as one JSON object, with everything that is needed to run it again."""
+"""A comparison as one JSON object, with everything that is needed to repeat it."""
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from importlib import metadata
 from typing import Any
 
 import attrs
+import torch
 
-from specplug.bench.statistics import Estimate
-from specplug.bench.summary import CostModel, Summary
+from specplug.bench.summary import CostModel, Estimate, Summary
+from specplug.version import __version__
+
+_PACKAGES = ("torch", "transformers", "numpy")
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Returns the processor, cores, threads, memory, and the GPU if it is used."""
+    machine: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if device.type == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name(device)
+    return machine
+
+
+def describe_versions(packages: dict[str, str]) -> dict[str, str]:
+    """Returns the versions of Python, specplug, its main dependencies, and `packages` (name → version)."""
+    found = {"python": platform.python_version(), "specplug": __version__}
+    for name in _PACKAGES:
+        found[name] = metadata.version(name)
+    return found | packages
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as stream:
+            for line in stream:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
 
 SCHEMA = 1
-"""Keys are only ever added; a change of meaning raises this number."""
+"""Keys are only added, never removed; a change of meaning increments this number."""
 
 
 @attrs.frozen
 class About:
-    """What was measured, on what, and how.
+    """The conditions of a comparison.
 
     Attributes:
         target: the model.
-        dtype: it ran in.
-        device: it ran on.
+        dtype: of the target.
+        device: of the target.
         workload: its name.
         prompt_tokens: the length of each prompt.
         max_tokens: generated for each.
-        repetitions: of every contestant.
-        engine: engine options that were given.
+        repetitions: of each measurement.
+        engine: the engine options.
         machine: see `describe_machine`.
         versions: see `describe_versions`.
-        date: when it was done, in UTC.
+        date: of the comparison, in UTC.
     """
 
     target: str
@@ -47,14 +87,14 @@ class About:
 
     @property
     def where(self) -> str:
-        """The machine in a few words."""
+        """A short description of the machine."""
         threads = self.machine["threads"]
         counted = "1 thread" if threads == 1 else f"{threads} threads"
         return self.machine.get("gpu") or f"{self.machine['processor']}, {counted}"
 
 
 def as_json(about: About, summaries: Sequence[Summary]) -> dict[str, Any]:
-    """The whole report."""
+    """Returns the report."""
     return {"schema": SCHEMA, **attrs.asdict(about), "results": [_result(summary) for summary in summaries]}
 
 

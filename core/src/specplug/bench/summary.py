@@ -1,4 +1,4 @@
-"""What the repetitions of one contestant come to: speed beside plain decoding, latencies, acceptance, the cost model."""
+"""The results of a contestant over its repetitions: speed versus plain decoding, latencies, acceptance, cost model."""
 
 from __future__ import annotations
 
@@ -7,33 +7,86 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
+import numpy as np
 
 from specplug.bench.comparison import Comparison
-from specplug.bench.contestant import PLAIN, Contestant, why_missing
+from specplug.bench.contestants import PLAIN, Contestant, why_missing
 from specplug.bench.measurement import DecodeCosts, Measurement
-from specplug.bench.statistics import Estimate, estimate, paired_ratio, quantile
 from specplug.bench.workload import Cell
 from specplug.stats import SpeculationStats
+
+_RESAMPLES = 10_000
+_LEVEL = 0.95
+
+
+@attrs.frozen
+class Estimate:
+    """A median and its interval.
+
+    Attributes:
+        median: of the sample.
+        low: lower bound of the 95 % interval.
+        high: upper bound.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    def as_json(self, digits: int = 6) -> dict[str, float]:
+        """Returns the values with `digits` significant digits."""
+        return {name: float(f"{value:.{digits}g}") for name, value in attrs.asdict(self).items()}
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Returns the median with its percentile bootstrap interval, from the medians of 10,000 resamples.
+
+    The random seed is fixed. The interval of a single value has no width.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    if not values:
+        raise ValueError("no value to estimate a median from")
+    sample = np.asarray(values, dtype=np.float64)
+    draws = np.random.default_rng(0).integers(0, len(sample), size=(_RESAMPLES, len(sample)))
+    medians = np.median(sample[draws], axis=1)
+    tail = 50 * (1 - _LEVEL)
+    low, high = np.percentile(medians, [tail, 100 - tail])
+    return Estimate(float(np.median(sample)), float(low), float(high))
+
+
+def paired_ratio(values: Sequence[float], base: Sequence[float]) -> Estimate:
+    """Returns the median of the ratios within repetitions, in which a slow repetition cancels out.
+
+    Raises:
+        ValueError: the numbers of values and base values differ, or there are none.
+    """
+    return estimate([value / own for value, own in zip(values, base, strict=True)])
+
+
+def quantile(values: Sequence[float], share: float) -> float | None:
+    """Returns an interpolated quantile; None without values."""
+    return float(np.quantile(np.asarray(values, dtype=np.float64), share)) if values else None
 
 
 @attrs.frozen
 class CostModel:
-    """The speed-up that acceptance and costs promise (Leviathan et al., 2211.17192), beside the one that was measured.
+    """The predicted speedup from acceptance and costs (Leviathan et al., 2211.17192), and the measured one.
 
-    All of it is about the steps that only decode, with every place of the batch taken: a prompt costs the same with any
-    method.
+    Only decode steps with a full batch count: a prompt costs the same with every method.
 
     Attributes:
-        tokens_per_step: τ, tokens that a sequence gains in a step, with or without a draft.
-        plain_seconds: t₁, the target's forward in a step of plain decoding.
-        verify_seconds: the target's forward in a step of the method.
-        draft_seconds: what drafting takes in a step.
-        other_seconds: what is left of a step: scheduling, verification, sampling, bookkeeping.
+        tokens_per_step: τ, tokens per sequence and step, with or without a draft.
+        plain_seconds: t₁, the forward of the target in a step of plain decoding.
+        verify_seconds: the forward of the target in a step of the method.
+        draft_seconds: drafting in a step.
+        other_seconds: the remainder of a step: scheduling, verification, sampling, bookkeeping.
         predicted: τ · t₁ / (t_verify + t_draft).
-        measured: decoding speed, as a ratio to plain decoding's.
-        of_predicted: measured by predicted.
-        promised: throughput, prompts included, as a ratio to plain decoding's, if decoding sped up as predicted and all
-            else took as long as it does plainly.
+        measured: decoding speed, as a ratio to plain decoding.
+        of_predicted: measured / predicted.
+        promised: throughput, prompts included, as a ratio to plain decoding, if decoding sped up as predicted and all else
+            took as long as in plain decoding.
     """
 
     tokens_per_step: float
@@ -52,24 +105,24 @@ class Summary:
     """One contestant under one setting.
 
     Attributes:
-        label: its name.
+        label: the name.
         kind: `plain`, `method` or `peer`.
-        config: its speculative configuration.
+        config: the speculative configuration.
         cell: the setting.
-        missing: why there is nothing to show; None otherwise, and only then the rest is set.
+        missing: why it could not run; the other attributes are set only if this is None.
         tokens_per_second: throughput, prompts included.
-        ratio: of it to plain decoding's.
+        ratio: of the throughput to that of plain decoding.
         first_token: (p50, p99) seconds to the first token.
         token: (p50, p99) seconds between tokens.
         acceptance_length: tokens per step that verified a draft; None without drafts.
-        by_position: the share of drafts that were accepted up to each position, or further.
-        draft_tokens: draft tokens verified, and accepted.
-        cost_model: None where the steps are not seen.
-        same_outputs: requests with the outputs of plain decoding, of how many; None where outputs are drawn.
+        by_position: the share of drafts that were accepted at least up to each position.
+        draft_tokens: (verified, accepted) draft tokens.
+        cost_model: None if step costs are unknown.
+        same_outputs: (requests with the output of plain decoding, all requests); None if outputs are sampled.
         faults: failures of speculators.
         samples: tokens per second of each repetition.
-        unverified_methods: those that bring a `verify` of their own, which core does not check.
-        learns: whether its drafts may depend on earlier requests, so that every run had a fresh engine.
+        unverified_methods: methods with a `verify` of their own, which core does not check.
+        learns: whether drafts may depend on earlier requests; every run then used a new engine.
     """
 
     label: str
@@ -93,7 +146,7 @@ class Summary:
 
 
 def summarize(comparison: Comparison) -> list[Summary]:
-    """Every contestant under every setting, in the order they were given."""
+    """Returns a summary of every contestant under every setting, in order."""
     return [
         _summary(comparison, contestant, cell) for cell in comparison.cells for contestant in comparison.contestants
     ]
@@ -147,7 +200,7 @@ def _same_outputs(runs: Sequence[Measurement], plain: Sequence[Measurement]) -> 
 
 
 def cost_model(runs: Sequence[Measurement], plain: Sequence[Measurement]) -> CostModel | None:
-    """The cost model of a method, paired by repetition; None where too little was seen."""
+    """Returns the cost model of a method, paired by repetition; None without measured decode steps."""
     seen = [(o.decode, p.decode, p.seconds) for o, p in zip(runs, plain, strict=True) if o.decode and p.decode]
     seen = [(o, p, seconds) for o, p, seconds in seen if o.forward_seconds and p.forward_seconds]
     pairs = [(o, p) for o, p, _ in seen]
@@ -170,6 +223,6 @@ def cost_model(runs: Sequence[Measurement], plain: Sequence[Measurement]) -> Cos
 
 
 def _predict(own: DecodeCosts, plain: DecodeCosts) -> float:
-    """τ · t₁ / (t_verify + t_draft)."""
+    """Returns τ · t₁ / (t_verify + t_draft)."""
     step = (own.forward_seconds + own.draft_seconds) / own.steps
     return own.tokens / own.rows * (plain.forward_seconds / plain.steps) / step

@@ -1,4 +1,4 @@
-"""What is generated while it is measured: prompts, and how many tokens of each."""
+"""The workload of a measurement: prompts, and the number of tokens to generate."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ PROMPTS: tuple[str, ...] = (
     _NOTES,
     _ESSAY,
 )
-"""What is measured where the user gives no prompts: copying with changes, continuing code, extraction, prose."""
+"""The default prompts: copying with changes, code completion, extraction, prose."""
 
 
 @attrs.frozen
@@ -80,7 +80,7 @@ class BenchPrompt:
     """One prompt.
 
     Attributes:
-        where: what messages call it.
+        where: its name in messages.
         ids: its token ids.
     """
 
@@ -95,7 +95,7 @@ class Workload:
     Attributes:
         name: for reports.
         prompts: the prompts.
-        max_tokens: how many tokens each is continued by; the end-of-sequence token does not end it.
+        max_tokens: tokens generated for each prompt; the end-of-sequence token is ignored.
     """
 
     name: str
@@ -103,36 +103,36 @@ class Workload:
     max_tokens: int
 
     def requests(self, batch: int) -> list[BenchPrompt]:
-        """The prompts, in a batch repeated until every place serves two: the last ones leave places empty."""
+        """Returns the prompts; repeated for a batch, so that there are at least two for each of its sequences."""
         count = max(len(self.prompts), 2 * batch if batch > 1 else 1)
         return list(itertools.islice(itertools.cycle(self.prompts), count))
 
     def repeats(self, batch: int) -> bool:
-        """Whether some prompts are generated more often than they were given."""
+        """Returns whether prompts are repeated for a batch."""
         return len(self.requests(batch)) > len(self.prompts)
 
     def unrelated(self) -> Workload:
-        """Random tokens in place of the prompts, of the same lengths: they warm up a method and teach it none of these."""
+        """Returns random prompts of the same lengths, to warm up a method that learns."""
         chooser = random.Random(0)
         vocabulary = 1 + max((token for prompt in self.prompts for token in prompt.ids), default=0)
         prompts = [attrs.evolve(p, ids=[chooser.randrange(vocabulary) for _ in p.ids]) for p in self.prompts]
         return attrs.evolve(self, prompts=prompts)
 
     def num_tokens(self, batch: int) -> int:
-        """How many tokens one run generates."""
+        """Returns the number of tokens that a run generates."""
         return len(self.requests(batch)) * self.max_tokens
 
     def check_length(self, max_model_len: int) -> None:
-        """Refuses what the engine has no room for.
+        """Checks that every prompt and its output fit the model.
 
         Raises:
-            RequestError: the message names the first such prompt.
+            RequestError: one does not; the message names it.
         """
         for prompt in self.prompts:
             if len(prompt.ids) + self.max_tokens > max_model_len:
                 raise RequestError(
-                    f"{prompt.where}: {len(prompt.ids):,} tokens of prompt and {self.max_tokens:,} to generate are more than "
-                    f"the {max_model_len:,} of a sequence; lower --max-tokens, or shorten the prompt"
+                    f"{prompt.where}: {len(prompt.ids):,} prompt tokens and {self.max_tokens:,} to generate are more than "
+                    f"max_model_len={max_model_len:,}; lower --max-tokens, or shorten the prompt"
                 )
 
 
@@ -141,7 +141,7 @@ class Cell:
     """One setting under which all contestants are compared.
 
     Attributes:
-        batch: sequences that are generated at a time.
+        batch: concurrent sequences.
         temperature: 0 is greedy.
     """
 
@@ -149,5 +149,5 @@ class Cell:
     temperature: float
 
     def __str__(self) -> str:
-        """How reports call it."""
+        """The name in reports."""
         return f"batch {self.batch}, temperature {self.temperature:g}"

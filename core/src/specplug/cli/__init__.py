@@ -1,1 +1,1 @@
-"""The command line: `specplug list`, `specplug generate`, `specplug demo`."""
+"""The command `specplug`: options in this package, the work in `run`, the output in `views`."""

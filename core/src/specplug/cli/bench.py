@@ -1,4 +1,4 @@
-"""`specplug bench`: methods beside plain decoding, and beside a peer, on the user's own model."""
+"""`specplug bench`: compares methods with plain decoding, and with a peer, on the user's own model."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from specplug.cli.engine_options import bench_engine_options, read_engine_options
-from specplug.cli.libraries import check_plugins
-from specplug.cli.option_groups import GroupedCommand, named, option_group
-from specplug.cli.speculative_option import read_speculative_config
+from specplug.cli.inputs import read_prompts, read_speculative_config
+from specplug.cli.options import GroupedCommand, bench_engine_options, named, option_group, read_engine_options
+from specplug.cli.process import check_plugins
 from specplug.cli.terminal import Terminal
 from specplug.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from specplug.cli.prompt_file import PromptLine
+    from specplug.cli.inputs import PromptLine
 
 _STDOUT = "-"
 
 
 class _Numbers(click.ParamType):
-    """Numbers with commas between them.
+    """A comma-separated list of numbers.
 
     Args:
-        kind: of a number.
-        expected: for the message.
+        kind: the type of a number.
+        expected: what the message says was expected.
     """
 
     name = "numbers"
@@ -38,7 +37,7 @@ class _Numbers(click.ParamType):
         self._expected = expected
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
-        """Reads them; each counts once."""
+        """Parses the numbers and drops duplicates."""
         if isinstance(value, tuple):
             return value
         try:
@@ -53,15 +52,25 @@ class _Numbers(click.ParamType):
 
 _workload_options = option_group(
     "Workload",
-    named("--prompts", metavar="FILE", help="JSON lines, as for generate; - reads standard input. [default: built in]"),
-    named("--max-tokens", type=click.IntRange(min=2), default=96, show_default=True, help="Generated for each prompt."),
+    named(
+        "--prompts",
+        metavar="FILE",
+        help="JSON lines, as for generate; - reads standard input. [default: built-in prompts]",
+    ),
+    named(
+        "--max-tokens",
+        type=click.IntRange(min=2),
+        default=96,
+        show_default=True,
+        help="Number of tokens to generate for each prompt.",
+    ),
     named(
         "--batch",
         "batches",
         type=_Numbers(int, "a list of whole numbers of at least 1, such as 1,4,16"),
         default=(1,),
         metavar="N,...",
-        help="Sequences generated at a time. [default: 1]",
+        help="Number of concurrent sequences. [default: 1]",
     ),
     named(
         "--temperature",
@@ -69,28 +78,36 @@ _workload_options = option_group(
         type=_Numbers(float, "a list of numbers of at least 0, such as 0,1"),
         default=(0.0,),
         metavar="T,...",
-        help="0 always takes the likeliest token. [default: 0]",
+        help="0 takes the most likely token. [default: 0]",
     ),
 )
 _measurement_options = option_group(
     "Measurement",
     named(
-        "--peer", type=click.Choice(["transformers"]), help="Measure it too, on the same weights, prompts and counts."
+        "--peer",
+        type=click.Choice(["transformers"]),
+        help="Also measure this library, with the same weights, prompts and lengths.",
     ),
-    named("--repetitions", type=click.IntRange(min=1), default=5, show_default=True, help="Of every measurement."),
+    named(
+        "--repetitions",
+        type=click.IntRange(min=1),
+        default=5,
+        show_default=True,
+        help="Number of repetitions of each measurement.",
+    ),
     named(
         "--one-at-a-time",
         is_flag=True,
-        help="Hold one engine in memory at a time; each is started for each repetition.",
+        help="Keep only one engine in memory; engines are restarted for each repetition.",
     ),
 )
 _output_options = option_group(
     "Output",
-    named("--json", "json_file", metavar="FILE", help="Write everything that was measured; - prints it, and no table."),
+    named("--json", "json_file", metavar="FILE", help="Write all results; - prints them instead of the tables."),
     named(
-        "--plot", metavar="FILE", help="Draw speed and acceptance: .png, .svg or .pdf (pip install 'specplug[bench]')."
+        "--plot", metavar="FILE", help="Plot speed and acceptance: .png, .svg or .pdf (pip install 'specplug[bench]')."
     ),
-    named("-q", "--quiet", is_flag=True, help="Do not show the startup steps and the progress."),
+    named("-q", "--quiet", is_flag=True, help="Hide startup steps and progress."),
 )
 
 
@@ -111,10 +128,10 @@ def bench(
 ) -> None:
     """Measure speculation methods on TARGET: a folder, a hub name, or tiny, the model that comes with specplug.
 
-    Plain decoding and every --speculative-config generate the same prompts, in turn, several times over; the speed of each
-    is compared with plain decoding's of the same repetition. Everything is generated to --max-tokens, so that all
-    generate the same number of tokens. One run of each is not counted. A method that learns from requests gets a fresh
-    engine for every counted run, and is warmed up on random tokens: it has seen no prompt before it counts.
+    Plain decoding and every --speculative-config continue the same prompts, in turn, in several repetitions; speeds are
+    compared with plain decoding within a repetition. Every output has --max-tokens tokens, so all methods generate the
+    same number. One warm-up run of each is not counted. A method that learns from requests gets a new engine for every
+    counted run, warmed up on random tokens, so that no prompt is known to it.
 
     \b
     Examples:
@@ -125,8 +142,7 @@ def bench(
     """  # noqa: D301
     if not speculative_configs and peer is None:
         raise click.UsageError("Missing option '--speculative-config' or '--peer'.")
-    # What can be refused without importing torch is refused first.
-    from specplug.cli.prompt_file import read_prompts
+    # Invalid options are refused before the slow import of torch.
     from specplug.configuration.engine import EngineConfig
 
     configs = [config for text in speculative_configs if (config := read_speculative_config(text)) is not None]
@@ -135,26 +151,28 @@ def bench(
     engine = read_engine_options({**given, "speculative_config": None})
     del engine["speculative_config"]
     lines = [] if prompts is None else _checked(read_prompts(prompts))
-    most = max(options["batches"])
-    if engine.setdefault("max_num_seqs", most) < most:
-        raise ConfigurationError(f"--batch {most} is more than --max-num-seqs {engine['max_num_seqs']}; raise it")
+    largest = max(options["batches"])
+    if engine.setdefault("max_num_seqs", largest) < largest:
+        raise ConfigurationError(
+            f"--batch {largest} is more than --max-num-seqs {engine['max_num_seqs']}; raise --max-num-seqs"
+        )
     EngineConfig.create(target, **engine)
     engines = [EngineConfig.create(target, speculative_config=config, **engine) for config in configs]
     if json_file not in (None, _STDOUT) and not Path(str(json_file)).absolute().parent.is_dir():
         raise ConfigurationError(f"--json {json_file!r}: there is no folder {str(Path(str(json_file)).parent)!r}")
 
-    from specplug.cli.bench_run import BenchJob, run_bench
+    from specplug.cli.run.bench import BenchJob, run_bench
 
     job = BenchJob(target, configs, engine, lines, peer=peer, json_file=json_file, plot=plot, **options, **flags)
     out, err = Terminal.out(), Terminal.err()
-    with contextlib.redirect_stdout(sys.stderr):  # standard output gets the results, whatever a plugin may print
+    with contextlib.redirect_stdout(sys.stderr):  # plugins may print; standard output gets only the results
         for each in engines:
             check_plugins(each)
         run_bench(job, out, err)
 
 
 def _checked(lines: list[PromptLine]) -> list[PromptLine]:
-    """Refuses what a line cannot choose here.
+    """Refuses lines with sampling parameters.
 
     Raises:
         ConfigurationError: a line has sampling parameters of its own.
@@ -162,7 +180,7 @@ def _checked(lines: list[PromptLine]) -> list[PromptLine]:
     for line in lines:
         if line.options:
             raise ConfigurationError(
-                f"{line.where}: 'sampling_params' are not used here; all prompts are generated alike, with --temperature "
-                "and --max-tokens"
+                f"{line.where}: 'sampling_params' are not supported here; --temperature and --max-tokens apply to "
+                "all prompts"
             )
     return lines

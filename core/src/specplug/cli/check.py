@@ -1,4 +1,4 @@
-"""`specplug check`: the conformance kit, on an installed speculator."""
+"""`specplug check`: runs the conformance kit on an installed speculator."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from specplug.cli.check_report import CheckReport
-from specplug.cli.libraries import check_plugins, import_libraries
-from specplug.cli.speculative_option import hint_at_keys, read_speculative_config
+from specplug.cli.inputs import read_speculative_config
+from specplug.cli.process import check_plugins, import_libraries
 from specplug.cli.terminal import Terminal
+from specplug.cli.views.check import CheckReport
 from specplug.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from specplug.testing.check import Check
 
 
 def _explain(ctx: click.Context, option: click.Parameter, name: str | None) -> None:
     if name is None or ctx.resilient_parsing:
         return
     import_libraries()
-    from specplug.cli.check_run import find_check
+    from specplug.cli.run.check import find_check
 
     Terminal.out().paragraph(find_check(name).explanation.replace("**", ""))
     ctx.exit()
 
 
-@click.command("check", short_help="Check that a speculator keeps the contract.")
+@click.command("check", short_help="Check that a speculator follows the contract.")
 @click.argument("method")
-@click.option("--target", metavar="MODEL", help="Check on this folder, hub name or tiny. [default: tiny random models]")
+@click.option("--target", metavar="MODEL", help="Use this folder, hub name or tiny. [default: small random models]")
 @click.option(
-    "--speculative-config", metavar="JSON", help="The method's keys, or a file with them; needed where it needs keys."
+    "--speculative-config",
+    metavar="JSON",
+    help="The keys of the method, or a file with them; required if the method requires keys.",
 )
-@click.option("--only", metavar="CHECK", multiple=True, help="Run this check, and startup. May be repeated.")
+@click.option("--only", metavar="CHECK", multiple=True, help="Run only startup and this check. Repeatable.")
 @click.option("--quick", is_flag=True, help="Fewer trials and targets.")
 @click.option(
     "--explain",
@@ -46,9 +46,9 @@ def _explain(ctx: click.Context, option: click.Parameter, name: str | None) -> N
     is_eager=True,
     expose_value=False,
     callback=_explain,
-    help="Say what a check proves and where to look when it fails, and run nothing.",
+    help="Explain a check and where to look when it fails; run nothing.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one object; its keys are stable.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object; its keys are stable.")
 @click.pass_context
 def check(
     ctx: click.Context,
@@ -61,10 +61,10 @@ def check(
 ) -> None:
     """Run the conformance kit on the installed speculator METHOD.
 
-    Every check ends as ok, failed, not applicable, or nothing seen; after a fault with which it cannot work at all the rest
-    is not run. The exit status is 1 if any failed. Without --target
-    the kit makes small random models of several architectures; a method that needs a draft or a head of its own is checked
-    on the target that it was made for. A plugin that only wraps hooks is checked under a small speculator of the kit's.
+    The result of a check is ok, failed, not applicable, or nothing seen (there was no draft to judge); after a fatal fault
+    the remaining checks are not run. The exit status is 1 if any check failed. Without --target, the kit creates small
+    random models of several architectures; a method with a draft model or head needs the target that these were made
+    for. An observer is checked with a small speculator of the kit.
 
     \b
     Examples:
@@ -73,24 +73,29 @@ def check(
       specplug check mine --speculative-config '{"window": 3}' --json
       specplug check --explain budgets
     """  # noqa: D301
+    from specplug.configuration.engine import EngineConfig
     from specplug.plugins.finder import find_plugins
 
     config = _method_config(method, read_speculative_config(speculative_config))
     out = Terminal.out()
-    with contextlib.redirect_stdout(sys.stderr):  # standard output gets the verdicts, whatever a plugin may print
+    with contextlib.redirect_stdout(sys.stderr):  # plugins may print; standard output gets only the results
         if not any(record.method == method and record.kind == "observer" for record in find_plugins()):
-            _check_keys(config, target)
+            with _hint_at_keys(has_target=target is not None):
+                check_plugins(EngineConfig.create(target or "tiny", speculative_config=config))
         import_libraries()
-        from specplug.cli.check_run import choose_checks, make_subject, preflight, whole_kit
+        from specplug.cli.run.check import choose_checks, make_subject, preflight, whole_kit
         from specplug.testing.runner import run_checks
 
         with tempfile.TemporaryDirectory(prefix="specplug-check-") as root:
             subject, is_observer = make_subject(root, method, config, target, quick=quick)
             checks = choose_checks(only, is_observer=is_observer)
             report = CheckReport.begin(method, target, whole_kit(is_observer=is_observer))
-            report.overrides_verify = preflight(subject, method, has_target=target is not None)
-            with _shown(out, report, checks, as_json=as_json):
-                run_checks(subject, checks, lambda result: report.add(result, None if as_json else out))
+            with _hint_at_keys(has_target=target is not None):
+                report.overrides_verify = preflight(subject, method)
+            report.width = max(len(check.name) for check in checks)
+            if not as_json:
+                report.show_header(out)
+            run_checks(subject, checks, lambda result: report.add(result, None if as_json else out))
     if as_json:
         out.line(json.dumps(report.as_json(), indent=2))
     else:
@@ -99,29 +104,23 @@ def check(
         ctx.exit(1)
 
 
-def _check_keys(config: dict[str, Any], target: str | None) -> None:
-    """Refuses what can be refused without importing PyTorch."""
-    from specplug.configuration.engine import EngineConfig
-
-    try:
-        check_plugins(EngineConfig.create(target or "tiny", speculative_config=config))
-    except ConfigurationError as error:
-        hint_at_keys(error, has_target=target is not None)
-        raise
-
-
 @contextlib.contextmanager
-def _shown(out: Terminal, report: CheckReport, checks: tuple[Check, ...], *, as_json: bool) -> Iterator[None]:
-    report.width = max(len(check.name) for check in checks)
-    if not as_json:
-        report.show_header(out)
-    yield
+def _hint_at_keys(*, has_target: bool) -> Iterator[None]:
+    """Adds to configuration errors how to give a method the keys that it needs."""
+    try:
+        yield
+    except ConfigurationError as error:
+        hint = "give its keys with --speculative-config"
+        if not has_target:
+            hint += ", and the model that they are for with --target (without it, the kit creates small random models)"
+        error.add_note(hint)
+        raise
 
 
 def _method_config(method: str, given: dict[str, Any] | None) -> dict[str, Any]:
     config = {"method": method, "num_speculative_tokens": 4, **(given or {})}
     if config["method"] != method:
         raise ConfigurationError(
-            f"--speculative-config names the method '{config['method']}', the command checks '{method}'"
+            f"--speculative-config has the method '{config['method']}', but the command checks '{method}'"
         )
     return config

@@ -1,32 +1,22 @@
-"""`specplug demo`: the installed speculators on the embedded model, beside plain decoding."""
+"""`specplug demo`: compares the installed speculators with plain decoding, on the embedded model."""
 
 from __future__ import annotations
 
-import contextlib
-import time
 from typing import TYPE_CHECKING
 
-import attrs
 import click
 
-from specplug.cli.demo_prompts import PROMPTS, DemoPrompt
-from specplug.cli.demo_result import PLAIN, heading, show_ending, show_results
-from specplug.cli.demo_run import run_method
-from specplug.cli.error_text import describe_error
-from specplug.cli.libraries import import_libraries
-from specplug.cli.listing import NOTHING_INSTALLED
+from specplug.cli.list import NOTHING_INSTALLED
 from specplug.cli.terminal import Terminal
 from specplug.errors import PluginError, did_you_mean
 from specplug.plugins.finder import PluginRecord, find_plugins
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from specplug.cli.demo_run import MethodResult
+    from collections.abc import Sequence
 
 _INTRO = """\
-specplug makes language models write faster: a plugin drafts the next tokens,
-the model checks them in one step and keeps those it would have written itself.
+specplug speeds up language models: a plugin drafts the next tokens, the model
+verifies them in one step and keeps those that it would have generated itself.
 """
 _NONE_STARTED = "No installed speculator could be shown. See why with: specplug list -v --check"
 
@@ -35,7 +25,7 @@ _NONE_STARTED = "No installed speculator could be shown. See why with: specplug 
 @click.option(
     "--method", "methods", metavar="NAME", multiple=True, help="Show this speculator. Repeatable. [default: all]"
 )
-@click.option("--max-tokens", type=click.IntRange(min=2), help="Cut every output here.")
+@click.option("--max-tokens", type=click.IntRange(min=2), help="Maximum number of tokens of each output.")
 @click.option(
     "--num-speculative-tokens", type=click.IntRange(min=1), default=5, show_default=True, help="Draft length."
 )
@@ -55,22 +45,22 @@ def demo(ctx: click.Context, methods: tuple[str, ...], max_tokens: int | None, n
     chosen = [_usable(method, records) for method in dict.fromkeys(methods)] if methods else records
     terminal = Terminal.out()
     terminal.line(_INTRO)
-    prompts = [attrs.evolve(p, max_tokens=min(p.max_tokens, max_tokens or p.max_tokens)) for p in PROMPTS]
-    _show_import(terminal)
-    with _one_thread():
-        results = _run_all(terminal, prompts, chosen, num_speculative_tokens, skip=not methods)
+
+    from specplug.cli.run.demo import run_demo
+    from specplug.cli.views.demo import show_ending, show_results
+
+    results = run_demo(terminal, chosen, max_tokens, num_speculative_tokens, skip_failed=not methods)
     all_identical = show_results(terminal, results)
-    if_none = _NONE_STARTED if records else NOTHING_INSTALLED
-    show_ending(terminal, results, all_identical, if_none)
+    show_ending(terminal, results, all_identical, _NONE_STARTED if records else NOTHING_INSTALLED)
     if not all_identical:
         ctx.exit(1)
 
 
 def _usable(method: str, records: Sequence[PluginRecord]) -> PluginRecord:
-    """The record of a method that was asked for.
+    """Returns the usable plugin of a method.
 
     Raises:
-        PluginError: there is none that can be used.
+        PluginError: there is none.
     """
     found = [record for record in records if record.method == method]
     for record in found:
@@ -84,52 +74,3 @@ def _usable(method: str, records: Sequence[PluginRecord]) -> PluginRecord:
     raise PluginError(
         f"no speculator named '{method}'{near} (installed: {', '.join(names) or 'none'}; see: specplug list)"
     )
-
-
-def _show_import(terminal: Terminal) -> None:
-    started = time.perf_counter()
-    terminal.write("Importing PyTorch and Transformers ... ")
-    import_libraries()
-    terminal.line(f"{time.perf_counter() - started:.1f} s")
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Runs the embedded model on one thread: it is too small for more, and timings are steadier on a busy machine."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _run_all(
-    terminal: Terminal,
-    prompts: Sequence[DemoPrompt],
-    records: Sequence[PluginRecord],
-    num_speculative_tokens: int,
-    *,
-    skip: bool,
-) -> dict[str, MethodResult]:
-    """Plain decoding, then every method; one that does not start is reported, and left out if `skip`."""
-    heading(terminal, "Plain decoding: the embedded model tiny alone")
-    results = {PLAIN: run_method(terminal, prompts, None)}
-    for record in records:
-        if record.status != "ok":
-            terminal.line()
-            terminal.paragraph(
-                f"{record.method} of {record.distribution} is left out: {record.status}, {record.reason}"
-            )
-            continue
-        heading(terminal, f"Speculator {record.method}: package {record.distribution} {record.version}")
-        config = {"method": record.method, "num_speculative_tokens": num_speculative_tokens}
-        try:
-            results[record.method] = run_method(terminal, prompts, config, results[PLAIN].plan)
-        except Exception as error:
-            if not skip:
-                raise
-            terminal.paragraph(f"  {record.method} is left out: {describe_error(error)}", indent="  ")
-    return results

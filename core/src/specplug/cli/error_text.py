@@ -8,7 +8,7 @@ _WITH_DETAILS = "(details: run again with --debug)"
 
 
 def describe_error(error: BaseException) -> str:
-    """An error's text with its notes, such as the startup step that failed; an unexpected error's type comes first."""
+    """Returns the text of an error with its notes, such as the failed startup step; unexpected errors begin with their type."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -19,7 +19,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def hint_at_details(error: BaseException) -> str:
-    """Points to the traceback, with a space before it, where there is more to see than the message says."""
+    """Returns a hint at `--debug`, with a space before it, if a traceback says more than the message; else an empty string."""
     return f" {_WITH_DETAILS}" if _is_unexpected(error) else ""
 
 
@@ -30,7 +30,7 @@ def _is_unexpected(error: BaseException) -> bool:
         return True
     cause = error.__cause__
     if cause is None or isinstance(error, (ConfigurationError, RequestError)):
-        return False  # what the user wrote is all there is to see
+        return False  # the cause is what the user wrote
     if isinstance(error, CheckpointError) and isinstance(cause, ValueError):
-        return False  # so is a damaged file
+        return False  # the file is damaged
     return not isinstance(cause, (SpecplugError, OSError))

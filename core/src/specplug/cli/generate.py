@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from specplug.cli.engine_options import draft_options, engine_options, read_engine_options
-from specplug.cli.libraries import check_plugins
-from specplug.cli.option_groups import GroupedCommand, named, option_group
-from specplug.cli.sampling_options import (
+from specplug.cli.inputs import PromptLine, checked_text, read_prompts
+from specplug.cli.options import (
     DEFAULTS,
+    GroupedCommand,
+    draft_options,
+    engine_options,
     length_options,
     make_params,
+    named,
+    option_group,
     penalty_options,
+    read_engine_options,
     read_sampling_options,
     report_options,
     sampling_options,
 )
+from specplug.cli.process import check_plugins
 from specplug.cli.terminal import Terminal
 from specplug.errors import ConfigurationError, RequestError
-
-if TYPE_CHECKING:
-    from specplug.cli.prompt_file import PromptLine
 
 _ENGINE = (
     "speculative_config",
@@ -43,15 +45,15 @@ _ENGINE = (
     "deny_plugin",
     "strict",
 )
-_MOST_ROWS = 32
+_MAX_SEQS = 32
 _prompt_options = option_group(
     "Prompt",
-    named("--prompt", metavar="TEXT", help="What to continue; - reads standard input."),
-    named("--prompts", metavar="FILE", help="Many: JSON lines, see above; - reads standard input."),
+    named("--prompt", metavar="TEXT", help="Text to continue; - reads standard input."),
+    named("--prompts", metavar="FILE", help="Many prompts as JSON lines, see above; - reads standard input."),
 )
 
 
-@click.command(cls=GroupedCommand, short_help="Generate text with a model, as it comes.")
+@click.command(cls=GroupedCommand, short_help="Generate text with a model.")
 @click.argument("target")
 @_prompt_options
 @sampling_options
@@ -65,12 +67,11 @@ def generate(
 ) -> None:
     """Generate text with TARGET: a folder, a hub name, or tiny, the model that comes with specplug.
 
-    The text goes to standard output as it is generated, everything else to standard error. On a terminal, text that a
-    speculator drafted and the target accepted is coloured. Sampling options that are not given are those of the model's
-    generation_config.
+    The text goes to standard output as it is generated, everything else to standard error. On a terminal, accepted draft
+    tokens are coloured. Sampling options default to the generation_config of the model.
 
-    A line of --prompts is a JSON string, or an object with "prompt" or "prompt_token_ids", and perhaps
-    "sampling_params", an object that overrides the options for this line, such as {"temperature": 0.7}.
+    A line of --prompts is a JSON string, or an object with "prompt" or "prompt_token_ids". The optional key
+    "sampling_params" is an object that overrides the options for this line, such as {"temperature": 0.7}.
 
     \b
     Examples:
@@ -87,40 +88,34 @@ def generate(
         )
         raise click.UsageError(f"{problem}.")
     if not as_json and (given["logprobs"] is not None or given["prompt_logprobs"] is not None):
-        raise click.UsageError("--logprobs and --prompt-logprobs are shown with --json only.")
-    # What can be refused without importing torch is refused first.
-    from specplug.cli.prompt_file import read_prompts
+        raise click.UsageError("--logprobs and --prompt-logprobs require --json.")
+    # Invalid options are refused before the slow import of torch.
     from specplug.configuration.engine import EngineConfig
 
     engine = read_engine_options({name: given.pop(name) for name in _ENGINE})
     sampling = read_sampling_options(given)
-    if prompts is not None:
-        lines = read_prompts(prompts)
-    else:
-        lines = [_given(prompt or "")]
-    rows = sum(_checked(line, sampling) for line in lines)
-    engine.setdefault("max_num_seqs", min(rows, _MOST_ROWS, max(engine.get("max_num_batched_tokens", rows), 1)))
+    lines = [_read_prompt(prompt or "")] if prompts is None else read_prompts(prompts)
+    rows = sum(_count_completions(line, sampling) for line in lines)
+    engine.setdefault("max_num_seqs", min(rows, _MAX_SEQS, max(engine.get("max_num_batched_tokens", rows), 1)))
     config = EngineConfig.create(target, **engine)
 
-    from specplug.cli.generate_run import GenerateJob, run_job
+    from specplug.cli.run.generate import GenerateJob, run_job
 
     job = GenerateJob(
         target, engine, lines, sampling, is_file=prompts is not None, as_json=as_json, stats=stats, quiet=quiet
     )
     out, err = Terminal.out(), Terminal.err()
-    with contextlib.redirect_stdout(sys.stderr):  # standard output gets the text, whatever a plugin may print
+    with contextlib.redirect_stdout(sys.stderr):  # plugins may print; standard output gets only the text
         check_plugins(config)
         run_job(job, out, err)
 
 
-def _given(prompt: str) -> PromptLine:
-    """The prompt of `--prompt`.
+def _read_prompt(prompt: str) -> PromptLine:
+    """Reads the prompt of `--prompt`.
 
     Raises:
-        ConfigurationError: it is no valid text.
+        ConfigurationError: it is not valid text.
     """
-    from specplug.cli.prompt_file import PromptLine, checked_text
-
     where = "--prompt"
     if prompt == "-":
         where = "--prompt -"
@@ -131,11 +126,11 @@ def _given(prompt: str) -> PromptLine:
     return PromptLine(where, checked_text(prompt, where))
 
 
-def _checked(line: PromptLine, sampling: dict[str, Any]) -> int:
-    """How many completions a prompt asks for, if its parameters are good ones.
+def _count_completions(line: PromptLine, sampling: dict[str, Any]) -> int:
+    """Returns the number of completions that a prompt asks for.
 
     Raises:
-        RequestError: they are not; the message names the line where it has parameters of its own.
+        RequestError: its parameters are invalid; the message names the line if it has parameters of its own.
     """
     try:
         return make_params(DEFAULTS, sampling, line.options).n

@@ -1,4 +1,4 @@
-"""The command `specplug`: its subcommands, and what becomes of their errors."""
+"""The command `specplug`: its subcommands, and the handling of their errors."""
 
 from __future__ import annotations
 
@@ -17,13 +17,10 @@ from specplug.cli.check import check
 from specplug.cli.demo import demo
 from specplug.cli.error_text import describe_error, hint_at_details
 from specplug.cli.generate import generate
-from specplug.cli.interrupt import insistent_interrupts
-from specplug.cli.libraries import INTERRUPTED
-from specplug.cli.listing import list_command
+from specplug.cli.list import list_command
 from specplug.cli.new import new
 from specplug.cli.plan import plan
-from specplug.cli.quick_end import quick_end
-from specplug.cli.streams import open_streams
+from specplug.cli.process import INTERRUPTED, insistent_interrupts, open_streams, quick_end
 from specplug.cli.terminal import Terminal
 from specplug.version import __version__
 
@@ -38,7 +35,7 @@ _QUIET = {
 
 
 class _UsageError(click.ClickException):
-    """Options or arguments that the command does not take, in one line."""
+    """Invalid options or arguments, as one line."""
 
     exit_code = 2
 
@@ -48,10 +45,10 @@ class _UsageError(click.ClickException):
 
 
 class _CommandGroup(click.Group):
-    """A group whose errors are one line each: a traceback is for those who ask for it with `--debug`."""
+    """A group that prints errors as one line; `--debug` adds the traceback."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        """Parses the group's own options."""
+        """Parses the options of the group."""
         with _one_line_usage():
             return super().make_context(*args, **kwargs)
 
@@ -67,7 +64,7 @@ class _CommandGroup(click.Group):
             _fail("interrupted", ctx.params["debug"])
             ctx.exit(INTERRUPTED)
         except Exception as error:
-            debug = ctx.params["debug"]  # a subcommand's own --debug is known by now
+            debug = ctx.params["debug"]  # may have been set by the subcommand's own --debug
             hint = "" if debug else hint_at_details(error)
             _fail(f"error: {describe_error(error)}{hint}", debug)
             ctx.exit(1)
@@ -75,7 +72,7 @@ class _CommandGroup(click.Group):
 
 @contextlib.contextmanager
 def _one_line_usage(group: click.Context | None = None) -> Iterator[None]:
-    """Turns click's usage errors into one line; `group` knows the subcommand where the error does not."""
+    """Converts usage errors of click to one line; `group` knows the subcommand if the error does not."""
     try:
         yield
     except click.exceptions.NoArgsIsHelpError:
@@ -97,7 +94,7 @@ def _fail(message: str, debug: bool) -> None:
 
 @contextlib.contextmanager
 def _quiet_libraries(debug: bool) -> Iterator[None]:
-    """Shows specplug's own warnings as lines, and those of libraries only with `--debug`."""
+    """Shows warnings of specplug as lines, and warnings of libraries only with `--debug`."""
     logger = logging.getLogger("specplug")
     handler = _WarningHandler(logging.WARNING)
     handler.setFormatter(_OneLineFormatter(debug))
@@ -126,7 +123,7 @@ class _WarningHandler(logging.Handler):
         text = f"specplug: {record.levelname.lower()}: {self.format(record)}"
         if text not in self._seen:
             self._seen.add(text)
-            # A startup line that is still open is written over; it is written again when its step ends.
+            # An unfinished startup line is overwritten; it is written again when its step ends.
             Terminal.err().rewind()
             click.echo(text, err=True)
 
@@ -154,7 +151,7 @@ def cli(debug: bool) -> None:
 
 
 def _set_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
-    """Takes `--debug` where people put it when they run a command again: at its end."""
+    """Accepts `--debug` after the subcommand too, where people add it when they repeat a command."""
     if value:
         ctx.find_root().params["debug"] = True
 

@@ -1,4 +1,4 @@
-"""`specplug new`: a package for a speculator of one's own."""
+"""`specplug new`: a package for a new speculator."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from specplug.cli.terminal import Terminal
 from specplug.scaffold.package import KINDS, write_package
 
 
-@click.command("new", short_help="Write a package for a speculator of your own.")
+@click.command("new", short_help="Write a package for a new speculator.")
 @click.argument("name")
 @click.option(
     "--kind",
     type=click.Choice(KINDS),
     default=KINDS[0],
     show_default=True,
-    help="token: drafts from token ids alone. model: runs a draft model with KV of its own.",
+    help="token: drafts from token ids. model: runs a draft model with its own KV cache.",
 )
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), default=Path(), help="Where to. [default: here]"
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path(),
+    help="Parent folder. [default: the current folder]",
 )
 def new(name: str, kind: str, out: Path) -> None:
-    """Write a package that provides the method NAME: it installs, and passes the conformance kit, as it is.
+    """Write a package that provides the method NAME and passes the conformance kit unchanged.
 
-    NAME is what users will write as "method": a letter, then letters, digits, - or _. The package is a new folder,
-    specplug-NAME; nothing that exists is written over, and no name of an installed method is taken.
+    NAME is the value of "method" for users: a letter, then letters, digits, - or _. The package is a new folder,
+    specplug-NAME; existing files are never overwritten, and the name of an installed method is refused.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""What `specplug list` knows about a plugin: its metadata, and what came of importing it where that was asked for."""
+"""Reports of `specplug list`: the metadata of a plugin and, with `--check`, the result of its import."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from specplug.plugins.finder import PluginRecord, find_plugins
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-_PATIENCE = 60.0  # seconds for one import; PyTorch and Transformers are imported before
+_TIMEOUT = 60.0  # seconds for one import; PyTorch and Transformers are imported before
 
 
 @attrs.frozen
 class PluginReport:
-    """A plugin, perhaps checked.
+    """An installed plugin.
 
     Attributes:
-        record: its metadata and status; an import that failed makes the status `failed`.
-        hooks: the hooks its module implements; None if it was not imported.
-        wraps: the hooks its module wraps; None if it was not imported.
+        record: its metadata and status; the status is `failed` after a failed import.
+        hooks: the hooks its module implements; None without an import.
+        wraps: the hooks its module wraps; None without an import.
         traceback: of a failed import.
-        verifiers: its speculators that bring a `verify` of their own; None if it was not imported.
+        verifiers: its speculators with a `verify` of their own; None without an import.
     """
 
     record: PluginRecord
@@ -41,11 +41,11 @@ class PluginReport:
 
     @property
     def hook_summary(self) -> str:
-        """Its hooks in one line; empty if it was not imported."""
+        """Its hooks in one line; empty without an import."""
         return ", ".join([*(self.hooks or ()), *(f"{name} (wrapper)" for name in self.wraps or ())])
 
     def as_json(self) -> dict[str, Any]:
-        """The object of `specplug list --json`. Keys are only ever added."""
+        """Returns the object of `specplug list --json`; keys are only added, never removed."""
         record = self.record
         return {
             "method": record.method,
@@ -66,12 +66,12 @@ class PluginReport:
 
 
 def report_plugins(allowed: Iterable[str] | None, denied: Iterable[str]) -> list[PluginReport]:
-    """Reports every installed plugin from metadata alone: nothing is imported."""
+    """Reports every installed plugin from its metadata, without an import."""
     return [PluginReport(record) for record in _sorted(find_plugins(allowed, denied))]
 
 
 def check_plugins(allowed: Iterable[str] | None, denied: Iterable[str]) -> list[PluginReport]:
-    """Reports every installed plugin; those that may be loaded are imported, in a process that they may end or hang."""
+    """Reports every installed plugin. Allowed plugins are imported in a child process, which an import may end or block."""
     records = _sorted(find_plugins(allowed, denied))
     usable = [record for record in records if record.status == "ok"]
     answers: list[dict[str, Any]] = []
@@ -82,8 +82,13 @@ def check_plugins(allowed: Iterable[str] | None, denied: Iterable[str]) -> list[
 
 
 def _import(records: Sequence[PluginRecord]) -> list[dict[str, Any]]:
-    """What came of importing plugins one after the other, up to the first that ends or hangs the process."""
-    command = [sys.executable, "-m", "specplug.cli.plugin_import", json.dumps([attrs.asdict(each) for each in records])]
+    """Imports plugins in turn, up to the first that ends or blocks the child process, and returns the results."""
+    command = [
+        sys.executable,
+        "-m",
+        "specplug.cli.run.plugin_import",
+        json.dumps([attrs.asdict(each) for each in records]),
+    ]
     path = os.pathsep.join(each for each in sys.path if each)
     lines: queue.Queue[str] = queue.Queue()
     answers: list[dict[str, Any]] = []
@@ -98,13 +103,13 @@ def _import(records: Sequence[PluginRecord]) -> list[dict[str, Any]]:
                 process.wait()
                 raise StartupError("the process that imports plugins did not start; its message is above")
             while len(answers) < len(records):
-                line = lines.get(timeout=_PATIENCE)
+                line = lines.get(timeout=_TIMEOUT)
                 if not line:
                     answers.append({"reason": f"its import ended the process (exit status {process.wait()})"})
                     break
                 answers.append(json.loads(line))
         except queue.Empty:
-            answers.append({"reason": f"its import did not end within {_PATIENCE:.0f} seconds"})
+            answers.append({"reason": f"its import did not end within {_TIMEOUT:.0f} seconds"})
         finally:
             process.kill()
             reader.join()

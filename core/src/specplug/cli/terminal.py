@@ -16,14 +16,14 @@ _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) 
 
 
 class Terminal:
-    """Text to one stream: coloured and wrapped on a terminal, plain and whole elsewhere.
+    """Writes text to a stream: coloured and wrapped on a terminal, plain and unwrapped elsewhere.
 
-    Rich decides about colour (`NO_COLOR`, `FORCE_COLOR`, `TERM`); it is imported only where there can be any.
+    Rich decides whether there is colour (`NO_COLOR`, `FORCE_COLOR`, `TERM`); it is imported only where there may be colour.
 
     Attributes:
-        stream: where the text goes.
+        stream: receives the text.
         is_live: whether a line can be rewritten, as on a terminal.
-        width: columns of the terminal; None where lines may be of any length.
+        width: columns of the terminal; None for unlimited lines.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -38,25 +38,25 @@ class Terminal:
 
     @classmethod
     def out(cls) -> Terminal:
-        """Standard output as it is now."""
+        """Returns a terminal on the current standard output."""
         return cls(sys.stdout)
 
     @classmethod
     def err(cls) -> Terminal:
-        """Standard error as it is now."""
+        """Returns a terminal on the current standard error."""
         return cls(sys.stderr)
 
     @property
     def has_colour(self) -> bool:
-        """Whether styles can be told apart."""
+        """Whether styles are visible."""
         console = self._console
         return console is not None and console.color_system is not None and not console.no_color
 
     def write(self, text: str, style: str = "") -> None:
-        """Writes text as it is, at once.
+        """Writes text unchanged, and flushes.
 
         Raises:
-            OSError: it cannot be written; the error names the stream.
+            OSError: the write failed; the error names the stream.
         """
         try:
             if self._console is None:
@@ -69,30 +69,30 @@ class Terminal:
             raise
 
     def rewind(self) -> None:
-        """Goes back to the start of an unfinished line and empties it; only where `is_live`."""
+        """Erases the unfinished line; only where `is_live`."""
         if self.is_live:
             self.stream.write("\r\x1b[K")
 
     def line(self, text: str = "", style: str = "") -> None:
-        """Writes a line as it is."""
+        """Writes a line unchanged."""
         self.write(f"{text}\n", style)
 
     def paragraph(self, text: str, *, indent: str = "", style: str = "") -> None:
-        """Writes text in lines that fit the terminal; the second and later ones start with `indent`."""
+        """Writes text wrapped to the terminal; continuation lines start with `indent`."""
         self.line("\n".join(self.wrap(text, indent=indent)), style)
 
     def wrap(self, text: str, *, indent: str = "") -> list[str]:
-        """The lines of a paragraph: as many as the terminal needs, one elsewhere."""
+        """Returns the lines of a paragraph: wrapped on a terminal, a single line elsewhere."""
         if self.width is None or len(text) <= self.width:
             return [text]
         return textwrap.wrap(text, max(self.width, 40), subsequent_indent=indent, break_on_hyphens=False)
 
     def generated(self, text: str, style: str = "") -> None:
-        """Writes what a model wrote: a terminal is not sent control characters, a file gets every one."""
+        """Writes generated text; control characters are removed on a terminal, and kept elsewhere."""
         self.write(text.translate(_CONTROLS) if self.stream.isatty() else text, style)
 
     def can_show(self, characters: str) -> bool:
-        """Whether the stream's encoding has these characters."""
+        """Whether the stream's encoding can represent the characters."""
         try:
             characters.encode(self.stream.encoding or "ascii")
         except (UnicodeEncodeError, LookupError):

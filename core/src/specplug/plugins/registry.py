@@ -22,13 +22,6 @@ from specplug.plugins.hooks import HOOKS, check_hooks, check_module, implements_
 from specplug.values import shown
 
 logger = logging.getLogger("specplug")
-_SHIPPED = {
-    "draft_model": "specplug-draft-model",
-    "eagle": "specplug-eagle",
-    "eagle3": "specplug-eagle",
-    "ngram": "specplug-ngram",
-}
-"""The packages of the methods that come with core's releases."""
 
 
 @attrs.define(eq=False)
@@ -274,9 +267,7 @@ class PluginRegistry:
             usable = (r.method for r in self.records if (r.status, r.kind) == ("ok", "speculator"))
             names = sorted({*self._modules, *usable})
             installed = f"installed: {', '.join(names)}" if names else "no speculator is installed"
-            package = _SHIPPED.get(method, f"specplug-{method.replace('_', '-')}")
-            near = "" if method in _SHIPPED else did_you_mean(method, names)
-            hint = near or f"; if a package provides it: pip install {package}"
+            hint = did_you_mean(method, names) or f"; if a package provides it: pip install {_usual_package(method)}"
             raise PluginError(f"no speculator named '{method}'{hint} ({installed})")
         if method in self.failures:
             raise PluginError(
@@ -285,6 +276,11 @@ class PluginRegistry:
             )
         status = "is unusable" if record.status == "failed" else f"is {record.status}"
         raise PluginError(f"speculator '{method}' of package {record.distribution} {status}: {record.reason}")
+
+
+def _usual_package(method: str) -> str:
+    """Returns the name that the package of a method has by convention; versions of a method share a package."""
+    return f"specplug-{method.rstrip('0123456789').rstrip('_') or method}".replace("_", "-")
 
 
 def _traits_of(instance: Any, method: str) -> SpeculatorTraits:

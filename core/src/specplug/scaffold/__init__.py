@@ -1,1 +1,1 @@
-"""What `specplug new` writes."""
+"""The package templates of `specplug new`."""

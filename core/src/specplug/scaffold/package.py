@@ -1,6 +1,6 @@
-"""A new package from templates: `string.Template` texts in `templates/common`, `templates/token` and `templates/model`.
+"""Creates a package from templates: `string.Template` texts in `templates/common`, `templates/token`, `templates/model`.
 
-A template's name is the file's, with `.in` at its end, `+` for a folder's separator, and `NAME` for the module's name.
+The name of a template is that of the file with the suffix `.in`, `+` for the path separator, and `NAME` for the module.
 """
 
 from __future__ import annotations
@@ -20,37 +20,36 @@ from specplug.version import __version__
 CORE = "specplug"
 KINDS = ("token", "model")
 _NAME = re.compile(r"[A-Za-z](?:[A-Za-z0-9_-]*[A-Za-z0-9])?")
-_LONGEST = 40
+_MAX_LENGTH = 40
 
 
 def write_package(name: str, kind: str, out: Path) -> tuple[Path, list[str]]:
     """Writes a package.
 
     Args:
-        name: the method's name; its package and module are named after it.
+        name: of the method; the names of package and module follow from it.
         kind: `token` or `model`.
-        out: the folder it is written in, made where it is missing.
+        out: the parent folder, created if necessary.
 
     Returns:
         The new folder, and the files in it.
 
     Raises:
-        ConfigurationError: the name cannot be a method's and a distribution's, an installed package has it, or the folder
-            exists or cannot be written.
+        ConfigurationError: the name is invalid, an installed package has it, or the folder exists or cannot be written.
     """
     method = method_name(name)
     _refuse_taken(method)
     folder = out.expanduser() / distribution_name(method)
     if folder.exists() or folder.is_symlink():
-        raise ConfigurationError(f"{folder} exists; nothing is written over: choose another name or --out")
+        raise ConfigurationError(f"{folder} already exists: choose another name or --out")
     values = _values(method)
     files = {
-        place.replace("NAME", values["module"]): Template(text).substitute(values)
-        for place, text in (*_templates("common"), *_templates(kind))
+        path.replace("NAME", values["module"]): Template(text).substitute(values)
+        for path, text in (*_templates("common"), *_templates(kind))
     }
     try:
-        for place, text in files.items():
-            file = folder / place
+        for path, text in files.items():
+            file = folder / path
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -59,29 +58,29 @@ def write_package(name: str, kind: str, out: Path) -> tuple[Path, list[str]]:
 
 
 def method_name(name: str) -> str:
-    """The method's name: lower case, words joined by underscores.
+    """Returns the name of the method: lower case, with underscores.
 
     Raises:
-        ConfigurationError: it cannot be one.
+        ConfigurationError: the name is invalid.
     """
     given = name.removeprefix(f"{CORE}-").removeprefix(f"{CORE}_")
     method = re.sub(r"[-_]+", "_", given.lower())
-    if not _NAME.fullmatch(given) or len(method) > _LONGEST:
+    if not _NAME.fullmatch(given) or len(method) > _MAX_LENGTH:
         raise ConfigurationError(
-            f"name {name!r}: expected a letter, then letters, digits, - or _ (not at the end), at most {_LONGEST} in all"
+            f"name {name!r}: expected a letter, then letters, digits, - or _ (not at the end), at most {_MAX_LENGTH} characters"
         )
     if keyword.iskeyword(method):
-        raise ConfigurationError(f"name {name!r} is a word of Python's own; choose another")
+        raise ConfigurationError(f"name {name!r} is a Python keyword; choose another")
     return method
 
 
 def distribution_name(method: str) -> str:
-    """The name of the package of a method."""
+    """Returns the name of the package of a method."""
     return f"{CORE}-{method.replace('_', '-')}"
 
 
 def _refuse_taken(method: str) -> None:
-    """Two packages with one method are both unusable, and a package of the same name would replace the installed one."""
+    """Refuses the name of an installed method or package: both methods would be unusable, or the package replaced."""
     for record in find_plugins():
         if record.method == method or canonicalize_name(record.distribution) == distribution_name(method):
             raise ConfigurationError(

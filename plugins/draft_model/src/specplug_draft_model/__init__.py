@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from specplug_draft_model.settings import DraftModelSettings
-from specplug_draft_model.speculator import DraftModelSpeculator, load_speculator
+from specplug_draft_model.speculator import DraftModelSpeculator, load_speculator, transformers_options
 
-__all__ = ["DraftModelSettings", "DraftModelSpeculator", "load_speculator", "settings_class"]
+__all__ = ["DraftModelSettings", "DraftModelSpeculator", "load_speculator", "settings_class", "transformers_options"]
 
 settings_class = DraftModelSettings

@@ -272,10 +272,22 @@ def load_speculator(config: SpeculativeConfig, target: TargetModel) -> DraftMode
 
 def _source(settings: DraftModelSettings, target: TargetModel) -> str:
     model = target.source if settings.model is None and target.source == EMBEDDED else settings.model
-    if model == EMBEDDED and not Path(model).is_dir():
-        return str(Path(__file__).parent / EMBEDDED)
     if model is None:
         raise ConfigurationError(
             "speculative_config of method 'draft_model' needs the key 'model': a folder or hub name of a smaller model"
         )
-    return model
+    return _folder(model)
+
+
+def _folder(model: str) -> str:
+    """Returns the folder of the embedded draft for its name, and other names unchanged."""
+    return str(Path(__file__).parent / EMBEDDED) if model == EMBEDDED and not Path(model).is_dir() else model
+
+
+def transformers_options(config: SpeculativeConfig) -> dict[str, str | int]:
+    """Returns the arguments of Transformers' `generate` for assisted generation, with which `specplug bench` compares."""
+    settings = config.settings(DraftModelSettings)
+    return {
+        "assistant_model": _folder(settings.model or EMBEDDED),
+        "num_assistant_tokens": config.num_speculative_tokens,
+    }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from specplug_ngram.speculator import NgramSettings, NgramSpeculator, load_speculator
+from specplug_ngram.speculator import NgramSettings, NgramSpeculator, load_speculator, transformers_options
 
-__all__ = ["NgramSettings", "NgramSpeculator", "load_speculator", "settings_class"]
+__all__ = ["NgramSettings", "NgramSpeculator", "load_speculator", "settings_class", "transformers_options"]
 
 settings_class = NgramSettings

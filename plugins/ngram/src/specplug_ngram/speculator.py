@@ -105,3 +105,9 @@ def load_speculator(config: SpeculativeConfig, target: TargetModel) -> NgramSpec
     """
     lengths = config.settings(NgramSettings).lengths()
     return NgramSpeculator(shortest=lengths[0], longest=lengths[-1])
+
+
+def transformers_options(config: SpeculativeConfig) -> dict[str, int]:
+    """Returns the arguments of Transformers' `generate` for its prompt lookup, with which `specplug bench` compares."""
+    lengths = config.settings(NgramSettings).lengths()
+    return {"prompt_lookup_num_tokens": config.num_speculative_tokens, "max_matching_ngram_size": lengths[-1]}

@@ -1,4 +1,4 @@
-"""What is compared: plain decoding, speculation methods, and peers."""
+"""The contestants of a comparison: plain decoding, speculation methods, and peers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from specplug.engine.startup import StepReport
     from specplug.llm import LLM
 
-PLAIN = "plain decoding"  # no method's name
+PLAIN = "plain decoding"  # not a valid method name
 OnStep = Callable[["StepReport"], None]
 
 
@@ -20,10 +20,10 @@ class Contestant(Protocol):
     """One row of the comparison.
 
     Attributes:
-        label: its name in reports.
+        label: the name in reports.
         kind: `plain`, `method` or `peer`.
-        config: its speculative configuration.
-        learns: whether its drafts may depend on earlier requests; known once it was open.
+        config: the speculative configuration.
+        learns: whether drafts may depend on earlier requests; known only after it was open.
         is_taught: whether it learns, and has served requests since it was opened.
     """
 
@@ -34,13 +34,13 @@ class Contestant(Protocol):
     is_taught: bool
 
     def open(self, on_step: OnStep) -> None:
-        """Gets ready to run."""
+        """Prepares for runs."""
 
     def close(self) -> None:
-        """Lets go of everything; safe to call twice."""
+        """Releases everything; may be called twice."""
 
     def cannot(self, cell: Cell) -> str | None:
-        """Why it has nothing to show under a setting; None if it has."""
+        """Returns why it cannot run a setting; None if it can."""
 
     def run(self, workload: Workload, cell: Cell, advance: Advance) -> Measurement:
         """Generates the workload once."""
@@ -50,9 +50,9 @@ class EngineContestant:
     """specplug itself, with or without a method.
 
     Args:
-        label: its name.
+        label: the name.
         target: the model.
-        config: the speculative configuration; None decodes plainly.
+        config: the speculative configuration; None for plain decoding.
         options: keywords of `LLM`.
     """
 
@@ -71,7 +71,7 @@ class EngineContestant:
         """Starts the engine.
 
         Raises:
-            SpecplugError: it does not start; a note names the contestant.
+            SpecplugError: the engine does not start; a note names the contestant.
         """
         from specplug.errors import SpecplugError
         from specplug.llm import LLM
@@ -87,19 +87,19 @@ class EngineContestant:
 
     @property
     def engine(self) -> Any:
-        """The live engine."""
+        """The running engine."""
         assert self._llm is not None
         return self._llm.engine
 
     def close(self) -> None:
-        """Ends the engine."""
+        """Closes the engine."""
         if self._llm is not None and self._measurer is not None:
             self._measurer.close()
             self._llm.close()
         self._llm = self._measurer = None
 
     def cannot(self, cell: Cell) -> str | None:
-        """Nothing."""
+        """Returns None: an engine can run every setting."""
         return None
 
     def run(self, workload: Workload, cell: Cell, advance: Advance) -> Measurement:
@@ -115,24 +115,24 @@ class EngineContestant:
 
 
 def why_missing(contestant: Contestant, workload: Workload, cell: Cell) -> str | None:
-    """Why a contestant has nothing to show for a workload under a setting; None if it has."""
+    """Returns why a contestant cannot run a workload under a setting; None if it can."""
     reason = contestant.cannot(cell)
     if reason is None and contestant.learns and workload.repeats(cell.batch):
         needed = len(workload.requests(cell.batch))
-        reason = f"it learns: needs {needed} different prompts, not {len(workload.prompts)}"
+        reason = f"it learns: needs {needed} different prompts, got {len(workload.prompts)}"
     return reason
 
 
 def label_configs(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A short name for each configuration: its methods, and what tells it from others of the same methods."""
+    """Returns a short name for each configuration: its methods, and the keys in which it differs from others with these."""
     names = ["+".join(_methods(config)) for config in configs]
     labels = []
     for name, config in zip(names, configs, strict=True):
         rivals = [other for rival, other in zip(names, configs, strict=True) if rival == name and other is not config]
         differing = [key for key in _keys([config, *rivals]) if any(config.get(key) != r.get(key) for r in rivals)]
         differing.sort(key=lambda key: key != "num_speculative_tokens")
-        told = " ".join(_tell(key, config[key]) for key in differing if key in config)
-        labels.append(f"{name} {told}".strip())
+        details = " ".join(_describe(key, config[key]) for key in differing if key in config)
+        labels.append(f"{name} {details}".strip())
     return [
         f"{label} ({labels[:i].count(label) + 1})" if label in labels[:i] else label for i, label in enumerate(labels)
     ]
@@ -143,13 +143,13 @@ def _keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _methods(config: Any) -> list[str]:
-    """The methods of a configuration and its fallbacks, as far as they can be read; the engine refuses the rest."""
+    """Returns the methods of a configuration and its fallbacks. Invalid ones are skipped; the engine refuses them."""
     if not isinstance(config, dict):
         return []
     return [str(config.get("method", "?")), *_methods(config.get("fallback"))]
 
 
-def _tell(key: str, value: Any) -> str:
+def _describe(key: str, value: Any) -> str:
     if key == "num_speculative_tokens":
         return f"{value} tokens"
     return f"{key}={'...' if isinstance(value, dict) else value}"

@@ -1,25 +1,30 @@
-"""One method's part of the demo: start, show, time."""
+"""Runs `specplug demo`: starts each method, shows its output, and measures its speed."""
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from specplug.cli.memory_view import show_memory
-from specplug.cli.meter import Meter
-from specplug.cli.startup_view import StartupView
-from specplug.cli.text_view import TextView
+from specplug.cli.error_text import describe_error
+from specplug.cli.process import import_libraries
+from specplug.cli.run.demo_prompts import PROMPTS, DemoPrompt
+from specplug.cli.views.demo import PLAIN, MethodResult, show_heading
+from specplug.cli.views.memory import show_memory
+from specplug.cli.views.startup import StartupView
+from specplug.cli.views.stats import Meter
+from specplug.cli.views.text import TextView
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from specplug.cli.demo_prompts import DemoPrompt
     from specplug.cli.terminal import Terminal
     from specplug.llm import LLM
     from specplug.memory.plan import MemoryPlan
+    from specplug.plugins.finder import PluginRecord
 
 _REPETITIONS = 3
 _SECONDS_PER_PROMPT = 3.0
@@ -33,75 +38,75 @@ _TARGET_OPTIONS: dict[str, Any] = {
 }
 
 
-@attrs.define
-class MethodResult:
-    """What one method did with all prompts.
+def run_demo(
+    terminal: Terminal,
+    records: Sequence[PluginRecord],
+    max_tokens: int | None,
+    num_speculative_tokens: int,
+    *,
+    skip_failed: bool,
+) -> dict[str, MethodResult]:
+    """Runs plain decoding, then every method.
 
-    Attributes:
-        plan: the memory it was given.
-        outputs: the token ids of each prompt.
-        repeatable: whether every repetition gave the same tokens.
-        num_tokens: generated in all, once per prompt.
-        num_steps: target forwards that took.
-        num_spec_steps: those that verified a draft.
-        num_accepted: draft tokens that were kept.
-        num_decoded: tokens after each prompt's first piece.
-        decode_seconds: the time these took, the median of the repetitions.
-        own_verify: whether the method brought its own verification rule.
-        faults: how often its speculator failed.
-        learns: whether it learns from requests, so that each prompt was timed once, when it was new to it.
+    Args:
+        terminal: shows everything.
+        records: the plugins.
+        max_tokens: the maximum number of tokens of each output; None for the length of each prompt.
+        num_speculative_tokens: the draft length.
+        skip_failed: report and leave out a method that does not start, instead of raising its error.
     """
+    started = time.perf_counter()
+    terminal.write("Importing PyTorch and Transformers ... ")
+    import_libraries()
+    terminal.line(f"{time.perf_counter() - started:.1f} s")
+    prompts = [attrs.evolve(p, max_tokens=min(p.max_tokens, max_tokens or p.max_tokens)) for p in PROMPTS]
+    with _one_thread():
+        show_heading(terminal, "Plain decoding: the embedded model tiny alone")
+        results = {PLAIN: run_method(terminal, prompts, None)}
+        for record in records:
+            if record.status != "ok":
+                terminal.line()
+                terminal.paragraph(
+                    f"{record.method} of {record.distribution} is left out: {record.status}, {record.reason}"
+                )
+                continue
+            show_heading(terminal, f"Speculator {record.method}: package {record.distribution} {record.version}")
+            config = {"method": record.method, "num_speculative_tokens": num_speculative_tokens}
+            try:
+                results[record.method] = run_method(terminal, prompts, config, results[PLAIN].plan)
+            except Exception as error:
+                if not skip_failed:
+                    raise
+                terminal.paragraph(f"  {record.method} is left out: {describe_error(error)}", indent="  ")
+    return results
 
-    plan: MemoryPlan
-    outputs: list[list[int]] = attrs.field(factory=list)
-    repeatable: bool = True
-    num_tokens: int = 0
-    num_steps: int = 0
-    num_spec_steps: int = 0
-    num_accepted: int = 0
-    num_decoded: int = 0
-    decode_seconds: float = 0.0
-    own_verify: bool = False
-    faults: int = 0
-    learns: bool = False
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Decoding speed over all prompts."""
-        return self.num_decoded / self.decode_seconds if self.decode_seconds else 0.0
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Uses one thread: the embedded model is too small for more, and times vary less on a busy machine."""
+    import torch
 
-    @property
-    def acceptance_length(self) -> float | None:
-        """Tokens per step that verified a draft, the target's own included; None without drafts."""
-        return 1 + self.num_accepted / self.num_spec_steps if self.num_spec_steps else None
-
-    def add(self, meters: Sequence[Meter]) -> None:
-        """Counts one prompt's repetitions."""
-        first = meters[0]
-        assert first.metrics is not None
-        self.outputs.append(first.token_ids)
-        self.repeatable &= all(meter.token_ids == first.token_ids for meter in meters)
-        self.num_tokens += len(first.token_ids)
-        self.num_steps += first.metrics.num_steps
-        self.num_spec_steps += first.metrics.num_spec_steps
-        self.num_accepted += first.metrics.num_accepted_draft_tokens
-        self.num_decoded += first.num_decoded
-        self.decode_seconds += statistics.median(meter.decode_seconds for meter in meters)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run_method(
     terminal: Terminal,
     prompts: Sequence[DemoPrompt],
     speculative_config: dict[str, Any] | None,
-    earlier: MemoryPlan | None = None,
+    shown: MemoryPlan | None = None,
 ) -> MethodResult:
-    """Starts the embedded target with one method, streams every prompt, and times it.
+    """Starts the embedded target with one method, then streams and times every prompt.
 
     Args:
-        terminal: where everything is shown.
-        prompts: what to continue.
+        terminal: shows everything.
+        prompts: to continue.
         speculative_config: the method; None for plain decoding.
-        earlier: a memory plan that was shown before, and is not drawn again.
+        shown: a memory plan that was already shown, and is not drawn again.
 
     Raises:
         SpecplugError: the engine does not start with this method.
@@ -114,10 +119,10 @@ def run_method(
         llm = LLM("tiny", speculative_config=speculative_config, allowed_plugins=alone, on_step=view, **_TARGET_OPTIONS)
     with llm:
         terminal.line()
-        if llm.engine.plan.parts != (earlier and earlier.parts):
+        if llm.engine.plan.parts != (shown and shown.parts):
             show_memory(terminal, llm.engine.plan)
         else:
-            terminal.line("Memory plan: as above; this speculator holds no memory of its own.")
+            terminal.line("Memory plan: as above; this speculator needs no memory of its own.")
         result = MethodResult(llm.engine.plan)
         result.learns = any(speculator.traits.learns for speculator in llm.engine.chain.speculators)
         _measure(llm, _WARM_UP, SamplingParams(temperature=0.0, max_tokens=8))
@@ -132,8 +137,8 @@ def run_method(
             text = TextView(terminal, methods, indent="  | ")
             if prompt.is_shown:
                 text.prompt(prompt.text)
-            shown = _measure(llm, prompt.text, params, text)
-            meters = [shown] if result.learns else _repeat(llm, prompt.text, params)
+            first = _measure(llm, prompt.text, params, text)
+            meters = [first] if result.learns else _repeat(llm, prompt.text, params)
             result.add(meters)
             terminal.paragraph(f"  {_describe(meters)}", indent="  ", style="dim")
         result.own_verify = any(speculator.overrides_verify for speculator in llm.engine.chain.speculators)
@@ -142,7 +147,7 @@ def run_method(
 
 
 def _repeat(llm: LLM, prompt: str, params: Any) -> list[Meter]:
-    """Times a prompt a few times; on a slow machine less often."""
+    """Measures a prompt several times; fewer on a slow machine."""
     deadline = time.perf_counter() + _SECONDS_PER_PROMPT
     meters: list[Meter] = []
     while len(meters) < _REPETITIONS and (not meters or time.perf_counter() < deadline):

@@ -1,4 +1,4 @@
-"""How far `specplug bench` is: the startup steps of every contestant, then one bar with the remaining time."""
+"""The progress of `specplug bench`: the startup steps of each contestant, then a bar with the remaining time."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from specplug.bench.contestant import Contestant, OnStep
+    from specplug.bench.contestants import Contestant, OnStep
     from specplug.bench.workload import Cell
-    from specplug.cli.startup_view import StartupView
     from specplug.cli.terminal import Terminal
+    from specplug.cli.views.startup import StartupView
 
-_SPEED_SECONDS = 300.0  # contestants differ in speed: the rate is taken over several of them
+_SPEED_SECONDS = 300.0  # contestants differ in speed: the rate is an average over several of them
 
 
 class BenchProgress:
-    """Use it as a context manager around the measurement.
+    """Shows progress; a context manager around the measurement.
 
     Args:
-        terminal: where to; there is a bar where it is live.
+        terminal: shows a bar if it is live.
         view: shows startup steps.
-        total: gives the tokens that will be generated, as far as that is known.
-        repetitions: of every measurement.
+        total: returns the number of tokens that will be generated, as far as it is known.
+        repetitions: of each measurement.
         quiet: show nothing.
     """
 

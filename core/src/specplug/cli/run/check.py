@@ -1,11 +1,10 @@
-"""What `specplug check` runs, and what it refuses before it runs anything."""
+"""Prepares the checks of `specplug check`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specplug.cli.speculative_option import hint_at_keys
 from specplug.configuration.engine import EngineConfig
 from specplug.engine.planning import plan_engine
 from specplug.errors import ConfigurationError, did_you_mean
@@ -18,13 +17,13 @@ from specplug.testing.targets import Targets
 if TYPE_CHECKING:
     from specplug.testing.check import Check
 
-_OF_OBSERVERS = ("startup", "validity", "greedy", "seeds", "counters", "wrappers")
+_OBSERVER_CHECKS = ("startup", "validity", "greedy", "seeds", "counters", "wrappers")
 
 
 def make_subject(
     root: str, method: str, config: dict[str, Any], target: str | None, *, quick: bool
 ) -> tuple[Subject, bool]:
-    """The subject, and whether it is a plugin that only wraps hooks."""
+    """Returns the subject, and whether the plugin is an observer."""
     targets = Targets(Path(root), target)
     is_observer = _is_observer(method)
     if is_observer:
@@ -40,12 +39,12 @@ def make_subject(
 
 
 def whole_kit(*, is_observer: bool) -> tuple[Check, ...]:
-    """The checks that make a plugin conformant."""
-    return tuple(check for check in CHECKS if not is_observer or check.name in _OF_OBSERVERS)
+    """Returns the checks that make a plugin conformant."""
+    return tuple(check for check in CHECKS if not is_observer or check.name in _OBSERVER_CHECKS)
 
 
 def choose_checks(only: tuple[str, ...], *, is_observer: bool) -> tuple[Check, ...]:
-    """The checks to run: `startup`, and those that were asked for.
+    """Returns the checks to run: `startup`, and those in `only`; all if it is empty.
 
     Raises:
         ConfigurationError: there is no such check.
@@ -57,7 +56,7 @@ def choose_checks(only: tuple[str, ...], *, is_observer: bool) -> tuple[Check, .
 
 
 def find_check(name: str) -> Check:
-    """A check by its name.
+    """Returns a check by name.
 
     Raises:
         ConfigurationError: there is no such check.
@@ -68,36 +67,33 @@ def find_check(name: str) -> Check:
     return CHECKS[names.index(name)]
 
 
-def preflight(subject: Subject, method: str, *, has_target: bool) -> bool:
-    """Plans one engine, so that a method that is not installed, or lacks keys, is one line and not twenty failures.
+def preflight(subject: Subject, method: str) -> bool:
+    """Plans one engine, so that a missing method or key is one error and not twenty failed checks.
 
     Returns:
-        Whether the method brings a `verify` of its own.
+        Whether the method has a `verify` of its own.
 
     Raises:
-        SpecplugError: with what to give where keys are missing.
+        SpecplugError: the engine cannot be planned.
     """
     folder = subject.targets.get()
-    try:
-        planned = plan_engine(
-            EngineConfig.create(
-                subject.source(folder),
-                speculative_config=subject.config(folder),
-                plugins=subject.plugins,
-                allowed_plugins=subject.allowed_plugins(subject.config(folder)),
-                dtype="float32",
-                device="cpu",
-                skip_tokenizer_init=True,
-            )
+    config = subject.config(folder)
+    planned = plan_engine(
+        EngineConfig.create(
+            subject.source(folder),
+            speculative_config=config,
+            plugins=subject.plugins,
+            allowed_plugins=subject.allowed_plugins(config),
+            dtype="float32",
+            device="cpu",
+            skip_tokenizer_init=True,
         )
-        planned.facade.close()
-    except ConfigurationError as error:
-        hint_at_keys(error, has_target=has_target)
-        raise
+    )
+    planned.facade.close()
     return any(speculator.overrides_verify for speculator in planned.speculators if speculator.method == method)
 
 
 def _is_observer(method: str) -> bool:
-    """Whether what is installed under a name only observes."""
+    """Whether only an observer is installed under this name."""
     kinds = {record.kind for record in find_plugins() if record.method == method}
     return kinds == {"observer"}

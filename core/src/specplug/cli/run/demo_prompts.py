@@ -1,4 +1,4 @@
-"""What `specplug demo` asks the embedded model to continue: things a model of its size does well."""
+"""The prompts of `specplug demo`: tasks that a model as small as the embedded one does well."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import attrs
 
 @attrs.frozen
 class DemoPrompt:
-    """A prompt with a title for the reader.
+    """A prompt with a title.
 
     Attributes:
-        title: what the model is asked to do.
+        title: the task.
         text: the prompt.
-        max_tokens: where its output is cut at the latest.
-        is_shown: whether the output only makes sense below the prompt.
+        max_tokens: the maximum number of generated tokens.
+        is_shown: whether the prompt is shown before the output.
     """
 
     title: str
@@ -23,7 +23,7 @@ class DemoPrompt:
 
 
 def _rename(function: str, old: str, new: str) -> DemoPrompt:
-    """A rename exercise, of the form that the embedded model was trained on."""
+    """Returns a rename task in the form that the embedded model was trained on."""
     name = function.removeprefix("def ").partition("(")[0]
     return DemoPrompt(
         title=f"repeat the function {name} with {old} renamed to {new}",

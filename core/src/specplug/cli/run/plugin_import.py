@@ -1,6 +1,6 @@
-"""Imports plugins and says what came of each: run by `specplug list --check`, in a process that a plugin may well end.
+"""Imports plugins and reports each result: the child process of `specplug list --check`, which a plugin may end.
 
-python -m specplug.cli.plugin_import '["observer good-package name", …]'
+python -m specplug.cli.run.plugin_import '["observer good-package name", …]'
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 
 def main() -> None:
-    """Writes one JSON line per plugin to what was standard output; plugins' own output goes to standard error."""
+    """Writes one JSON line per plugin to standard output; the output of plugins is redirected to standard error."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8", closefd=True) as answers:
         os.dup2(2, 1)
-        logging.getLogger("specplug").setLevel(logging.CRITICAL)  # what fails is in the answers
+        logging.getLogger("specplug").setLevel(logging.CRITICAL)  # the answers contain the failures
         from specplug.plugins.finder import PluginRecord
         from specplug.plugins.registry import PluginRegistry
 
@@ -48,9 +48,9 @@ def _judge(registry: Any, record: Any) -> dict[str, Any]:
         (wraps if all(implementation.wrapper for implementation in own) else hooks).append(caller.name)
     reason = ""
     if record.kind == "speculator" and "load_speculator" not in hooks:
-        reason = "its module has no load_speculator; one that only observes belongs to the group specplug.observers"
+        reason = "its module has no load_speculator; an observer belongs in the group specplug.observers"
     if record.kind == "observer" and hooks:
-        reason = f"its module implements {', '.join(hooks)}; an observer has wrappers alone"
+        reason = f"its module implements {', '.join(hooks)}; an observer may only have wrappers"
     return {
         "reason": reason,
         "hooks": sorted(hooks),

@@ -1,4 +1,4 @@
-"""What `specplug plan` says about a planned engine, for people and as JSON."""
+"""The report of `specplug plan`, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from specplug.cli.memory_view import show_budget, show_memory
+from specplug.cli.views.memory import show_budget, show_memory
 
 if TYPE_CHECKING:
     from specplug.cli.terminal import Terminal
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from specplug.memory.plan import MemoryPlan, OtherDevice
 
 _INDENT = 22
-_NARROW = 60  # columns; below, names and values do not stand side by side
+_NARROW = 60  # columns; on narrower terminals, a value follows its name directly
 
 
 @attrs.frozen
 class PlanReport:
-    """A memory plan with what it was made from.
+    """A memory plan and its input.
 
     Attributes:
-        config: what was asked for.
-        plan: the memory.
-        architecture: the target's class.
+        config: of the engine.
+        plan: of its memory.
+        architecture: the class of the target.
         dtype: of the target.
-        device: where it would run.
-        context_length: the longest sequence the target has positions for.
-        context_note: why it has no more, where its configuration says otherwise.
-        speculators: (method, most draft tokens of a sequence), in the order they are asked.
-        draft_bytes_per_token: what a cached token costs the speculators.
+        device: of the target.
+        context_length: the number of positions of the target.
+        context_note: why it is lower than the model's configuration says; else empty.
+        speculators: (method, maximum number of draft tokens of a sequence), in the order of fallback.
+        draft_bytes_per_token: bytes of a cached token in the speculators.
     """
 
     config: EngineConfig
@@ -46,7 +46,7 @@ class PlanReport:
 
     @classmethod
     def of(cls, planned: PlannedEngine) -> PlanReport:
-        """The report of a planned engine."""
+        """Creates the report of a planned engine."""
         return cls(
             config=planned.config,
             plan=planned.plan,
@@ -64,17 +64,17 @@ class PlanReport:
 
     @property
     def target_bytes_per_token(self) -> int:
-        """What a cached token costs the target."""
+        """Bytes of a cached token in the target."""
         return self.plan.target_kv // self.plan.num_kv_tokens
 
     @property
     def lengths(self) -> list[int]:
-        """The lengths of which it is said how many fit: the longest, and a quarter of it."""
+        """The sequence lengths for which the capacity is reported: the maximum, and a quarter of it."""
         longest = self.plan.max_model_len
         return sorted({longest, max(longest // 4, 1)}, reverse=True)
 
     def as_json(self) -> dict[str, Any]:
-        """The object of `specplug plan --json`. Keys are only ever added."""
+        """Returns the object of `specplug plan --json`; keys are only added, never removed."""
         plan = self.plan
         return {
             "target": self.config.model,
@@ -121,7 +121,7 @@ class PlanReport:
         }
 
     def show(self, terminal: Terminal) -> None:
-        """Prints the plan, drawn to scale."""
+        """Prints the plan, with bars to scale."""
         drafts = [f"{method} ({_count(tokens, 'draft token')})" for method, tokens in self.speculators]
         _row(terminal, "Target", f"{self.config.model}: {self.architecture}, {self.dtype}, on {self.device}")
         _row(terminal, "Speculators", ", then ".join(drafts) or "none: plain decoding")

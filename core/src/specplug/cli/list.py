@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from specplug.cli.plugin_report import PluginReport, check_plugins, report_plugins
-from specplug.cli.table import Table
 from specplug.cli.terminal import Terminal
+from specplug.cli.views.table import Table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,22 +23,20 @@ _STATUS_COLUMN = 3
 @click.option(
     "-v", "--verbose", is_flag=True, help="Show entry points, locations, requirements, reasons and tracebacks."
 )
-@click.option(
-    "--check", is_flag=True, help="Import each plugin that may be loaded and show its hooks; exit 1 if one fails."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print a list of objects; their keys are stable.")
-@click.option("--allow", metavar="NAME", multiple=True, help="Allow only this method or package. May be repeated.")
-@click.option("--deny", metavar="NAME", multiple=True, help="Do not load this method or package. May be repeated.")
+@click.option("--check", is_flag=True, help="Import each allowed plugin and show its hooks; exit 1 if one fails.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects; their keys are stable.")
+@click.option("--allow", metavar="NAME", multiple=True, help="Allow only this method or package. Repeatable.")
+@click.option("--deny", metavar="NAME", multiple=True, help="Do not load this method or package. Repeatable.")
 @click.pass_context
 def list_command(
     ctx: click.Context, verbose: bool, check: bool, as_json: bool, allow: tuple[str, ...], deny: tuple[str, ...]
 ) -> None:
     """List the installed speculators and observers.
 
-    METHOD is the name that "method" takes in a speculative config. STATUS is ok, or why the plugin cannot be used:
+    METHOD is the value of "method" in a speculative config. STATUS is ok, or why the plugin cannot be used:
     blocked (by --allow, --deny, $SPECPLUG_ALLOW_PLUGINS or $SPECPLUG_DENY_PLUGINS), incompatible (made for another
     version of specplug), ambiguous (several packages provide the method), failed (its import raised; found by --check).
-    Without --check only package metadata is read.
+    Without --check, only package metadata is read.
 
     \b
     Examples:
@@ -96,7 +94,7 @@ def _show_details(terminal: Terminal, report: PluginReport, *, verbose: bool, ch
         details.append(("hooks", report.hook_summary or "none"))
     if report.verifiers:
         names = ", ".join(report.verifiers)
-        details.append(("verify", f"its own ({names}): what it accepts is not verified by core"))
+        details.append(("verify", f"its own ({names}): specplug does not check what it accepts"))
     if record.reason and (verbose or check):
         details.append((record.status, record.reason))
     for name, value in details:

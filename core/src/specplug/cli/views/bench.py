@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from specplug.bench.contestant import PLAIN
-from specplug.cli.table import Table
+from specplug.cli.views.table import Table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,19 +17,19 @@ _NONE = "-"
 _FASTER, _SLOWER = 1.02, 0.98
 _RATIO_COLUMN = 2
 _LEGEND = (
-    "x plain: throughput by plain decoding's, prompts included; the median over {repetitions} paired repetitions{interval}.",
-    "first token, next token: milliseconds, p50 and p99; tokens that come together share the time since those before.",
-    "accepted: tokens per step that verified a draft, the target's own included; by position: the share of drafts of which at "
+    "x plain: throughput versus plain decoding, prompts included; the median of {repetitions} paired repetitions{interval}.",
+    "first token, next token: milliseconds, p50 and p99; tokens that arrive together share the time since the previous ones.",
+    "accepted: tokens per step that verified a draft, the bonus token included; by position: the share of drafts of which at "
     "least the first 1, 2, ... tokens were accepted.",
 )
 _COST_LEGEND = (
-    "ms per step in which all sequences decode. predicted: tokens/step x the target's forward in plain decoding, by forward + "
-    "drafting (Leviathan et al., 2211.17192). measured: the same steps' speed by plain decoding's.",
+    "ms per step in which all sequences decode. predicted: tokens/step x the forward in plain decoding, divided by forward + "
+    "drafting (Leviathan et al., 2211.17192). measured: the speed of the same steps as a ratio to plain decoding.",
 )
 
 
 def show_comparison(terminal: Terminal, about: About, summaries: Sequence[Summary]) -> None:
-    """Prints two tables for each setting: speed, and where the time of a step goes."""
+    """Prints two tables for each setting: speed, and the costs of a step."""
     prompts = f"{len(about.prompt_tokens)} prompts of {min(about.prompt_tokens)} to {max(about.prompt_tokens)} tokens"
     terminal.paragraph(
         f"{about.target}, {about.dtype}, {about.where}; {prompts}, {about.max_tokens} tokens generated for each",
@@ -45,9 +44,7 @@ def show_comparison(terminal: Terminal, about: About, summaries: Sequence[Summar
         for summary in group:
             _show_notes(terminal, summary, about.dtype)
     terminal.line()
-    interval = (
-        ", with its 95 % bootstrap interval" if about.repetitions > 1 else " (more than one would give an interval)"
-    )
+    interval = ", with its 95 % bootstrap interval" if about.repetitions > 1 else " (an interval needs more than one)"
     legend = [line.format(repetitions=about.repetitions, interval=interval) for line in _LEGEND]
     for line in [*legend, *(_COST_LEGEND if any(summary.cost_model for summary in summaries) else ())]:
         terminal.paragraph(line, style="dim")
@@ -67,7 +64,7 @@ def _show_speeds(terminal: Terminal, group: Sequence[Summary]) -> None:
 
     def style(row: int, column: int) -> str:
         ratio = group[row].ratio
-        if column != _RATIO_COLUMN or ratio is None or group[row].label == PLAIN:
+        if column != _RATIO_COLUMN or ratio is None or group[row].kind == "plain":
             return "dim" if group[row].missing else ""
         return "green" if ratio.low > _FASTER else "red" if ratio.high < _SLOWER else ""
 
@@ -80,7 +77,7 @@ def _speed_row(summary: Summary) -> tuple[str, ...]:
         return (summary.label, *["n/a"] * 6, summary.missing or "")
     length = _NONE if summary.acceptance_length is None else f"{summary.acceptance_length:.2f}"
     shares = " ".join(f"{share:.0%}" for share in summary.by_position)
-    is_plain = summary.label == PLAIN
+    is_plain = summary.kind == "plain"
     return (
         summary.label,
         f"{speed.median:,.1f}",
@@ -122,21 +119,21 @@ def _show_costs(terminal: Terminal, group: Sequence[Summary]) -> None:
             "tokens/step",
             "forward (plain)",
             "drafting",
-            "the rest",
+            "other",
             "predicted",
             "measured",
-            "of it",
+            "of predicted",
         )
         Table(header, rows, right=range(1, len(header))).show(terminal)
 
 
 def _show_notes(terminal: Terminal, summary: Summary, dtype: str) -> None:
-    """What a reader of the figures must know."""
+    """Prints what a reader of the figures must know."""
     for method in summary.unverified_methods:
         terminal.paragraph(f"{method} verifies by a rule of its own, which specplug does not check.")
     if summary.learns:
         terminal.paragraph(
-            f"{summary.label} learns from requests: for every run it got a fresh engine, warmed up on random tokens.",
+            f"{summary.label} learns from requests: every run used a new engine, warmed up on random tokens.",
             style="dim",
         )
     if summary.faults:
@@ -146,5 +143,5 @@ def _show_notes(terminal: Terminal, summary: Summary, dtype: str) -> None:
     if summary.kind == "method" and summary.same_outputs and summary.same_outputs[0] < summary.same_outputs[1]:
         same, total = summary.same_outputs
         terminal.paragraph(
-            f"{summary.label}: {same} of {total} outputs are those of plain decoding, in {dtype}.", style="dim"
+            f"{summary.label}: {same} of {total} outputs are identical to plain decoding, in {dtype}.", style="dim"
         )

@@ -1,4 +1,4 @@
-"""Running what `specplug bench` was asked for."""
+"""Runs `specplug bench`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from specplug.cli.libraries import import_libraries
-from specplug.cli.startup_view import StartupView
+from specplug.cli.process import import_libraries
+from specplug.cli.views.startup import StartupView
 from specplug.errors import InsufficientMemoryError, RequestError
 
 if TYPE_CHECKING:
     from specplug.bench.comparison import Comparison
-    from specplug.bench.contestant import Contestant
+    from specplug.bench.contestants import Contestant
     from specplug.bench.report import About
     from specplug.bench.workload import BenchPrompt
-    from specplug.cli.prompt_file import PromptLine
+    from specplug.cli.inputs import PromptLine
     from specplug.cli.terminal import Terminal
 
 _STDOUT = "-"
@@ -26,22 +26,22 @@ _STDOUT = "-"
 
 @attrs.frozen
 class BenchJob:
-    """What `specplug bench` was asked for.
+    """The input of `specplug bench`.
 
     Attributes:
         target: the model.
         configs: the speculative configurations.
         engine: keywords of `LLM`.
-        lines: the prompts; empty for those that are built in.
-        batches: sequences at a time.
+        lines: the prompts; empty for the built-in prompts.
+        batches: numbers of concurrent sequences.
         temperatures: of sampling.
         max_tokens: generated for each prompt.
-        repetitions: of every measurement.
-        peer: whom to measure beside it.
-        one_at_a_time: hold one engine in memory at a time.
-        json_file: where the report goes; `-` is standard output.
-        plot: where the picture goes.
-        quiet: no startup steps, no progress.
+        repetitions: of each measurement.
+        peer: a library to compare with.
+        one_at_a_time: keep only one engine in memory.
+        json_file: receives the report; `-` is standard output.
+        plot: receives the plot.
+        quiet: hide startup steps and progress.
     """
 
     target: str
@@ -63,9 +63,9 @@ def run_bench(job: BenchJob, out: Terminal, err: Terminal) -> None:
     """Measures and reports.
 
     Args:
-        job: what to do.
-        out: gets the results.
-        err: gets everything else.
+        job: the input.
+        out: receives the results.
+        err: receives everything else.
 
     Raises:
         SpecplugError: an engine does not start, a prompt cannot be served, or a file cannot be written.
@@ -76,7 +76,7 @@ def run_bench(job: BenchJob, out: Terminal, err: Terminal) -> None:
         from specplug.bench.plot import check_plot, save_plot
         from specplug.bench.report import as_json
         from specplug.bench.summary import summarize
-        from specplug.cli.bench_table import show_comparison
+        from specplug.cli.views.bench import show_comparison
 
         if job.plot is not None:
             check_plot(job.plot)
@@ -92,15 +92,14 @@ def run_bench(job: BenchJob, out: Terminal, err: Terminal) -> None:
     if job.plot is not None:
         save_plot(job.plot, about, summaries)
         if not job.quiet:
-            err.paragraph(f"The picture is in {job.plot}", style="dim")
+            err.paragraph(f"Plot written to {job.plot}", style="dim")
 
 
 def _measure(job: BenchJob, view: StartupView, err: Terminal) -> tuple[Comparison, About]:
     from specplug.bench.comparison import compare, tokens_to_generate
-    from specplug.bench.machine import describe_machine, describe_versions
-    from specplug.bench.report import About
+    from specplug.bench.report import About, describe_machine, describe_versions
     from specplug.bench.workload import Cell, Workload
-    from specplug.cli.bench_progress import BenchProgress
+    from specplug.cli.run.bench_progress import BenchProgress
     from specplug.model.device import choose_device
     from specplug.model.load.checkpoint import choose_dtype, load_config, resolve_checkpoint
     from specplug.tiny import resolve_model
@@ -119,7 +118,7 @@ def _measure(job: BenchJob, view: StartupView, err: Terminal) -> tuple[Compariso
             )
         except InsufficientMemoryError as error:
             if not job.one_at_a_time:
-                error.add_note(f"{len(contestants)} are held at once; to hold one: --one-at-a-time")
+                error.add_note(f"{len(contestants)} models are in memory; to keep one at a time: --one-at-a-time")
             raise
     device = choose_device(job.engine.get("device", "auto"))
     config = load_config(
@@ -142,11 +141,11 @@ def _measure(job: BenchJob, view: StartupView, err: Terminal) -> tuple[Compariso
 
 
 def _prompts(job: BenchJob) -> list[BenchPrompt]:
-    """The prompts as ids.
+    """Returns the prompts as token ids.
 
     Raises:
-        CheckpointError: there are texts, and no tokenizer that can be loaded.
-        RequestError: texts, and the tokenizer is not to be loaded.
+        CheckpointError: a prompt is text, and the tokenizer cannot be loaded.
+        RequestError: a prompt is text, and `skip_tokenizer_init` is set.
     """
     from specplug.bench.workload import PROMPTS, BenchPrompt
     from specplug.text.prompts import LazyTokenizer, encode_prompt
@@ -168,17 +167,17 @@ def _prompts(job: BenchJob) -> list[BenchPrompt]:
 
 
 def _contestants(job: BenchJob) -> list[Contestant]:
-    """Plain decoding, the methods, the peer; engines that are held at once share the memory that is free now."""
-    from specplug.bench.contestant import PLAIN, EngineContestant, label_configs
-    from specplug.bench.peer import transformers_contestants
+    """Returns plain decoding, the methods and the peer; engines in memory together share the free memory equally."""
+    from specplug.bench.contestants import PLAIN, EngineContestant, label_configs
+    from specplug.bench.peers import transformers_contestants
     from specplug.memory.available import default_budget
     from specplug.model.device import choose_device
 
     options = dict(job.engine)
     count = 1 + len(job.configs)
     if options.get("memory") is None and not job.one_at_a_time:
-        holders = count + (job.peer is not None)
-        options["memory"] = default_budget(choose_device(options.get("device", "auto"))) // holders
+        num_models = count + (job.peer is not None)
+        options["memory"] = default_budget(choose_device(options.get("device", "auto"))) // num_models
     contestants: list[Contestant] = [EngineContestant(PLAIN, job.target, None, options)]
     for label, config in zip(label_configs(job.configs), job.configs, strict=True):
         contestants.append(EngineContestant(label, job.target, config, options))
@@ -188,7 +187,7 @@ def _contestants(job: BenchJob) -> list[Contestant]:
 
 
 def _method_packages(configs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The packages of the methods, with their versions."""
+    """Returns the packages of the methods, with their versions."""
     from specplug.plugins.finder import find_plugins
 
     used: set[str] = set()

@@ -1,4 +1,4 @@
-"""Showing the six startup steps as they happen."""
+"""The six startup steps, shown as they run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _NAME_WIDTH = 36
 class StartupView:
     """Prints one line per step, with its time; on a terminal also while the step runs.
 
-    Use it as a context manager around the start, so that a step that fails is marked.
+    It is a context manager around the start: a step that fails is marked.
 
     Args:
-        terminal: where to.
+        terminal: receives the lines.
         quiet: print nothing.
     """
 
@@ -33,12 +33,12 @@ class StartupView:
         return self
 
     def announce(self, text: str) -> None:
-        """Says what goes on before the first step; that step's line takes its place."""
+        """Shows what happens before the first step; the line of that step replaces it."""
         if self._terminal.is_live and not self._quiet:
             self._terminal.write(f"  {text}", "dim")
 
     def __call__(self, report: StepReport) -> None:
-        """Takes a report of `start_engine`."""
+        """Shows a report of `start_engine`."""
         if self._quiet:
             return
         self._open = report if report.seconds is None else None

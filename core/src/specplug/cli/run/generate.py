@@ -1,7 +1,9 @@
-"""Running the prompts of `specplug generate`."""
+"""Runs the prompts of `specplug generate`."""
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import textwrap
 import time
@@ -9,14 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from specplug.cli.completion_json import completion_line
-from specplug.cli.libraries import import_libraries
-from specplug.cli.meter import Meter
-from specplug.cli.prompt_file import PromptLine
-from specplug.cli.sampling_options import DEFAULTS, make_params
-from specplug.cli.startup_view import StartupView
-from specplug.cli.stats_view import show_meter, show_totals
-from specplug.cli.text_view import TextView
+from specplug.cli.inputs import PromptLine
+from specplug.cli.options import DEFAULTS, make_params
+from specplug.cli.process import import_libraries
+from specplug.cli.views.startup import StartupView
+from specplug.cli.views.stats import Meter, show_meter, show_totals
+from specplug.cli.views.text import TextView
 from specplug.errors import GenerationError, RequestError
 
 if TYPE_CHECKING:
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 
     from specplug.cli.terminal import Terminal
     from specplug.llm import LLM
-    from specplug.outputs import RequestOutput
+    from specplug.outputs import CompletionOutput, RequestOutput
+    from specplug.sampling.logprobs import Logprob
     from specplug.sampling.params import SamplingParams
+    from specplug.stats import SpeculationStats
 
-_PLACE = re.compile(r"^prompts\[(\d+)\]: ")
+_PROMPT_INDEX = re.compile(r"^prompts\[(\d+)\]: ")
 _HEADER_WIDTH = 60
 _WITHOUT_KERNELS = (
     "The native kernels are being compiled in the background, once. This run uses PyTorch's; later ones are faster."
@@ -36,17 +38,17 @@ _WITHOUT_KERNELS = (
 
 @attrs.frozen
 class GenerateJob:
-    """What `specplug generate` was asked for.
+    """The input of `specplug generate`.
 
     Attributes:
         target: the model.
         engine: keywords of `LLM`.
-        prompts: what to continue.
+        prompts: to continue.
         sampling: keywords of `SamplingParams` from the command line.
-        is_file: the prompts come from a file, so each output gets a header.
-        as_json: print objects.
+        is_file: the prompts come from a file; each output gets a header.
+        as_json: print JSON objects.
         stats: report speed and acceptance.
-        quiet: no startup steps, no progress.
+        quiet: hide startup steps and progress.
     """
 
     target: str
@@ -63,19 +65,19 @@ def run_job(job: GenerateJob, out: Terminal, err: Terminal) -> None:
     """Starts the engine and generates.
 
     Args:
-        job: what to do.
-        out: gets the text and nothing else.
-        err: gets everything else.
+        job: the input.
+        out: receives only the text.
+        err: receives everything else.
 
     Raises:
-        SpecplugError: the engine does not start, or a prompt can never be served.
+        SpecplugError: the engine does not start, or a prompt is invalid.
     """
     with StartupView(err, quiet=job.quiet) as view:
         view.announce("importing PyTorch and Transformers")
         import_libraries()
         from specplug.llm import LLM
 
-        if _begins_without_kernels(job) and not job.quiet:
+        if _starts_without_kernels(job) and not job.quiet:
             err.paragraph(_WITHOUT_KERNELS, style="dim")
         llm = LLM(job.target, on_step=view, **job.engine)
     with llm:
@@ -86,12 +88,12 @@ def run_job(job: GenerateJob, out: Terminal, err: Terminal) -> None:
             else:
                 _stream(job, params[0], llm, out, err)
         except RequestError as error:
-            raise _located(error, job) from error
-        _name_unverified(err, llm)
+            raise _with_location(error, job) from error
+        _report_unverified(err, llm)
 
 
-def _begins_without_kernels(job: GenerateJob) -> bool:
-    """Lets one prompt begin at once with PyTorch's kernels, where the native ones would have to be compiled first."""
+def _starts_without_kernels(job: GenerateJob) -> bool:
+    """Decides that a single prompt need not wait until the native kernels are compiled, and starts with those of PyTorch."""
     from specplug import native
     from specplug.model.device import choose_device
 
@@ -99,15 +101,15 @@ def _begins_without_kernels(job: GenerateJob) -> bool:
     return not is_long and choose_device(job.engine.get("device", "auto")).type == "cpu" and native.go_without()
 
 
-def _name_unverified(err: Terminal, llm: LLM) -> None:
-    """Says, however little else is said, that core did not verify what a method with a rule of its own accepted."""
+def _report_unverified(err: Terminal, llm: LLM) -> None:
+    """Names the methods with a `verify` of their own, which core does not check, even if `quiet`."""
     for speculator in llm.engine.chain.speculators:
         if speculator.overrides_verify:
             err.paragraph(f"{speculator.method} verifies by a rule of its own, which specplug does not check.")
 
 
 def _params(job: GenerateJob, llm: LLM, err: Terminal) -> list[SamplingParams]:
-    """The model's recommendations, over them the options, over them those of the line."""
+    """Merges the recommendations of the model, the options, and the parameters of each line; later ones take precedence."""
     from specplug.sampling.defaults import recommended_options
     from specplug.tiny import resolve_model
 
@@ -126,14 +128,14 @@ def _params(job: GenerateJob, llm: LLM, err: Terminal) -> list[SamplingParams]:
     for line in job.prompts:
         given = {**DEFAULTS, **job.sampling, **line.options}
         own = dict(used)
-        if "min_tokens" in own and given["max_tokens"] is not None:  # a recommendation yields to what was asked for
+        if "min_tokens" in own and given["max_tokens"] is not None:  # options take precedence over a recommendation
             own["min_tokens"] = min(own["min_tokens"], given["max_tokens"])
         params.append(make_params(DEFAULTS, own, job.sampling, line.options))
     return params
 
 
 def _stream(job: GenerateJob, params: SamplingParams, llm: LLM, out: Terminal, err: Terminal) -> None:
-    """One completion, as it comes."""
+    """Streams one completion."""
     shown = TextView(out, [speculator.method for speculator in llm.engine.chain.speculators])
     if shown.legend and not job.quiet:
         err.paragraph(shown.legend, style="dim")
@@ -149,12 +151,12 @@ def _stream(job: GenerateJob, params: SamplingParams, llm: LLM, out: Terminal, e
 
 
 def _run_all(job: GenerateJob, params: list[SamplingParams], llm: LLM, out: Terminal, err: Terminal) -> None:
-    """All prompts together, in batches as they fit."""
+    """Generates all prompts together, batched by the engine."""
     started = time.perf_counter()
     failure: GenerationError | None = None
     try:
         outputs = llm.generate([line.prompt for line in job.prompts], params, use_tqdm=err.is_live and not job.quiet)
-    except GenerationError as error:  # told after the outputs of the others
+    except GenerationError as error:  # raised after the other outputs are shown
         failure, outputs = error, error.outputs
     seconds = time.perf_counter() - started
     for number, output in enumerate(outputs, start=1):
@@ -169,16 +171,16 @@ def _run_all(job: GenerateJob, params: list[SamplingParams], llm: LLM, out: Term
         raise failure
 
 
-def _located(error: RequestError, job: GenerateJob) -> RequestError:
-    """Names a prompt by its option, or its file and line, where `LLM` names it by its place among those that were given."""
+def _with_location(error: RequestError, job: GenerateJob) -> RequestError:
+    """Replaces the index by which `LLM` names a prompt by its option, or its file and line."""
     text = str(error)
-    if match := _PLACE.match(text):
+    if match := _PROMPT_INDEX.match(text):
         return RequestError(f"{job.prompts[int(match[1])].where}: {text[match.end() :]}")
     return RequestError(f"{job.prompts[0].where}: {text}" if len(job.prompts) == 1 else text)
 
 
 def _show_texts(out: Terminal, number: int, output: RequestOutput, *, has_text: bool) -> None:
-    """Each completion under a header; token ids where there is no tokenizer."""
+    """Prints each completion under a header; token ids without a tokenizer."""
     title = output.prompt if output.prompt is not None else f"{len(output.prompt_token_ids)} token ids"
     short = textwrap.shorten("".join(c if c.isprintable() else " " for c in title), _HEADER_WIDTH, placeholder=" ...")
     for completion in output.outputs:
@@ -190,3 +192,46 @@ def _show_texts(out: Terminal, number: int, output: RequestOutput, *, has_text: 
         out.generated(text)
         if not text.endswith("\n"):
             out.line()
+
+
+def completion_line(request: RequestOutput, completion: CompletionOutput) -> str:
+    """Returns a completion as a line of JSON; keys are only added, never removed. Log probabilities are included on request."""
+    item: dict[str, Any] = {
+        "request_id": request.request_id,
+        "index": completion.index,
+        "prompt": request.prompt,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+        "metrics": _metrics(completion.metrics),
+        "unverified_methods": completion.unverified_methods,
+    }
+    if completion.error is not None:
+        item["error"] = completion.error
+    if completion.logprobs is not None:
+        item["cumulative_logprob"] = _finite(completion.cumulative_logprob)
+        item["logprobs"] = [_position(position) for position in completion.logprobs]
+    if request.prompt_logprobs is not None:
+        item["prompt_logprobs"] = [position and _position(position) for position in request.prompt_logprobs]
+    return json.dumps(item)
+
+
+def _metrics(stats: SpeculationStats) -> dict[str, Any]:
+    return {
+        **attrs.asdict(stats),
+        "mean_acceptance_length": stats.mean_acceptance_length,
+        "draft_acceptance_rate": stats.draft_acceptance_rate,
+    }
+
+
+def _position(position: dict[int, Logprob]) -> list[dict[str, Any]]:
+    return [
+        {"token_id": token, "logprob": _finite(entry.logprob), "rank": entry.rank, "text": entry.decoded_token}
+        for token, entry in position.items()
+    ]
+
+
+def _finite(value: float | None) -> float | None:
+    """Replaces infinity, which JSON does not have, by null."""
+    return value if value is not None and math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Verdicts as they come, and the summary."""
+"""The results of `specplug check`: a line for each check, and the summary."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _VERDICT_WIDTH = len("not applicable")
 
 @attrs.define(eq=False)
 class CheckReport:
-    """What came of a run of the kit.
+    """The results of a run of the conformance kit.
 
     Attributes:
-        method: the speculator's.
-        package: the distribution that brings it.
+        method: of the speculator.
+        package: the distribution that provides it.
         version: of the distribution.
-        target: the model it was checked on; None for the kit's own.
-        kit: the checks that make it conformant, all together.
-        results: of every check.
+        target: the model it was checked with; None for the models of the kit.
+        kit: all checks that make a method conformant.
+        results: of the checks that were run.
         width: of the column of names.
         overrides_verify: whether the method verifies by a rule of its own.
     """
@@ -43,7 +43,7 @@ class CheckReport:
 
     @classmethod
     def begin(cls, method: str, target: str | None, kit: tuple[Check, ...]) -> CheckReport:
-        """A report without results."""
+        """Creates a report without results."""
         record = next((each for each in find_plugins() if each.method == method and each.status == "ok"), None)
         return cls(method, record.distribution if record else "?", record.version if record else "?", target, kit)
 
@@ -54,7 +54,7 @@ class CheckReport:
 
     @property
     def unseen(self) -> list[str]:
-        """The names of the checks that had nothing to judge."""
+        """The names of the checks that saw no draft to judge."""
         return self._named("nothing seen")
 
     @property
@@ -66,7 +66,7 @@ class CheckReport:
 
     @property
     def is_conformant(self) -> bool | None:
-        """Whether every check ran and none failed; None if none failed and not all of them could judge."""
+        """Whether every check ran and none failed; None if none failed, but some did not run or saw nothing."""
         if self.failed:
             return False
         return True if self.is_complete and not self.unseen else None
@@ -83,21 +83,21 @@ class CheckReport:
             if not self.is_complete:
                 parts.append(f"only {len(self.results)} of {len(self.kit)} checks were run; none failed")
             if self.unseen:
-                parts.append(f"it drafted nothing that these could judge: {', '.join(self.unseen)}")
+                parts.append(f"these checks saw no draft to judge: {', '.join(self.unseen)}")
             verdict = "; ".join(parts)
         if self.overrides_verify:
-            verdict += "; it verifies by a rule of its own, which core does not check"
+            verdict += "; it verifies by a rule of its own, which specplug does not check"
         return f"{self.method} ({self.package} {self.version}): {verdict}"
 
     def _named(self, verdict: str) -> list[str]:
         return [result.check.name for result in self.results if result.verdict == verdict]
 
     def show_header(self, out: Terminal) -> None:
-        """The names of the columns."""
+        """Prints the names of the columns."""
         out.line(f"{'CHECK':<{self.width}}  {'VERDICT':<{_VERDICT_WIDTH}}  SECONDS  EVIDENCE", "bold")
 
     def add(self, result: CheckResult, out: Terminal | None) -> None:
-        """Adds a result, and shows it."""
+        """Adds a result, and prints it to `out`, if there is one."""
         self.results.append(result)
         if out is None:
             return
@@ -112,12 +112,12 @@ class CheckReport:
             out.line(f"         see: {result.check.see}")
 
     def show_summary(self, out: Terminal) -> None:
-        """The last line."""
+        """Prints the last line."""
         out.line()
         out.line(self.summary, "red" if self.failed else "green" if self.is_conformant else "yellow")
 
     def as_json(self) -> dict[str, Any]:
-        """The object of `specplug check --json`. Keys are only ever added."""
+        """Returns the object of `specplug check --json`; keys are only added, never removed."""
         return {
             "method": self.method,
             "package": self.package,

@@ -1,4 +1,4 @@
-"""Plain tables: aligned columns, two spaces between them."""
+"""Plain tables: aligned columns, separated by two spaces."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ if TYPE_CHECKING:
     from specplug.cli.terminal import Terminal
 
 _GAP = "  "
-_LEAST_WIDTH = 20
-_LEAST_REST = 8
+_MIN_LAST_WIDTH = 20
+_MIN_WRAP_WIDTH = 8
 
 
 class Table:
-    """Rows of text under a header. Nothing is ever cut: on a terminal the last column wraps, elsewhere it is one line.
+    """Rows of text under a header. Nothing is truncated: on a terminal, the last column wraps.
 
-    Columns that a terminal has no room for stand below, in further tables with the first column again.
+    Columns that do not fit a terminal follow in further tables, which repeat the first column.
 
     Args:
         header: names of the columns.
         rows: cells.
-        right: columns that are aligned to the right, by index.
+        right: indices of right-aligned columns.
     """
 
     def __init__(self, header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
@@ -41,9 +41,9 @@ class Table:
         """Prints the table.
 
         Args:
-            terminal: where to.
-            style: gives the style of a cell by its row and column.
-            below: called with a row's index when the row was printed.
+            terminal: receives the table.
+            style: returns the style of a cell by its row and column.
+            below: called with the index of each row after it was printed.
         """
         parts = self._parts(terminal)
         for part in parts:
@@ -56,7 +56,7 @@ class Table:
                     below(index)
 
     def _parts(self, terminal: Terminal) -> list[list[int]]:
-        """The columns of each table; all in one where there is room."""
+        """Returns the columns of each table; a single table if all columns fit."""
         columns = list(range(len(self._widths)))
         if terminal.width is None:
             return [columns]
@@ -65,7 +65,7 @@ class Table:
             before = sum(self._widths[each] + len(_GAP) for each in parts[-1])
             needed = self._widths[column]
             if column == columns[-1]:  # which may wrap
-                needed = min(needed, _LEAST_WIDTH)
+                needed = min(needed, _MIN_LAST_WIDTH)
             if before + needed > terminal.width and len(parts[-1]) > 1:
                 parts.append([0])
             parts[-1].append(column)
@@ -87,4 +87,4 @@ class Table:
     def _last_cell(self, terminal: Terminal, text: str, column: int, indent: int) -> list[str]:
         if terminal.width is None or indent + len(text) <= terminal.width:
             return [text.rjust(self._widths[column]) if column in self._right else text]
-        return textwrap.wrap(text, max(terminal.width - indent, _LEAST_REST)) or [""]
+        return textwrap.wrap(text, max(terminal.width - indent, _MIN_WRAP_WIDTH)) or [""]

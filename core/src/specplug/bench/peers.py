@@ -1,4 +1,9 @@
-"""Transformers as a peer: the same weights, dtype, prompts and token counts through its own `generate`."""
+"""Transformers as a peer: its own `generate` with the same weights, dtype, prompts and lengths.
+
+Which of its assisted-generation modes corresponds to a method is said by the plugin: its module may have a function
+`transformers_options(config: SpeculativeConfig)` that returns keyword arguments of `generate`, or None.
+`assistant_model` is a folder or hub name there, and is loaded here.
+"""
 
 from __future__ import annotations
 
@@ -8,31 +13,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 
-from specplug.bench.contestant import OnStep
+from specplug.bench.contestants import OnStep
 from specplug.bench.measurement import Advance, Measurement
 from specplug.bench.workload import BenchPrompt, Cell, Workload
+from specplug.configuration.speculative import parse_speculative_config
 from specplug.errors import ConfigurationError
 from specplug.model.device import choose_device
 from specplug.model.load.checkpoint import choose_dtype, load_config, resolve_checkpoint
 from specplug.model.load.quiet import quiet_transformers
 from specplug.plugins.finder import find_plugins
+from specplug.plugins.registry import PluginRegistry
 from specplug.tiny import resolve_model
 
 NAME = "transformers"
-PEERS = (NAME,)
-_DEFAULT_LOOKUP = 5
-_DEFAULT_TOKENS = 5
-_COUNTERPARTS = {"ngram": "prompt lookup", "draft_model": "assisted generation"}
+_FIXED_LENGTH = 5
+"""The draft length of the peer where the method chooses its own: `generate` has no counterpart."""
+_MODES = {"prompt_lookup_num_tokens": "prompt lookup", "assistant_model": "assisted generation"}
+"""What reports call the modes of `generate`, by the keyword argument that selects them."""
 
 
 class TransformersModel:
-    """The target in Transformers, shared by the contestants that run on it; loaded while any of them is open.
+    """The target in Transformers, shared by its contestants; loaded while any of them is open.
 
     Args:
         target: the model.
-        options: of the engines beside it: `dtype`, `device`, `revision` and `trust_remote_code` are taken from them.
+        options: of the engines; `dtype`, `device`, `revision` and `trust_remote_code` are used.
     """
 
     def __init__(self, target: str, options: Mapping[str, Any]) -> None:
@@ -42,13 +50,13 @@ class TransformersModel:
         self.model: Any = None
 
     def open(self) -> None:
-        """Loads the model if nobody has."""
+        """Loads the model, unless it is loaded."""
         self._users += 1
         if self.model is None:
             self.model = self.load(resolve_model(self._target), self._options.get("revision"))
 
     def load(self, source: str, revision: str | None = None) -> Any:
-        """Loads a model in the target's dtype, on the target's device."""
+        """Loads a model with the dtype and device of the target."""
         from transformers import AutoModelForCausalLM
 
         trusted = bool(self._options.get("trust_remote_code", False))
@@ -61,69 +69,71 @@ class TransformersModel:
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trusted)
         model.to(device).eval()
-        # Nothing ends an output early, and nothing of the checkpoint's sampling recommendations is used.
+        # Outputs never end early, and the sampling recommendations of the checkpoint are ignored.
         model.generation_config = type(model.generation_config)(pad_token_id=0, eos_token_id=None)
         return model
 
     def close(self) -> None:
-        """Lets go of the model when the last one closes."""
+        """Releases the model when the last contestant closes."""
         self._users -= 1
         if self._users <= 0:
             self.model = None
 
 
 class TransformersContestant:
-    """One way of Transformers to generate.
+    """One mode of `generate`.
 
     Args:
         shared: the target.
-        config: the specplug method whose counterpart this is; None for plain `generate`.
+        config: the speculative configuration whose counterpart this is; None for plain `generate`.
+        options: keyword arguments of `generate` that select the mode; see `transformers_options`.
     """
 
     kind = "peer"
     learns = False
     is_taught = False
 
-    def __init__(self, shared: TransformersModel, config: Mapping[str, Any] | None = None) -> None:
-        way = "generate" if config is None else _COUNTERPARTS[config["method"]]
-        self.label = f"{NAME} {way}"
+    def __init__(
+        self,
+        shared: TransformersModel,
+        config: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         self.config = config
+        self.options = dict(options or {})
+        other = f"generate with {', '.join(self.options)}" if self.options else "generate"
+        mode = next((name for key, name in _MODES.items() if key in self.options), other)
+        self.label = f"{NAME} {mode}"
         self._shared = shared
-        self._options: dict[str, Any] = {}
+        self._loaded: dict[str, Any] = {}
         self._is_open = False
 
     def open(self, on_step: OnStep) -> None:
-        """Loads target and draft."""
+        """Loads the target and the assistant model, if there is one."""
         del on_step
         self._shared.open()
         self._is_open = True
-        if self.config is None:
-            return
-        count = _num_tokens(self.config)
-        if self.config["method"] == "ngram":
-            shortest = self.config.get("prompt_lookup_min", _DEFAULT_LOOKUP)
-            longest = self.config.get("prompt_lookup_max", shortest)
-            self._options = {"prompt_lookup_num_tokens": count, "max_matching_ngram_size": longest}
-            return
-        draft = self._shared.load(method_model("draft_model", self.config.get("model") or "tiny"))
-        draft.generation_config.num_assistant_tokens = count
-        draft.generation_config.num_assistant_tokens_schedule = "constant"
-        draft.generation_config.assistant_confidence_threshold = 0.0
-        self._options = {"assistant_model": draft}
+        self._loaded = dict(self.options)
+        if "assistant_model" in self._loaded:
+            assistant = self._shared.load(self._loaded["assistant_model"])
+            assistant.generation_config.num_assistant_tokens = self._loaded.pop("num_assistant_tokens", _FIXED_LENGTH)
+            assistant.generation_config.num_assistant_tokens_schedule = "constant"
+            assistant.generation_config.assistant_confidence_threshold = 0.0
+            self._loaded["assistant_model"] = assistant
 
     def close(self) -> None:
-        """Lets go of the models."""
+        """Releases the models."""
         if self._is_open:
             self._shared.close()
-        self._is_open, self._options = False, {}
+        self._is_open, self._loaded = False, {}
 
     def cannot(self, cell: Cell) -> str | None:
-        """Its speculation is for one sequence at a time."""
+        """Returns why a batch is impossible: assisted generation supports one sequence."""
         return "one sequence at a time only" if self.config is not None and cell.batch > 1 else None
 
     @torch.inference_mode()
     def run(self, workload: Workload, cell: Cell, advance: Advance) -> Measurement:
-        """Generates the workload once, in static batches, padded on the left."""
+        """Generates the workload once, in static batches with left padding."""
         requests = workload.requests(cell.batch)
         measured = Measurement()
         started = time.perf_counter()
@@ -148,7 +158,7 @@ class TransformersContestant:
             max_new_tokens=max_tokens,
             stopping_criteria=[clock],
             **sampling,
-            **self._options,
+            **self._loaded,
         )
         new = output[:, longest:].tolist()
         run.outputs += new
@@ -157,7 +167,7 @@ class TransformersContestant:
 
 
 class _Clock:
-    """A stopping criterion that never stops: `generate` asks it after every step, so it sees when tokens come."""
+    """A stopping criterion that never stops; `generate` calls it after every step, so it can record when tokens arrive."""
 
     def __init__(self, length: int) -> None:
         self._length = length
@@ -172,11 +182,11 @@ class _Clock:
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def report(self, run: Measurement, rows: int) -> None:
-        """Adds what was seen, the same for all rows of the static batch."""
+        """Adds the recorded times to a measurement, the same for all rows of the static batch."""
         for index, (count, gap) in enumerate(self._arrivals):
             for _ in range(rows):
                 if index:
-                    run.arrived(count, gap)
+                    run.add_tokens(count, gap)
                 else:
                     run.first_token_seconds.append(gap)
 
@@ -184,37 +194,55 @@ class _Clock:
 def transformers_contestants(
     target: str, configs: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
 ) -> list[TransformersContestant]:
-    """Plain `generate`, and what Transformers has for each of the methods, once each."""
+    """Returns plain `generate`, and the counterparts of the methods, without duplicates.
+
+    Args:
+        target: the model.
+        configs: the speculative configurations; those with a fallback have no counterpart.
+        options: of the engines.
+    """
     shared = TransformersModel(target, options)
-    chosen = [config for config in configs if config.get("method") in _COUNTERPARTS and "fallback" not in config]
-    unique = {_counterpart_key(config): config for config in reversed(chosen)}
-    contestants = [
-        TransformersContestant(shared),
-        *(TransformersContestant(shared, c) for c in reversed(unique.values())),
-    ]
+    contestants = [TransformersContestant(shared)]
+    registry = PluginRegistry(options.get("allowed_plugins"), options.get("denied_plugins") or ())
+    for config in configs:
+        given = transformers_options(config, registry)
+        if given is not None and all(given != other.options for other in contestants):
+            contestants.append(TransformersContestant(shared, config, given))
+    labels = [contestant.label for contestant in contestants]
     for contestant in contestants:
-        if [c.label for c in contestants].count(contestant.label) > 1 and contestant.config is not None:
-            contestant.label += f" {_num_tokens(contestant.config)} tokens"
+        length = contestant.options.get("num_assistant_tokens", contestant.options.get("prompt_lookup_num_tokens"))
+        if labels.count(contestant.label) > 1 and length is not None:
+            contestant.label += f" {length} tokens"
     return contestants
 
 
-def _num_tokens(config: Mapping[str, Any]) -> int:
-    """How many tokens to draft: what the configuration says, if it is a number."""
-    count = config.get("num_speculative_tokens")
-    return count if type(count) is int else _DEFAULT_TOKENS
+def transformers_options(config: Mapping[str, Any], registry: PluginRegistry) -> dict[str, Any] | None:
+    """Returns the keyword arguments of `generate` for the counterpart of a method; None if there is none.
 
+    Args:
+        config: the speculative configuration.
+        registry: has the plugin of the method.
 
-def _counterpart_key(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What of a configuration its counterpart takes."""
-    names = ("method", "model", "num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max")
-    return tuple(str(config.get(name)) for name in names)
+    Raises:
+        ConfigurationError: the configuration is invalid.
+    """
+    parsed = parse_speculative_config(config)
+    if parsed is None or parsed.fallback is not None:
+        return None
+    options_of = getattr(registry.plugin(parsed.method), "transformers_options", None)
+    if options_of is None:
+        return None
+    if parsed.is_auto:
+        parsed = attrs.evolve(parsed, num_speculative_tokens=_FIXED_LENGTH, is_auto=False)
+    options = options_of(parsed)
+    return None if options is None else dict(options)
 
 
 def method_model(method: str, name: str) -> str:
-    """The folder of a model that a method's package brings under a name, such as the draft `tiny`; else the name itself.
+    """Returns the folder of a model in the package of a method, such as the draft model `tiny`; else the name itself.
 
     Raises:
-        ConfigurationError: there is no such method.
+        ConfigurationError: the method is not installed.
     """
     record = next((r for r in find_plugins() if r.method == method and r.status == "ok"), None)
     if record is None:

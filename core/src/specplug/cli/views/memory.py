@@ -1,4 +1,4 @@
-"""Drawing a memory plan: its five parts to scale, and the budget they share."""
+"""A memory plan as bars: its five parts to scale, and the budget."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ if TYPE_CHECKING:
     from specplug.memory.plan import MemoryPlan
 
 _BAR_WIDTH = 30
-_LEAST_BAR = 5
+_MIN_BAR_WIDTH = 5
 _BUDGET_WIDTH = 70
 _NAME_WIDTH = 22
-_ROW_WIDTH = 41  # of a part's line without its bar
+_ROW_WIDTH = 41  # of the line of a part, without the bar
 _STYLES = ("blue", "cyan", "magenta", "yellow", "green")
 _LETTERS = "TKdkv"
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def show_memory(terminal: Terminal, plan: MemoryPlan) -> None:
-    """Prints the parts of a plan with bars, bytes and shares of the whole."""
+    """Prints the parts of a plan with bars, bytes and percentages."""
     from specplug.memory.plan import format_bytes
 
     smooth = terminal.can_show(_EIGHTHS)
@@ -29,7 +29,7 @@ def show_memory(terminal: Terminal, plan: MemoryPlan) -> None:
     )
     width = _BAR_WIDTH if terminal.width is None else min(_BAR_WIDTH, terminal.width - _ROW_WIDTH)
     for (name, size), style in zip(plan.parts, _STYLES, strict=True):
-        if width < _LEAST_BAR:
+        if width < _MIN_BAR_WIDTH:
             terminal.line(f" {name:<20} {format_bytes(size):>10} {size / total:4.0%}")
             continue
         bar = draw_bar(size / total, width, smooth=smooth)
@@ -41,7 +41,7 @@ def show_memory(terminal: Terminal, plan: MemoryPlan) -> None:
 def show_budget(terminal: Terminal, plan: MemoryPlan) -> None:
     """Prints one bar of the whole budget: the five parts, and what is left.
 
-    The parts have the colours that `show_memory` gives them; where there are none, letters that are explained below.
+    The parts have the colours of `show_memory`; without colour, letters with a legend.
     """
     from specplug.memory.plan import format_bytes
 
@@ -65,7 +65,7 @@ def show_budget(terminal: Terminal, plan: MemoryPlan) -> None:
 
 
 def _columns(sizes: list[int], width: int) -> list[int]:
-    """Shares out `width` columns; what is not nothing has at least one, at the cost of the widest."""
+    """Divides `width` columns in proportion; every size above 0 gets at least one, at the cost of the largest."""
     total = max(sum(sizes), 1)
     columns = [max(1, round(size / total * width)) if size else 0 for size in sizes]
     columns[columns.index(max(columns))] += width - sum(columns)
@@ -73,12 +73,12 @@ def _columns(sizes: list[int], width: int) -> list[int]:
 
 
 def draw_bar(share: float, width: int, *, smooth: bool) -> str:
-    """A bar of a share of `width` columns; a share above zero always shows.
+    """Returns a bar of a share of `width` columns; a share above 0 is always visible.
 
     Args:
         share: between 0 and 1.
-        width: columns of a whole.
-        smooth: draw eighths of a column with block characters, else whole columns with `#`.
+        width: columns of a full bar.
+        smooth: draw eighths of a column with block characters; else whole columns of `#`.
     """
     if share <= 0:
         return ""

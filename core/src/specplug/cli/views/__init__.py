@@ -1,0 +1,1 @@
+"""What commands show: tables, bars, startup steps, statistics, generated text."""
