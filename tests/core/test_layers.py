@@ -24,7 +24,6 @@ ORDER = [
     "text",
     "request",
     "configuration",
-    "memory",
     "plugins",
     "speculation",
     "engine",

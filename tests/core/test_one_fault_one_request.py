@@ -151,16 +151,16 @@ def broken_text(llm: LLM, victim: int, patch: pytest.MonkeyPatch) -> None:
 
 
 def broken_scores(llm: LLM, victim: int, patch: pytest.MonkeyPatch) -> None:
-    from specplug.engine import engine
+    from specplug.engine import commit
 
-    gather = engine.gather_logprobs
+    gather = commit.gather_logprobs
 
     def fail(logits: Any, tokens: Any, count: int) -> Any:
         if count == 7:
             raise MemoryError
         return gather(logits, tokens, count)
 
-    patch.setattr(engine, "gather_logprobs", fail)
+    patch.setattr(commit, "gather_logprobs", fail)
 
 
 @pytest.mark.parametrize(

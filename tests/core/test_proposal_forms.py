@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from specplug import Budget, DraftDistributions, Proposal, Verdict
-from specplug.engine.verification import checked_verdict
 from specplug.errors import PluginError
 from specplug.speculation.draft import Draft
-from specplug.speculation.validation import check_proposal
+from specplug.speculation.validation import check_proposal, check_verdict
 
 VOCABULARY = 16
 
@@ -204,7 +203,7 @@ def test_distributions_that_cannot_be_are_refused(probs: DraftDistributions, mes
 def test_a_verdict_of_other_libraries_integers_becomes_one_of_ints() -> None:
     proposal = Proposal([[3, 4], []])
     verdict = Verdict([np.array([0, 1]), torch.tensor([], dtype=torch.int64)], torch.tensor([5, 6]))  # type: ignore[arg-type]
-    checked = checked_verdict(verdict, proposal, VOCABULARY)
+    checked = check_verdict(verdict, proposal, VOCABULARY)
     assert (checked.accepted, checked.next_tokens) == ([[0, 1], []], [5, 6])
     assert {type(each) for each in (*checked.accepted[0], *checked.next_tokens)} == {int}
 
@@ -223,5 +222,5 @@ def test_a_verdict_of_other_libraries_integers_becomes_one_of_ints() -> None:
     ],
 )
 def test_a_verdict_without_integers_is_refused(verdict: Verdict) -> None:
-    with pytest.raises(PluginError, match=r"no id of the vocabulary|no path from the root"):
-        checked_verdict(verdict, Proposal([[3, 4]]), VOCABULARY)
+    with pytest.raises(PluginError, match=r"is not in the vocabulary|is not a path from the root"):
+        check_verdict(verdict, Proposal([[3, 4]]), VOCABULARY)

@@ -14,7 +14,7 @@ import attrs
 import pytest
 
 from specplug import LLM, Proposal, SamplingParams, SpeculatorTraits, hookimpl
-from specplug.engine.turns import Turns
+from specplug.engine.fair_lock import FairLock
 from specplug.errors import RequestError
 from support.models import VOCABULARY, save_model
 from support.speculators import ModelSpeculator, Oracle, TreeSpeculator, provide
@@ -257,17 +257,17 @@ def test_a_collected_stream_never_waits(shared: LLM, monkeypatch: pytest.MonkeyP
         gc.enable()
 
 
-def test_an_errand_waits_for_nobody_and_is_always_run() -> None:
-    turns = Turns()
+def test_a_deferred_task_never_waits_and_always_runs() -> None:
+    lock = FairLock()
     done: list[int] = []
-    with turns:
-        turns.later(lambda: done.append(1))
+    with lock:
+        lock.defer(lambda: done.append(1))
         assert done == []
     assert done == [1]
-    with turns._changed:  # as in a collection while the lock is being passed on
-        turns.later(lambda: done.append(2))
+    with lock._changed:  # as in a collection while the lock is being passed on
+        lock.defer(lambda: done.append(2))
         assert done == [1]
-    with turns:
+    with lock:
         pass
     assert done == [1, 2]
 

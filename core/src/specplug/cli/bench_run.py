@@ -171,7 +171,7 @@ def _contestants(job: BenchJob) -> list[Contestant]:
     """Plain decoding, the methods, the peer; engines that are held at once share the memory that is free now."""
     from specplug.bench.contestant import PLAIN, EngineContestant, label_configs
     from specplug.bench.peer import transformers_contestants
-    from specplug.memory.available import default_budget
+    from specplug.engine.memory_plan import default_budget
     from specplug.model.device import choose_device
 
     options = dict(job.engine)

@@ -101,9 +101,8 @@ def _begins_without_kernels(job: GenerateJob) -> bool:
 
 def _name_unverified(err: Terminal, llm: LLM) -> None:
     """Says, however little else is said, that core did not verify what a method with a rule of its own accepted."""
-    for speculator in llm.engine.chain.speculators:
-        if speculator.overrides_verify:
-            err.paragraph(f"{speculator.method} verifies by a rule of its own, which specplug does not check.")
+    for method in llm.engine.unverified_methods:
+        err.paragraph(f"{method} verifies by a rule of its own, which specplug does not check.")
 
 
 def _params(job: GenerateJob, llm: LLM, err: Terminal) -> list[SamplingParams]:
@@ -134,7 +133,7 @@ def _params(job: GenerateJob, llm: LLM, err: Terminal) -> list[SamplingParams]:
 
 def _stream(job: GenerateJob, params: SamplingParams, llm: LLM, out: Terminal, err: Terminal) -> None:
     """One completion, as it comes."""
-    shown = TextView(out, [speculator.method for speculator in llm.engine.chain.speculators])
+    shown = TextView(out, llm.engine.methods)
     if shown.legend and not job.quiet:
         err.paragraph(shown.legend, style="dim")
     meter = Meter()

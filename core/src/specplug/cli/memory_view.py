@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from specplug.cli.terminal import Terminal
-    from specplug.memory.plan import MemoryPlan
+    from specplug.engine.memory_plan import MemoryPlan
 
 _BAR_WIDTH = 30
 _LEAST_BAR = 5
@@ -20,7 +20,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 def show_memory(terminal: Terminal, plan: MemoryPlan) -> None:
     """Prints the parts of a plan with bars, bytes and shares of the whole."""
-    from specplug.memory.plan import format_bytes
+    from specplug.engine.memory_plan import format_bytes
 
     smooth = terminal.can_show(_EIGHTHS)
     total = max(plan.total_bytes, 1)
@@ -43,7 +43,7 @@ def show_budget(terminal: Terminal, plan: MemoryPlan) -> None:
 
     The parts have the colours that `show_memory` gives them; where there are none, letters that are explained below.
     """
-    from specplug.memory.plan import format_bytes
+    from specplug.engine.memory_plan import format_bytes
 
     coloured = terminal.has_colour and terminal.can_show("█░")
     left = max(plan.budget_bytes - plan.total_bytes, 0)

@@ -1,4 +1,4 @@
-"""Checking a proposal against the contract. What does not hold is a fault of the plugin, never of the output."""
+"""Checks what plugins return, proposals and verdicts, against the contract."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from specplug.contract.batch import Budget
 from specplug.contract.proposal import DraftDistributions, Proposal
+from specplug.contract.verdict import Verdict
 from specplug.errors import PluginError
 from specplug.model.device import to_device
 from specplug.speculation.draft import Draft, depths_of
@@ -304,3 +305,30 @@ def _used(entries: Sequence[_Reported]) -> torch.Tensor:
         start += len(entry.values)
     together = torch.cat(values) if len(values) > 1 else values[0]
     return together if index == list(range(start)) else together[to_device(index, together.device)]
+
+
+def check_verdict(verdict: Any, proposal: Proposal, vocab_size: int) -> Verdict:
+    """Returns the verdict with Python integers.
+
+    Raises:
+        PluginError: a row is not a path of the draft tree from the root, or its next token is not in the vocabulary.
+    """
+    if not isinstance(verdict, Verdict):
+        raise PluginError(f"verify returned {type(verdict).__name__}, expected a Verdict")
+    if not len(verdict.accepted) == len(verdict.next_tokens) == len(proposal.tokens):
+        raise PluginError(f"verify returned {len(verdict.next_tokens)} rows for a batch of {len(proposal.tokens)}")
+    accepted = [[as_integer(node) for node in path] for path in verdict.accepted]
+    next_tokens = [as_integer(token) for token in verdict.next_tokens]
+    for row, (path, token) in enumerate(zip(accepted, next_tokens, strict=True)):
+        parents = proposal.parents[row] if proposal.parents is not None else None
+        at = -1
+        for node in path:
+            is_node = is_integer(node, 0) and node < len(proposal.tokens[row])
+            if not is_node or (node - 1 if parents is None else parents[node]) != at:
+                raise PluginError(f"verify accepted {shown(path)} in row {row}, which is not a path from the root")
+            at = node
+        if not is_integer(token, 0) or token >= vocab_size:
+            raise PluginError(
+                f"verify chose token {shown(token)} in row {row}, which is not in the vocabulary of {vocab_size}"
+            )
+    return Verdict(accepted, next_tokens)
