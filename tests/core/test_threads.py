@@ -193,6 +193,30 @@ def test_an_interrupt_loses_nobody_elses_requests(shared: LLM, monkeypatch: pyte
         assert_idle(shared)
 
 
+def test_a_slow_reader_gets_the_last_piece_of_its_stream(shared: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request ends in the middle of a step, and its last output comes at the end of it."""
+    params = attrs.evolve(GREEDY, max_tokens=9)
+    expected = ids(shared, PROMPTS[1], params)
+    propose = shared.engine.chain.propose
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.1)
+        propose(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared.engine.chain, "propose", slow)
+        seen = SlowForward(shared, patch)
+        driver, _ = in_thread(lambda: ids(shared, PROMPTS[0], LONG))
+        seen.wait()
+        pieces = []
+        for piece in shared.stream(PROMPTS[1], params):
+            pieces.append(piece)
+            time.sleep(0.05)
+    join(driver)
+    assert [token for piece in pieces for token in piece.token_ids] == expected
+    assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
+
+
 def test_abort_and_metrics_beside_a_call(shared: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = SlowForward(shared, monkeypatch)
     call = shared.stream(PROMPTS[0], LONG)

@@ -199,7 +199,7 @@ class LLM:
                     continue
                 output = call.arrived.popleft()
                 request = output.request
-                is_last = not any(other.request is request for other in call.arrived)
+                is_last = call.is_last(output)
                 yield StreamedPiece(
                     request_id=request.id,
                     index=index_of[id(request)],

@@ -31,8 +31,8 @@ class OutputListener(Protocol):
     def add(self, output: StepOutput) -> None:
         """Called after every step that committed tokens for the request, or in which it failed."""
 
-    def wake(self) -> None:
-        """Called when the request has ended without an output."""
+    def end(self, request: Request) -> None:
+        """Called when a request has ended without an output."""
 
 
 @attrs.define(eq=False)

@@ -30,13 +30,14 @@ class Call:
         self.arrived: deque[StepOutput] = deque()
         self.woken = threading.Event()
         self._streams = streams
+        self._ended: set[int] = set()  # requests whose last output has arrived
         for request in self.requests:
             request.listener = self
 
     @property
     def has_ended(self) -> bool:
-        """Whether all its requests have ended."""
-        return all(request.is_finished for request in self.requests)
+        """Whether all outputs of its requests have arrived. A request itself ends earlier, in the middle of a step."""
+        return len(self._ended) == len(self.requests)
 
     @property
     def is_ready(self) -> bool:
@@ -47,11 +48,20 @@ class Call:
         """Receives what a step committed for one of its requests. Called by the thread that runs the step."""
         if self._streams or output.request.is_finished:
             self.arrived.append(output)
+        if output.request.is_finished:
+            self.end(output.request)
+        elif self._streams:
             self.woken.set()
 
-    def wake(self) -> None:
-        """Wakes the caller, since a request has ended without an output."""
+    def end(self, request: Request) -> None:
+        """Notes that no more outputs of a request will arrive."""
+        self._ended.add(request.number)
         self.woken.set()
+
+    def is_last(self, output: StepOutput) -> bool:
+        """Whether an output that was taken is the last one of its request."""
+        request = output.request
+        return request.number in self._ended and all(other.request is not request for other in tuple(self.arrived))
 
 
 class Calls:

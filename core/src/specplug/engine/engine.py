@@ -151,7 +151,7 @@ class Engine:
                 request.end("abort")
                 ended.append(request)
                 if request.listener is not None:
-                    request.listener.wake()
+                    request.listener.end(request)
             request.fork_group = []
             self.scheduler.finish(request, "aborted")
         return ended
@@ -274,10 +274,12 @@ class Engine:
     def _recover(self) -> None:
         """After an interrupted step: the KV of all running rows is recomputed, and no committed token is lost."""
         for request in reversed(list(self.scheduler.running)):  # each goes to the head of the queue
-            if request.is_finished:
-                self._finish(request)
-            else:
+            if not request.is_finished:
                 self.scheduler.preempt(request)
+                continue
+            if all(output.request is not request for output in self._outputs):  # interrupted before it had one
+                self._outputs.append(StepOutput(request, [], [], []))
+            self._finish(request)
 
     # ---- the end --------------------------------------------------------------------------------------------------
 
