@@ -79,7 +79,7 @@ def test_nan_logits_end_their_request_alone(
         expected = ids(llm.generate(PROMPTS, MIXED))
         with monkeypatch.context() as patch:
             spoil_logits(llm, victim, patch)
-            with pytest.raises(GenerationError, match=rf"^prompt {victim}: the model gave NaN logits") as caught:
+            with pytest.raises(GenerationError, match=rf"^prompt {victim}: the model returned NaN logits") as caught:
                 llm.generate(PROMPTS, MIXED)
         assert_idle(llm)
         assert "\n" not in str(caught.value)

@@ -70,10 +70,10 @@ def check_proposal(
 
 
 def _token_lists(proposal: Proposal) -> list[list[int]]:
-    """A list of ids for every row, each a new one."""
+    """A new list of ids for every row."""
     tokens: Any = proposal.tokens
     if hasattr(tokens, "tolist"):  # a tensor, or an array
-        if 0 in tokens.shape:  # without elements, dtype and width say nothing
+        if 0 in tokens.shape:  # an empty tensor's dtype and width have no meaning
             rows: list[list[int]] = [[] for _ in range(len(tokens))]
         else:
             rows = tokens.tolist()
@@ -93,7 +93,7 @@ def _token_lists(proposal: Proposal) -> list[list[int]]:
         raise PluginError(f"proposal.lengths has {len(lengths)} entries for {len(rows)} rows of tokens")
     for row, length in enumerate(lengths):
         if not 0 <= length <= len(rows[row]):
-            raise PluginError(f"row {row}: proposal.lengths says {length}, and proposal.tokens holds {len(rows[row])}")
+            raise PluginError(f"row {row}: proposal.lengths is {length}, and proposal.tokens has {len(rows[row])}")
     return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
 
@@ -108,7 +108,7 @@ def _integers(values: Any, where: str) -> list[int]:
     """Integers of any library → ints.
 
     Raises:
-        PluginError: something among them is no integer.
+        PluginError: a value is not an integer.
     """
     listed = values.tolist() if hasattr(values, "tolist") else values
     try:
@@ -119,12 +119,12 @@ def _integers(values: Any, where: str) -> list[int]:
         if type(value) is not int:
             listed[place] = as_integer(value)
             if not is_integer(listed[place]):
-                raise PluginError(f"{where}: {shown(value)} is no integer")
+                raise PluginError(f"{where}: {shown(value)} is not an integer")
     return listed
 
 
 def _check_tokens(tokens: list[int], budget: Budget, vocab_size: int, where: str) -> None:
-    """Checks the ids, and makes ints of those of other libraries, in place."""
+    """Checks the ids, and converts those of other libraries to ints, in place."""
     if len(tokens) > budget.max_nodes:
         raise PluginError(f"{where}: {len(tokens)} draft tokens, the budget is {budget.max_nodes}")
     for node, token in enumerate(tokens):
@@ -177,7 +177,7 @@ def _check_scores(
 
 
 def _as_tensors(probs: Any, where: str) -> DraftDistributions:
-    """The same distributions with tensors where arrays were given, and a list where the index is anything else."""
+    """The distributions with arrays converted to tensors, and the index to a list."""
     if not isinstance(probs, DraftDistributions):
         raise PluginError(f"{where}: probs are {type(probs).__name__}, expected DraftDistributions")
     if isinstance(probs.values, torch.Tensor) and probs.index is None and probs.token_ids is None:
@@ -192,7 +192,7 @@ def _as_tensors(probs: Any, where: str) -> DraftDistributions:
 
 
 def _as_tensor(value: Any) -> Any:
-    """An array → a tensor; anything else as it is."""
+    """An array → a tensor; anything else unchanged."""
     return torch.tensor(value) if isinstance(value, np.ndarray) else value
 
 
@@ -202,7 +202,7 @@ def _holds_integers(tensor: torch.Tensor) -> bool:
 
 @attrs.define(eq=False)
 class _Reported:
-    """What one row says its nodes were drawn from, cut down to what the numeric checks need.
+    """The reported distributions of one row, as the numeric checks need them.
 
     Attributes:
         where: the row, for messages.
@@ -224,7 +224,7 @@ class _Reported:
 def _check_probs(
     probs: DraftDistributions, tokens: list[int], parents: list[int] | None, vocab_size: int, where: str
 ) -> _Reported:
-    """Checks shapes and indices; what a device holds is checked for all rows together."""
+    """Checks shapes and indices. Values on a device are checked later, for all rows together."""
     values = probs.values
     if not isinstance(values, torch.Tensor) or values.dim() != 2 or not values.is_floating_point():
         raise PluginError(f"{where}: probs.values must be a floating tensor [M, draft vocabulary]")
@@ -288,7 +288,7 @@ def _check_numbers(reported: Sequence[_Reported]) -> None:
         if not bool(normal.all()):
             row = where[int((~normal).int().argmax())]
             raise PluginError(
-                f"{row}: probs.values holds rows that are no distributions (negative, NaN, or not summing to 1)"
+                f"{row}: probs.values contains rows that are not probability distributions (negative, NaN, or not summing to 1)"
             )
         row = where[int((~possible).int().argmax())]
         raise PluginError(f"{row}: a draft token has probability 0 in the distribution it is said to be drawn from")

@@ -127,7 +127,7 @@ class _Window:
         if not is_whole and len(self.ids) - self._done <= _MOST_PENDING:
             return ""
         if not text.startswith(self._returned):
-            self._begin_anew()
+            self._restart()
         end = len(self._text) - (0 if is_whole else _UNDECIDED)
         piece = self._text[len(self._returned) : end]
         if not piece:
@@ -143,7 +143,7 @@ class _Window:
     def _decode(self, ids: Sequence[int]) -> str:
         return self._decoder.decode(ids, skip_special_tokens=self._skip)
 
-    def _begin_anew(self) -> None:
+    def _restart(self) -> None:
         """Returned text has changed: the ids after it are decoded after the anchor instead."""
         anchor = self._decoder.anchor
         self.ids = [*anchor, *self.ids[self._done :]]
