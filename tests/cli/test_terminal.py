@@ -18,9 +18,9 @@ from specplug.cli.views.startup import StartupView
 from specplug.cli.views.table import Table
 from specplug.cli.views.text import TextView
 from specplug.configuration.engine import EngineConfig
+from specplug.engine.memory_plan import MemoryPlan
 from specplug.engine.startup import StepReport
 from specplug.llm import StreamedPiece
-from specplug.memory.plan import MemoryPlan
 from specplug.request import SpeculationStats
 
 if TYPE_CHECKING:

@@ -220,7 +220,8 @@ def test_a_model_with_nan_weights(folder: Path, tmp_path: Path) -> None:
             SamplingParams(temperature=0, presence_penalty=1.0, logit_bias={3: 1.0}),
         ):
             with pytest.raises(
-                GenerationError, match=r"^prompt 0: the model gave NaN logits for request '\d+' after 2 tokens; .*dtype"
+                GenerationError,
+                match=r"^prompt 0: the model returned NaN logits for request '\d+' after 2 tokens; .*dtype",
             ):
                 llm.generate([3, 4], params)
             assert_idle(llm)

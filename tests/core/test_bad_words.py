@@ -92,7 +92,7 @@ def test_tokenizers_that_lose_text() -> None:
     assert is_banned(bert, "foo(bar", "foo ( bar")
     assert not is_banned(bert, "你", "猫 x")  # both are unknown
     for word in ("\n", " ", "cat\n", "cat "):
-        with pytest.raises(RequestError, match=r"bad_words: .* loses white space"):
+        with pytest.raises(RequestError, match=r"bad_words: .* drops its white space"):
             bad_word_ids(["a", word], bert)
 
 

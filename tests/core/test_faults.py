@@ -70,11 +70,11 @@ FAULTS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "probs not normalised": (
         lambda b: Proposal([[1]] * len(b.rows), probs=[DraftDistributions(uniform(1) * 2)] * len(b.rows)),
-        "no distributions",
+        "not probability distributions",
     ),
     "probs NaN": (
         lambda b: Proposal([[1]] * len(b.rows), probs=[DraftDistributions(uniform(1) * float("nan"))] * len(b.rows)),
-        "no distributions",
+        "not probability distributions",
     ),
     "probs of another width": (
         lambda b: Proposal([[1]] * len(b.rows), probs=[DraftDistributions(torch.ones(1, 1))] * len(b.rows)),

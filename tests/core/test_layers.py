@@ -25,7 +25,6 @@ ORDER = [
     "text",
     "request",
     "configuration",
-    "memory",
     "plugins",
     "speculation",
     "engine",
@@ -41,12 +40,9 @@ ORDER = [
 ]
 # model.checkpoint (headers) is read for generation_config and tokenizers before there is a model.
 ALLOWED = {("sampling", "model")}
-<<<<<<< HEAD
 # Folders that do not meet the rules about circles and sizes yet.
 MOVING = ("cli", "testing", "speculation", "request", "errors")
-=======
 SHIPPED_METHODS = {"ngram", "draft_model", "eagle", "eagle3", "suffix"}
->>>>>>> room-cli
 
 
 def runtime_imports(path: Path) -> set[str]:

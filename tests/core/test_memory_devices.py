@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from specplug.contract.memory import KVLayer, MemoryBudget, MemoryRegion
+from specplug.engine import memory_plan as planning
 from specplug.errors import InsufficientMemoryError
-from specplug.memory import plan as planning
 
 MIB = 1 << 20
 OTHER = torch.device("cuda", 1)

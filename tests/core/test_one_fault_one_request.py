@@ -9,9 +9,9 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from specplug.text.reading import Reading
 
 from specplug import LLM, GenerationError, SamplingParams
-from specplug.text.reading import Reading
 from support.models import VOCABULARY, save_model
 from support.speculators import ModelSpeculator, Oracle, TokenSpeculator, TreeSpeculator, provide
 from support.stepwise import save_words
@@ -80,7 +80,7 @@ def test_nan_logits_end_their_request_alone(
         expected = ids(llm.generate(PROMPTS, MIXED))
         with monkeypatch.context() as patch:
             spoil_logits(llm, victim, patch)
-            with pytest.raises(GenerationError, match=rf"^prompt {victim}: the model gave NaN logits") as caught:
+            with pytest.raises(GenerationError, match=rf"^prompt {victim}: the model returned NaN logits") as caught:
                 llm.generate(PROMPTS, MIXED)
         assert_idle(llm)
         assert "\n" not in str(caught.value)
@@ -152,16 +152,16 @@ def broken_text(llm: LLM, victim: int, patch: pytest.MonkeyPatch) -> None:
 
 
 def broken_scores(llm: LLM, victim: int, patch: pytest.MonkeyPatch) -> None:
-    from specplug.engine import engine
+    from specplug.engine import commit
 
-    gather = engine.gather_logprobs
+    gather = commit.gather_logprobs
 
     def fail(logits: Any, tokens: Any, count: int) -> Any:
         if count == 7:
             raise MemoryError
         return gather(logits, tokens, count)
 
-    patch.setattr(engine, "gather_logprobs", fail)
+    patch.setattr(commit, "gather_logprobs", fail)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A proposal may be made of lists, numpy arrays or tensors; what is no integer is refused, and never rounded."""
+"""A proposal may be made of lists, numpy arrays or tensors; values that are not integers are refused, and never rounded."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from specplug import Budget, DraftDistributions, Proposal, Verdict
-from specplug.engine.verification import checked_verdict
 from specplug.errors import PluginError
 from specplug.speculation.draft import Draft
-from specplug.speculation.validation import check_proposal
+from specplug.speculation.validation import check_proposal, check_verdict
 
 VOCABULARY = 16
 
@@ -116,10 +115,10 @@ def test_lengths_hold_for_parents_and_scores_too() -> None:
 @pytest.mark.parametrize(
     ("lengths", "message"),
     [
-        ([-1], "row 0: proposal.lengths says -1, and proposal.tokens holds 2"),
-        ([3], "row 0: proposal.lengths says 3"),
+        ([-1], "row 0: proposal.lengths is -1, and proposal.tokens has 2"),
+        ([3], "row 0: proposal.lengths is 3"),
         ([1, 1], "proposal.lengths has 2 entries for 1 rows"),
-        ([1.5], "proposal.lengths: 1.5 is no integer"),
+        ([1.5], "proposal.lengths: 1.5 is not an integer"),
         (2, "proposal.lengths=2: expected a list of integers"),
         (torch.tensor(2), "proposal.lengths=tensor"),
     ],
@@ -142,7 +141,7 @@ def test_parents_may_be_arrays_or_tensors(form: Any) -> None:
     "parents", [[-1, 0.7], [-1, False], np.array([-1.0, 0.0]), torch.tensor([-1.0, 0.0]), ["-1", 0]]
 )
 def test_a_parent_that_is_no_integer_is_refused_and_not_rounded(parents: Any) -> None:
-    with pytest.raises(PluginError, match=r"row 0: parents: .* is no integer"):
+    with pytest.raises(PluginError, match=r"row 0: parents: .* is not an integer"):
         check(Proposal([[3, 4]], parents=[parents]))
 
 
@@ -192,7 +191,7 @@ def test_distributions_may_be_arrays_and_their_index_too() -> None:
         (DraftDistributions(torch.full((1, 2), 0.5), token_ids=torch.tensor([3, -1])), "go from -1 to 3"),
         (DraftDistributions(torch.full((1, 2), 0.5), token_ids=torch.tensor([3.0, 4.0])), "must be an integer tensor"),
         (DraftDistributions(torch.full((1, 2), 0.5), token_ids=[3, 4]), "must be an integer tensor"),  # type: ignore[arg-type]
-        (DraftDistributions(torch.full((1, VOCABULARY), 1 / VOCABULARY), index=[0.5]), "0.5 is no integer"),  # type: ignore[list-item]
+        (DraftDistributions(torch.full((1, VOCABULARY), 1 / VOCABULARY), index=[0.5]), "0.5 is not an integer"),  # type: ignore[list-item]
         (DraftDistributions(torch.ones(1, VOCABULARY, dtype=torch.int64)), "must be a floating tensor"),
     ],
 )
@@ -204,7 +203,7 @@ def test_distributions_that_cannot_be_are_refused(probs: DraftDistributions, mes
 def test_a_verdict_of_other_libraries_integers_becomes_one_of_ints() -> None:
     proposal = Proposal([[3, 4], []])
     verdict = Verdict([np.array([0, 1]), torch.tensor([], dtype=torch.int64)], torch.tensor([5, 6]))  # type: ignore[arg-type]
-    checked = checked_verdict(verdict, proposal, VOCABULARY)
+    checked = check_verdict(verdict, proposal, VOCABULARY)
     assert (checked.accepted, checked.next_tokens) == ([[0, 1], []], [5, 6])
     assert {type(each) for each in (*checked.accepted[0], *checked.next_tokens)} == {int}
 
@@ -223,5 +222,5 @@ def test_a_verdict_of_other_libraries_integers_becomes_one_of_ints() -> None:
     ],
 )
 def test_a_verdict_without_integers_is_refused(verdict: Verdict) -> None:
-    with pytest.raises(PluginError, match=r"no id of the vocabulary|no path from the root"):
-        checked_verdict(verdict, Proposal([[3, 4]]), VOCABULARY)
+    with pytest.raises(PluginError, match=r"is not in the vocabulary|is not a path from the root"):
+        check_verdict(verdict, Proposal([[3, 4]]), VOCABULARY)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from specplug import LLM, SamplingParams
-from specplug.speculation.state_ring import WINDOW
+from specplug.speculation.target_states.ring_buffer import WINDOW
 from support.models import VOCABULARY, save_model
 from support.reference import generate, load_reference
 from support.speculators import ModelSpeculator, Oracle, TreeSpeculator, provide

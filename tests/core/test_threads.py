@@ -14,7 +14,7 @@ import attrs
 import pytest
 
 from specplug import LLM, Proposal, SamplingParams, SpeculatorTraits, hookimpl
-from specplug.engine.turns import Turns
+from specplug.engine.fair_lock import FairLock
 from specplug.errors import RequestError
 from support.models import VOCABULARY, save_model
 from support.speculators import ModelSpeculator, Oracle, TreeSpeculator, provide
@@ -193,6 +193,30 @@ def test_an_interrupt_loses_nobody_elses_requests(shared: LLM, monkeypatch: pyte
         assert_idle(shared)
 
 
+def test_a_slow_reader_gets_the_last_piece_of_its_stream(shared: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request ends in the middle of a step, and its last output comes at the end of it."""
+    params = attrs.evolve(GREEDY, max_tokens=9)
+    expected = ids(shared, PROMPTS[1], params)
+    propose = shared.engine.chain.propose
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.1)
+        propose(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared.engine.chain, "propose", slow)
+        seen = SlowForward(shared, patch)
+        driver, _ = in_thread(lambda: ids(shared, PROMPTS[0], LONG))
+        seen.wait()
+        pieces = []
+        for piece in shared.stream(PROMPTS[1], params):
+            pieces.append(piece)
+            time.sleep(0.05)
+    join(driver)
+    assert [token for piece in pieces for token in piece.token_ids] == expected
+    assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
+
+
 def test_abort_and_metrics_beside_a_call(shared: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = SlowForward(shared, monkeypatch)
     call = shared.stream(PROMPTS[0], LONG)
@@ -257,17 +281,17 @@ def test_a_collected_stream_never_waits(shared: LLM, monkeypatch: pytest.MonkeyP
         gc.enable()
 
 
-def test_an_errand_waits_for_nobody_and_is_always_run() -> None:
-    turns = Turns()
+def test_a_deferred_task_never_waits_and_always_runs() -> None:
+    lock = FairLock()
     done: list[int] = []
-    with turns:
-        turns.later(lambda: done.append(1))
+    with lock:
+        lock.defer(lambda: done.append(1))
         assert done == []
     assert done == [1]
-    with turns._changed:  # as in a collection while the lock is being passed on
-        turns.later(lambda: done.append(2))
+    with lock._changed:  # as in a collection while the lock is being passed on
+        lock.defer(lambda: done.append(2))
         assert done == [1]
-    with turns:
+    with lock:
         pass
     assert done == [1, 2]
 

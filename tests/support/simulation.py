@@ -19,7 +19,7 @@ from specplug.speculation.asked import SHORT_GAP, Asked
 from specplug.speculation.auto import AutoBudget
 from specplug.speculation.draft import Draft
 from specplug.speculation.policy import FixedBudget
-from specplug.speculation.state_ring import WINDOW
+from specplug.speculation.target_states.ring_buffer import WINDOW
 
 Rate = Callable[[int, int], float]
 """(row number, position in the output) → the chance that a draft of the token there is right."""

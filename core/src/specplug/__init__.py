@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from specplug.contract.target import ModelHandle, TargetModel, WeightsHandle
     from specplug.contract.traits import SpeculatorTraits
     from specplug.contract.verdict import TargetDistributions, Verdict
-    from specplug.engine.engine import Engine, StepOutput
+    from specplug.engine.engine import Engine
     from specplug.engine.startup import StepReport
     from specplug.errors import (
         CheckpointError,
@@ -54,13 +54,12 @@ if TYPE_CHECKING:
     from specplug.model.paged import PagedBatch
     from specplug.model.rows import ForwardRow, TreeMask
     from specplug.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamedPiece
-    from specplug.request import FinishReason, Request
+    from specplug.request import FinishReason, Request, StepOutput
     from specplug.sampling.argmax import argmax_with_prob
     from specplug.sampling.distributions import process
-    from specplug.sampling.drawing import sample
     from specplug.sampling.logprobs import Logprob, PositionLogprobs
     from specplug.sampling.params import SamplingParams
-    from specplug.sampling.randomness import RowRandomness
+    from specplug.sampling.randomness import RowRandomness, sample
     from specplug.stats import DraftCounts, SpeculationStats
     from specplug.text.prompts import Message, Prompt
     from specplug.tiny import resolve_model
@@ -104,10 +103,7 @@ _HOMES = {
         "TargetDistributions",
         "Verdict",
     ),
-    "specplug.engine.engine": (
-        "Engine",
-        "StepOutput",
-    ),
+    "specplug.engine.engine": ("Engine",),
     "specplug.engine.startup": ("StepReport",),
     "specplug.errors": (
         "CheckpointError",
@@ -147,16 +143,19 @@ _HOMES = {
     "specplug.request": (
         "FinishReason",
         "Request",
+        "StepOutput",
     ),
     "specplug.sampling.distributions": ("process",),
-    "specplug.sampling.drawing": ("sample",),
     "specplug.sampling.argmax": ("argmax_with_prob",),
     "specplug.sampling.logprobs": (
         "Logprob",
         "PositionLogprobs",
     ),
     "specplug.sampling.params": ("SamplingParams",),
-    "specplug.sampling.randomness": ("RowRandomness",),
+    "specplug.sampling.randomness": (
+        "RowRandomness",
+        "sample",
+    ),
     "specplug.stats": (
         "DraftCounts",
         "SpeculationStats",

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from specplug.outputs import RequestOutput
+from typing import Any
 
 
 class SpecplugError(Exception):
@@ -46,13 +43,13 @@ class GenerationError(SpecplugError):
     """Some requests of a call failed, each for a reason of its own; all others were served.
 
     Attributes:
-        outputs: the outputs of all prompts of the call, in their order; the failed completions have the `finish_reason`
-            `error`, their message in `error`, and what was generated before.
+        outputs: the `RequestOutput`s of all prompts of the call, in their order. Failed completions have the `finish_reason`
+            `error`, their message in `error`, and the tokens generated before.
     """
 
-    def __init__(self, message: str, outputs: Sequence[RequestOutput] = ()) -> None:
+    def __init__(self, message: str, outputs: Sequence[Any] = ()) -> None:
         super().__init__(message)
-        self.outputs = list(outputs)
+        self.outputs: list[Any] = list(outputs)  # of RequestOutput, whose module imports this one
 
 
 class StartupError(SpecplugError):

@@ -1,4 +1,4 @@
-"""The offline API: `LLM(...)`, then `generate`, `chat` or `stream`. Names and shapes are vLLM's."""
+"""The offline API: `LLM(...)`, then `generate`, `chat` or `stream`. Names and shapes are those of vLLM."""
 
 from __future__ import annotations
 
@@ -24,17 +24,16 @@ from specplug.request import Request
 from specplug.sampling.defaults import default_sampling_params
 from specplug.sampling.params import SamplingParams
 from specplug.text.prompts import EncodedPrompt, LazyTokenizer, Message, Prompt, encode_prompts, render_chats
-from specplug.text.reading import Reading
+from specplug.text.token_decoder import TokenDecoder
 from specplug.tiny import resolve_model
 from specplug.values import shown
 
-_MOST_NAMED = 5
-"""Failures that one message tells."""
+_MOST_NAMED = 5  # failures that one message names
 
 
 @attrs.frozen(eq=False)
 class _Submitted:
-    """One prompt under way: its name, its text if it has one, and its completions."""
+    """A submitted prompt: its id, its text if it has one, and its completions."""
 
     id: str
     prompt: str | None
@@ -42,14 +41,14 @@ class _Submitted:
 
 
 class LLM:
-    """A target model with its speculators, ready to generate, from any number of threads: their prompts are batched together.
+    """A target model with its speculators. Any number of threads may use it; their prompts are batched together.
 
     Args:
         model: a folder, a hub name, or `tiny` for the embedded model.
-        speculative_config: the method and its keys, as in vLLM; None for plain decoding.
+        speculative_config: the method and its options, as in vLLM; None for plain decoding.
         memory: bytes for everything together, such as `8GiB`.
-        on_step: told of the six startup steps.
-        options: see `EngineConfig`. vLLM's other options are accepted where they ask for nothing that is missing here.
+        on_step: called with the progress of the six startup steps.
+        options: see `EngineConfig`. vLLM's other options are accepted with values that change nothing here.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class LLM:
         self._encoding = threading.Lock()  # a tokenizer may be used by one thread at a time
         self.engine = start_engine(self.config, tokenizer=self._tokenizer, on_step=on_step)
         self._calls = Calls(self.engine)
-        self._own_rules = [each.method for each in self.engine.chain.speculators if each.overrides_verify]
+        self._unverified_methods = self.engine.unverified_methods
 
     # ---- generation -----------------------------------------------------------------------------------------------
 
@@ -90,22 +89,22 @@ class LLM:
         tokenization_kwargs: None = None,
         mm_processor_kwargs: None = None,
     ) -> list[RequestOutput]:
-        """Generates completions; the order of the outputs is that of the prompts.
+        """Generates completions, in the order of the prompts.
 
         Args:
             prompts: text, token ids (a list, a NumPy array or a torch tensor), `{"prompt": …}` or `{"prompt_token_ids": …}`,
                 or a list of these.
-            sampling_params: one for all prompts, or one for each; None takes the model's generation_config.
-            use_tqdm: show a progress bar, on a terminal.
+            sampling_params: one for all prompts, or one for each; None uses the model's generation_config.
+            use_tqdm: show a progress bar on a terminal.
             lora_request: not supported.
             priority: not supported; requests are served first come, first served.
             tokenization_kwargs: not supported; give token ids.
             mm_processor_kwargs: not supported.
 
         Raises:
-            RequestError: a prompt that can never be served, named by its index; none of the prompts is then run. Or the
+            RequestError: a prompt can never be served (the message names its index, and none of the prompts runs), or the
                 engine was closed.
-            GenerationError: some prompts failed while they were generated; it carries the outputs of all.
+            GenerationError: some prompts failed during generation; it carries the outputs of all.
         """
         _refuse(
             lora_request=lora_request,
@@ -142,11 +141,11 @@ class LLM:
             lora_request: not supported.
             priority: not supported.
             chat_template: a Jinja template instead of the tokenizer's.
-            chat_template_content_format: `auto` or `string`; contents are handed to the template as they are.
+            chat_template_content_format: `auto` or `string`; contents are passed to the template unchanged.
             add_generation_prompt: end with the beginning of a reply.
             continue_final_message: continue the last message instead of replying to it.
-            tools: handed to the template.
-            chat_template_kwargs: more for the template.
+            tools: passed to the template.
+            chat_template_kwargs: more options of the template.
             tokenization_kwargs: not supported.
             mm_processor_kwargs: not supported.
 
@@ -178,13 +177,13 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[StreamedPiece]:
-        """Generates completions and yields their tokens as they are committed, prompts interleaved.
+        """Generates completions and yields their tokens when they are committed, prompts interleaved.
 
-        The joined `text` of a completion's pieces is the text that `generate` gives. Leaving the loop aborts the rest.
+        The joined `text` of a completion's pieces is the text that `generate` returns. Leaving the loop aborts the rest.
 
         Raises:
-            RequestError: as `generate` does.
-            GenerationError: as `generate` does, after the last piece.
+            RequestError: see `generate`.
+            GenerationError: see `generate`; raised after the last piece.
         """
         with self._encoding:
             encoded = encode_prompts(prompts, self._tokenizer)
@@ -200,7 +199,7 @@ class LLM:
                     continue
                 output = call.arrived.popleft()
                 request = output.request
-                is_last = not any(other.request is request for other in call.arrived)
+                is_last = call.is_last(output)
                 yield StreamedPiece(
                     request_id=request.id,
                     index=index_of[id(request)],
@@ -211,12 +210,12 @@ class LLM:
                     metrics=request.stats,
                     error=request.error if is_last else None,
                 )
-        finally:
-            self.engine.abandon(*(each.id for each in submitted))  # where the collector runs this, nothing may wait
+        finally:  # the garbage collector may run this, so it must not wait
+            self.engine.abandon(*(each.id for each in submitted))
         self._raise_failures([self._output(each) for each in submitted] if _any_failed(call) else [])
 
     def abort(self, request_id: str) -> bool:
-        """Ends a request that is under way; returns whether it was. What it has generated is kept."""
+        """Ends a request; returns whether it was unfinished. Its generated tokens are kept."""
         return bool(self.engine.abort(request_id))
 
     def _make(
@@ -224,15 +223,15 @@ class LLM:
         encoded: Sequence[EncodedPrompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
     ) -> list[_Submitted]:
-        """The requests of a call, all of them checked; none is queued."""
+        """The requests of a call, checked but not queued."""
         params = self._params_list(sampling_params, len(encoded))
         submitted: list[_Submitted] = []
-        with self._encoding:  # bad words are tokenized
+        with self._encoding:  # bad words are tokenized too
             for prompt, param in zip(encoded, params, strict=True):
                 request_id = str(next(self._numbers))
                 try:
                     family = self.engine.make_request(request_id, prompt.ids, param)
-                except RequestError as error:  # callers know their prompts by index, not by our names
+                except RequestError as error:  # callers know their prompts by index, not by request id
                     raise RequestError(prompt.where + str(error).removeprefix(f"request '{request_id}': ")) from error
                 submitted.append(_Submitted(request_id, prompt.text, family))
         return submitted
@@ -262,7 +261,7 @@ class LLM:
 
     @staticmethod
     def _raise_failures(outputs: list[RequestOutput]) -> None:
-        """Names the prompts that failed, by their index in the call."""
+        """Raises an error that names the failed prompts by their index in the call."""
         failed = [
             f"prompt {index}: {completion.error}"
             for index, output in enumerate(outputs)
@@ -315,7 +314,7 @@ class LLM:
         scored = request.params.logprobs is not None
         try:
             logprobs = self._with_text(request.logprobs) if scored else None
-        except Exception as error:  # a tokenizer that fails on its own ids
+        except Exception as error:  # the tokenizer fails on its own ids
             request.fail(error)
             logprobs = request.logprobs
         is_whole = request.error is None
@@ -333,18 +332,18 @@ class LLM:
             stop_reason=request.stop_reason,
             spec_decode_metrics=request.stats,
             token_sources=request.sources,
-            unverified_methods=[method for method in self._own_rules if method in request.stats.by_method],
+            unverified_methods=[method for method in self._unverified_methods if method in request.stats.by_method],
             error=request.error if request.finish_reason == "error" else None,
         )
 
     def _with_text(self, positions: Any) -> Any:
-        """Fills in the text of the tokens in log-probabilities, as they read behind other text."""
+        """Fills in the token texts of log-probabilities, decoded as after other text."""
         tokenizer = self._tokenizer() if positions else None
         if tokenizer is not None:
-            reading = Reading.of(tokenizer)
+            decoder = TokenDecoder.of(tokenizer)
             for position in positions:
                 for token, logprob in (position or {}).items():
-                    logprob.decoded_token = reading.token(token)
+                    logprob.decoded_token = decoder.token(token)
         return positions
 
     # ---- about ----------------------------------------------------------------------------------------------------
@@ -353,22 +352,22 @@ class LLM:
         """The tokenizer.
 
         Raises:
-            RequestError: the engine runs on token ids alone.
+            RequestError: the engine takes token ids only.
         """
         return self._tokenizer.required("get_tokenizer()")
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What `generate` uses without sampling parameters: the model's generation_config over the defaults."""
+        """The parameters of `generate` if it is given none: the model's generation_config, then the defaults."""
         return default_sampling_params(resolve_model(self.config.model), self.config.revision)
 
     def get_metrics(self) -> list[Metric]:
-        """The engine's counters, under vLLM's names; those of the moment, in the middle of a step too."""
+        """The engine's current counters, under vLLM's names; never waits for a step."""
         return engine_metrics(self.engine)
 
     # ---- the end --------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Ends all requests and lets go of all memory; calls in other threads end with an error."""
+        """Ends all requests and frees all memory; calls in other threads end with an error."""
         self.engine.close()
 
     def __enter__(self) -> Self:
@@ -385,13 +384,13 @@ def _any_failed(call: Call) -> bool:
 
 
 def _check_not_cut_off(call: Call) -> None:
-    """Refuses to pass what there is for the whole, where the engine was closed in another thread."""
+    """Raises if another thread closed the engine: the outputs are incomplete."""
     if any(request.error == CLOSED for request in call.requests):
-        raise RequestError("the engine was closed in another thread, while this call was under way")
+        raise RequestError("the engine was closed in another thread during this call")
 
 
 def _refuse(**arguments: Any) -> None:
-    """Refuses arguments of vLLM's that this engine has no use for."""
+    """Refuses arguments of vLLM that are not supported."""
     for name, value in arguments.items():
         if value is not None:
             raise RequestError(f"{name} is not supported; leave it out")

@@ -1,4 +1,4 @@
-"""What users get back, with vLLM's names."""
+"""The outputs of `LLM`, with vLLM's names."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class CompletionOutput:
         index: which of the `n` completions.
         text: the decoded output; empty without a tokenizer.
         token_ids: the generated ids.
-        cumulative_logprob: the sum of the chosen tokens' log-probabilities, if `logprobs` was asked for.
-        logprobs: per generated token the log-probabilities that were asked for.
-        finish_reason: `stop`, `length`, `abort`, or `error` if it alone failed; None while it is generated.
+        cumulative_logprob: the sum of the chosen tokens' log-probabilities, if `logprobs` was requested.
+        logprobs: per generated token, the requested log-probabilities.
+        finish_reason: `stop`, `length`, `abort`, or `error` if this completion failed; None before it ends.
         stop_reason: the stop string, or the id of `stop_token_ids`, that ended it.
-        spec_decode_metrics: what speculation did for it.
-        token_sources: for each id the method that drafted it, None for the target's own.
-        unverified_methods: those that drafted for it under a `verify` of their own, which core does not check.
-        error: what went wrong, where `finish_reason` is `error`.
+        spec_decode_metrics: its speculation counters.
+        token_sources: for each id the method that drafted it; None for the target's own.
+        unverified_methods: methods with their own `verify` that drafted for it; core does not check their results.
+        error: the failure, if `finish_reason` is `error`.
     """
 
     index: int
@@ -69,13 +69,13 @@ class RequestOutput:
 
     Attributes:
         request_id: the request's name.
-        prompt: the prompt's text, if it was given as text; of `chat`, what the template rendered.
+        prompt: the prompt's text, if it was given as text; for `chat`, the rendered template.
         prompt_token_ids: the prompt's ids.
-        prompt_logprobs: per prompt token the log-probabilities that were asked for; None for the first token.
+        prompt_logprobs: per prompt token, the requested log-probabilities; None for the first token.
         outputs: the completions, by index.
         finished: whether all of them have ended.
         metrics: its times.
-        num_cached_tokens: prompt tokens that were not computed anew; there is no prefix cache, so 0.
+        num_cached_tokens: prompt tokens taken from a prefix cache; always 0, since there is none.
     """
 
     request_id: str
@@ -90,17 +90,17 @@ class RequestOutput:
 
 @attrs.frozen(eq=False)
 class StreamedPiece:
-    """New tokens of one completion, as they are committed.
+    """New tokens of one completion.
 
     Attributes:
-        request_id: whose.
-        index: which completion.
+        request_id: the request.
+        index: the completion.
         token_ids: the new ids.
-        sources: for each id the method that drafted it, None for the target's own.
-        token_texts: for each id the text it completes; empty while a character is incomplete.
+        sources: for each id the method that drafted it; None for the target's own.
+        token_texts: for each id the text that it completes; empty while a character is incomplete.
         finish_reason: set on the last piece.
-        metrics: what speculation did for the completion so far; the same object in all its pieces.
-        error: what went wrong, where `finish_reason` is `error`.
+        metrics: the completion's speculation counters so far; the same object in all its pieces.
+        error: the failure, if `finish_reason` is `error`.
     """
 
     request_id: str

@@ -1,10 +1,10 @@
-"""A request, and everything the engine knows about it."""
+"""A request, its state in the engine, and what a step returns for it."""
 
 from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import attrs
 
@@ -18,12 +18,21 @@ from specplug.stats import SpeculationStats
 from specplug.text.stream import TextStream
 
 if TYPE_CHECKING:
-    from specplug.engine.calls import Call
     from specplug.model.kv_cache import BlockTable
     from specplug.speculation.draft import Draft
     from specplug.speculation.estimates import RowEstimate
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class OutputListener(Protocol):
+    """Receives what steps commit for a request."""
+
+    def add(self, output: StepOutput) -> None:
+        """Called after every step that committed tokens for the request, or in which it failed."""
+
+    def end(self, request: Request) -> None:
+        """Called when a request has ended without an output."""
 
 
 @attrs.define(eq=False)
@@ -32,33 +41,33 @@ class Request:
 
     Attributes:
         id: the caller's name for it.
-        number: the running number in its engine.
+        number: its consecutive number in its engine.
         tokens: prompt and output ids; all are committed.
         num_prompt_tokens: how many of them are the prompt.
         params: sampling parameters, with `max_tokens` resolved.
         stop_ids: ids that end the output.
         randomness: its random streams.
-        rules: what acts on its logits before temperature; None if nothing does.
-        text: its output as text; None when it is not decoded.
+        rules: rules that change its logits before temperature; None if there are none.
+        text: its output as text; None if it is not decoded.
         num_computed: positions whose KV is final.
-        slot: its number while it runs; -1 while it waits.
-        table: its blocks while it runs.
-        draft: what will be verified with its next token.
-        outcome: what became of its last draft.
-        outcome_link: the place of its proposer in the chain of speculators.
-        estimates: what the automatic budget knows of it, per speculator of the chain; empty until it is asked.
-        forked_from: the slot whose blocks it shares, until its first step.
+        slot: its row number while it runs; -1 while it waits.
+        table: its KV blocks while it runs.
+        draft: the draft that the next step verifies.
+        outcome: the result of its last draft.
+        outcome_link: the index of that draft's speculator in the chain.
+        estimates: the automatic draft length's estimates for it, per speculator of the chain; empty at first.
+        forked_from: the row whose blocks it shares, until its first step.
         num_forked_tokens: the computed positions it started with, if it was forked.
-        fork_group: sequences to fork from this one when its prompt is computed.
-        finish_reason: why it ended; None while it lives.
+        fork_group: sequences to fork from this one once its prompt is computed.
+        finish_reason: why it ended; None before that.
         stop_reason: the stop string, or the id of `stop_token_ids`, that ended it.
-        error: what went wrong, if something did: for its own tokens, or since the engine was closed.
-        call: who waits for its outputs; None where only those who step the engine see them.
-        sources: for each output token, which method drafted it; None for the target's own.
-        logprobs: per output token, if they were asked for.
-        prompt_logprobs: per prompt token but the first, as far as they are computed.
-        stats: what speculation did for it.
-        arrival_time: when it was submitted, in seconds of a monotonic clock; so are the other times.
+        error: the failure of this request, or that the engine was closed; else None.
+        listener: receives its outputs; None if only the caller of `Engine.step` sees them.
+        sources: for each output token, the method that drafted it; None for the target's own.
+        logprobs: per output token, if they were requested.
+        prompt_logprobs: per prompt token except the first, as far as they are computed.
+        stats: its speculation counters.
+        arrival_time: when it was submitted, in seconds of a monotonic clock, like the other times.
         first_token_time: when its first token was committed.
         finished_time: when it ended.
     """
@@ -85,7 +94,7 @@ class Request:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
-    call: Call | None = None
+    listener: OutputListener | None = None
     sources: list[str | None] = attrs.field(factory=list)
     logprobs: list[PositionLogprobs] = attrs.field(factory=list)
     prompt_logprobs: list[PositionLogprobs] = attrs.field(factory=list)
@@ -115,7 +124,7 @@ class Request:
 
     @property
     def num_missing_prompt_logprobs(self) -> int:
-        """Prompt tokens whose log-probabilities were asked for and are not there yet."""
+        """Prompt tokens whose log-probabilities were requested and are not computed yet."""
         wanted = self.params.prompt_logprobs is not None
         return self.num_prompt_tokens - 1 - len(self.prompt_logprobs) if wanted else 0
 
@@ -125,7 +134,7 @@ class Request:
         return self.finish_reason is not None
 
     def append(self, tokens: list[int], sources: list[str | None]) -> int:
-        """Commits tokens until one ends the request; returns how many were taken."""
+        """Commits tokens until one ends the request; returns how many were committed."""
         if self.first_token_time is None:
             self.first_token_time = time.monotonic()
         for taken, (token, source) in enumerate(zip(tokens, sources, strict=True), start=1):
@@ -137,7 +146,7 @@ class Request:
         return len(tokens)
 
     def _end_with(self, token: int) -> None:
-        """Ends the request if its newest token does."""
+        """Ends the request if its last token does."""
         limit = self.params.max_tokens
         assert limit is not None
         enough = self.num_output_tokens >= self.params.min_tokens
@@ -159,9 +168,26 @@ class Request:
             self.text.finish()
 
     def fail(self, error: Exception) -> None:
-        """Ends the request for something that concerns no other; what it has generated is kept."""
+        """Ends the request after an error that affects no other; its generated tokens are kept."""
         text = str(error) or type(error).__name__
         self.error = text if isinstance(error, SpecplugError) else f"{type(error).__name__}: {text}"
         self.draft = None
-        with suppress(Exception):  # its text may be what failed
+        with suppress(Exception):  # decoding its text may be what failed
             self.end("error")
+
+
+@attrs.frozen(eq=False)
+class StepOutput:
+    """What one step did for one request.
+
+    Attributes:
+        request: the request.
+        new_tokens: the committed ids.
+        sources: for each id the method that drafted it; None for the target's own.
+        texts: for each id the text that it completes.
+    """
+
+    request: Request
+    new_tokens: list[int]
+    sources: list[str | None]
+    texts: list[str]

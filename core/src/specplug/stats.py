@@ -1,4 +1,4 @@
-"""Counting what speculation does, for one request or a whole engine."""
+"""Speculation counters of a request or an engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import attrs
 
 @attrs.define
 class DraftCounts:
-    """What became of one method's draft tokens.
+    """Counts of one method's draft tokens.
 
     Attributes:
         num_draft_tokens: draft nodes verified.
@@ -20,14 +20,14 @@ class DraftCounts:
 
 @attrs.define
 class SpeculationStats:
-    """What speculation did for one request.
+    """Speculation counters of one request or one engine.
 
     Attributes:
         num_steps: target forwards that produced tokens.
         num_spec_steps: those that verified a draft.
         num_draft_tokens: draft nodes verified.
         num_accepted_draft_tokens: draft nodes accepted.
-        acceptance_histogram: how many drafts were accepted to each length, 0 first.
+        acceptance_histogram: the number of drafts by accepted length, from 0.
         by_method: the draft tokens of each method of the chain.
     """
 
@@ -49,7 +49,7 @@ class SpeculationStats:
         return self.num_accepted_draft_tokens / self.num_draft_tokens if self.num_draft_tokens else None
 
     def record(self, num_nodes: int, num_accepted: int, method: str = "") -> None:
-        """Counts one producing step, and what `method` drafted for it."""
+        """Counts one step that produced tokens, and the draft of `method` in it."""
         self.num_steps += 1
         if num_nodes:
             self.num_spec_steps += 1

@@ -12,7 +12,7 @@ from recorded_drafts import Drafted, RandomWalk, random_walk
 
 from specplug import LLM, SamplingParams
 from specplug.model.kv_cache import BlockAllocator
-from specplug.speculation.state_ring import WINDOW
+from specplug.speculation.target_states.ring_buffer import WINDOW
 from specplug_eagle.drafting.chain import Chain
 from specplug_eagle.drafting.static_tree import StaticTree
 from support.heads import TREES, save_eagle1, save_eagle3

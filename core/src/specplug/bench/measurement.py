@@ -16,8 +16,9 @@ from specplug.sampling.params import SamplingParams
 from specplug.stats import SpeculationStats
 
 if TYPE_CHECKING:
-    from specplug.engine.engine import Engine, StepOutput
+    from specplug.engine.engine import Engine
     from specplug.llm import LLM
+    from specplug.request import StepOutput
 
 
 @attrs.frozen

@@ -1,4 +1,4 @@
-"""Which forwards of an engine are compiled."""
+"""Compiles the forwards of an engine: the target's and the drafts'."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from specplug.model.compile.forwards import capture_forward, compile_forward
 from specplug.model.runner import ModelRunner
 
 logger = logging.getLogger("specplug")
-_SMALLEST_BYTES = 32 << 20  # a first compilation takes half a minute: a model that runs in milliseconds goes without
+_SMALLEST_BYTES = 32 << 20  # the first compilation takes half a minute, too long for a model that runs in milliseconds
 
 
 def wants_compilation(choice: bool | str, weight_bytes: int) -> bool:
-    """What `compile` means for a target of so many bytes; its drafts go with it."""
+    """Whether to compile a target of this size, and with it its drafts."""
     return weight_bytes >= _SMALLEST_BYTES if choice == "auto" else bool(choice)
 
 
 def compile_forwards(runners: Sequence[ModelRunner], most_tokens: int) -> None:
-    """Compiles each runner's forward, captures it where it runs on a GPU, and checks it against the model's own.
+    """Compiles each runner's forward, captures it on a GPU, and compares it with the model's own forward.
 
-    Where one cannot be compiled or captured or computes something else, a warning of one line says so, and it runs as it is.
+    A forward that cannot be compiled or captured, or that computes something else, runs uncompiled, with a one-line warning.
 
     Args:
         runners: the target's and the drafts'.
-        most_tokens: of a batch in which every row decodes or verifies.
+        most_tokens: the largest batch in which every row decodes or verifies.
     """
     for runner in runners:
         try:

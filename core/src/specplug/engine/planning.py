@@ -1,4 +1,4 @@
-"""Everything that can be known, planned and refused from configuration and headers, before any weight is read."""
+"""Plans an engine from configuration and headers, before any weight is read."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from specplug.configuration.engine import EngineConfig
 from specplug.contract.memory import MemoryBudget, MemoryRegion
 from specplug.contract.settings import SpeculativeConfig
 from specplug.engine.compilation import wants_compilation
+from specplug.engine.memory_plan import MemoryPlan, default_budget, solve
 from specplug.errors import CheckpointError, ConfigurationError, PluginError, SpecplugError
-from specplug.memory.available import default_budget
-from specplug.memory.plan import MemoryPlan, solve
 from specplug.model.compile.memory import StepModel, step_bytes
 from specplug.model.device import choose_device
 from specplug.model.load.architecture import Architecture, inspect_architecture
@@ -25,18 +24,18 @@ from specplug.model.load.tokenizer import load_tokenizer
 from specplug.model.load.weights import check_not_quantised
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
 from specplug.sampling.workspace import Workspace
-from specplug.speculation.state_ring import ChannelSpec
-from specplug.speculation.states import StateStore, channels_for
 from specplug.speculation.target import LazyModel, TargetFacade
+from specplug.speculation.target_states.ring_buffer import ChannelSpec
+from specplug.speculation.target_states.store import TargetStateStore, channels_for
 from specplug.tiny import resolve_model
 from specplug.values import as_integer, is_integer, shown
 
-_SHORT_PROMPT = 64  # tokens; prompts up to here run in CUDA graphs too
+_SHORT_PROMPT = 64  # tokens; prompts up to this length run in CUDA graphs too
 
 
 @attrs.define(eq=False)
 class PlannedEngine:
-    """Everything known before weights are read: what `specplug plan` shows and the engine is then built from."""
+    """The plan of an engine: `specplug plan` shows it, and the engine is built from it."""
 
     config: EngineConfig
     folder: Path
@@ -54,21 +53,105 @@ class PlannedEngine:
     most_captured: int
 
 
+@attrs.frozen(eq=False)
+class _Target:
+    """What configuration and headers say about the target."""
+
+    folder: Path
+    config: Any
+    architecture: Architecture
+    dtype: torch.dtype
+    device: torch.device
+    max_model_len: int
+
+
 def plan_engine(
     config: EngineConfig,
     *,
     tokenizer: Callable[[], Any] = lambda: None,
     before_kernels: Callable[[], None] = lambda: None,
 ) -> PlannedEngine:
-    """Step 1: everything that can be known and refused from configuration and headers alone.
+    """Startup step 1: plans the engine, and refuses what cannot work, from configuration and headers alone.
 
     Args:
         config: the engine's.
-        tokenizer: gives the target's tokenizer to speculators that ask for it.
-        before_kernels: called on a CPU, once the target is known to be there, before it is asked which kernels there are.
+        tokenizer: gives the target's tokenizer to speculators that request it.
+        before_kernels: called on a CPU, after the target is inspected and before it is known which kernels are available.
     """
     registry = PluginRegistry(config.allowed_plugins, config.denied_plugins, config.plugins, strict=config.strict)
     registry.check(config.speculative)
+    target = _inspect_target(config)
+    if target.device.type == "cpu":
+        before_kernels()
+    architecture, dtype, device = target.architecture, target.dtype, target.device
+    facade = _target_facade(config, target, tokenizer)
+    speculators = [
+        registry.load_speculator(bounded(speculative, registry.plugin(speculative.method)), facade)
+        for speculative in _chain(config.speculative)
+    ]
+    for speculator in speculators:
+        _check_traits(speculator, architecture)
+    channels = channels_for([s.traits for s in speculators], architecture.hidden_size, dtype)
+    budget = MemoryBudget(
+        total_bytes=config.memory or default_budget(device),
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=target.max_model_len,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        num_speculative_tokens=max([max_nodes_of(s) for s in speculators], default=0),
+        dtype=dtype,
+    )
+    regions = [_plan_regions(speculator, budget) for speculator in speculators]
+    num_entries = min(config.max_num_batched_tokens, config.max_num_seqs * (1 + budget.num_speculative_tokens))
+    most_captured = min(max(num_entries, _SHORT_PROMPT), config.max_num_batched_tokens)
+    buffers = TargetStateStore.planned_bytes(
+        channels, config.max_num_seqs, config.max_num_batched_tokens, at_drafts=wants_top_k_at_drafts(speculators)
+    )
+    buffers += Workspace.planned_bytes(num_entries, architecture.vocab_size)
+    temporary = 0
+    if device.type == "cuda":
+        boundaries = {b for speculator in speculators for b in speculator.traits.hidden_states}
+        temporary = step_bytes(
+            StepModel(
+                target.config, architecture.kv_layers, architecture.vocab_size, dtype, num_states=len(boundaries)
+            ),
+            _drafts(facade, regions, device),
+            device,
+            tokens=config.max_num_batched_tokens,
+            entries=num_entries,
+            captured=most_captured,
+            is_captured=wants_compilation(config.compile, architecture.weight_bytes),
+        )
+    plan = solve(
+        budget,
+        target_weights=facade.weight_bytes,
+        target_kv_bytes_per_token=sum(layer.elements for layer in architecture.kv_layers) * dtype.itemsize,
+        regions=[(s.method, region) for s, own in zip(speculators, regions, strict=True) for region in own],
+        buffers=buffers,
+        context_length=architecture.context_length,
+        wanted_model_len=config.max_model_len,
+        device=device,
+        step_bytes=temporary,
+    )
+    return PlannedEngine(
+        config=config,
+        folder=target.folder,
+        model_config=target.config,
+        architecture=architecture,
+        dtype=dtype,
+        device=device,
+        registry=registry,
+        speculators=speculators,
+        regions=regions,
+        channels=channels,
+        facade=facade,
+        plan=plan,
+        num_entries=num_entries,
+        most_captured=most_captured,
+    )
+
+
+def _inspect_target(config: EngineConfig) -> _Target:
     folder = resolve_checkpoint(
         resolve_model(config.model), config.revision, trust_remote_code=config.trust_remote_code
     )
@@ -86,90 +169,25 @@ def plan_engine(
             f"{architecture.name} can be given in a batch{note}; lower it"
         )
     longest = config.max_model_len or architecture.context_length
-    if device.type == "cpu":
-        before_kernels()
-    weight_bytes = architecture.loaded_bytes(dtype, device)
-    facade = TargetFacade(
-        config=model_config,
+    return _Target(folder, model_config, architecture, dtype, device, longest)
+
+
+def _target_facade(config: EngineConfig, target: _Target, tokenizer: Callable[[], Any]) -> TargetFacade:
+    architecture = target.architecture
+    return TargetFacade(
+        config=target.config,
         source=config.model,
         revision=config.revision,
-        dtype=dtype,
-        device=device,
+        dtype=target.dtype,
+        device=target.device,
         vocab_size=architecture.vocab_size,
         hidden_size=architecture.hidden_size,
         num_layers=len(architecture.layers),
-        weight_bytes=weight_bytes,
-        max_model_len=longest,
+        weight_bytes=architecture.loaded_bytes(target.dtype, target.device),
+        max_model_len=target.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        tokenizer=lambda: _target_tokenizer(tokenizer, folder, config.trust_remote_code),
-    )
-    speculators = [
-        registry.load_speculator(bounded(speculative, registry.plugin(speculative.method)), facade)
-        for speculative in _chain(config.speculative)
-    ]
-    for speculator in speculators:
-        _check_traits(speculator, architecture)
-    channels = channels_for([s.traits for s in speculators], architecture.hidden_size, dtype)
-    budget = MemoryBudget(
-        total_bytes=config.memory or default_budget(device),
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=longest,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        num_speculative_tokens=max([max_nodes_of(s) for s in speculators], default=0),
-        dtype=dtype,
-    )
-    regions = [_plan_regions(speculator, budget) for speculator in speculators]
-    num_entries = min(config.max_num_batched_tokens, config.max_num_seqs * (1 + budget.num_speculative_tokens))
-    most_captured = min(max(num_entries, _SHORT_PROMPT), config.max_num_batched_tokens)
-    buffers = StateStore.planned_bytes(
-        channels, config.max_num_seqs, config.max_num_batched_tokens, at_drafts=wants_top_k_at_drafts(speculators)
-    )
-    buffers += Workspace.planned_bytes(num_entries, architecture.vocab_size)
-    passing = 0
-    if device.type == "cuda":
-        boundaries = {b for speculator in speculators for b in speculator.traits.hidden_states}
-        target = StepModel(
-            model_config, architecture.kv_layers, architecture.vocab_size, dtype, num_states=len(boundaries)
-        )
-        passing = step_bytes(
-            target,
-            _drafts(facade, regions, device),
-            device,
-            tokens=config.max_num_batched_tokens,
-            entries=num_entries,
-            captured=most_captured,
-            is_captured=wants_compilation(config.compile, architecture.weight_bytes),
-        )
-    plan = solve(
-        budget,
-        target_weights=weight_bytes,
-        target_kv_bytes_per_token=sum(layer.elements for layer in architecture.kv_layers) * dtype.itemsize,
-        regions=[
-            (speculator.method, region) for speculator, own in zip(speculators, regions, strict=True) for region in own
-        ],
-        buffers=buffers,
-        context_length=architecture.context_length,
-        wanted_model_len=config.max_model_len,
-        device=device,
-        step_bytes=passing,
-    )
-    return PlannedEngine(
-        config=config,
-        folder=folder,
-        model_config=model_config,
-        architecture=architecture,
-        dtype=dtype,
-        device=device,
-        registry=registry,
-        speculators=speculators,
-        regions=regions,
-        channels=channels,
-        facade=facade,
-        plan=plan,
-        num_entries=num_entries,
-        most_captured=most_captured,
+        tokenizer=lambda: _target_tokenizer(tokenizer, target.folder, config.trust_remote_code),
     )
 
 
@@ -182,7 +200,7 @@ def _drafts(facade: TargetFacade, regions: Sequence[Sequence[MemoryRegion]], dev
 
 
 def _target_tokenizer(tokenizer: Callable[[], Any], folder: Path, trust_remote_code: bool) -> Any:
-    """The tokenizer that speculators see: the engine's, or where it runs on ids alone the checkpoint's; None without one."""
+    """The tokenizer that speculators see: the engine's, else the checkpoint's; None if there is none."""
     try:
         own = tokenizer()
         return load_tokenizer(folder, trust_remote_code=trust_remote_code) if own is None else own
@@ -197,10 +215,10 @@ def _chain(speculative: SpeculativeConfig | None) -> Iterator[SpeculativeConfig]
 
 
 def bounded(config: SpeculativeConfig, plugin: Any) -> SpeculativeConfig:
-    """The configuration with the plugin's own bound on drafts, where core chooses their length and the user named none.
+    """The configuration, with the plugin's bound on draft lengths if core chooses them and the user gave no bound.
 
     Raises:
-        PluginError: the plugin's attribute `max_num_speculative_tokens` is no positive integer.
+        PluginError: the plugin's attribute `max_num_speculative_tokens` is not a positive integer.
     """
     most = as_integer(getattr(plugin, "max_num_speculative_tokens", None))
     if most is None or config.is_bounded:
@@ -213,21 +231,21 @@ def bounded(config: SpeculativeConfig, plugin: Any) -> SpeculativeConfig:
 
 
 def max_nodes_of(speculator: RegisteredSpeculator) -> int:
-    """The most draft nodes of a row."""
+    """The maximum number of draft nodes of a row."""
     return speculator.traits.max_nodes or speculator.config.num_speculative_tokens
 
 
 def wants_top_k_at_drafts(speculators: Sequence[RegisteredSpeculator]) -> bool:
-    """Whether any of them declares it."""
+    """Whether any speculator declares `top_k_at_drafts`."""
     return any(speculator.traits.top_k_at_drafts for speculator in speculators)
 
 
 def _check_traits(speculator: RegisteredSpeculator, architecture: Architecture) -> None:
-    """Refuses what a speculator declares and this target does not have.
+    """Refuses traits that this target cannot provide.
 
     Raises:
-        PluginError: a boundary beyond the last layer or inside layers that carry several states per token, or a top_k
-            that is larger than the vocabulary.
+        PluginError: a boundary after the last layer, a boundary of layers that carry several states per token, or a top_k
+            larger than the vocabulary.
     """
     traits, num_layers, vocab_size = speculator.traits, len(architecture.layers), architecture.vocab_size
     for boundary in traits.hidden_states:
@@ -261,6 +279,6 @@ def _plan_regions(speculator: RegisteredSpeculator, budget: MemoryBudget) -> lis
         raise PluginError(f"{where} failed in plan_memory: {type(error).__name__}: {error}") from error
     names = [region.name for region in regions]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise PluginError(f"{where}: plan_memory returned two regions of the name '{twice}'")
+        raise PluginError(f"{where}: plan_memory returned two regions named '{twice}'")
     speculator.scratch_tokens_per_row = max((region.scratch_tokens_per_row for region in regions), default=0)
     return list(regions)

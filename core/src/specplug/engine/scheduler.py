@@ -1,8 +1,8 @@
-"""Who runs in the next step, on which blocks. Knows nothing about models or speculators.
+"""Chooses the rows of each step and allocates their KV blocks. Does not know models or speculators.
 
 First come, first served. A row's pending tokens (one while decoding, a chunk while prefilling) and its draft share one
-token budget per step. When blocks run out, unused reservations are given back first, then the youngest row is preempted:
-it gives up its blocks and is computed anew later.
+token budget per step. When blocks run out, unused reservations are released first. Then the youngest row is preempted:
+it releases its blocks and is recomputed later.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class ScheduledRow:
     """One row of a step.
 
     Attributes:
-        request: whose.
-        num_tokens: how many of its pending tokens run.
+        request: the row's request.
+        num_tokens: the number of its pending tokens that run.
         samples: whether all of them run, so that the row produces a token.
     """
 
@@ -63,11 +63,11 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is alive."""
+        """Whether any request is unfinished."""
         return bool(self.waiting or self.running)
 
     def requests(self) -> Iterator[Request]:
-        """All live requests, forks that are still to be made included."""
+        """All unfinished requests, including those not forked yet."""
         for request in (*self.running, *self.waiting):
             yield request
             yield from request.fork_group
@@ -77,7 +77,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def schedule(self) -> list[ScheduledRow]:
-        """Chooses the rows of the next step and makes room for their tokens."""
+        """Chooses the rows of the next step and allocates blocks for their tokens."""
         rows: list[ScheduledRow] = []
         budget = self.max_num_batched_tokens
         index = 0
@@ -99,9 +99,9 @@ class Scheduler:
 
     @staticmethod
     def _fits(draft: Draft | None, budget: int) -> bool:
-        """Whether a step has room for a draft that was made for an earlier one, in which this row then did not run.
+        """Whether the token budget has room for a draft, which may have been proposed for an earlier step.
 
-        Judged by what the draft was allowed: its length may depend on the tokens that were sampled for it.
+        The draft's budget counts, not its length: the length may depend on the tokens that were sampled for it.
         """
         return draft is None or max(len(draft), draft.allowed) <= budget
 
@@ -129,7 +129,7 @@ class Scheduler:
         self.running.append(request)
 
     def reserve(self, request: Request, num_tokens: int) -> bool:
-        """Grows a row's table to hold so many tokens, if blocks are free; never preempts."""
+        """Grows a row's block table to `num_tokens`, if blocks are free; never preempts."""
         table = request.table
         assert table is not None
         missing = self._blocks_for(num_tokens) - len(table.blocks)
@@ -143,7 +143,7 @@ class Scheduler:
         return True
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
-        """Grows a row's table, taking unused blocks and then the youngest rows' blocks; False if it was preempted."""
+        """Grows a row's block table. Releases reservations, then preempts the youngest rows; False if that was this row."""
         if self.reserve(request, num_tokens):
             return True
         self._reclaim()
@@ -155,7 +155,7 @@ class Scheduler:
         return True
 
     def _reclaim(self) -> None:
-        """Takes back blocks that were reserved for drafts and scratch entries and are not in use."""
+        """Releases blocks that are reserved for drafts and scratch entries and not in use."""
         for request in self.running:
             table = request.table
             assert table is not None
@@ -164,7 +164,7 @@ class Scheduler:
             self.allocator.release(table.truncate(in_use))
 
     def preempt(self, request: Request) -> None:
-        """Takes a running row's slot and blocks; it waits at the head of the queue to be computed anew."""
+        """Releases a running row's slot and blocks; it is recomputed from the head of the queue."""
         self.num_preemptions += 1
         self._leave(request, "preempted")
         request.num_computed = 0
@@ -173,7 +173,7 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def finish(self, request: Request, reason: EndReason) -> None:
-        """Removes a request wherever it is."""
+        """Removes a request, running or waiting."""
         if request.slot >= 0:
             self._leave(request, reason)
         elif request in self.waiting:
@@ -191,10 +191,10 @@ class Scheduler:
         request.num_forked_tokens = 0
 
     def fork(self, parent: Request, child: Request) -> list[tuple[int, int]] | None:
-        """Starts a sequence on the computed prompt of another one: whole blocks are shared, the last one is copied.
+        """Starts a sequence on the computed prompt of another one. Full blocks are shared, the last one is copied.
 
         Returns:
-            (source, destination) slots of KV entries to copy, or None when there is no slot or block for it.
+            (source, destination) slots of KV entries to copy; None if no row slot or block is free.
         """
         table = parent.table
         assert table is not None
@@ -220,7 +220,7 @@ class Scheduler:
         return -(-num_tokens // self.block_size)
 
     def _expected_blocks(self, request: Request) -> int:
-        """The most blocks a request can come to need; where all rows have room for the longest, equal shares for all."""
+        """The most blocks a request can need. If every row can have the maximum, all rows get equal shares."""
         if self._equal_share:
             return self._equal_share
         assert request.params.max_tokens is not None

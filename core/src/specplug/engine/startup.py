@@ -1,4 +1,4 @@
-"""Starting an engine in six steps. Each is timed and reported; when one fails, what the earlier ones did is undone."""
+"""Starts an engine in six steps. Each step is timed and reported. If one fails, the earlier ones are undone."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from specplug.configuration.engine import EngineConfig
 from specplug.contract.resources import Resources
 from specplug.engine.compilation import compile_forwards, wants_compilation
 from specplug.engine.engine import Engine
-from specplug.engine.intake import Intake
 from specplug.engine.planning import PlannedEngine, max_nodes_of, plan_engine, wants_top_k_at_drafts
+from specplug.engine.requests import RequestFactory
 from specplug.engine.scheduler import Scheduler
 from specplug.errors import SpecplugError, StartupError
 from specplug.model.compile.compiled import compile_step
@@ -36,8 +36,9 @@ from specplug.sampling.workspace import Workspace
 from specplug.speculation.auto import AutoBudget
 from specplug.speculation.chain import SpeculatorChain
 from specplug.speculation.policy import BudgetPolicy, FixedBudget
-from specplug.speculation.states import StateStore
 from specplug.speculation.target import LazyModel
+from specplug.speculation.target_states.store import TargetStateStore
+from specplug.speculation.verification.dispatch import Verification
 from specplug.speculation.verification.verifier import LosslessVerifier
 from specplug.tiny import resolve_model
 
@@ -54,14 +55,14 @@ COMPILATION = "compile native kernels (once)"
 
 @attrs.frozen
 class StepReport:
-    """One startup step, begun or done.
+    """The progress of one startup step.
 
     Attributes:
-        number: 1 to 6; 0 before the first step, where the native kernels are compiled, once.
-        name: of the step.
-        seconds: how long it took; None while it runs.
-        fraction: how much of it is done, between 0 and 1.
-        elapsed: seconds that it has run for, where no fraction is known.
+        number: 1 to 6; 0 for the compilation of the native kernels, once, within the first step.
+        name: the step's name.
+        seconds: its duration; None while it runs.
+        fraction: the part of it that is done, between 0 and 1.
+        elapsed: seconds since it began, if no fraction is known.
     """
 
     number: int
@@ -73,7 +74,7 @@ class StepReport:
 
 OnStep = Callable[[StepReport], None]
 _starting = threading.RLock()
-"""One start at a time: loading and compiling change what belongs to the whole process, such as PyTorch's default dtype."""
+"""One start at a time: loading and compiling change process-wide state, such as PyTorch's default dtype."""
 
 
 def start_engine(
@@ -83,11 +84,11 @@ def start_engine(
 
     Args:
         config: what to run and how.
-        tokenizer: gives the target's tokenizer to speculators that ask for it.
-        on_step: told of every step's begin, progress and end.
+        tokenizer: gives the target's tokenizer to speculators that request it.
+        on_step: called at the beginning, during, and at the end of every step.
 
     Raises:
-        SpecplugError: with the failed step, the cause, and what to change.
+        SpecplugError: names the failed step, the cause, and what to change.
     """
     with own_torch_state(), _starting, ExitStack() as undo:
         with _step(1, on_step) as clock:
@@ -128,13 +129,13 @@ def start_engine(
 
 @attrs.define
 class _Clock:
-    """Of a step: seconds in it that are another's."""
+    """Seconds of a step that are reported as another step."""
 
     left_out: float = 0.0
 
 
 def _compile_kernels(on_step: OnStep, clock: _Clock) -> None:
-    """Compiles the native kernels if need be, which is reported as a step of its own within the first."""
+    """Compiles the native kernels if necessary, and reports that as a step of its own within the first."""
     if not native.must_be_compiled():
         return
     report = StepReport(0, COMPILATION)
@@ -174,12 +175,12 @@ def _load_drafts(planned: PlannedEngine, on_step: OnStep) -> None:
 
 def _allocate(
     planned: PlannedEngine, model: torch.nn.Module
-) -> tuple[ModelRunner, StateStore, list[dict[str, KVCache]]]:
+) -> tuple[ModelRunner, TargetStateStore, list[dict[str, KVCache]]]:
     plan, device = planned.plan, planned.device
     cache = KVCache(planned.architecture.kv_layers, plan.num_blocks, plan.block_size, planned.dtype, device)
     boundaries = [b for speculator in planned.speculators for b in speculator.traits.hidden_states]
     runner = ModelRunner(model, planned.architecture, cache, device, boundaries)
-    states = StateStore(
+    states = TargetStateStore(
         planned.channels,
         planned.config.max_num_seqs,
         planned.config.max_num_batched_tokens,
@@ -210,62 +211,40 @@ def _allocate(
 def _assemble(
     planned: PlannedEngine,
     runner: ModelRunner,
-    states: StateStore,
+    states: TargetStateStore,
     caches: list[dict[str, KVCache]],
     tokenizer: Callable[[], Any],
     ends: frozenset[int],
 ) -> Engine:
-    config, plan = planned.config, planned.plan
-    compiles = wants_compilation(config.compile, planned.architecture.weight_bytes)
+    config, plan, architecture = planned.config, planned.plan, planned.architecture
     randomness = EngineRandomness(config.seed, planned.device)
-    workspace = Workspace(planned.num_entries, planned.architecture.vocab_size, planned.device)
+    workspace = Workspace(planned.num_entries, architecture.vocab_size, planned.device)
     planned.registry.register_verifier(LosslessVerifier(randomness, config.chain_verification, workspace))
     chain = SpeculatorChain(
         planned.speculators,
         states,
         choose_policy(planned.speculators),
-        vocab_size=planned.architecture.vocab_size,
+        vocab_size=architecture.vocab_size,
         max_model_len=plan.max_model_len,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_num_draft_tokens=config.max_num_draft_tokens,
         strict=config.strict,
     )
-    chain.warmup(
-        [
-            Resources(
-                device=planned.device,
-                block_size=plan.block_size,
-                num_blocks=plan.num_blocks,
-                kv_caches=own,
-                row_buckets=_row_buckets(config.max_num_seqs),
-                hidden_states={b: states.delivery[b] for b in speculator.traits.hidden_states},
-                **({"compile": compile_step} if compiles else {}),
-            )
-            for speculator, own in zip(planned.speculators, caches, strict=True)
-        ]
-    )
+    chain.warmup(_resources(planned, states, caches))
     lookahead = max((max(s.scratch_tokens_per_row, max_nodes_of(s)) for s in planned.speculators), default=0)
     shared = [runner.cache]
     for regions, own in zip(planned.regions, caches, strict=True):
         shared += [own[region.name] for region in regions if region.layers and region.tables == "shared"]
     return Engine(
-        config=config,
-        plan=plan,
+        planned,
         runner=runner,
         shared_caches=shared,
-        registry=planned.registry,
         chain=chain,
         states=states,
-        intake=Intake(
-            plan,
-            planned.architecture.vocab_size,
-            ends,
-            randomness,
-            tokenizer,
-            planned.device,
-            planned.architecture.context_note,
+        requests=RequestFactory(plan, architecture, ends, randomness, tokenizer, planned.device),
+        verification=Verification(
+            planned.registry, chain.speculators, workspace, architecture.vocab_size, strict=config.strict
         ),
-        workspace=workspace,
         scheduler=Scheduler(
             plan.num_blocks,
             plan.block_size,
@@ -274,8 +253,27 @@ def _assemble(
             lookahead,
             plan.max_model_len,
         ),
-        closers=[planned.facade.close, runner.close],
     )
+
+
+def _resources(
+    planned: PlannedEngine, states: TargetStateStore, caches: Sequence[dict[str, KVCache]]
+) -> list[Resources]:
+    """What each speculator's `warmup` is given."""
+    config = planned.config
+    compiles = wants_compilation(config.compile, planned.architecture.weight_bytes)
+    return [
+        Resources(
+            device=planned.device,
+            block_size=planned.plan.block_size,
+            num_blocks=planned.plan.num_blocks,
+            kv_caches=own,
+            row_buckets=_row_buckets(config.max_num_seqs),
+            hidden_states={b: states.delivery[b] for b in speculator.traits.hidden_states},
+            **({"compile": compile_step} if compiles else {}),
+        )
+        for speculator, own in zip(planned.speculators, caches, strict=True)
+    ]
 
 
 def _tokenizer_folder(planned: PlannedEngine) -> Path:
@@ -286,7 +284,7 @@ def _tokenizer_folder(planned: PlannedEngine) -> Path:
 
 
 def choose_policy(speculators: Sequence[RegisteredSpeculator]) -> BudgetPolicy:
-    """Budgets as configured; as measured where any speculator's are to be chosen."""
+    """Fixed draft lengths, or automatic ones if any speculator asks for them."""
     if any(speculator.config.is_auto for speculator in speculators):
         return AutoBudget(speculators)
     return FixedBudget()

@@ -1,1 +1,1 @@
-"""How tokens are drawn: a request's parameters, the distributions they shape, and the randomness they use."""
+"""Sampling: a request's parameters, the distributions after them, and the random streams."""

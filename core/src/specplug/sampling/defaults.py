@@ -1,4 +1,4 @@
-"""What a model recommends for itself, in its generation_config.json."""
+"""The sampling parameters and end tokens that a model recommends in its generation_config.json."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from specplug.sampling.params import SamplingParams
 logger = logging.getLogger("specplug")
 _FILE = "generation_config.json"
 # Transformers' name → ours.
-_TAKEN = {
+_SUPPORTED = {
     "temperature": "temperature",
     "top_k": "top_k",
     "top_p": "top_p",
@@ -26,8 +26,8 @@ _TAKEN = {
     "stop_strings": "stop",
     "bad_words_ids": "bad_words_ids",
 }
-# What else changes what `generate` gives, and the values with which it does not.
-_NOT_TAKEN: dict[str, tuple[Any, ...]] = {
+# Other keys that change the output of `generate`, and the values with which they do not.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "begin_suppress_tokens": ([],),
     "constraints": ([],),
     "diversity_penalty": (0,),
@@ -56,10 +56,10 @@ _NOT_TAKEN: dict[str, tuple[Any, ...]] = {
 
 
 def default_sampling_params(source: str, revision: str | None = None) -> SamplingParams:
-    """Reads generation_config.json, as vLLM does: what it names overrides the defaults, `max_new_tokens` included.
+    """Reads generation_config.json, as vLLM does: its values override the defaults, `max_new_tokens` included.
 
     Raises:
-        CheckpointError: the file is no JSON, or names a value that its parameter cannot have.
+        CheckpointError: the file is not JSON, or a value is invalid.
     """
     options = recommended_options(source, revision)
     if "min_tokens" in options:
@@ -68,18 +68,18 @@ def default_sampling_params(source: str, revision: str | None = None) -> Samplin
 
 
 def recommended_options(source: str, revision: str | None = None) -> dict[str, Any]:
-    """The sampling parameters that generation_config.json names, and no others.
+    """The sampling parameters in generation_config.json, and no others.
 
-    `do_sample: false` with no temperature means greedy there as in Transformers; `true` means a temperature of 1.
-    `suppress_tokens` are banned as words of one token. One warning names what the file asks for and is not done here.
+    Without a temperature, `do_sample: false` means greedy and `true` a temperature of 1, as in Transformers.
+    `suppress_tokens` are banned as words of one token. One warning names the keys that are not supported.
 
     Raises:
-        CheckpointError: the file is no JSON object, or names a value that its parameter cannot have.
+        CheckpointError: the file is not a JSON object, or a value is invalid.
     """
     file = resolve_checkpoint(source, revision) / _FILE
     config = read_generation_config(file.parent)
     options: dict[str, Any] = {}
-    for name, own in _TAKEN.items():
+    for name, own in _SUPPORTED.items():
         if config.get(name) is not None:
             options[own] = _checked(file, name, own, config[name])
     if config.get("suppress_tokens") is not None:
@@ -92,14 +92,14 @@ def recommended_options(source: str, revision: str | None = None) -> dict[str, A
         options.setdefault("temperature", float(samples))
     if "max_tokens" in options and "min_tokens" in options:
         options["min_tokens"] = min(options["min_tokens"], options["max_tokens"])
-    not_done = [name for name, neutral in _NOT_TAKEN.items() if config.get(name) not in (None, *neutral)]
+    not_done = [name for name, neutral in _UNSUPPORTED.items() if config.get(name) not in (None, *neutral)]
     if not_done:
         _warn(str(file), tuple(not_done))
     return options
 
 
 def _checked(file: Path, name: str, own: str, value: Any) -> Any:
-    """A value as our parameter has it."""
+    """The value, converted and checked by our parameter."""
     if own == "max_tokens" and value == 0 and not isinstance(value, bool):  # older files: not set
         return SamplingParams().max_tokens
     try:
@@ -111,15 +111,15 @@ def _checked(file: Path, name: str, own: str, value: Any) -> Any:
 
 @functools.cache
 def _warn(file: str, names: tuple[str, ...]) -> None:
-    """Once for each file."""
-    logger.warning("%s asks for %s, which specplug does not do: it is left out", file, ", ".join(names))
+    """Warns once for each file."""
+    logger.warning("%s has %s, which specplug does not support; ignored", file, ", ".join(names))
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """The contents of generation_config.json; empty where there is none.
+    """The contents of generation_config.json; empty if there is none.
 
     Raises:
-        CheckpointError: the file is no JSON object.
+        CheckpointError: the file is not a JSON object.
     """
     file = folder / _FILE
     if not file.is_file():
@@ -129,17 +129,17 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{file} is damaged: it holds no JSON object")
+        raise CheckpointError(f"{file} is damaged: it is not a JSON object")
     return config
 
 
 def eos_ids(folder: Path, model_config: Any, vocab_size: int) -> frozenset[int]:
-    """The ids that end a sequence: those of generation_config.json if it names any, else of config.json.
+    """The ids that end a sequence: from generation_config.json if it has any, else from config.json.
 
-    Ids that the model cannot give end nothing; they are left out with a warning.
+    Ids outside the vocabulary are ignored with a warning.
 
     Raises:
-        CheckpointError: what is named is neither an id nor a list of ids.
+        CheckpointError: the value is neither an id nor a list of ids.
     """
     file, value = folder / _FILE, read_generation_config(folder).get("eos_token_id")
     if value is None:
@@ -152,7 +152,7 @@ def eos_ids(folder: Path, model_config: Any, vocab_size: int) -> frozenset[int]:
     outside = sorted(token for token in ids if not 0 <= token < vocab_size)
     if outside:
         logger.warning(
-            "%s: eos_token_id names %s, outside the vocabulary of %s; that never ends an output",
+            "%s: eos_token_id has %s, outside the vocabulary of %s; ignored",
             file,
             ", ".join(map(str, outside)),
             f"{vocab_size:,}",

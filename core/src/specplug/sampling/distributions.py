@@ -17,7 +17,7 @@ from specplug.sampling.params import LOWEST_DIVISOR, SamplingParams
 from specplug.sampling.rules import LogitsRules
 from specplug.sampling.workspace import Workspace
 
-MOST_AT_ONCE = 1 << 22  # logits that are processed together
+MOST_AT_ONCE = 1 << 22  # the most logits that are processed together
 
 
 def truncate(
@@ -93,7 +93,7 @@ def _scaled(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Ten
 
 
 def rows_at_once(vocabulary: int) -> int:
-    """How many rows of logits are processed together: a step's memory is to depend on that, not on its tokens."""
+    """The number of rows of logits that are processed together. It bounds the temporary memory of a step."""
     return max(1, MOST_AT_ONCE // vocabulary)
 
 
@@ -104,7 +104,7 @@ def top_probs(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def argmax(logits: torch.Tensor) -> tuple[list[int], int | None]:
-    """The most likely token of each row of [N, V] (the first of equals), and the first row that holds NaN, if one does."""
+    """The most likely token of each row of [N, V] (the first of equals), and the first row with NaN, if there is one."""
     if logits.is_cuda and cuda.works_on(logits.device):
         from specplug.native.gpu.argmax import argmax as gpu_argmax
 
@@ -112,7 +112,7 @@ def argmax(logits: torch.Tensor) -> tuple[list[int], int | None]:
         return tokens, next((row for row, is_broken in enumerate(broken) if is_broken), None)
     if is_fast(logits):
         ids, probs = argmax_with_prob(logits)
-        if not bool(probs.isnan().any()):  # else NaN or infinity, which are told apart below
+        if not bool(probs.isnan().any()):  # else NaN or infinity, told apart below
             return ids.tolist(), None
     values, indices = logits.max(dim=-1)
     if logits.device.type == "cpu":
@@ -124,20 +124,20 @@ def argmax(logits: torch.Tensor) -> tuple[list[int], int | None]:
 
 
 def nan_message(request: str, num_tokens: int) -> str:
-    """What to say about a model that gave NaN."""
+    """The error message for NaN logits."""
     return (
-        f"the model gave NaN logits for request '{request}' after {num_tokens} tokens; its weights are damaged, "
+        f"the model returned NaN logits for request '{request}' after {num_tokens} tokens; its weights are damaged, "
         "or its dtype overflows (try dtype float32 or bfloat16)"
     )
 
 
 @attrs.frozen(eq=False)
 class DistributionRow:
-    """What shapes the distributions of one row's entries.
+    """The parameters and tokens that determine the distributions of one row.
 
     Attributes:
         params: its sampling parameters.
-        rules: what acts on its logits before temperature; None if nothing does.
+        rules: rules that change its logits before temperature; None if there are none.
         tokens: its committed ids.
         num_prompt_tokens: how many of them are the prompt.
         draft_tokens: the ids of its draft's nodes.
@@ -154,7 +154,7 @@ class DistributionRow:
     name: str = "?"
 
     def paths(self) -> list[list[int]]:
-        """For the root and each node, the draft tokens on the way to it, its own included."""
+        """For the root and each node, the draft tokens on the path to it, its own included."""
         paths: list[list[int]] = [[]]
         for node, token in enumerate(self.draft_tokens):
             parent = node - 1 if self.parents is None else self.parents[node]
@@ -163,10 +163,10 @@ class DistributionRow:
 
 
 class StepDistributions:
-    """The `TargetDistributions` of one step: processed on demand, so that a greedy row never pays for a softmax.
+    """The `TargetDistributions` of one step: computed on demand, so that greedy rows need no softmax.
 
     Raises:
-        ModelOutputError: from `argmax` and `probs`, when the model gave NaN.
+        ModelOutputError: from `argmax` and `probs`, if the model returned NaN.
     """
 
     def __init__(

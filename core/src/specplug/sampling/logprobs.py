@@ -17,7 +17,7 @@ class Logprob:
 
     Attributes:
         logprob: under the model's own distribution, before any sampling parameter.
-        rank: its place among all tokens, from 1.
+        rank: its rank among all tokens, from 1.
         decoded_token: its text; None without a tokenizer.
     """
 
@@ -35,7 +35,7 @@ def gather_logprobs(logits: torch.Tensor, tokens: Sequence[int], count: int) -> 
     Args:
         logits: [N, V], the model's own.
         tokens: the chosen token of each position.
-        count: how many most likely tokens to add; -1 for all.
+        count: the number of most likely tokens to add; -1 for all.
     """
     if not tokens:
         return []

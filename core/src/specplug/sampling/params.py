@@ -1,4 +1,4 @@
-"""Sampling parameters of one request, with vLLM's names and meanings."""
+"""The sampling parameters of a request, with vLLM's names and meanings."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from specplug.errors import RequestError
 from specplug.values import text_fault, to_python
 
 MAX_SEED = 2**63
-# Logits are float32. No combination of parameters within these bounds leaves it: a biased logit, divided by the smallest
-# penalty and by the smallest divisor that `distributions` uses for a temperature, stays below 3.4e38.
+# Logits are float32. No combination of parameters within these bounds overflows: a biased logit, divided by the smallest
+# penalty and by the smallest temperature that `distributions` divides by, stays below 3.4e38.
 MAX_BIAS = 1e20
 MAX_PENALTY = 1e8
 MAX_TEMPERATURE = 1e20
-LOWEST_DIVISOR = 1e-10  # as good as greedy
+LOWEST_DIVISOR = 1e-10  # equivalent to greedy
 
 
 def _is_int(value: object) -> bool:
@@ -28,12 +28,12 @@ def _is_number(value: object) -> bool:
 
 
 def _expect(condition: Callable[[Any], bool], expected: str) -> Callable[[Any, Any, Any], None]:
-    """An attrs validator whose message names the parameter, its value and what it should have been."""
+    """An attrs validator whose message names the parameter, its value and what is expected."""
 
     def validate(instance: Any, attribute: Any, value: Any) -> None:
         try:
             holds = condition(value)
-        except (TypeError, AttributeError):  # no list, no mapping
+        except (TypeError, AttributeError):  # not a list or mapping
             holds = False
         if not holds:
             raise RequestError(f"sampling parameter {attribute.name}={value!r}: expected {expected}")
@@ -69,12 +69,12 @@ def _id_sequences(value: Any) -> Any:
 
 
 def _tuple(value: Any) -> Any:
-    """Things in a row → a tuple; anything else as it is, for the validator to refuse."""
+    """An iterable → a tuple; anything else unchanged, for the validator to refuse."""
     return tuple(map(to_python, value)) if isinstance(value, Iterable) else value
 
 
 def _bias(value: Mapping[Any, Any] | None) -> Any:
-    """Token ids may be written as strings, as JSON must."""
+    """Token ids may be strings, as in JSON."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
@@ -101,7 +101,7 @@ _count = _expect(lambda v: v is None or (_is_int(v) and v >= -1), "an integer of
 
 
 def _unsupported(reason: str) -> Any:
-    """A parameter that vLLM has and this engine has not: anything but its default is refused."""
+    """A parameter of vLLM that is not supported: any value except its default is refused."""
 
     def refuse(instance: Any, attribute: Any, value: Any) -> None:
         if value != attribute.default:
@@ -114,16 +114,15 @@ def _unsupported(reason: str) -> Any:
 class SamplingParams:
     """How the tokens of one request are chosen.
 
-    The target's distribution after all of these is what is sampled from, with any speculator, at every draft position: a
+    With any speculator and at every draft position, tokens are sampled from the target's distribution after all parameters: a
     penalty counts the draft's earlier tokens, a ban holds inside the draft. They apply in this order: allowed tokens, bad
-    words, `min_tokens`, `logit_bias`, penalties, temperature, `min_p`, `top_k`, `top_p`. Should the bans leave no token at
-    all, only `allowed_token_ids` holds for that position. NumPy and torch scalars, arrays and tensors are taken as the numbers
-    and lists that they hold.
+    words, `min_tokens`, `logit_bias`, penalties, temperature, `min_p`, `top_k`, `top_p`. If the bans leave no token, only
+    `allowed_token_ids` holds for that position. NumPy and torch scalars, arrays and tensors are accepted as numbers and lists.
 
     Attributes:
         n: how many completions to generate for the prompt; they share its computed KV blocks.
-        presence_penalty: subtracted from the logits of tokens that the output holds.
-        frequency_penalty: subtracted once for every time the output holds the token.
+        presence_penalty: subtracted from the logits of tokens in the output.
+        frequency_penalty: subtracted once for every occurrence of the token in the output.
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output (Keskar et al.
             1909.05858); 1 changes nothing; from 1e-8 to 1e8.
         temperature: 0 is greedy; otherwise logits are divided by it (by 1e-10 at least), up to 1e20.
@@ -132,24 +131,24 @@ class SamplingParams:
         min_p: drop tokens less likely than this share of the most likely token's probability.
         seed: makes the output a function of the request alone: the same in any batch, with any speculator, after
             preemption (float32; in lower precision up to rounding). Completion i of `n` uses seed + i.
-        stop: end the output when its text holds any of these strings; the text ends before the string.
+        stop: end the output when its text contains any of these strings; the text ends before the string.
         stop_token_ids: end the output with any of these; the id is kept in `token_ids`, its text is not.
-        ignore_eos: go on after the end-of-sequence token.
+        ignore_eos: continue after the end-of-sequence token.
         max_tokens: the most tokens to generate; None generates up to the context length.
-        min_tokens: no end-of-sequence or stop token, and no stop string, before so many tokens.
-        logprobs: return the log-probabilities of so many most likely tokens (and of the chosen one) at each position, under
+        min_tokens: the number of tokens before any end-of-sequence token, stop token or stop string.
+        logprobs: return the log-probabilities of this many most likely tokens (and of the chosen one) at each position, under
             the model's own distribution; -1 for the whole vocabulary.
         prompt_logprobs: the same for the tokens of the prompt.
         detokenize: whether to decode the output.
-        skip_special_tokens: leave special tokens out of the text.
+        skip_special_tokens: omit special tokens from the text.
         include_stop_str_in_output: keep the stop string, or the stop token's text, in the text.
-        logit_bias: token id → what is added to its logit, up to 1e20 either way.
+        logit_bias: token id → number to add to its logit, from -1e20 to 1e20.
         allowed_token_ids: only these may be generated; empty allows all.
         bad_words: words that are not generated: the last token that would complete one, also across the end of the prompt. A
-            word is taken as it is, with its white space, in the tokens that write it at the start of a text, inside one and
-            behind a space.
+            word is used with its white space; banned are the token sequences that spell it at the start of a text, inside a
+            text and after a space.
         bad_words_ids: the same as token ids, a list for each word: for engines without a tokenizer, and to ban single tokens.
-        num_speculative_tokens: a cap on draft tokens for this request; 0 turns speculation off; None keeps the engine's.
+        num_speculative_tokens: the most draft tokens of this request; 0 turns speculation off; None keeps the engine's.
         structured_outputs: not supported.
         extra_args: not supported.
         logprob_token_ids: not supported.
@@ -213,7 +212,7 @@ class SamplingParams:
     )
 
     structured_outputs: Any = attrs.field(default=None, validator=_unsupported("there is no grammar backend"))
-    extra_args: Any = attrs.field(default=None, validator=_unsupported("nothing here reads it"))
+    extra_args: Any = attrs.field(default=None, validator=_unsupported("nothing reads it"))
     logprob_token_ids: Any = attrs.field(default=None, validator=_unsupported("use logprobs=-1 and pick the ids"))
     flat_logprobs: Any = attrs.field(default=False, validator=_unsupported("logprobs are lists of dicts"))
     spaces_between_special_tokens: Any = attrs.field(
@@ -223,7 +222,7 @@ class SamplingParams:
     repetition_detection: Any = attrs.field(default=None, validator=_unsupported("use stop or a penalty"))
 
     def clone(self) -> SamplingParams:
-        """A copy. Parameters cannot be changed; `attrs.evolve(params, temperature=0)` makes a copy with changes."""
+        """A copy. Parameters are immutable; `attrs.evolve(params, temperature=0)` makes a copy with changes."""
         return attrs.evolve(self, logit_bias=dict(self.logit_bias))
 
     def __attrs_post_init__(self) -> None:
@@ -236,7 +235,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
+        """Whether the most likely token is always chosen."""
         return self.temperature == 0
 
     @property
@@ -251,7 +250,7 @@ class SamplingParams:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether anything but temperature and truncation changes the distribution."""
+        """Whether anything except temperature and truncation changes the distribution."""
         return bool(
             self.penalizes
             or self.logit_bias

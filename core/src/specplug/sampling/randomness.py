@@ -1,11 +1,12 @@
-"""Random streams that never meet: drafting, target sampling, acceptance and residual sampling each have their own.
+"""Separate random streams for drafting, target sampling, acceptance and residual sampling.
 
-Unseeded rows draw from one generator per stream of the engine. A seeded row draws noise keyed by (seed, output index,
-stream), so that its output depends on nothing but the request.
+Unseeded rows draw from the engine's generators, one per stream. A seeded row draws noise keyed by (seed, output index,
+stream), so that its output depends only on the request.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 import attrs
@@ -15,7 +16,7 @@ _MASK = (1 << 64) - 1
 
 
 class Stream(IntEnum):
-    """What a random number is for."""
+    """The use of a random number."""
 
     DRAFT = 1
     TARGET = 2
@@ -50,7 +51,7 @@ class EngineRandomness:
         return self._generators[stream]
 
     def keyed(self, *keys: int) -> torch.Generator:
-        """A generator in the state that the keys name, valid until the next call."""
+        """A generator seeded with the keys, valid until the next call."""
         return self._keyed.manual_seed(mix(*keys))
 
 
@@ -60,7 +61,7 @@ class RowRandomness:
 
     Attributes:
         engine: the engine's generators.
-        number: the request's running number in its engine.
+        number: the request's consecutive number in its engine.
         seed: the request's own seed; None draws from the engine's generators.
     """
 
@@ -70,7 +71,7 @@ class RowRandomness:
     _draft: torch.Generator | None = attrs.field(default=None, init=False)
 
     def draft_generator(self) -> torch.Generator:
-        """The row's generator for drafting; it depends on nothing that verification draws."""
+        """The row's generator for drafting; it is independent of what verification draws."""
         if self._draft is None:
             key = mix(self.engine.seed, self.number, int(Stream.DRAFT))
             self._draft = torch.Generator(device=self.engine.device).manual_seed(key)
@@ -84,7 +85,7 @@ def exponential_noise(
 
     Args:
         rows: for each entry its row and output index. Entries of a seeded row with the same output index get the same
-            noise: at most one of them lies on the path that is emitted.
+            noise: at most one of them is on the emitted path.
         width: the vocabulary size.
         engine: the engine's generators.
         out: where to write, float32 [len(rows), width].
@@ -111,6 +112,35 @@ def exponential_noise(
 def race(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Samples one token per distribution: int64 [N] from float32 [N, V] and exponential noise [N, V].
 
-    A token of probability zero never wins, since its arrival time is infinite. The noise is overwritten.
+    A token of probability zero is never sampled, since its arrival time is infinite. The noise is overwritten.
     """
     return noise.div_(probs).nan_to_num_(nan=float("inf")).argmin(dim=-1)
+
+
+def sample(probs: torch.Tensor, generators: Sequence[torch.Generator], count: int = 1) -> torch.Tensor:
+    """Draws tokens without replacement, in the order that lossless verification of sampled siblings needs.
+
+    An exponential race: the tokens with the smallest noise / probability, in order of arrival, are draws without replacement
+    (Kool et al. 1903.06059, in its Gumbel form). Use `row.generator`, never a stream of verification.
+
+    Args:
+        probs: float32 [N, V], the distributions. Report exactly these in `DraftDistributions`.
+        generators: N random streams, one for each distribution; a stream may occur more than once.
+        count: the number of tokens to draw from each distribution.
+
+    Returns:
+        int64 [N, count]. If fewer than `count` tokens have a probability above zero, the rest is -1.
+    """
+    noise = torch.empty_like(probs)
+    for row, generator in enumerate(generators):
+        if generator.device == noise.device:
+            noise[row].exponential_(generator=generator)
+        else:
+            noise[row] = torch.empty(noise.shape[-1], device=generator.device, dtype=noise.dtype).exponential_(
+                generator=generator
+            )
+    arrivals = noise.div_(probs).nan_to_num_(nan=float("inf"), posinf=float("inf"))
+    if count == 1:
+        return arrivals.argmin(dim=-1, keepdim=True)
+    first = arrivals.topk(count, dim=-1, largest=False, sorted=True)
+    return first.indices.masked_fill_(first.values.isinf(), -1)

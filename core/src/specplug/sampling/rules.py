@@ -1,7 +1,7 @@
-"""What a request bans, biases and penalises: everything that acts on logits before temperature and truncation.
+"""Bans, biases and penalties: all rules that change logits before temperature and truncation.
 
-The rules of a row look at its committed tokens and, for a draft node, at the draft's tokens on the way to it, as if they
-were committed: that is what makes them hold at every draft position.
+The rules of a row use its committed tokens. For a draft node, the draft's tokens on the path to it count as committed. So the
+rules hold at every draft position.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class LogitsRules:
         vocab_size: the width of the logits.
         stop_ids: the ids that end the output, banned before `min_tokens`.
         bad_word_ids: the token sequences that must not be completed.
-        device: where logits are.
+        device: of the logits.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class LogitsRules:
         self._vocab_size = vocab_size
         self._device = device
         self._stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-        # A tokenizer may know more ids than the model can give.
+        # A tokenizer may have more ids than the model.
         self._bad_words = [list(word) for word in bad_word_ids if max(word) < vocab_size]
         self._longest_word = max((len(word) for word in self._bad_words), default=0)
         self._forbidden: torch.Tensor | None = None
@@ -102,7 +102,7 @@ class LogitsRules:
         return logits - params.frequency_penalty * counts - params.presence_penalty * generated
 
     def _count(self, tokens: Sequence[int], num_prompt_tokens: int) -> torch.Tensor:
-        """float32 [V]: how often each token stands in the output; only new tokens are counted."""
+        """float32 [V]: the number of occurrences of each token in the output, updated with the new tokens."""
         if self._in_prompt is None or self._output_counts is None:
             self._in_prompt = torch.zeros(self._vocab_size, dtype=torch.bool, device=self._device)
             self._in_prompt[to_device(list(tokens[:num_prompt_tokens]), self._device)] = True

@@ -1,4 +1,4 @@
-"""The buffers of verification: probabilities and noise, allocated once and counted in the memory plan."""
+"""The buffers of verification, for probabilities and noise: allocated once, counted in the memory plan."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 
 
 class Workspace:
-    """Rows of probabilities and noise, handed out afresh in every step.
+    """Rows of probabilities and noise, reused in every step.
 
     Args:
-        num_rows: the most distributions one step can need.
+        num_rows: the most distributions of a step.
         vocab_size: their width.
-        device: where they live.
+        device: of the buffers.
     """
 
     def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
@@ -25,7 +25,7 @@ class Workspace:
         return 2 * num_rows * vocab_size * torch.float32.itemsize
 
     def begin_step(self) -> None:
-        """Takes all rows back."""
+        """Makes all rows available again."""
         self._taken = {"probs": 0, "noise": 0}
 
     def probs(self, num_rows: int) -> torch.Tensor:
@@ -38,7 +38,7 @@ class Workspace:
 
     def _take(self, name: str, buffer: torch.Tensor, num_rows: int) -> torch.Tensor:
         start = self._taken[name]
-        if start + num_rows > len(buffer):  # a verifier that asks twice for the same entries
+        if start + num_rows > len(buffer):  # a verifier requested the same entries twice
             return torch.empty(num_rows, buffer.shape[1], device=buffer.device, dtype=torch.float32)
         self._taken[name] = start + num_rows
         return buffer[start : start + num_rows]

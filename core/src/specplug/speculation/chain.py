@@ -21,8 +21,8 @@ from specplug.speculation.auto import AutoBudget
 from specplug.speculation.draft import trim_drafts
 from specplug.speculation.link import ChainLink
 from specplug.speculation.policy import NO_BUDGET, BudgetPolicy, plan_budgets
-from specplug.speculation.state_ring import Captured
-from specplug.speculation.states import TOP_IDS, TOP_PROBS, StateStore
+from specplug.speculation.target_states.ring_buffer import Captured
+from specplug.speculation.target_states.store import TOP_IDS, TOP_PROBS, TargetStateStore
 from specplug.speculation.validation import check_proposal
 
 logger = logging.getLogger("specplug")
@@ -36,7 +36,7 @@ class SpeculatorChain:
     def __init__(
         self,
         speculators: Sequence[RegisteredSpeculator],
-        states: StateStore,
+        states: TargetStateStore,
         policy: BudgetPolicy,
         *,
         vocab_size: int,

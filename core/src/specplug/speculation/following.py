@@ -14,7 +14,7 @@ from specplug.speculation.candidate import Candidate, tokens_left
 from specplug.speculation.estimates import LinkEstimate
 from specplug.speculation.probing import Probing
 from specplug.speculation.prospect import Prospect
-from specplug.speculation.state_ring import WINDOW
+from specplug.speculation.target_states.ring_buffer import WINDOW
 
 WINDOW_END = 8
 """Sleeping rows are shown their states when so many positions are left of those that are kept."""

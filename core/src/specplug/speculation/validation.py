@@ -1,4 +1,4 @@
-"""Checking a proposal against the contract. What does not hold is a fault of the plugin, never of the output."""
+"""Checks what plugins return, proposals and verdicts, against the contract."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from specplug.contract.batch import Budget
 from specplug.contract.proposal import DraftDistributions, Proposal
+from specplug.contract.verdict import Verdict
 from specplug.errors import PluginError
 from specplug.model.device import to_device
 from specplug.speculation.draft import Draft, depths_of
@@ -69,10 +70,10 @@ def check_proposal(
 
 
 def _token_lists(proposal: Proposal) -> list[list[int]]:
-    """A list of ids for every row, each a new one."""
+    """A new list of ids for every row."""
     tokens: Any = proposal.tokens
     if hasattr(tokens, "tolist"):  # a tensor, or an array
-        if 0 in tokens.shape:  # without elements, dtype and width say nothing
+        if 0 in tokens.shape:  # an empty tensor's dtype and width have no meaning
             rows: list[list[int]] = [[] for _ in range(len(tokens))]
         else:
             rows = tokens.tolist()
@@ -92,7 +93,7 @@ def _token_lists(proposal: Proposal) -> list[list[int]]:
         raise PluginError(f"proposal.lengths has {len(lengths)} entries for {len(rows)} rows of tokens")
     for row, length in enumerate(lengths):
         if not 0 <= length <= len(rows[row]):
-            raise PluginError(f"row {row}: proposal.lengths says {length}, and proposal.tokens holds {len(rows[row])}")
+            raise PluginError(f"row {row}: proposal.lengths is {length}, and proposal.tokens has {len(rows[row])}")
     return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
 
@@ -107,7 +108,7 @@ def _integers(values: Any, where: str) -> list[int]:
     """Integers of any library → ints.
 
     Raises:
-        PluginError: something among them is no integer.
+        PluginError: a value is not an integer.
     """
     listed = values.tolist() if hasattr(values, "tolist") else values
     try:
@@ -118,12 +119,12 @@ def _integers(values: Any, where: str) -> list[int]:
         if type(value) is not int:
             listed[place] = as_integer(value)
             if not is_integer(listed[place]):
-                raise PluginError(f"{where}: {shown(value)} is no integer")
+                raise PluginError(f"{where}: {shown(value)} is not an integer")
     return listed
 
 
 def _check_tokens(tokens: list[int], budget: Budget, vocab_size: int, where: str) -> None:
-    """Checks the ids, and makes ints of those of other libraries, in place."""
+    """Checks the ids, and converts those of other libraries to ints, in place."""
     if len(tokens) > budget.max_nodes:
         raise PluginError(f"{where}: {len(tokens)} draft tokens, the budget is {budget.max_nodes}")
     for node, token in enumerate(tokens):
@@ -176,7 +177,7 @@ def _check_scores(
 
 
 def _as_tensors(probs: Any, where: str) -> DraftDistributions:
-    """The same distributions with tensors where arrays were given, and a list where the index is anything else."""
+    """The distributions with arrays converted to tensors, and the index to a list."""
     if not isinstance(probs, DraftDistributions):
         raise PluginError(f"{where}: probs are {type(probs).__name__}, expected DraftDistributions")
     if isinstance(probs.values, torch.Tensor) and probs.index is None and probs.token_ids is None:
@@ -191,7 +192,7 @@ def _as_tensors(probs: Any, where: str) -> DraftDistributions:
 
 
 def _as_tensor(value: Any) -> Any:
-    """An array → a tensor; anything else as it is."""
+    """An array → a tensor; anything else unchanged."""
     return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
 
 
@@ -201,7 +202,7 @@ def _holds_integers(tensor: torch.Tensor) -> bool:
 
 @attrs.define(eq=False)
 class _Reported:
-    """What one row says its nodes were drawn from, cut down to what the numeric checks need.
+    """The reported distributions of one row, as the numeric checks need them.
 
     Attributes:
         where: the row, for messages.
@@ -223,7 +224,7 @@ class _Reported:
 def _check_probs(
     probs: DraftDistributions, tokens: list[int], parents: list[int] | None, vocab_size: int, where: str
 ) -> _Reported:
-    """Checks shapes and indices; what a device holds is checked for all rows together."""
+    """Checks shapes and indices. Values on a device are checked later, for all rows together."""
     values = probs.values
     if not isinstance(values, torch.Tensor) or values.dim() != 2 or not values.is_floating_point():
         raise PluginError(f"{where}: probs.values must be a floating tensor [M, draft vocabulary]")
@@ -287,7 +288,7 @@ def _check_numbers(reported: Sequence[_Reported]) -> None:
         if not bool(normal.all()):
             row = where[int((~normal).int().argmax())]
             raise PluginError(
-                f"{row}: probs.values holds rows that are no distributions (negative, NaN, or not summing to 1)"
+                f"{row}: probs.values contains rows that are not probability distributions (negative, NaN, or not summing to 1)"
             )
         row = where[int((~possible).int().argmax())]
         raise PluginError(f"{row}: a draft token has probability 0 in the distribution it is said to be drawn from")
@@ -304,3 +305,30 @@ def _used(entries: Sequence[_Reported]) -> torch.Tensor:
         start += len(entry.values)
     together = torch.cat(values) if len(values) > 1 else values[0]
     return together if index == list(range(start)) else together[to_device(index, together.device)]
+
+
+def check_verdict(verdict: Any, proposal: Proposal, vocab_size: int) -> Verdict:
+    """Returns the verdict with Python integers.
+
+    Raises:
+        PluginError: a row is not a path of the draft tree from the root, or its next token is not in the vocabulary.
+    """
+    if not isinstance(verdict, Verdict):
+        raise PluginError(f"verify returned {type(verdict).__name__}, expected a Verdict")
+    if not len(verdict.accepted) == len(verdict.next_tokens) == len(proposal.tokens):
+        raise PluginError(f"verify returned {len(verdict.next_tokens)} rows for a batch of {len(proposal.tokens)}")
+    accepted = [[as_integer(node) for node in path] for path in verdict.accepted]
+    next_tokens = [as_integer(token) for token in verdict.next_tokens]
+    for row, (path, token) in enumerate(zip(accepted, next_tokens, strict=True)):
+        parents = proposal.parents[row] if proposal.parents is not None else None
+        at = -1
+        for node in path:
+            is_node = is_integer(node, 0) and node < len(proposal.tokens[row])
+            if not is_node or (node - 1 if parents is None else parents[node]) != at:
+                raise PluginError(f"verify accepted {shown(path)} in row {row}, which is not a path from the root")
+            at = node
+        if not is_integer(token, 0) or token >= vocab_size:
+            raise PluginError(
+                f"verify chose token {shown(token)} in row {row}, which is not in the vocabulary of {vocab_size}"
+            )
+    return Verdict(accepted, next_tokens)

@@ -11,7 +11,7 @@ from specplug.speculation.estimates import LinkEstimate, RowEstimate
 from specplug.speculation.following import WINDOW_END
 from specplug.speculation.probing import Probing
 from specplug.speculation.prospect import Prospect
-from specplug.speculation.state_ring import WINDOW
+from specplug.speculation.target_states.ring_buffer import WINDOW
 
 _FIRST_WITHIN, _GOLDEN = 32, 0.6180339887
 _TOGETHER, _MOST_RESERVED = 4, 2.0

@@ -15,7 +15,7 @@ from specplug.contract.proposal import Proposal
 from specplug.contract.verdict import Verdict
 from specplug.request import Request
 from specplug.sampling.params import SamplingParams
-from specplug.speculation.state_ring import WINDOW
+from specplug.speculation.target_states.ring_buffer import WINDOW
 from specplug.testing.drafts import DraftRecord, row_drafts
 from specplug.testing.session import Session
 from specplug.testing.subject import Subject

@@ -95,7 +95,7 @@ class Session:
 
     def end_with(self, token: int) -> None:
         """Makes a token the target's end-of-sequence token."""
-        self.engine._intake._eos_ids = frozenset([token])
+        self.engine._requests._eos_ids = frozenset([token])
 
     def add(self, prompt: Sequence[int], params: SamplingParams) -> list[Request]:
         """Queues a request."""

@@ -1,1 +1,1 @@
-"""Between token ids and text. Knows nothing about engines."""
+"""Prompts to ids, ids to text. Does not know engines."""

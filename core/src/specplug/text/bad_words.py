@@ -1,4 +1,4 @@
-"""The token sequences that write a word."""
+"""The token sequences that spell a word."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from specplug.errors import RequestError
-from specplug.text.reading import Reading
+from specplug.text.token_decoder import TokenDecoder
 
-_PRIVATE = "\ue000"  # a character that no vocabulary holds as such
-# Texts that words are encoded behind. Of one that does not merge with a word the ids stay the same.
+_PRIVATE = "\ue000"  # a character that no vocabulary contains
+# Words are encoded after these texts, to see their tokens inside a text. A text that merges with the word is skipped.
 _BEFORE = ("\n", "(", ".", "0", "a")
 
 
 def bad_word_ids(words: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """The token sequences that write these words: at the start of a text, behind other text, and behind a space.
+    """The token sequences that spell these words: at the start of a text, after other text, and after a space.
 
-    A word is encoded as it is, so that its own white space counts. A sequence that does not have that white space in its text
-    is left out (the tokenizer has lost it), and so is one with the unknown token, which stands for other words too.
+    A word is encoded as it is, white space included. Two kinds of sequences are left out: those whose text has lost that
+    white space, and those with the unknown token, which represents other words too.
 
     Raises:
-        RequestError: the tokenizer has lost white space of a word, so that no sequence of ids tells it from another word.
+        RequestError: the tokenizer drops white space of a word, so that the ids do not distinguish it from another word.
     """
     sequences: list[list[int]] = []
-    reading = Reading.of(tokenizer)
-    unknown = _unknown(tokenizer, reading)
+    decoder = TokenDecoder.of(tokenizer)
+    unknown = _unknown(tokenizer, decoder)
     for word in words:
         known = [
             ids
-            for ids in _encodings(word, tokenizer, reading)
+            for ids in _encodings(word, tokenizer, decoder)
             if not any(token in ids and text not in word for token, text in unknown.items())
         ]
-        faithful = [ids for ids in known if _has_white_space_of(word, ids, reading)]
+        faithful = [ids for ids in known if _has_white_space_of(word, ids, decoder)]
         if not faithful and (known or not word.strip()):
             raise RequestError(
-                f"bad_words: {word!r} cannot be banned, since the tokenizer loses white space of it; give the word without"
+                f"bad_words: {word!r} cannot be banned: the tokenizer drops its white space; give the word without it"
             )
         for ids in faithful:
             if ids not in sequences:
@@ -42,25 +42,25 @@ def bad_word_ids(words: Sequence[str], tokenizer: Any) -> list[list[int]]:
     return sequences
 
 
-def _unknown(tokenizer: Any, reading: Reading) -> dict[int, str]:
-    """The ids that stand for whatever the vocabulary does not hold, and their texts; none where all can be written."""
+def _unknown(tokenizer: Any, decoder: TokenDecoder) -> dict[int, str]:
+    """The ids of unknown text, and their texts; empty if the tokenizer can encode any text."""
     ids = _encode(_PRIVATE, tokenizer)
-    if _PRIVATE in reading.decode(ids):
+    if _PRIVATE in decoder.decode(ids):
         return {}
     if (declared := getattr(tokenizer, "unk_token_id", None)) is not None:
         ids.append(declared)
-    return {token: reading.decode([token]).strip() for token in ids}
+    return {token: decoder.decode([token]).strip() for token in ids}
 
 
-def _encodings(word: str, tokenizer: Any, reading: Reading) -> Iterator[list[int]]:
-    """What a text's tokens end with where it ends with the word."""
+def _encodings(word: str, tokenizer: Any, decoder: TokenDecoder) -> Iterator[list[int]]:
+    """The tokens at the end of a text that ends with the word."""
     alone = _encode(word, tokenizer)
     if alone:
         yield alone
     for text in (word, " " + word):
         for before in _BEFORE:
             first, whole = _encode(before, tokenizer), _encode(before + text, tokenizer)
-            if len(whole) > len(first) and whole[: len(first)] == first and reading.decode(first).strip(" ") == before:
+            if len(whole) > len(first) and whole[: len(first)] == first and decoder.decode(first).strip(" ") == before:
                 yield whole[len(first) :]
                 break
 
@@ -69,9 +69,9 @@ def _encode(text: str, tokenizer: Any) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _has_white_space_of(word: str, ids: Sequence[int], reading: Reading) -> bool:
-    """Whether the text of ids, behind other text, holds the white space at both ends of a word."""
-    text = reading.after_text(ids)
+def _has_white_space_of(word: str, ids: Sequence[int], decoder: TokenDecoder) -> bool:
+    """Whether the text of ids, after other text, has the white space at both ends of a word."""
+    text = decoder.after_text(ids)
     core = word.strip()
     if not core:
         return word in text

@@ -1,4 +1,4 @@
-"""Turning what users give into token ids: text, ids, chat messages."""
+"""Prompts to token ids: text, ids, chat messages."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Message = Mapping[str, Any]
 
 
 class LazyTokenizer:
-    """A tokenizer that is loaded when it is first needed.
+    """A tokenizer that is loaded on first use.
 
     Args:
-        source: a folder or hub name; None for an engine that runs on token ids alone.
+        source: a folder or hub name; None for an engine that takes token ids only.
         revision: the revision on the hub.
-        trust_remote_code: whether code that comes with it may run.
+        trust_remote_code: whether code of the checkpoint may run.
     """
 
     def __init__(self, source: str | None, revision: str | None = None, *, trust_remote_code: bool = False) -> None:
@@ -37,7 +37,7 @@ class LazyTokenizer:
         """The tokenizer, or None.
 
         Raises:
-            CheckpointError: there is none that can be loaded.
+            CheckpointError: it cannot be loaded.
         """
         if self._source is None or self._tokenizer is not None:
             return self._tokenizer
@@ -49,7 +49,7 @@ class LazyTokenizer:
         """The tokenizer.
 
         Raises:
-            RequestError: the engine runs on token ids alone; the message names the purpose.
+            RequestError: the engine takes token ids only; the message names the purpose.
         """
         tokenizer = self()
         if tokenizer is None:
@@ -62,7 +62,7 @@ class EncodedPrompt:
     """A prompt as ids.
 
     Attributes:
-        where: its place in the call, for messages: `prompts[2]: `; empty where a single one was given.
+        where: its place in the call, for messages, such as `prompts[2]: `; empty for a single prompt.
         text: its text, if it was given as text or rendered from messages.
         ids: its token ids.
     """
@@ -75,10 +75,10 @@ class EncodedPrompt:
 def encode_prompts(prompts: Prompt | Iterable[Prompt], tokenizer: LazyTokenizer) -> list[EncodedPrompt]:
     """One prompt or several → their ids.
 
-    NumPy arrays and torch tensors are taken like the lists that they hold, in every place.
+    NumPy arrays and torch tensors are converted to lists, at every level.
 
     Raises:
-        RequestError: see `encode_prompt`; of several prompts, the message begins with the place of the wrong one.
+        RequestError: see `encode_prompt`; with several prompts, the message begins with the place of the invalid one.
     """
     prompts = to_python(prompts)
     if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
@@ -95,7 +95,7 @@ def render_chats(
     """One conversation or several → the texts of the chat template and their ids.
 
     Raises:
-        RequestError: see `render_chat`; of several conversations, the message begins with the place of the wrong one.
+        RequestError: see `render_chat`; with several conversations, the message begins with the place of the invalid one.
     """
     if not isinstance(messages, Sequence):
         raise RequestError(f"messages={messages!r}: expected a list of messages, or a list of conversations")
@@ -121,7 +121,7 @@ def encode_prompt(prompt: Prompt, tokenizer: LazyTokenizer) -> tuple[str | None,
     """A prompt → (its text if it was given as text, its ids).
 
     Raises:
-        RequestError: it is of no known form, no valid text, text without a tokenizer, or it has no tokens.
+        RequestError: unknown form, invalid text, text without a tokenizer, or no tokens.
     """
     prompt = to_python(prompt)
     if isinstance(prompt, str):
@@ -152,10 +152,10 @@ def encode_prompt(prompt: Prompt, tokenizer: LazyTokenizer) -> tuple[str | None,
 
 
 def token_ids(values: Iterable[Any]) -> list[int]:
-    """Integers of any kind become Python's; whether they are ids of the model is checked with the request.
+    """Converts integers of any kind to Python's. `RequestFactory` checks that they are ids of the model.
 
     Raises:
-        RequestError: one of the values is no integer.
+        RequestError: a value is not an integer.
     """
     ids = []
     for position, value in enumerate(to_python(values)):
@@ -168,7 +168,7 @@ def token_ids(values: Iterable[Any]) -> list[int]:
 
 def _check_text(text: str, what: str) -> None:
     if fault := text_fault(text):
-        raise RequestError(f"{what} holds {fault}, and so is no valid text; remove or replace that character")
+        raise RequestError(f"{what} holds {fault}, and so is not valid text; remove or replace that character")
 
 
 def _is_list(value: Any) -> bool:
@@ -179,7 +179,7 @@ def render_chat(messages: Sequence[Message], tokenizer: LazyTokenizer, **options
     """Chat messages → (the text of the tokenizer's chat template, its ids).
 
     Raises:
-        RequestError: no template, messages it cannot render, or text that has no tokens.
+        RequestError: no template, messages that it cannot render, or a rendered text without tokens.
     """
     if not _is_list(messages) or not all(isinstance(message, Mapping) for message in messages):
         raise RequestError(
@@ -193,8 +193,8 @@ def render_chat(messages: Sequence[Message], tokenizer: LazyTokenizer, **options
         text = str(loaded.apply_chat_template(list(messages), tokenize=False, **options))
     except Exception as error:
         raise RequestError(f"the chat template cannot render the messages: {type(error).__name__}: {error}") from error
-    _check_text(text, "what the chat template makes of the messages")
+    _check_text(text, "the rendered chat template")
     ids = list(loaded(text, add_special_tokens=False)["input_ids"])
     if not ids:
-        raise RequestError("the chat template cannot render the messages: what it makes of them has no tokens")
+        raise RequestError("the chat template cannot render the messages: the rendered text has no tokens")
     return text, ids

@@ -1,4 +1,4 @@
-"""Decoding one output token by token: whole characters only, and stop strings wherever they appear."""
+"""The text of one output, token by token: whole characters, and stop strings at any position."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from specplug.text.decoding import decode_stepwise
+from specplug.text.detokenizer import incremental_detokenizer
 
 
 class TextStream:
     """The text of one output as it grows.
 
-    What has been released never changes: with stop strings, text that could still turn out to be the beginning of one is
-    held back until it is decided.
+    Released text never changes. Text that may be the beginning of a stop string is held back until that is decided.
 
     Args:
         tokenizer: decodes the ids.
         stop: strings that end the output.
-        prompt_ids: what the output follows. Its text is no part of the output, and no stop string begins in it; but it decides
-            whether the output begins with a space, and an output may complete a character that begins in it.
+        prompt_ids: the ids before the output. Their text is not part of the output, and stop strings are not searched in it.
+            It decides whether the output begins with a space, and the output may complete its last character.
         skip_special_tokens: whether special tokens leave no text.
         include_stop: whether the stop string stays in the text.
     """
@@ -33,13 +32,13 @@ class TextStream:
         skip_special_tokens: bool = True,
         include_stop: bool = False,
     ) -> None:
-        self._step = decode_stepwise(tokenizer, prompt_ids, skip_special_tokens)
+        self._step = incremental_detokenizer(tokenizer, prompt_ids, skip_special_tokens)
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._held_back = max((len(s) for s in stop), default=1) - 1
         self._released: list[str] = []
-        self._waiting = ""  # text that is not released: what is new, and what is held back
-        self._starts: list[int] = []  # for each new token, where its text begins in what is waiting
+        self._waiting = ""  # text that is not released: new text, and text held back
+        self._starts: list[int] = []  # for each new token, where its text begins in `_waiting`
         self._finished = False
         self.stop_string: str | None = None
 
@@ -64,13 +63,13 @@ class TextStream:
         return True
 
     def finish(self) -> None:
-        """Nothing will follow: what was held back is released."""
+        """Releases the text that was held back; no token follows."""
         self._finished = True
 
     def take(self, count: int) -> list[str]:
         """The text released since the last call, split over the `count` tokens committed since then.
 
-        Text that was held back earlier goes with the first of them. The last of them has no text if it was not pushed.
+        Text that was held back before belongs to the first of them. The last one has no text if it was not pushed.
         """
         end = len(self._waiting) if self._finished else max(0, len(self._waiting) - self._held_back)
         bounds = [0, *(min(start, end) for start in self._starts[1:]), end]

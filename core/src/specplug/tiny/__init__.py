@@ -17,14 +17,14 @@ logger = logging.getLogger("specplug")
 def resolve_model(model: str) -> str:
     """The folder of the embedded model for the name `tiny`; any other name as it is.
 
-    A folder `tiny` in the working directory goes before the embedded model, with a warning.
+    A folder `tiny` in the working directory takes precedence over the embedded model, with a warning.
 
     Raises:
-        CheckpointError: it is `tiny` mistyped, or hidden by a folder that is no checkpoint.
+        CheckpointError: the name is `tiny` mistyped, or a folder `tiny` is not a checkpoint.
     """
     if Path(model).is_dir():
         if model == NAME:
-            _tell_what_hides_it(Path(model).absolute())
+            _warn_of_folder(Path(model).absolute())
         return model
     if model == NAME:
         return str(Path(__file__).parent)
@@ -34,12 +34,12 @@ def resolve_model(model: str) -> str:
 
 
 @functools.cache
-def _tell_what_hides_it(folder: Path) -> None:
-    """Once for a folder."""
+def _warn_of_folder(folder: Path) -> None:
+    """Warns once for each folder."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"the folder {folder} hides the embedded model '{NAME}', and is no checkpoint (it has no config.json); rename it, "
-            "or run from another directory"
+            f"the folder {folder} hides the embedded model '{NAME}', and is not a checkpoint (it has no config.json); "
+            "rename it, or run from another directory"
         )
     logger.warning(
         "'%s' is the folder %s here, which hides the embedded model; write ./%s if you mean it", NAME, folder, NAME

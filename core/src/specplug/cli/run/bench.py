@@ -170,7 +170,7 @@ def _contestants(job: BenchJob) -> list[Contestant]:
     """Returns plain decoding, the methods and the peer; engines in memory together share the free memory equally."""
     from specplug.bench.contestants import PLAIN, EngineContestant, label_configs
     from specplug.bench.peers import transformers_contestants
-    from specplug.memory.available import default_budget
+    from specplug.engine.memory_plan import default_budget
     from specplug.model.device import choose_device
 
     options = dict(job.engine)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from specplug.cli.terminal import Terminal
+    from specplug.engine.memory_plan import MemoryPlan
     from specplug.llm import LLM
-    from specplug.memory.plan import MemoryPlan
     from specplug.plugins.finder import PluginRecord
 
 _REPETITIONS = 3
@@ -124,9 +124,9 @@ def run_method(
         else:
             terminal.line("Memory plan: as above; this speculator needs no memory of its own.")
         result = MethodResult(llm.engine.plan)
-        result.learns = any(speculator.traits.learns for speculator in llm.engine.chain.speculators)
+        result.learns = llm.engine.learns
         _measure(llm, _WARM_UP, SamplingParams(temperature=0.0, max_tokens=8))
-        methods = [speculator.method for speculator in llm.engine.chain.speculators]
+        methods = llm.engine.methods
         if legend := TextView(terminal, methods).legend:
             terminal.line()
             terminal.paragraph(f"Text in {legend}.", style="dim")
@@ -141,8 +141,8 @@ def run_method(
             meters = [first] if result.learns else _repeat(llm, prompt.text, params)
             result.add(meters)
             terminal.paragraph(f"  {_describe(meters)}", indent="  ", style="dim")
-        result.own_verify = any(speculator.overrides_verify for speculator in llm.engine.chain.speculators)
-        result.faults = sum(llm.engine.chain.faults.values())
+        result.own_verify = bool(llm.engine.unverified_methods)
+        result.faults = sum(llm.engine.faults.values())
     return result
 
 

@@ -103,9 +103,8 @@ def _starts_without_kernels(job: GenerateJob) -> bool:
 
 def _report_unverified(err: Terminal, llm: LLM) -> None:
     """Names the methods with a `verify` of their own, which core does not check, even if `quiet`."""
-    for speculator in llm.engine.chain.speculators:
-        if speculator.overrides_verify:
-            err.paragraph(f"{speculator.method} verifies by a rule of its own, which specplug does not check.")
+    for method in llm.engine.unverified_methods:
+        err.paragraph(f"{method} verifies by a rule of its own, which specplug does not check.")
 
 
 def _params(job: GenerateJob, llm: LLM, err: Terminal) -> list[SamplingParams]:
@@ -136,7 +135,7 @@ def _params(job: GenerateJob, llm: LLM, err: Terminal) -> list[SamplingParams]:
 
 def _stream(job: GenerateJob, params: SamplingParams, llm: LLM, out: Terminal, err: Terminal) -> None:
     """Streams one completion."""
-    shown = TextView(out, [speculator.method for speculator in llm.engine.chain.speculators])
+    shown = TextView(out, llm.engine.methods)
     if shown.legend and not job.quiet:
         err.paragraph(shown.legend, style="dim")
     meter = Meter()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from specplug.cli.terminal import Terminal
     from specplug.cli.views.stats import Meter
-    from specplug.memory.plan import MemoryPlan
+    from specplug.engine.memory_plan import MemoryPlan
 
 PLAIN = "plain decoding"  # not a valid method name
 _MIN_GAIN = 1.05

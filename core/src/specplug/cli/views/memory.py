@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from specplug.cli.terminal import Terminal
-    from specplug.memory.plan import MemoryPlan
+    from specplug.engine.memory_plan import MemoryPlan
 
 _BAR_WIDTH = 30
 _MIN_BAR_WIDTH = 5
@@ -20,7 +20,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 def show_memory(terminal: Terminal, plan: MemoryPlan) -> None:
     """Prints the parts of a plan with bars, bytes and percentages."""
-    from specplug.memory.plan import format_bytes
+    from specplug.engine.memory_plan import format_bytes
 
     smooth = terminal.can_show(_EIGHTHS)
     total = max(plan.total_bytes, 1)
@@ -43,7 +43,7 @@ def show_budget(terminal: Terminal, plan: MemoryPlan) -> None:
 
     The parts have the colours of `show_memory`; without colour, letters with a legend.
     """
-    from specplug.memory.plan import format_bytes
+    from specplug.engine.memory_plan import format_bytes
 
     coloured = terminal.has_colour and terminal.can_show("█░")
     left = max(plan.budget_bytes - plan.total_bytes, 0)

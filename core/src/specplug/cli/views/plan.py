@@ -11,8 +11,8 @@ from specplug.cli.views.memory import show_budget, show_memory
 if TYPE_CHECKING:
     from specplug.cli.terminal import Terminal
     from specplug.configuration.engine import EngineConfig
+    from specplug.engine.memory_plan import MemoryPlan, OtherDevice
     from specplug.engine.planning import PlannedEngine
-    from specplug.memory.plan import MemoryPlan, OtherDevice
 
 _INDENT = 22
 _NARROW = 60  # columns; on narrower terminals, a value follows its name directly
@@ -134,7 +134,7 @@ class PlanReport:
             _row(terminal, name, value)
 
     def _cache_rows(self) -> list[tuple[str, str]]:
-        from specplug.memory.plan import format_bytes
+        from specplug.engine.memory_plan import format_bytes
 
         plan = self.plan
         target, draft = self.target_bytes_per_token, self.draft_bytes_per_token
@@ -155,7 +155,7 @@ class PlanReport:
         ]
 
     def _elsewhere(self, other: OtherDevice) -> str:
-        from specplug.memory.plan import format_bytes
+        from specplug.engine.memory_plan import format_bytes
 
         return f"{format_bytes(other.total_bytes(self.plan.num_kv_tokens))} of {format_bytes(other.budget_bytes)}"
 

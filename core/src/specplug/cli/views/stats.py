@@ -97,15 +97,14 @@ def _speculation(stats: SpeculationStats, llm: LLM, num_forwards: int, steps: st
     if stats.mean_acceptance_length is not None:
         explained = f"tokens per step that verified a draft, in {stats.num_spec_steps} of {stats.num_steps} {steps}"
         rows.append(("acceptance length", f"{stats.mean_acceptance_length:.2f} {explained}"))
-    faults = llm.engine.chain.faults
-    for speculator in llm.engine.chain.speculators:
-        method = speculator.method
+    faults = llm.engine.faults
+    for method in llm.engine.methods:
         counts = stats.by_method.get(method)
         drafted = counts.num_draft_tokens if counts else 0
         accepted = counts.num_accepted_draft_tokens if counts else 0
         share = f" ({accepted / drafted:.0%})" if drafted else ""
         notes = f"; failed {faults[method]} times" if faults[method] else ""
-        if speculator.overrides_verify:
+        if method in llm.engine.unverified_methods:
             notes += "; verified by its own rule, which specplug does not check"
         rows.append((method, f"{accepted} accepted of {drafted} drafted{share}{notes}"))
     return rows

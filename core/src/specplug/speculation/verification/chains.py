@@ -25,8 +25,8 @@ from specplug.speculation.verification.distributions import draft_distributions,
 class _Chains:
     """R chains of at most K tokens.
 
-    p: [R, K + 1, V]; q: [R, K + 1, V], zero at a chain's end and behind it; ratio: [R, K] p_i(x) / q_i(x), zero behind the
-    end; lengths: [R].
+    p: [R, K + 1, V]; q: [R, K + 1, V], zero from a chain's end on; ratio: [R, K] p_i(x) / q_i(x), zero after the end;
+    lengths: [R].
     """
 
     p: torch.Tensor
@@ -61,7 +61,7 @@ def block(
     target: TargetDistributions,
     randomness: EngineRandomness,
 ) -> list[tuple[int, list[int], int]]:
-    """Block verification (Sun et al. 2403.10444, algorithm 2): the chain is accepted jointly, never less than `standard`.
+    """Block verification (Sun et al. 2403.10444, algorithm 2): accepts the chain jointly, never fewer tokens than `standard`.
 
     With w_0 = 1 and w_i = min(1, w_{i-1} p(x_i) / q(x_i)), the first i tokens are kept for the largest i whose own coin
     comes up, with probability w_K at the end of the chain and s_i / (s_i + 1 - w_i) before it, where
@@ -73,14 +73,14 @@ def block(
     for i in range(longest):
         weights.append((weights[-1] * chains.ratio[:, i]).clamp(max=1.0))
     weight = torch.stack(weights, dim=1)  # [R, K + 1]
-    # position by position, since all at once would be copies as large as p
+    # position by position: all at once would need copies as large as p
     surpluses = [_surplus(weight[:, i], chains, i).sum(dim=-1) for i in range(longest + 1)]
     surplus = torch.stack(surpluses, dim=1)  # [R, K + 1]
     denominator = surplus + 1 - weight
     inner = torch.where(denominator > 0, surplus / denominator, torch.ones_like(surplus))
     position = torch.arange(longest + 1, device=weight.device, dtype=torch.long)[None, :]
-    chance = torch.where(position == chains.lengths[:, None], weight, inner)[:, 1:]
-    coins = (_uniform(chance.shape, randomness) < chance) & (position[:, 1:] <= chains.lengths[:, None])
+    accept_prob = torch.where(position == chains.lengths[:, None], weight, inner)[:, 1:]
+    coins = (_uniform(accept_prob.shape, randomness) < accept_prob) & (position[:, 1:] <= chains.lengths[:, None])
     kept = (coins * position[:, 1:]).amax(dim=1)
     return _finish(rows, chains, kept, weight.gather(1, kept[:, None])[:, 0], randomness)
 

@@ -1,4 +1,4 @@
-"""What the rejection rules share: draft distributions over the target's vocabulary, and drawing from residuals."""
+"""For the rejection rules: draft distributions over the target's vocabulary, and sampling from residuals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from specplug.sampling.randomness import EngineRandomness, Stream, race
 
 
 def draft_distributions(proposal: Proposal, row: int, vocabulary: int) -> torch.Tensor:
-    """float32 [nodes, vocabulary]: what each node of a row was drawn from, in target ids (0 outside the draft's)."""
+    """float32 [nodes, vocabulary]: the distribution each node of a row was drawn from, over target ids."""
     assert proposal.probs is not None
     probs = proposal.probs[row]
     assert isinstance(probs, DraftDistributions)
@@ -28,8 +28,7 @@ def draft_distributions(proposal: Proposal, row: int, vocabulary: int) -> torch.
 def sample_residual(residual: torch.Tensor, fallback: torch.Tensor, randomness: EngineRandomness) -> torch.Tensor:
     """Samples int64 [R] from unnormalised residuals [R, V].
 
-    A residual that is empty by rounding (draft and target agree, so that a rejection could not occur) falls back to the
-    target's own distribution.
+    A residual may be all zero by rounding, if draft and target agree. Then the target's own distribution is used.
     """
     empty = residual.sum(dim=-1, keepdim=True) <= 0
     weights = torch.where(empty, fallback, residual)

@@ -1,12 +1,12 @@
-"""Sample and match: draw the target's token at every node, then follow the draft for as long as it agrees.
+"""Sample and match: draw the target's token at every node, then follow the draft while it agrees.
 
-The target draws x at the root; if a child of the root is x, x is accepted and the walk goes on there; otherwise x is
-emitted and the walk ends. The emitted tokens are the target's own draws, so the rule is lossless for any draft that was
-fixed without looking at these draws. For a deterministic set of candidates it is also the rule that accepts most: the
-probability to go on is the target's total probability of the candidates. Greedy decoding is the same walk with argmax.
+The target draws x at the root. If a child of the root is x, x is accepted and the walk continues there; otherwise x is
+emitted and the walk ends. The emitted tokens are the target's own draws, so the rule is lossless for any draft that does not
+depend on these draws. For a deterministic set of candidates no rule accepts more: the acceptance probability is the target's
+total probability of the candidates. Greedy decoding is the same walk with argmax.
 
-Seeded rows use noise keyed by (seed, output index) here, whatever was proposed: what is drawn at an output index then
-depends on nothing but the request, so the output is that of plain decoding.
+Seeded rows always use this rule, with noise keyed by (seed, output index). The draw at an output index then depends only on
+the request, so the output is that of plain decoding.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def sample_and_match(
 
 
 def follow(tokens: Sequence[int], parents: Sequence[int] | None, draws: Sequence[int]) -> tuple[list[int], int]:
-    """Walks a draft along the target's own tokens.
+    """Follows a draft along the target's own tokens.
 
     Args:
         tokens: the draft's nodes.
@@ -49,7 +49,7 @@ def follow(tokens: Sequence[int], parents: Sequence[int] | None, draws: Sequence
         draws: the target's token at the root and at each node.
 
     Returns:
-        (the accepted path, the token behind it).
+        (the accepted path, the next token).
     """
     path: list[int] = []
     if parents is None:

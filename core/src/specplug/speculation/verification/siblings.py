@@ -1,7 +1,7 @@
 """Recursive rejection for trees whose siblings were drawn without replacement (RSD, Jeon et al. 2402.14160).
 
 At a node with target distribution p and children x_1, x_2, … drawn in that order from q without replacement: R_1 = p and
-Q_1 = q; child j is accepted with probability min(1, R_j(x_j) / Q_j(x_j)), and the walk goes on there; otherwise
+Q_1 = q; child j is accepted with probability min(1, R_j(x_j) / Q_j(x_j)), and the walk continues there; otherwise
 R_{j+1} = norm((R_j - Q_j)+) and Q_{j+1} = norm(Q_j without x_j). After the last child the next token is drawn from R.
 """
 
@@ -21,7 +21,7 @@ from specplug.speculation.verification.distributions import draft_distributions,
 
 
 class _Walk:
-    """Where one row stands in its tree."""
+    """The state of the walk through one row's tree."""
 
     def __init__(self, row: int, lane: int, parents: Sequence[int], tokens: Sequence[int]) -> None:
         self.row = row
@@ -39,7 +39,7 @@ class _Walk:
         return self.path[-1] if self.path else -1
 
     def accept(self, child: int) -> None:
-        """Goes down to a child."""
+        """Moves to a child."""
         self.path.append(child)
         self.pending = list(self.children.get(child, ()))
 
@@ -51,7 +51,7 @@ def recursive_rejection(
     target: TargetDistributions,
     randomness: EngineRandomness,
 ) -> list[tuple[int, list[int], int]]:
-    """Verifies sampled trees; each round tries one child of every row that still has one."""
+    """Verifies sampled trees; each round tries one child of every row that has one left."""
     assert proposal.parents is not None
     offsets = target.offsets
     entries = [entry for row in rows for entry in range(offsets[row], offsets[row + 1])]

@@ -1,4 +1,4 @@
-"""Core's verifier: picks, for every row, the rule that accepts most among those that are lossless for it.
+"""Core's verifier: for every row the lossless rule that accepts the most tokens.
 
 | row                                              | rule                                                     |
 |--------------------------------------------------|----------------------------------------------------------|
@@ -19,7 +19,7 @@ from specplug.speculation.verification import chains, matching, siblings
 
 
 class LosslessVerifier:
-    """The last word on `verify`."""
+    """The default implementation of `verify`."""
 
     def __init__(
         self, randomness: EngineRandomness, chain_rule: str = "block", workspace: Workspace | None = None

@@ -7,7 +7,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from specplug.memory.plan import format_bytes
+from specplug.engine.memory_plan import format_bytes
 from specplug.testing.check import Check, expect
 from specplug.testing.drive import mixed_params
 from specplug.testing.live import LiveTensors, host_bytes, live_bytes, live_tensors, only_what_is_new, tracing

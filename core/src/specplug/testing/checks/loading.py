@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from specplug.configuration.engine import EngineConfig
+from specplug.engine.memory_plan import format_bytes
 from specplug.engine.planning import plan_engine
-from specplug.memory.plan import format_bytes
 from specplug.testing.check import Check, expect
 from specplug.testing.live import live_bytes, only_what_is_new
 from specplug.testing.subject import Subject, kept_randomness, quiet

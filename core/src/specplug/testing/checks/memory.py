@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specplug.memory.plan import format_bytes
+from specplug.engine.memory_plan import format_bytes
 from specplug.testing.check import Check, expect
 from specplug.testing.drive import mixed_params
 from specplug.testing.live import host_bytes, live_bytes, live_tensors, only_what_is_new, tracing

@@ -1,4 +1,4 @@
-"""Who works on an engine: one thread at a time, in the order in which they came."""
+"""One thread at a time works on an engine, in the order of arrival."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from collections.abc import Callable
 from specplug.errors import RequestError
 
 
-class Turns:
-    """A fair lock around an engine: `with turns:`. A thread that has it and asks again gets an error, never a deadlock."""
+class FairLock:
+    """A first-come, first-served lock: `with lock:`. A thread that holds it and asks again gets an error, not a deadlock."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition(threading.Lock())
         self._queue: deque[object] = deque()
         self._holder: int | None = None
-        self._later: deque[Callable[[], object]] = deque()
+        self._deferred: deque[Callable[[], object]] = deque()
 
     def __enter__(self) -> None:
-        """Waits for the turn.
+        """Waits for the lock.
 
         Raises:
-            RequestError: this thread has it: a hook called the engine that called it.
+            RequestError: this thread holds it: a hook called the engine that called it.
         """
         me, ticket = threading.get_ident(), object()
         if self._holder == me:
@@ -44,25 +44,25 @@ class Turns:
 
     def __exit__(self, *_: object) -> None:
         try:
-            while self._later:
-                self._later.popleft()()
+            while self._deferred:
+                self._deferred.popleft()()
         finally:
             with self._changed:
                 self._holder = None
                 self._changed.notify_all()
-        self._run_later()
+        self._run_deferred()
 
-    def later(self, errand: Callable[[], object]) -> None:
-        """Runs a short errand as soon as nobody has the turn, in whatever thread; never waits.
+    def defer(self, task: Callable[[], object]) -> None:
+        """Runs a short task as soon as the lock is free, in any thread; never waits.
 
         For finalisers: the garbage collector runs them anywhere, even inside a step of the same thread.
         """
-        self._later.append(errand)
-        self._run_later()
+        self._deferred.append(task)
+        self._run_deferred()
 
-    def _run_later(self) -> None:
-        """Whoever has the turn, or is just passing it on, looks for errands afterwards."""
-        while self._later and self._changed.acquire(blocking=False):
+    def _run_deferred(self) -> None:
+        """Runs deferred tasks if the lock is free. Otherwise its holder runs them when it releases the lock."""
+        while self._deferred and self._changed.acquire(blocking=False):
             try:
                 if self._holder is not None:
                     return

@@ -1,4 +1,4 @@
-"""How the ids of one tokenizer read as text: alone, and inside a text."""
+"""Decodes the ids of one tokenizer: at the start of a text, and after other text."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
-_SCANNED_IDS = 1024  # where no letter can be encoded, an anchor is looked for among so many ids
+_SCANNED_IDS = 1024  # if no letter can be encoded, the anchor is searched among these ids
 
 
-class Reading:
-    """Decodes ids, and knows what they read like behind other text.
+class TokenDecoder:
+    """Decodes ids, at the start of a text or after other text.
 
-    Tokenizers of SentencePiece's kind drop the space at the start of a text. So the text of a token depends on whether
-    anything precedes it. An *anchor* (ids of a plain letter or word) stands for the text before.
+    Tokenizers such as SentencePiece drop the space at the start of a text, so the text of a token depends on whether
+    anything precedes it. An *anchor* (the ids of a plain letter or word) represents the preceding text.
     """
 
-    _known: ClassVar[WeakKeyDictionary[Any, Reading]] = WeakKeyDictionary()
+    _known: ClassVar[WeakKeyDictionary[Any, TokenDecoder]] = WeakKeyDictionary()
 
     def __init__(self, tokenizer: Any) -> None:
         self._decode = _decoder(tokenizer)
@@ -28,35 +28,35 @@ class Reading:
         self._texts: dict[int, str] = {}
 
     @classmethod
-    def of(cls, tokenizer: Any) -> Reading:
-        """The reading of a tokenizer; made once for each."""
+    def of(cls, tokenizer: Any) -> TokenDecoder:
+        """The decoder of a tokenizer, made once for each tokenizer."""
         try:
             known = cls._known.get(tokenizer)
             if known is None:
                 known = cls._known[tokenizer] = cls(tokenizer)
-        except TypeError:  # it cannot be hashed or weakly referred to
+        except TypeError:  # it is not hashable or not weakly referenceable
             known = cls(tokenizer)
         return known
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """The text of ids that begin a text."""
+        """The text of ids at the start of a text."""
         return self._decode(ids, skip_special_tokens)
 
     def after_text(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """The text of ids that follow other text."""
+        """The text of ids after other text."""
         whole = self._decode([*self.anchor, *ids], skip_special_tokens)
         before = self._decode(self.anchor, skip_special_tokens)
         return whole.removeprefix(before)
 
     def token(self, token: int) -> str:
-        """The text of one token that follows other text, special tokens included."""
+        """The text of one token after other text, special tokens included."""
         text = self._texts.get(token)
         if text is None:
             text = self._texts[token] = self.after_text([token])
         return text
 
     def is_silent(self, token: int, *, skip_special_tokens: bool) -> bool:
-        """Whether a token leaves no text wherever it stands, as skipped special tokens do."""
+        """Whether a token never has text, like a skipped special token."""
         silent = self._silent[skip_special_tokens]
         if token not in silent and not self.after_text([token], skip_special_tokens=skip_special_tokens):
             silent.add(token)
@@ -64,7 +64,7 @@ class Reading:
 
     @property
     def anchor(self) -> list[int]:
-        """Ids that stand for the text before others; empty where no fitting one was found."""
+        """Ids that represent preceding text; empty if no suitable ones were found."""
         if self._anchor is None:
             self._anchor = next((ids for ids in self._candidates() if self._is_anchor(ids)), [])
         return self._anchor
@@ -77,7 +77,7 @@ class Reading:
             yield [token]
 
     def _is_anchor(self, ids: list[int]) -> bool:
-        """Whether ids are plain text that stays as it is when more follows."""
+        """Whether ids are plain text that does not change when more follows."""
         try:
             text = self._decode(ids, True)
             twice = self._decode([*ids, *ids], True)
@@ -88,7 +88,7 @@ class Reading:
 
 
 def backend_of(tokenizer: Any) -> Any:
-    """The Rust tokenizer inside, or None for one that is written in Python."""
+    """The Rust tokenizer inside, or None for a tokenizer written in Python."""
     backend = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None)
     return backend if backend is not None and hasattr(backend, "decode_batch") else None
 

@@ -1,8 +1,9 @@
-"""Solving for the number of KV blocks, so that everything fits a budget."""
+"""The memory plan: how many KV blocks fit the budget next to weights and buffers."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,7 +12,6 @@ import torch
 
 from specplug.contract.memory import MemoryBudget, MemoryRegion
 from specplug.errors import InsufficientMemoryError
-from specplug.memory.available import default_budget
 
 PART_NAMES = (
     "target weights",
@@ -20,6 +20,8 @@ PART_NAMES = (
     "draft KV cache",
     "verification buffers",
 )
+_CPU_SHARE = 0.5
+_CUDA_SHARE = 0.9
 
 
 def format_bytes(count: int) -> str:
@@ -34,13 +36,13 @@ def format_bytes(count: int) -> str:
 
 @attrs.frozen
 class OtherDevice:
-    """What speculators hold on a device that is not the target's.
+    """Memory of speculators on a device other than the target's.
 
     Attributes:
         device: its name.
-        budget_bytes: what everything there must fit.
+        budget_bytes: the budget there.
         fixed_bytes: weights and buffers.
-        bytes_per_token: what a cached token costs there.
+        bytes_per_token: bytes of a cached token.
     """
 
     device: str
@@ -49,16 +51,16 @@ class OtherDevice:
     bytes_per_token: int
 
     def total_bytes(self, num_kv_tokens: int) -> int:
-        """Bytes there, with a cache of so many tokens."""
+        """Total bytes with a cache of `num_kv_tokens`."""
         return self.fixed_bytes + num_kv_tokens * self.bytes_per_token
 
 
 @attrs.frozen
 class MemoryPlan:
-    """What will be allocated, in bytes.
+    """The memory that will be allocated.
 
     Attributes:
-        budget_bytes: what everything had to fit.
+        budget_bytes: the budget for everything.
         num_blocks: KV blocks.
         block_size: tokens of a block.
         max_model_len: the longest sequence.
@@ -66,12 +68,12 @@ class MemoryPlan:
         target_kv: bytes.
         draft_weights: bytes.
         draft_kv: bytes.
-        buffers: bytes of step buffers, kept states and plugins' buffers.
-        step_bytes: of the buffers, what comes and goes with a step (activations, logits, CUDA graphs); 0 on a CPU.
-        scratch_tokens_per_row: KV entries that a sequence takes beyond its own tokens while drafts are made and verified.
-        elsewhere: what speculators hold on other devices; the parts above are those of the target's device.
-        limited_by: what bounds `max_model_len`: the model's `positions`, the user's `max_model_len`, or `memory`.
-        context_length: the longest sequence the target has positions for.
+        buffers: bytes of step buffers, stored target states and plugins' buffers.
+        step_bytes: the part of `buffers` that exists only during a step (activations, logits, CUDA graphs); 0 on a CPU.
+        scratch_tokens_per_row: KV entries of a sequence in addition to its tokens, for drafting and verification.
+        elsewhere: memory of speculators on other devices; the parts above are on the target's device.
+        limited_by: what limits `max_model_len`: the model's `positions`, the user's `max_model_len`, or `memory`.
+        context_length: the longest sequence that the target has positions for.
     """
 
     budget_bytes: int
@@ -101,22 +103,12 @@ class MemoryPlan:
         return sum(size for _, size in self.parts)
 
     @property
-    def lasting_bytes(self) -> int:
-        """Bytes of what is held between steps too."""
-        return self.total_bytes - self.step_bytes
-
-    @property
     def num_kv_tokens(self) -> int:
         """Tokens that fit the KV cache."""
         return self.num_blocks * self.block_size
 
-    @property
-    def max_full_sequences(self) -> float:
-        """How many sequences of `max_model_len` fit at once."""
-        return self.num_kv_tokens / self.max_model_len
-
     def num_sequences(self, length: int) -> int:
-        """How many sequences of so many tokens the KV cache holds at once, each with its scratch entries."""
+        """The number of sequences of `length` tokens, with scratch entries, that fit the KV cache at once."""
         return self.num_blocks // math.ceil((length + self.scratch_tokens_per_row) / self.block_size)
 
 
@@ -132,23 +124,23 @@ def solve(
     device: torch.device | None = None,
     step_bytes: int = 0,
 ) -> MemoryPlan:
-    """Finds the number of KV blocks.
+    """Finds the number of KV blocks: the most that fit, up to what the engine can use.
 
-    Blocks are bounded by what the engine can use: every row at its longest, with its draft and scratch entries.
+    The engine can use `max_num_seqs` rows of the longest length with their draft and scratch entries.
 
     Args:
-        budget: the limits; `max_model_len` there is the longest the plan may aim for.
+        budget: the limits.
         target_weights: bytes of the target's weights.
-        target_kv_bytes_per_token: bytes one cached token costs in the target.
-        regions: what the speculators planned, each with its speculator's name.
-        buffers: bytes of core's own buffers that last.
-        context_length: the longest sequence the target has positions for.
-        wanted_model_len: the user's `max_model_len`; None lets the plan shorten it to what fits.
-        device: the target's; regions on others get those devices' own budgets.
-        step_bytes: what comes and goes with a step.
+        target_kv_bytes_per_token: bytes of one cached token in the target.
+        regions: the speculators' regions, each with its speculator's name.
+        buffers: bytes of core's permanent buffers.
+        context_length: the longest sequence that the target has positions for.
+        wanted_model_len: the user's `max_model_len`; None lets the plan choose what fits.
+        device: the target's. Regions on other devices are planned within those devices' budgets.
+        step_bytes: bytes that exist only during a step.
 
     Raises:
-        InsufficientMemoryError: weights and buffers alone do not fit, or not even one sequence of the wanted length.
+        InsufficientMemoryError: weights and buffers do not fit, or not one sequence of the wanted length.
     """
     elsewhere = _other_devices([region for _, region in regions if region.device not in (None, device)])
     owned = [(owner, region) for owner, region in regions if region.device in (None, device)]
@@ -169,7 +161,7 @@ def solve(
     if affordable < needed:
         fitting = int(affordable * budget.block_size - scratch)
         if wanted_model_len is not None or fitting < budget.block_size:
-            if wanted_model_len is None:  # nobody asked for the whole context: a block would do
+            if wanted_model_len is None:  # the user did not ask for the whole context: one block is enough
                 longest = min(longest, budget.block_size)
                 needed = budget.blocks_for(longest + scratch)
             least = fixed + needed * per_block
@@ -178,7 +170,7 @@ def solve(
                 f"{format_bytes(target_weights)}, draft weights {format_bytes(draft_weights)}, buffers "
                 f"{format_bytes(buffers)}, KV cache {format_bytes(draft_fixed_kv + needed * per_block)}), and the budget is "
                 f"{format_bytes(budget.total_bytes)}; "
-                + _who_takes_too_much(budget, owned, longest, scratch, per_block, least)
+                + _largest_excess(budget, owned, longest, scratch, per_block, least)
                 + "raise memory, or "
                 + _levers(budget, target_weights + draft_weights, fitting)
             )
@@ -214,7 +206,7 @@ def solve(
 
 
 def _other_devices(regions: Sequence[MemoryRegion]) -> list[OtherDevice]:
-    """The regions of each device together."""
+    """The regions of other devices, summed per device."""
     by_device: dict[torch.device, list[MemoryRegion]] = {}
     for region in regions:
         assert region.device is not None
@@ -230,7 +222,7 @@ def _other_devices(regions: Sequence[MemoryRegion]) -> list[OtherDevice]:
     ]
 
 
-def _who_takes_too_much(
+def _largest_excess(
     budget: MemoryBudget,
     owned: Sequence[tuple[str, MemoryRegion]],
     longest: int,
@@ -238,7 +230,7 @@ def _who_takes_too_much(
     per_block: int,
     least: int,
 ) -> str:
-    """Names what would have to go for the rest to fit: entries for drafts, or a speculator's region; else nothing."""
+    """Names the drafts' KV entries or a speculator's region if the rest fits without it; else empty."""
     blocks = budget.blocks_for(longest + scratch)
     excess = least - budget.total_bytes
     if (blocks - budget.blocks_for(longest + 1)) * per_block >= excess:
@@ -256,7 +248,7 @@ def _who_takes_too_much(
 
 
 def _levers(budget: MemoryBudget, weights: int, fitting: int) -> str:
-    """What makes a plan smaller, as far as it can help."""
+    """The options that make the plan smaller."""
     if weights >= budget.total_bytes:
         return "take smaller weights or a smaller dtype"
     shorter = f"lower max_model_len (at most {fitting:,} fit), " if fitting > 0 else "lower "
@@ -264,3 +256,22 @@ def _levers(budget: MemoryBudget, weights: int, fitting: int) -> str:
         f"{shorter}max_num_seqs (now {budget.max_num_seqs}) or max_num_batched_tokens "
         f"(now {budget.max_num_batched_tokens})"
     )
+
+
+def default_budget(device: torch.device) -> int:
+    """The budget if the user gives none: 90 % of a GPU's free memory, half of the host's."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * _CUDA_SHARE)
+    return int(_available_host_bytes() * _CPU_SHARE)
+
+
+def _available_host_bytes() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as stream:
+            for line in stream:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

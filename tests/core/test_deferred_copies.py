@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from specplug.native import library
-from specplug.speculation import held_steps
-from specplug.speculation.held_steps import HeldSteps
-from specplug.speculation.state_ring import WINDOW, Channel, ChannelSpec, copy_states, copy_steps
-from specplug.speculation.states import StateStore
+from specplug.speculation.target_states import deferred_copies
+from specplug.speculation.target_states.deferred_copies import DeferredCopies
+from specplug.speculation.target_states.ring_buffer import WINDOW, Channel, ChannelSpec, copy_states, copy_steps
+from specplug.speculation.target_states.store import TargetStateStore
 
 CPU = torch.device("cpu")
 SPECS: dict[Channel, ChannelSpec] = {1: ChannelSpec(3, torch.float32), "final": ChannelSpec(2, torch.bfloat16)}
@@ -38,7 +38,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_what_is_delivered_is_what_was_computed(way: str, seed: int) -> None:
     """Rows sleep, wake, end and draft in steps small and large; what is there reaches back as far as is promised."""
     choose = random.Random(seed)
-    store = StateStore(SPECS, SLOTS, 400, CPU)
+    store = TargetStateStore(SPECS, SLOTS, 400, CPU)
     sequences, lengths, seen = list(range(SLOTS)), [0] * SLOTS, [0] * SLOTS
     asleep_since = [0] * SLOTS  # steps
     delivered = longest = 0
@@ -90,8 +90,8 @@ def test_small_steps_wait_for_each_other(way: str, monkeypatch: pytest.MonkeyPat
         copies.append(len(steps))
         copy_steps(steps, destinations)
 
-    monkeypatch.setattr(held_steps, "copy_steps", count)
-    store = StateStore(SPECS, SLOTS, 400, CPU)
+    monkeypatch.setattr(deferred_copies, "copy_steps", count)
+    store = TargetStateStore(SPECS, SLOTS, 400, CPU)
     lengths = [0, 5]
     sequences = [0, 1]
     for step in range(200):
@@ -122,7 +122,7 @@ def test_small_steps_wait_for_each_other(way: str, monkeypatch: pytest.MonkeyPat
 
 def test_a_step_that_puts_nothing_aside_hides_nothing_of_the_others(way: str) -> None:
     """What lies behind it in the buffer is written over a lap later, and no longer given out then."""
-    held = HeldSteps(SPECS, SLOTS, CPU)
+    held = DeferredCopies(SPECS, SLOTS, CPU)
     for step in range(500):
         states = torch.full((1, 3), value(0, step))
         slot = 1 if step <= 5 else 0

@@ -1,4 +1,4 @@
-"""The last target states of rows that sleep, at fixed addresses."""
+"""The last target states of each row, in a ring buffer at fixed addresses; and copying of states."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ WINDOW = 64
 Channel = Boundary | str
 Captured = Mapping[Channel, torch.Tensor]
 StepRows = Mapping[int, tuple[range, list[int]]]
-"""Slot → (positions that became final, where they lie in the packed batch)."""
+"""Slot → (positions that became final, their indices in the packed batch)."""
 StepCopy = tuple[Sequence[torch.Tensor], Sequence[int], Sequence[int]]
-"""A step's states in the order of the channels, the rows that are read of them, and where they are written."""
+"""A step's states in the order of the channels, the rows to read, and the rows to write."""
 
 
 @attrs.frozen
@@ -29,13 +29,13 @@ class ChannelSpec:
     dtype: torch.dtype
 
 
-class StateRing:
-    """For every slot the states of its last `WINDOW` positions, in a ring.
+class StateRingBuffer:
+    """For every slot the states of its last `WINDOW` positions.
 
     Args:
         specs: the channels.
         max_num_seqs: slots.
-        device: where states live.
+        device: of the buffers.
     """
 
     def __init__(self, specs: Mapping[Channel, ChannelSpec], max_num_seqs: int, device: torch.device) -> None:
@@ -44,14 +44,14 @@ class StateRing:
             for channel, spec in specs.items()
         }
         self._specs = specs
-        self._oldest: dict[int, int] = {}  # slot → first position kept
+        self._oldest: dict[int, int] = {}  # slot → first stored position
 
     @staticmethod
-    def place(slot: int, position: int) -> int:
-        """Where a position lies in the buffers."""
+    def index(slot: int, position: int) -> int:
+        """The index of a position in the buffers."""
         return slot * WINDOW + position % WINDOW
 
-    def take(self, captured: Captured, rows: StepRows, slots: Sequence[int]) -> None:
+    def write(self, captured: Captured, rows: StepRows, slots: Sequence[int]) -> None:
         """Copies a step's states of some slots."""
         sources: list[int] = []
         targets: list[int] = []
@@ -62,17 +62,17 @@ class StateRing:
             first = max(positions.start, positions.stop - WINDOW)
             for position in range(first, positions.stop):
                 sources.append(packed[position - positions.start])
-                targets.append(self.place(slot, position))
+                targets.append(self.index(slot, position))
             kept = self._oldest.get(slot, positions.start)
             self._oldest[slot] = max(kept, positions.stop - WINDOW, 0)
         copy_states(self._specs, captured, sources, self.buffers, targets)
 
     def oldest(self, slot: int) -> int | None:
-        """The first position that is kept, with all behind it; None if there is none."""
+        """The first position from which on all are stored; None if there is none."""
         return self._oldest.get(slot)
 
     def drop(self, slot: int) -> None:
-        """Forgets a slot."""
+        """Discards a slot's states."""
         self._oldest.pop(slot, None)
 
 
@@ -83,13 +83,13 @@ def copy_states(
     destination: Captured,
     write: Sequence[int],
 ) -> None:
-    """Copies the states at some places to others, in all channels."""
+    """Copies rows `read` of the source to rows `write` of the destination, in all channels."""
     if read:
         copy_steps([([source[channel] for channel in specs], read, write)], [destination[channel] for channel in specs])
 
 
 def copy_steps(steps: Sequence[StepCopy], destinations: Sequence[torch.Tensor]) -> None:
-    """The same of several steps at once, each with some rows at least."""
+    """The same for several steps at once; each must have at least one row to copy."""
     device = destinations[0].device
     if device.type == "cpu" and library.available():
         sources, reads, writes = zip(*steps, strict=True)

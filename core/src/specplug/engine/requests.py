@@ -1,4 +1,4 @@
-"""From a prompt and sampling parameters to requests that can be served, or one clear refusal."""
+"""Makes requests from prompts and sampling parameters, or refuses them with one clear error."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import attrs
 import torch
 
+from specplug.engine.memory_plan import MemoryPlan
 from specplug.errors import RequestError
-from specplug.memory.plan import MemoryPlan
+from specplug.model.load.architecture import Architecture
 from specplug.request import Request
 from specplug.sampling.params import MAX_SEED, SamplingParams
 from specplug.sampling.randomness import EngineRandomness, RowRandomness
@@ -20,40 +21,38 @@ from specplug.text.prompts import token_ids
 from specplug.text.stream import TextStream
 
 
-class Intake:
+class RequestFactory:
     """Makes the requests of one engine.
 
     Args:
-        plan: what fits.
-        vocab_size: of the target.
+        plan: the engine's memory plan.
+        architecture: the target's.
         eos_ids: the ids that end a sequence.
         randomness: the engine's random streams.
-        tokenizer: gives the tokenizer, or None.
-        device: where logits are.
-        context_note: why the model has no more positions, where its configuration says otherwise.
+        tokenizer: returns the tokenizer, or None.
+        device: the device of the logits.
     """
 
     def __init__(
         self,
         plan: MemoryPlan,
-        vocab_size: int,
+        architecture: Architecture,
         eos_ids: frozenset[int],
         randomness: EngineRandomness,
         tokenizer: Callable[[], Any],
         device: torch.device,
-        context_note: str = "",
     ) -> None:
         self._plan = plan
-        self._vocab_size = vocab_size
+        self._vocab_size = architecture.vocab_size
         self._eos_ids = eos_ids
         self._randomness = randomness
         self._tokenizer = tokenizer
         self._device = device
-        self._context_note = context_note
+        self._context_note = architecture.context_note
         self._numbers = itertools.count()
 
     def make(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> list[Request]:
-        """The sequences of a request, one per completion; the others are forked from the first.
+        """The sequences of a request, one per completion. All but the first are forked from the first.
 
         Raises:
             RequestError: the prompt or a parameter can never be served; the message says why.
@@ -144,7 +143,7 @@ class Intake:
             )
 
     def _advice(self, length: int) -> str:
-        """What makes room for a prompt of so many tokens, if anything does."""
+        """How to serve a prompt of this length, if that is possible."""
         context = self._plan.context_length
         if length >= context:
             return f"shorten it: {self._context_note or f'the model has positions for {context:,} tokens'}"

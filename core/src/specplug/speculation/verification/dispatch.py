@@ -1,4 +1,4 @@
-"""Asking the right verifier about every row: core's, unless a row's own speculator brings another."""
+"""Chooses the verifier of every row: core's, or the `verify` of the speculator that drafted for the row."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
 from specplug.request import Request
 from specplug.sampling.distributions import DistributionRow, StepDistributions, argmax, nan_message
 from specplug.sampling.workspace import Workspace
+from specplug.speculation.validation import check_verdict
 from specplug.speculation.verification.matching import follow
-from specplug.values import as_integer, is_integer, shown
 
 logger = logging.getLogger("specplug")
 
 
 class Verification:
-    """Builds what the `verify` hook sees, calls it, and checks what it answers."""
+    """Builds the arguments of the `verify` hook, calls it, and checks its verdict."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Verification:
         self._strict = strict
 
     def verify(self, requests: Sequence[Request], offsets: Sequence[int], logits: torch.Tensor) -> Verdict:
-        """Decides what every row emits.
+        """Decides the tokens that every row emits.
 
         Args:
             requests: the rows that produce a token.
@@ -54,13 +54,13 @@ class Verification:
             logits: [entries, vocabulary].
 
         Returns:
-            The verdict. A row that cannot be verified has failed, and its part means nothing.
+            The verdict. A row that cannot be verified has failed (`Request.fail`); its part of the verdict is not valid.
         """
         try:
             return self._verify(requests, offsets, logits)
         except PluginError:
             raise
-        except Exception as error:  # one row's NaN, rules or parameters: found by asking about each alone
+        except Exception as error:  # NaN, rules or parameters of one row; which one is found by verifying each alone
             logger.debug("verification failed for a batch, its rows are verified one by one: %s", error)
             return self._verify_alone(requests, offsets, logits)
 
@@ -80,7 +80,7 @@ class Verification:
         return Verdict(accepted, next_tokens)
 
     def _verify(self, requests: Sequence[Request], offsets: Sequence[int], logits: torch.Tensor) -> Verdict:
-        if self._decides_alone and all(self._is_plainly_greedy(request) for request in requests):
+        if self._is_unobserved and all(self._is_plainly_greedy(request) for request in requests):
             return self._match_greedily(requests, offsets, logits)
         self._workspace.begin_step()
         methods = [request.draft.method if request.draft else None for request in requests]
@@ -105,8 +105,8 @@ class Verification:
         return Verdict(accepted, next_tokens)
 
     @cached_property
-    def _decides_alone(self) -> bool:
-        """Whether no plugin looks at verification."""
+    def _is_unobserved(self) -> bool:
+        """Whether no plugin observes verification."""
         return not self._registry.observes("verify")
 
     def _is_plainly_greedy(self, request: Request) -> bool:
@@ -118,7 +118,7 @@ class Verification:
 
     @staticmethod
     def _match_greedily(requests: Sequence[Request], offsets: Sequence[int], logits: torch.Tensor) -> Verdict:
-        """What core's verifier answers for greedy rows, without the distributions that nobody needs."""
+        """The verdict of core's verifier for greedy rows, without computing distributions."""
         tokens, bad = argmax(logits)
         if bad is not None:
             request = requests[bisect_right(offsets, bad) - 1]
@@ -177,9 +177,9 @@ class Verification:
         )
         try:
             verdict = verify(batch=batch, proposal=proposal, target=distributions)
-            return verdict if verify is self._core else checked_verdict(verdict, proposal, self._vocab_size)
+            return verdict if verify is self._core else check_verdict(verdict, proposal, self._vocab_size)
         except ModelOutputError:
-            raise  # the model's fault, not a plugin's
+            raise  # an error of the model, not of a plugin
         except Exception as error:
             if verify is self._core:
                 raise
@@ -187,30 +187,3 @@ class Verification:
                 raise PluginError(f"verify: {type(error).__name__}: {error}") from error
             logger.warning("a plugin's verify failed, core verifies instead: %s: %s", type(error).__name__, error)
             return self._registry.verifier.verify(batch, proposal, distributions)
-
-
-def checked_verdict(verdict: Any, proposal: Proposal, vocab_size: int) -> Verdict:
-    """A verdict whose integers are ints, whatever library they came from.
-
-    Raises:
-        PluginError: it is no path of the draft tree; the message says in which row, and what is wrong there.
-    """
-    if not isinstance(verdict, Verdict):
-        raise PluginError(f"verify returned {type(verdict).__name__}, expected a Verdict")
-    if not len(verdict.accepted) == len(verdict.next_tokens) == len(proposal.tokens):
-        raise PluginError(f"verify returned {len(verdict.next_tokens)} rows for a batch of {len(proposal.tokens)}")
-    accepted = [[as_integer(node) for node in path] for path in verdict.accepted]
-    next_tokens = [as_integer(token) for token in verdict.next_tokens]
-    for row, (path, token) in enumerate(zip(accepted, next_tokens, strict=True)):
-        parents = proposal.parents[row] if proposal.parents is not None else None
-        at = -1
-        for node in path:
-            is_node = is_integer(node, 0) and node < len(proposal.tokens[row])
-            if not is_node or (node - 1 if parents is None else parents[node]) != at:
-                raise PluginError(f"verify accepted {shown(path)} in row {row}, which is no path from the root")
-            at = node
-        if not is_integer(token, 0) or token >= vocab_size:
-            raise PluginError(
-                f"verify chose token {shown(token)} in row {row}, which is no id of the vocabulary of {vocab_size}"
-            )
-    return Verdict(accepted, next_tokens)

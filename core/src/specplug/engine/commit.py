@@ -1,0 +1,77 @@
+"""What a verified step does to one request: new tokens, the KV entries to move, and log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from specplug.contract.batch import Outcome
+from specplug.engine.target_step import TargetStep
+from specplug.request import Request, StepOutput
+from specplug.sampling.logprobs import gather_logprobs
+from specplug.stats import SpeculationStats
+
+
+def commit_tokens(request: Request, path: Sequence[int], next_token: int, total: SpeculationStats) -> StepOutput:
+    """Appends the accepted path of a request's draft and the next token, and counts them.
+
+    Args:
+        request: the request; its draft is consumed.
+        path: the accepted nodes of its draft.
+        next_token: the token after them.
+        total: the engine's counters.
+    """
+    draft = request.draft
+    tokens = [draft.tokens[node] for node in path] if draft else []
+    sources: list[str | None] = [draft.method if draft else None for _ in path]
+    before = len(request.tokens)
+    try:
+        request.append([*tokens, next_token], [*sources, None])
+    except Exception as error:  # the tokenizer fails on its own ids
+        request.fail(error)
+    taken = len(request.tokens) - before
+    num_accepted = min(taken, len(path))
+    for stats in (request.stats, total):
+        stats.record(len(draft) if draft else 0, num_accepted, draft.method if draft else "")
+    request.outcome = Outcome(draft.method, len(draft), tuple(path), tuple(draft.tokens)) if draft else None
+    request.outcome_link = draft.link if draft else 0
+    request.draft = None
+    texts = [] if request.text is None or request.error else request.text.take(taken)
+    return StepOutput(request, request.tokens[before:], [*sources, None][:taken], texts)
+
+
+def kv_moves(request: Request, first: int, path: Sequence[int]) -> list[tuple[int, int]]:
+    """KV slots (from, to) that make an accepted path contiguous from position `first` on; a chain needs none."""
+    assert request.table is not None
+    slots = request.table.slots
+    moves = []
+    for depth, node in enumerate(path):
+        if node != depth:
+            source, destination = first + node, first + depth
+            moves.append((slots(source, source + 1)[0], slots(destination, destination + 1)[0]))
+    return moves
+
+
+def score_output(output: StepOutput, logits: torch.Tensor, entries: list[int]) -> None:
+    """Stores the log-probabilities of new tokens, if they were requested."""
+    count = output.request.params.logprobs
+    if count is not None:
+        used = entries[: len(output.new_tokens)]
+        try:
+            output.request.logprobs += gather_logprobs(logits[used], output.new_tokens, count)
+        except Exception as error:  # for example, too little memory for those of the whole vocabulary
+            output.request.fail(error)
+
+
+def score_prompts(target: TargetStep) -> None:
+    """Stores the log-probabilities of prompt tokens, if they were requested."""
+    for request, entry, positions in target.scored:
+        first = len(request.prompt_logprobs) + 1
+        tokens = request.tokens[first : first + positions]
+        count = request.params.prompt_logprobs
+        assert count is not None
+        try:
+            request.prompt_logprobs += gather_logprobs(target.logits[entry : entry + positions], tokens, count)
+        except Exception as error:
+            request.fail(error)

@@ -1,1 +1,0 @@
-"""The memory plan: five parts, solved before any weight is read."""
