@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from core.test_native_kernels import BLOCKS, random_row
 from specplug.model.attention_plan import attention_plan
 from specplug.model.attention_schedule import scheduled_plan
 from specplug.native.gpu.sizes import MOST_SHARES, queries_per_block
+from support.kernel_rows import BLOCKS, random_row
 
 
 @pytest.mark.parametrize("wanted", [1, 5, 33, 264])

@@ -1,11 +1,7 @@
-"""Native attention and products equal PyTorch's, for every shape of batch; without a compiler, PyTorch's serve."""
+"""Native attention and matmuls equal PyTorch's, for every shape of batch."""
 
 from __future__ import annotations
 
-import platform
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,33 +15,10 @@ from specplug.model.blocks import BlockTable
 from specplug.model.forward import ForwardBatch, ForwardRow, TreeMask
 from specplug.model.kv_cache import KVCache
 from specplug.model.packing import packed_shape
-from specplug.native.build import compile_command, find_compiler
 from specplug.native.operators import JOINED
+from support.kernel_rows import BLOCK, BLOCKS, random_row
 
 NATIVE = native.load()
-BLOCK, BLOCKS = 8, 64
-
-
-def random_row(rng: np.random.Generator, free: list[int], kind: str) -> ForwardRow:
-    start = int(rng.integers(0, 70))
-    count = int(rng.integers(1, 7)) if kind != "prefill" else int(rng.integers(20, 60))
-    if kind == "prefill" and rng.random() < 0.5:
-        start = 0
-    tail = count
-    tree = None
-    if kind == "tree":
-        tree = TreeMask.from_parents(start, [int(rng.integers(-1, node)) for node in range(count - 1)])
-    elif kind == "deep tree":  # new nodes of a tree whose first part lies in the cache, as tree drafters run them
-        whole = TreeMask.from_parents(start, [int(rng.integers(-1, node)) for node in range(count + 39)])
-        tail = count + 40
-        tree = TreeMask(start, whole.visible[-count:], whole.positions)
-    length = start + tail
-    table = BlockTable(BLOCK)
-    needed = -(-length // BLOCK)
-    blocks = [free.pop() for _ in range(needed)]
-    table.extend(sorted(blocks) if rng.random() < 0.5 else blocks)
-    first = int(rng.integers(0, start)) if start and rng.random() < 0.3 else 0
-    return ForwardRow(rng.integers(0, 9, count).tolist(), length - count, table, tree, first=first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -297,86 +270,3 @@ def test_a_token_is_verified_as_it_would_be_decoded() -> None:
         for count in (2, 6, 16, 34):
             together = runner.forward([ForwardRow(ids[30 : 30 + count], 30, table)])
             assert torch.equal(torch.stack(alone[:count]), together)
-
-
-_LESS = ("-mno-avx512bf16 -mno-amx-tile", "-mno-avx512f -mno-amx-tile", "-mno-avx2 -mno-amx-tile", "-mno-amx-tile")
-
-
-@pytest.mark.parametrize("missing", _LESS)
-def test_processors_that_can_do_less_are_compiled_for(missing: str) -> None:
-    if platform.machine() != "x86_64":
-        return
-    flags = [*missing.split(), "-fsyntax-only"]
-    done = subprocess.run(compile_command(find_compiler(), flags), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def run_python(tmp_path: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    import os
-
-    settings = {**os.environ, "SPECPLUG_CACHE": str(tmp_path), **environment}
-    return subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=False)
-
-
-REFUSAL = """
-import torch
-from specplug import native
-assert native.load()
-short = [torch.zeros(1, 2, 3, 4)] * 3 + [torch.zeros(2, 8, 4)] * 2 + [torch.zeros(3), torch.zeros(3).long()]
-try:
-    torch.ops.specplug.attend(*short, 1.0, 0, 0.0, None)
-except RuntimeError as error:
-    print("refused:", error)
-"""
-
-
-def test_a_compiler_with_a_runtime_of_its_own_makes_kernels_whose_errors_arrive(tmp_path: Path) -> None:
-    done = run_python(tmp_path, REFUSAL, CXX=shlex.join([*find_compiler(), "-static-libstdc++"]))
-    assert done.returncode == 0, done.stderr
-    assert "refused: attend: expected a dense int32 plan" in done.stdout
-    (library,) = (tmp_path / "native").glob("*.so")
-    assert b"libstdc++.so.6" in library.read_bytes()  # PyTorch's, not the compiler's own
-
-
-PROGRAM = """
-import logging; logging.basicConfig()
-from specplug import LLM, SamplingParams, native
-llm = LLM("tiny", dtype="bfloat16", device="cpu", memory="64MiB")
-print(llm.generate("def add(a, b):", SamplingParams(max_tokens=4, temperature=0))[0].outputs[0].token_ids, native.available())
-"""
-
-
-def test_without_a_compiler_pytorch_serves(tmp_path: Path) -> None:
-    """One line of warning, and the same output up to rounding."""
-    done = run_python(tmp_path, PROGRAM, PATH="", CXX="")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.rstrip().endswith("False")
-    warnings = [line for line in done.stderr.splitlines() if "native kernels are not used" in line]
-    assert len(warnings) == 1
-    assert "no C++ compiler was found" in warnings[0]
-
-
-def test_a_broken_compiler_and_a_damaged_library_are_survived(tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\necho 'kernels.cpp:1: error: no such thing' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    done = run_python(tmp_path, PROGRAM, CXX=str(broken))
-    assert done.returncode == 0, done.stderr
-    assert "no such thing" in done.stderr
-    assert not list((tmp_path / "native").iterdir())
-    wrapper = tmp_path / "wrapper"
-    wrapper.write_text('#!/bin/sh\nexec "$@"\n')
-    wrapper.chmod(0o755)
-    compiler = shlex.join([str(wrapper), *find_compiler()])
-    done = run_python(tmp_path, PROGRAM, CXX=compiler)
-    assert done.stdout.rstrip().endswith("True"), done.stderr
-    (library,) = (tmp_path / "native").iterdir()
-    library.write_bytes(b"cut off")
-    done = run_python(tmp_path, PROGRAM, CXX=compiler)
-    assert done.stdout.rstrip().endswith("True"), done.stderr
-
-
-def test_they_can_be_switched_off(tmp_path: Path) -> None:
-    done = run_python(tmp_path, PROGRAM, SPECPLUG_NATIVE="0")
-    assert done.stdout.rstrip().endswith("False")
-    assert "native kernels" not in done.stderr

@@ -9,12 +9,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from core.test_text_reading import KINDS, metaspace, word_piece
 from specplug import SamplingParams
 from specplug.errors import RequestError
 from specplug.sampling.rules import LogitsRules
 from specplug.text.bad_words import bad_word_ids
-from support.vocabularies import byte_level, sentencepiece
+from support.vocabularies import KINDS, byte_level, metaspace, sentencepiece, word_piece
 
 
 @pytest.fixture(params=list(KINDS))

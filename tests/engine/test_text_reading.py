@@ -4,46 +4,19 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from specplug import LLM, SamplingParams
 from specplug.text.stream import TextStream
 from support.models import save_model
-from support.vocabularies import byte_level, give, sentencepiece
+from support.vocabularies import KINDS, byte_level, give, sentencepiece
 
 TEXTS = ["a cat sat", " two  spaces and\n\ta tab", "def f(x):\n    return x", "naïve 你好 🎉 café", "x", " x"]
-
-
-def word_piece() -> PreTrainedTokenizerFast:
-    """A tokenizer as BERT's: lower case, words and `##` endings, white space and unknown characters lost."""
-    pieces = ["[UNK]", "[CLS]", "[SEP]", "a", "cat", "sat", "##s", "##at", "c", "(", ")", "foo", "bar", "x", ".", "the"]
-    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(cleanup=False)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
-
-
-def metaspace() -> PreTrainedTokenizerFast:
-    """Llama's newer kind: the same pieces as `sentencepiece`, by a Metaspace pre-tokenizer and decoder."""
-    tokenizer = Tokenizer.from_str(sentencepiece().backend_tokenizer.to_str())
-    tokenizer.normalizer = None
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-
-
-KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
-    "byte level": byte_level,
-    "sentencepiece": sentencepiece,
-    "metaspace": metaspace,
-    "unigram": lambda: sentencepiece(kind="unigram"),
-}
 
 
 class Python:

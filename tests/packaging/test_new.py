@@ -12,7 +12,8 @@ import venv
 from pathlib import Path
 
 import pytest
-from fake_plugins import specplug
+
+from cli.fake_plugins import specplug
 
 ROOT = Path(__file__).parents[2]
 

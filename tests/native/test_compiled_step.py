@@ -22,8 +22,9 @@ from specplug.model.forward import ForwardRow, TreeMask
 from specplug.model.kv_cache import KVCache
 from specplug.model.packing import pack_linears
 from specplug.model.paged import PagedBatch
+from support.attention_layer import DIM, KV_HEADS, WIDTH, Layer
 
-HEADS, KV_HEADS, DIM, WIDTH, BLOCK = 4, 2, 16, 64, 8
+BLOCK = 8
 CPU = torch.device("cpu")
 
 
@@ -34,29 +35,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPECPLUG_CACHE", str(folder))
         yield folder
-
-
-class Layer(nn.Module):
-    """Attention between two linear layers, scaled by what is given."""
-
-    def __init__(self, scale: float = 1.0) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.query = nn.Linear(WIDTH, HEADS * DIM)
-        self.pair = nn.Linear(WIDTH, 2 * KV_HEADS * DIM, bias=False)
-        self.out = nn.Linear(HEADS * DIM, WIDTH)
-        self.scale = scale
-        self.requires_grad_(False)
-
-    def step(self, batch: Any, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        query = self.query(states).view(-1, HEADS, DIM).transpose(0, 1)
-        key, value = self.pair(states).view(-1, 2 * KV_HEADS, DIM).transpose(0, 1).chunk(2)
-        turned = query + batch.positions[:, None].to(query.dtype).cos()
-        attended = batch.attend(0, turned, key, value, 0.25, 6)
-        return self.out(attended.reshape(-1, HEADS * DIM)) * self.scale, states.square()
-
-    def looking(self, batch: Any, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (states * 2 if bool(states.sum() > 0) else states,)
 
 
 class Constant(nn.Module):

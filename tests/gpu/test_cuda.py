@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from core.test_compiled_step import DIM, KV_HEADS, WIDTH, Layer
-from core.test_native_kernels import BLOCK, BLOCKS, random_row
 from specplug import LLM, SamplingParams
 from specplug.contract.memory import KVLayer
 from specplug.model.attention import AttentionSite
@@ -27,6 +25,8 @@ from specplug.model.paged import PagedBatch
 from specplug.native.gpu import cuda
 from specplug.native.gpu.linear import products
 from specplug.sampling.distributions import most_likely
+from support.attention_layer import DIM, KV_HEADS, WIDTH, Layer
+from support.kernel_rows import BLOCK, BLOCKS, random_row
 from support.models import VOCABULARY, save_model
 from support.reference import decisive_prompts
 

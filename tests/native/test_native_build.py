@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import shlex
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -164,3 +168,76 @@ def test_a_process_that_goes_without_leaves_compiling_to_another_and_its_failure
         assert not library.load()
     assert "g++ failed" in caplog.text
     assert "to try again" in caplog.text
+
+
+def run_python(tmp_path: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    settings = {**os.environ, "SPECPLUG_CACHE": str(tmp_path), **environment}
+    return subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=False)
+
+
+REFUSAL = """
+import torch
+from specplug import native
+assert native.load()
+short = [torch.zeros(1, 2, 3, 4)] * 3 + [torch.zeros(2, 8, 4)] * 2 + [torch.zeros(3), torch.zeros(3).long()]
+try:
+    torch.ops.specplug.attend(*short, 1.0, 0, 0.0, None)
+except RuntimeError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.slow
+def test_a_compiler_with_a_runtime_of_its_own_makes_kernels_whose_errors_arrive(tmp_path: Path) -> None:
+    done = run_python(tmp_path, REFUSAL, CXX=shlex.join([*find_compiler(), "-static-libstdc++"]))
+    assert done.returncode == 0, done.stderr
+    assert "refused: attend: expected a dense int32 plan" in done.stdout
+    (library,) = (tmp_path / "native").glob("*.so")
+    assert b"libstdc++.so.6" in library.read_bytes()  # PyTorch's, not the compiler's own
+
+
+PROGRAM = """
+import logging; logging.basicConfig()
+from specplug import LLM, SamplingParams, native
+llm = LLM("tiny", dtype="bfloat16", device="cpu", memory="64MiB")
+print(llm.generate("def add(a, b):", SamplingParams(max_tokens=4, temperature=0))[0].outputs[0].token_ids, native.available())
+"""
+
+
+@pytest.mark.slow
+def test_without_a_compiler_pytorch_serves(tmp_path: Path) -> None:
+    """One line of warning, and the same output up to rounding."""
+    done = run_python(tmp_path, PROGRAM, PATH="", CXX="")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("False")
+    warnings = [line for line in done.stderr.splitlines() if "native kernels are not used" in line]
+    assert len(warnings) == 1
+    assert "no C++ compiler was found" in warnings[0]
+
+
+@pytest.mark.slow
+def test_a_broken_compiler_and_a_damaged_library_are_survived(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'kernels.cpp:1: error: no such thing' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    done = run_python(tmp_path, PROGRAM, CXX=str(broken))
+    assert done.returncode == 0, done.stderr
+    assert "no such thing" in done.stderr
+    assert not list((tmp_path / "native").iterdir())
+    wrapper = tmp_path / "wrapper"
+    wrapper.write_text('#!/bin/sh\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    compiler = shlex.join([str(wrapper), *find_compiler()])
+    done = run_python(tmp_path, PROGRAM, CXX=compiler)
+    assert done.stdout.rstrip().endswith("True"), done.stderr
+    (library,) = (tmp_path / "native").iterdir()
+    library.write_bytes(b"cut off")
+    done = run_python(tmp_path, PROGRAM, CXX=compiler)
+    assert done.stdout.rstrip().endswith("True"), done.stderr
+
+
+@pytest.mark.slow
+def test_they_can_be_switched_off(tmp_path: Path) -> None:
+    done = run_python(tmp_path, PROGRAM, SPECPLUG_NATIVE="0")
+    assert done.stdout.rstrip().endswith("False")
+    assert "native kernels" not in done.stderr
