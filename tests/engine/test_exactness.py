@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from specplug import LLM, SamplingParams
-from support.models import ARCHITECTURES, VOCABULARY, save_model
+from support.marks import slow_except
+from support.models import ARCHITECTURES, REPRESENTATIVE, VOCABULARY, save_model
 from support.reference import decisive_prompts
 from support.speculators import ModelSpeculator, Oracle, TokenSpeculator, TreeSpeculator, provide
 
@@ -56,7 +57,7 @@ def _options(speculator: str, folder: Path, draft: Path, known: list[list[int]])
 
 
 @pytest.mark.parametrize("speculator", SPECULATORS)
-@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", slow_except(ARCHITECTURES, *REPRESENTATIVE))
 def test_equals_transformers_generate(root: Path, architecture: str, speculator: str) -> None:
     folder, draft, pairs = _case(root, architecture)
     known = [prompt + output for prompt, output in pairs]

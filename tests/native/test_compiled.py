@@ -15,6 +15,7 @@ from specplug import LLM, SamplingParams
 from specplug.engine import compilation, startup
 from specplug.model import compiled
 from specplug.model.compiled import measure_change, over_rows
+from support.marks import slow_except
 from support.models import VOCABULARY, save_model
 from support.reference import decisive_prompts
 from support.speculators import Oracle, TreeSpeculator, provide
@@ -49,7 +50,7 @@ def change_by_compiling(runner: Any) -> float:
     return change
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "opt"])
+@pytest.mark.parametrize("architecture", slow_except(["llama", "gemma2", "opt"], "llama"))
 def test_output_is_that_of_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -80,6 +81,7 @@ def test_output_is_that_of_transformers(
     assert len(made) == 1
 
 
+@pytest.mark.slow
 def test_draft_models_are_compiled_too_and_weights_are_there_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +129,7 @@ def wrong(artifact: Any) -> Any:
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["cut off", "raises", "other results"])
 def test_a_file_that_does_not_work_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path, fault: str, caplog: pytest.LogCaptureFixture
@@ -157,6 +160,7 @@ def test_a_file_that_does_not_work_is_replaced(
     assert len(made) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "message"), [("raises", "KeyError: "), ("other results", "it gives other logits")])
 def test_what_does_not_work_when_new_is_not_used(
     tmp_path: Path,
@@ -183,6 +187,7 @@ def test_what_does_not_work_when_new_is_not_used(
     assert set((own_cache / "forwards").glob("*.bin")) == before
 
 
+@pytest.mark.slow
 def test_the_compiler_works_in_our_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
     """Not in a predictable one below /tmp, neither when it compiles nor when what it made is loaded."""
     elsewhere = tmp_path / "elsewhere"

@@ -23,6 +23,7 @@ from specplug.model.kv_cache import KVCache
 from specplug.model.packing import pack_linears
 from specplug.model.paged import PagedBatch
 from support.attention_layer import DIM, KV_HEADS, WIDTH, Layer
+from support.marks import slow_except
 
 BLOCK = 8
 CPU = torch.device("cpu")
@@ -74,7 +75,7 @@ def batch_of(cache: KVCache) -> PagedBatch:
     return PagedBatch(rows, cache)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", slow_except([torch.float32, torch.bfloat16], torch.float32))
 def test_computes_what_the_module_does(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Layer().to(dtype)
     pack_linears(layer)
@@ -97,6 +98,7 @@ def test_computes_what_the_module_does(dtype: torch.dtype, monkeypatch: pytest.M
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.slow
 def test_other_operations_are_another_step() -> None:
     cache = new_cache(torch.float32)
     states = torch.randn(9, WIDTH)
@@ -118,6 +120,7 @@ def test_what_depends_on_values_stays_as_it_is(caplog: pytest.LogCaptureFixture)
     assert "\n" not in record.getMessage()
 
 
+@pytest.mark.slow
 def test_other_constants_are_another_step(caplog: pytest.LogCaptureFixture) -> None:
     cache = new_cache(torch.float32)
     states = torch.randn(9, WIDTH)
@@ -128,6 +131,7 @@ def test_other_constants_are_another_step(caplog: pytest.LogCaptureFixture) -> N
         torch.testing.assert_close(step(batch_of(cache), states)[0], states[:, :2] + torch.tensor(numbers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_integers_are_tried_as_they_are_given(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
     """Random ones would be no ids."""
@@ -138,6 +142,7 @@ def test_integers_are_tried_as_they_are_given(dtype: torch.dtype, caplog: pytest
     torch.testing.assert_close(step(batch_of(cache), ids.repeat(3))[0], module.table(ids.repeat(3)) * 2)
 
 
+@pytest.mark.slow
 def test_a_file_that_raises_is_replaced(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     from torch._inductor import CompiledArtifact
 
