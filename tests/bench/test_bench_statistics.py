@@ -7,6 +7,8 @@ import pytest
 
 from specplug.bench.statistics import estimate, paired_ratio, quantile
 
+pytestmark = pytest.mark.unit
+
 
 def test_a_median_and_its_interval() -> None:
     found = estimate([5.0, 1.0, 3.0, 2.0, 4.0])

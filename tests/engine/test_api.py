@@ -7,7 +7,7 @@ import os
 import random
 import select
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +21,11 @@ from specplug.configuration.vllm import translate_options
 from specplug.errors import CheckpointError, ConfigurationError, RequestError
 from specplug.metrics import Counter, Gauge, Vector
 from specplug.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from support.models import VOCABULARY, save_model
+from support.engines import assert_idle
+from support.models import VOCABULARY
 from support.speculators import Oracle, TokenSpeculator, TreeSpeculator, provide
-from support.stepwise import save_words
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_words(save_model(tmp_path_factory.mktemp("model"), "llama"), VOCABULARY)
-
-
-@pytest.fixture(scope="module")
-def words(folder: Path) -> Iterator[LLM]:
-    """An engine whose text is `w3. w4.`, with drafts that are sometimes right."""
-    known: list[list[int]] = []
-    with LLM(
-        folder, memory="32MiB", strict=True, **provide(lambda c, t: TokenSpeculator(Oracle(known, VOCABULARY, 0.9)))
-    ) as llm:
-        prompts = [[3, 4], [5], [6, 7, 8], [9, 10, 11, 12]]
-        known += [out.prompt_token_ids + out.outputs[0].token_ids for out in llm.generate(prompts, GREEDY)]
-        yield llm
-
-
-def assert_idle(llm: LLM) -> None:
-    assert not llm.engine.has_unfinished_requests
-    assert llm.engine.scheduler.allocator.num_free == llm.engine.scheduler.allocator.num_blocks
 
 
 # ---- prompts and parameters ---------------------------------------------------------------------------------------

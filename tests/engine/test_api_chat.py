@@ -10,8 +10,9 @@ import pytest
 
 from specplug import LLM, SamplingParams
 from specplug.errors import RequestError
+from specplug.testing.models import save_words
+from support.engines import assert_idle
 from support.models import VOCABULARY, save_model
-from support.stepwise import save_words
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 TEMPLATE = (
@@ -32,11 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny() -> Iterator[LLM]:
     with LLM("tiny", memory="64MiB", max_model_len=256) as llm:
         yield llm
-
-
-def assert_idle(llm: LLM) -> None:
-    assert not llm.engine.has_unfinished_requests
-    assert llm.engine.scheduler.allocator.num_free == llm.engine.scheduler.allocator.num_blocks
 
 
 def rendered(llm: LLM, *args: Any, **options: Any) -> list[str]:

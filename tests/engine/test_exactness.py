@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from specplug import LLM, SamplingParams
+from support.engines import squeeze_blocks
 from support.marks import slow_except
 from support.models import ARCHITECTURES, REPRESENTATIVE, VOCABULARY, save_model
 from support.reference import decisive_prompts
@@ -83,11 +84,3 @@ def test_equals_transformers_generate(root: Path, architecture: str, speculator:
             assert llm.engine.stats.num_accepted_draft_tokens > 10
         if speculator == "tree":
             assert max(len(output.outputs[0].metrics.acceptance_histogram) for output in outputs) > 2
-
-
-def squeeze_blocks(llm: LLM, count: int) -> None:
-    """Leaves the engine with few KV blocks, so that rows must be preempted."""
-    from specplug.model.blocks import BlockAllocator
-
-    assert count <= llm.engine.plan.num_blocks
-    llm.engine.scheduler.allocator = BlockAllocator(count)

@@ -14,8 +14,8 @@ from specplug import LLM, SamplingParams
 from specplug.errors import RequestError
 from specplug.sampling.distributions import process
 from specplug.sampling.rules import LogitsRules
+from specplug.testing.models import save_words
 from support.models import VOCABULARY, save_model
-from support.stepwise import save_words
 from support.vocabularies import give, sentencepiece
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)

@@ -14,10 +14,10 @@ from specplug import LLM, SamplingParams
 from specplug.model.blocks import BlockAllocator
 from specplug.outputs import CompletionOutput, RequestOutput
 from specplug.sampling.logprobs import PositionLogprobs
+from specplug.testing.models import save_words, word
 from support.models import VOCABULARY, save_model
 from support.reference import load_reference
 from support.speculators import ModelSpeculator, Oracle, TokenSpeculator, TreeSpeculator, provide
-from support.stepwise import save_words, word
 
 TOLERANCE = 2e-4
 COUNTS = (None, 0, 1, 5, -1, VOCABULARY + 9)

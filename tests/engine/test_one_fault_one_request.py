@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from specplug import LLM, GenerationError, SamplingParams
+from specplug.testing.models import save_words
+from support.engines import assert_idle
 from support.models import VOCABULARY, save_model
 from support.speculators import ModelSpeculator, Oracle, TokenSpeculator, TreeSpeculator, provide
-from support.stepwise import save_words
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 PROMPTS = [[3, 4], [5], [6, 7, 8], [9, 10, 11, 12]]
@@ -40,13 +41,6 @@ def start(folder: Path, kind: str = "plain", **more: Any) -> LLM:
 def plain(folder: Path) -> Iterator[LLM]:
     with start(folder) as llm:
         yield llm
-
-
-def assert_idle(llm: LLM) -> None:
-    scheduler = llm.engine.scheduler
-    assert not llm.engine.has_unfinished_requests
-    assert scheduler.allocator.num_free == scheduler.allocator.num_blocks
-    assert len(scheduler._free_slots) == llm.config.max_num_seqs
 
 
 def ids(outputs: Any) -> list[list[list[int]]]:

@@ -13,10 +13,11 @@ import torch
 from specplug import LLM, SamplingParams
 from specplug.sampling.distributions import DistributionRow, StepDistributions
 from specplug.sampling.rules import LogitsRules
+from specplug.testing.models import save_words, word
 from support.models import save_model
 from support.speculators import ModelSpeculator, Oracle, TokenSpeculator, TreeSpeculator, provide
 from support.statistics import THRESHOLD, worst_p_value
-from support.stepwise import Stepwise, distributions, ruled_scores, save_words, word
+from support.stepwise import Stepwise, distributions, ruled_scores
 
 V = 16
 PROMPT = [3, 7, 5, 7, 7, 3]

@@ -11,11 +11,12 @@ import pytest
 
 from specplug import LLM, SamplingParams
 from specplug.errors import RequestError
+from specplug.testing.models import save_words, word
 from support.follow import Follow
 from support.models import VOCABULARY, save_model
 from support.reference import MARGIN
 from support.speculators import ModelSpeculator, Oracle, TokenSpeculator, TreeSpeculator, provide
-from support.stepwise import Expected, Stepwise, save_words, word
+from support.stepwise import Expected, Stepwise
 
 NEW_TOKENS = 14
 MAX_MODEL_LEN = 40

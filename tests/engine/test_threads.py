@@ -16,9 +16,10 @@ import pytest
 from specplug import LLM, Proposal, SamplingParams, SpeculatorTraits, hookimpl
 from specplug.engine.turns import Turns
 from specplug.errors import RequestError
+from specplug.testing.models import save_words
+from support.engines import assert_idle
 from support.models import VOCABULARY, save_model
 from support.speculators import ModelSpeculator, Oracle, TreeSpeculator, provide
-from support.stepwise import save_words
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 LONG = attrs.evolve(GREEDY, max_tokens=110)
@@ -41,13 +42,6 @@ def shared(folder: Path) -> Iterator[LLM]:
 
 
 ORACLE = Oracle([], VOCABULARY, 0.8)
-
-
-def assert_idle(llm: LLM) -> None:
-    scheduler = llm.engine.scheduler
-    assert not llm.engine.has_unfinished_requests
-    assert scheduler.allocator.num_free == scheduler.allocator.num_blocks
-    assert len(scheduler._free_slots) == llm.config.max_num_seqs
 
 
 def ids(llm: LLM, prompt: Any, params: SamplingParams = GREEDY) -> list[int]:

@@ -14,10 +14,10 @@ import torch
 
 from specplug import LLM, SamplingParams, hookimpl
 from specplug.model.torch_state import own_torch_state
+from specplug.testing.models import save_words
 from support.heads import TREES, save_eagle3
 from support.models import VOCABULARY, save_model
 from support.speculators import ModelSpeculator, Oracle, TokenSpeculator, TreeSpeculator, provide
-from support.stepwise import save_words
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 PROMPTS = [[3, 4], [5], [6, 7, 8], [9, 10, 11, 12], [7]]

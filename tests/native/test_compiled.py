@@ -20,6 +20,8 @@ from support.models import VOCABULARY, save_model
 from support.reference import decisive_prompts
 from support.speculators import Oracle, TreeSpeculator, provide
 
+pytestmark = pytest.mark.engine
+
 NEW_TOKENS = 14
 
 
@@ -85,7 +87,7 @@ def test_output_is_that_of_transformers(
 def test_draft_models_are_compiled_too_and_weights_are_there_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from specplug.testing.live import live_bytes
+    from specplug.testing.leaks import live_bytes
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
     folder = save_model(tmp_path / "target", "llama", **sizes)

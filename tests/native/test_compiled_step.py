@@ -25,6 +25,8 @@ from specplug.model.paged import PagedBatch
 from support.attention_layer import DIM, KV_HEADS, WIDTH, Layer
 from support.marks import slow_except
 
+pytestmark = pytest.mark.engine
+
 BLOCK = 8
 CPU = torch.device("cpu")
 

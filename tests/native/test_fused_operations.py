@@ -142,6 +142,7 @@ def test_a_gated_row_does_not_depend_on_the_rows_beside_it() -> None:
 WIDE = {"hidden_size": 64, "intermediate_size": 96}  # packed layers are no narrower
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     ("architecture", "rotations", "gates"),
     [

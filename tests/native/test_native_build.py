@@ -17,6 +17,8 @@ import torch
 from specplug.native import build, library
 from specplug.native.build import BuildError, build_library, find_compiler
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

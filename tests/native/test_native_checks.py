@@ -141,6 +141,7 @@ class WrongDtype:
         return Proposal([[1]] * len(batch.rows))
 
 
+@pytest.mark.engine
 def test_a_plugin_that_attends_wrongly_costs_its_drafts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = save_model(tmp_path, "llama")
     greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

@@ -254,6 +254,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(inner: int) -> None:
         assert torch.equal(torch.ops.specplug.linear(states[-count:], packed, None, 96), whole[-count:])
 
 
+@pytest.mark.engine
 def test_a_token_is_verified_as_it_would_be_decoded() -> None:
     """On matrix units a bfloat16 forward of a chain gives the same logits, bit for bit, one token at a time and all at once."""
     if not native.has_amx():

@@ -36,6 +36,7 @@ def test_equals_a_plain_linear_layer(inner: int, outer: int, rows: int, bias: bo
     assert packed.weight.shape == plain.weight.shape
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_models_give_the_same_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
     monkeypatch.setattr(packing, "_MOST_PADDING", 99.0)  # these layers are tiny
@@ -98,6 +99,7 @@ def test_layers_that_do_more_than_multiply_by_their_numbers_stay_as_they_are(kin
     torch.testing.assert_close(model(states), torch.nn.functional.linear(states, weight * 4), atol=1e-1, rtol=1e-2)
 
 
+@pytest.mark.engine
 def test_the_plan_counts_what_is_held(tmp_path: Path) -> None:
     """One copy of the weights; only a table tied to the embedding is there twice."""
     for tied in (False, True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 
 from specplug import LLM, DraftDistributions, SamplingParams
@@ -90,6 +91,7 @@ def test_how_far_a_sampled_draft_is_cut_depends_on_no_rows_length() -> None:
     assert kept == {6}
 
 
+@pytest.mark.engine
 def test_fewer_draft_tokens_than_rows_reach_all_rows() -> None:
     prompts = [[5, 6, place] for place in range(3, 7)]
     params = SamplingParams(temperature=0, max_tokens=13, ignore_eos=True)

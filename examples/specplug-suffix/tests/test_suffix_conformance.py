@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import pytest
-
 from specplug.testing import SpeculatorConformance
 from specplug_suffix import load_speculator
 
 
-@pytest.mark.slow
 class TestSuffix(SpeculatorConformance):
     plugins: ClassVar[Mapping[str, Any]] = {"suffix": load_speculator}
     samples = False

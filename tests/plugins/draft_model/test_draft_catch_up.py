@@ -17,8 +17,8 @@ from support.drafting import (
     drafted_by,
     perturbed_copy,
     speculator_of,
-    squeeze_blocks,
 )
+from support.engines import squeeze_blocks
 from support.models import VOCABULARY, save_model
 
 BLOCKS = 60

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from specplug import LLM, SamplingParams
-from support.drafting import drafted_by, perturbed_copy, squeeze_blocks
+from support.drafting import drafted_by, perturbed_copy
+from support.engines import squeeze_blocks
 from support.marks import slow_except
 from support.models import ARCHITECTURES, REPRESENTATIVE, VOCABULARY, save_model
 from support.reference import decisive_prompts

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from specplug import LLM, BlockTable, Budget, ProposalBatch, ProposalRow, SamplingParams, TokenView
+from specplug.testing.models import save_words, word
 from support.drafting import drafted_by, perturbed_copy, speculator_of
 from support.models import save_model
 from support.reference import MARGIN, load_reference
 from support.statistics import THRESHOLD, worst_p_value
-from support.stepwise import Stepwise, distributions, save_words, word
+from support.stepwise import Stepwise, distributions
 
 V = 16
 DRAFT_V = 14

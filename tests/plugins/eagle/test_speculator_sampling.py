@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from specplug import LLM, BlockTable, Budget, ProposalBatch, ProposalRow, SamplingParams, TokenView
+from specplug.testing.models import save_words
 from support.heads import drafted_by_head, head_speculator_of, save_eagle1, save_eagle3
 from support.models import save_model
 from support.statistics import THRESHOLD, p_value, worst_p_value
-from support.stepwise import Stepwise, save_words
+from support.stepwise import Stepwise
 
 V = 16
 DRAFT_V = 11

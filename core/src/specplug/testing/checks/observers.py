@@ -11,8 +11,8 @@ from specplug.contract.proposal import Proposal
 from specplug.contract.verdict import Verdict
 from specplug.errors import PluginError
 from specplug.testing.check import Check, CheckFailure, NotApplicable, expect
-from specplug.testing.drafts import row_drafts
-from specplug.testing.drive import mixed_params
+from specplug.testing.driver import mixed_params
+from specplug.testing.reference import row_drafts
 from specplug.testing.subject import Subject
 from specplug.testing.targets import repetitive_prompt
 
@@ -40,7 +40,7 @@ class _Innermost:
         return verdict
 
 
-def run(subject: Subject) -> str:
+def wrappers(subject: Subject) -> str:
     """What goes into the outermost wrapper is what comes out of it."""
     folder = subject.targets.get()
     outside: tuple[list[Any], list[Any]] = ([], [])
@@ -107,10 +107,10 @@ def _verdict_facts(verdict: Any) -> Any:
     return [list(path) for path in verdict.accepted], list(verdict.next_tokens)
 
 
-CHECK = Check(
+WRAPPERS = Check(
     "wrappers",
     "a wrapper around propose or verify changes nothing",
     "Observers are harmless: what a tracer sees is what happens without it.",
     "Return what `yield` gave, and change nothing in it.",
-    run,
+    wrappers,
 )

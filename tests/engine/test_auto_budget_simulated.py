@@ -10,6 +10,7 @@ import pytest
 from specplug import SpeculatorTraits
 from specplug.request import Request
 from specplug.speculation.auto import AutoBudget
+from support.marks import slow_except
 from support.simulation import Asking, Link, Rate, Simulation, Target
 
 TARGET = Target()
@@ -38,11 +39,12 @@ def relative(
 
 
 @pytest.mark.parametrize("rows", [1, 4, 16])
-@pytest.mark.parametrize("name", list(USELESS))
+@pytest.mark.parametrize("name", slow_except(USELESS, "tokens"))
 def test_a_useless_speculator_costs_less_than_three_percent(name: str, rows: int) -> None:
     assert relative(USELESS[name], rows, seeds=2, requests=6) >= 0.97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 4, 16])
 def test_a_head_that_has_long_been_useless_costs_less_than_one_percent(rows: int) -> None:
     """What it is shown of prompts, and probes. Beside a real batch its states are put aside too."""
@@ -62,6 +64,7 @@ def test_a_useless_speculator_costs_little_from_the_start(rows: int) -> None:
     assert simulation.run(3) / simulation.plain() > 0.92
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "share", "rate"),
     [
@@ -90,6 +93,7 @@ def test_a_good_speculator_is_used_as_well_as_at_its_best_length(rows: int, shar
     )  # a percent of luck, since the best of eight is the luckiest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("share", "rows", "turn", "within"),
     [(0.0, 1, 600, 24), (0.0, 16, 600, 24), (0.2, 1, 600, 64), (0.2, 4, 600, 64), (0.2, 16, 300, 200)],
@@ -118,6 +122,7 @@ def tokens_until_return(share: float, rows: int, seed: int, *, turn: int, length
     return statistics.median(delays.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "rows"), [(0.0, 1), (0.2, 1), (0.2, 4)])
 def test_speculation_ceases_when_the_text_ceases_to_be_predictable(share: float, rows: int) -> None:
     turn = 300
@@ -132,6 +137,7 @@ def test_speculation_ceases_when_the_text_ceases_to_be_predictable(share: float,
     assert (simulation.tokens - tokens) / (simulation.seconds - seconds) > 0.97 * simulation.plain()
 
 
+@pytest.mark.slow
 def test_text_that_is_predictable_in_stretches_gains_most_of_what_is_there() -> None:
     chance: Rate = lambda row, at: 0.95 if at // 64 % 2 else 0.02  # noqa: E731
     simulation = Simulation([Link.tokens(chance)], target=TARGET, rows=1, length=512, seed=2)
@@ -157,6 +163,7 @@ def test_rows_are_judged_one_by_one() -> None:
     assert statistics.mean(gained) > 1.04
 
 
+@pytest.mark.slow
 def test_what_finds_cold_caches_now_and_then_is_tried_for_some_steps() -> None:
     """Text becomes predictable, so that drafts pay; asked once in a while the speculator takes half as long again, and they
     seem not to."""
@@ -215,6 +222,7 @@ def test_fixed_lengths_stay_what_they_are() -> None:
     assert statistics.mean(simulation.nodes[1:-30]) > 11
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 4])
 def test_sleeping_rows_are_mostly_left_alone_and_their_steps_are_timed_all_the_same(rows: int) -> None:
     simulation = Simulation([USELESS["model at 0.2 of a step a token"]()], target=TARGET, rows=rows, length=400, seed=1)
@@ -235,6 +243,7 @@ def test_sleeping_rows_are_mostly_left_alone_and_their_steps_are_timed_all_the_s
     assert auto.targets[rows].count - timed > simulation.steps - steps - 40  # but those that are still kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rate", "share"), [(0.0, 0.16), (0.3, 0.06)])
 def test_target_states_are_not_lost_while_taking_them_in_is_cheap(rate: float, share: float) -> None:
     """A head that never saw a part of a text drafts worse for the rest of it: so it is shown all in time."""
@@ -249,6 +258,7 @@ def test_target_states_are_not_lost_while_taking_them_in_is_cheap(rate: float, s
     assert min(gained) > 0.97
 
 
+@pytest.mark.slow
 def test_a_batch_that_empties_drafts_on_as_it_did() -> None:
     """Numbers of rows that were never seen before are like those that were: there is no need to find out all anew."""
 
@@ -269,6 +279,7 @@ def test_a_batch_that_empties_drafts_on_as_it_did() -> None:
     assert statistics.mean(gained) > best  # of requests whose ends count too
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("later", "least"), [(0.7, 1.15), (0.85, 1.35)])
 def test_what_comes_right_behind_a_prompt_is_not_taken_for_all_that_follows(later: float, least: float) -> None:
     """A costly head whose drafts pay from the ninth token on; asked once in a while it takes a third longer."""
@@ -286,6 +297,7 @@ def test_what_comes_right_behind_a_prompt_is_not_taken_for_all_that_follows(late
     assert statistics.mean(gained) > least
 
 
+@pytest.mark.slow
 def test_bad_luck_with_the_first_texts_does_not_blind_a_head_to_all_others() -> None:
     """Where drafts seem not to pay prompts are not shown, and drafts without them do pay less: a way down without return."""
 
@@ -301,6 +313,7 @@ def test_bad_luck_with_the_first_texts_does_not_blind_a_head_to_all_others() -> 
     assert min(rates) > 1.1
 
 
+@pytest.mark.slow
 def test_a_speculator_that_knows_its_chances_beats_every_fixed_length() -> None:
     """It drafts on where it is sure, and stops where it is not, at a chance that is worked out from costs."""
 

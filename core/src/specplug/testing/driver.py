@@ -16,14 +16,14 @@ from specplug.contract.verdict import Verdict
 from specplug.request import Request
 from specplug.sampling.params import SamplingParams
 from specplug.speculation.state_ring import WINDOW
-from specplug.testing.drafts import DraftRecord, row_drafts
+from specplug.testing.reference import DraftRecord, row_drafts
 from specplug.testing.session import Session
 from specplug.testing.subject import Subject
 from specplug.testing.targets import repetitive_prompt
 
 
 class RandomAcceptance:
-    """A verifier that walks down drafts at random and goes on with a token that it likes: nothing lossless about it.
+    """A verifier that accepts drafts at random and continues with a random token; it is not lossless.
 
     Each row copies itself from some distance for a while, then goes on at random for a while: so methods that look for
     many tokens in a row find some, and drafts for what is new are asked for too.
@@ -140,7 +140,7 @@ class Recorder:
 
 @attrs.define(eq=False)
 class Drive:
-    """What came of a drive.
+    """The result of a drive.
 
     Attributes:
         records: every draft.

@@ -1,20 +1,116 @@
-"""What a fresh speculator drafts for tokens that another one has come to in many steps, and whether the two agree."""
+"""Drafts, and whether they are those of a fresh speculator for the same tokens."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import attrs
 import torch
 
-from specplug.contract.batch import ProposalBatch
-from specplug.contract.proposal import Proposal
+from specplug.contract.batch import Budget, ProposalBatch
+from specplug.contract.proposal import DraftDistributions, Proposal
 from specplug.contract.verdict import Verdict
 from specplug.request import Request
-from specplug.testing.drafts import DraftRecord, RowDraft, row_drafts
+from specplug.sampling.params import SamplingParams
+from specplug.speculation.draft import depths_of
 from specplug.testing.subject import Subject
+
+TokenPath = tuple[int, ...]
+
+
+@attrs.define(eq=False, slots=False)
+class RowDraft:
+    """One row's draft.
+
+    Attributes:
+        tokens: ids of the nodes.
+        parents: each node's parent, -1 for the root.
+        values: [nodes, vocabulary], what each node is said to be drawn from; None for a deterministic draft.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    values: torch.Tensor | None = None
+
+    @cached_property
+    def paths(self) -> list[TokenPath]:
+        """Every node as the tokens that lead to it."""
+        paths: list[TokenPath] = []
+        for token, parent in zip(self.tokens, self.parents, strict=True):
+            paths.append((*(paths[parent] if parent >= 0 else ()), token))
+        return paths
+
+    @property
+    def depth(self) -> int:
+        """The deepest node's."""
+        return max(depths_of(self.parents), default=0)
+
+    @property
+    def branches(self) -> bool:
+        """Whether two nodes have the same parent."""
+        return len(set(self.parents)) < len(self.parents)
+
+    def distributions(self) -> dict[TokenPath, torch.Tensor]:
+        """The reported distributions, by the tokens that precede the draw."""
+        if self.values is None:
+            return {}
+        return {path[:-1]: self.values[node] for node, path in enumerate(self.paths)}
+
+
+@attrs.frozen(eq=False)
+class DraftRecord:
+    """A draft, and the row it was made for.
+
+    Attributes:
+        number: the request's running number.
+        tokens: the committed tokens then.
+        begin: the first position that the speculator was shown without a gap up to here.
+        forked: whether the row began as a fork.
+        budget: what might be drafted.
+        params: the request's sampling parameters.
+        draft: what was drafted.
+    """
+
+    number: int
+    tokens: list[int]
+    begin: int
+    forked: bool
+    budget: Budget
+    params: SamplingParams
+    draft: RowDraft
+
+
+def row_drafts(proposal: Proposal | None, count: int, vocabulary: int) -> list[RowDraft]:
+    """A proposal row by row, as it was returned: nothing is checked."""
+    if proposal is None:
+        return [RowDraft([], []) for _ in range(count)]
+    drafts = []
+    for row in range(count):
+        tokens = _tokens(proposal, row)
+        parents = None if proposal.parents is None else proposal.parents[row]
+        probs = None if proposal.probs is None else proposal.probs[row]
+        listed = list(range(-1, len(tokens) - 1)) if parents is None else [int(parent) for parent in parents]
+        drafts.append(RowDraft(tokens, listed, None if probs is None else _spread(probs, len(tokens), vocabulary)))
+    return drafts
+
+
+def _tokens(proposal: Proposal, row: int) -> list[int]:
+    tokens = proposal.tokens[row]
+    listed = tokens.tolist() if isinstance(tokens, torch.Tensor) else list(tokens)
+    return listed if proposal.lengths is None else listed[: proposal.lengths[row]]
+
+
+def _spread(probs: DraftDistributions, nodes: int, vocabulary: int) -> torch.Tensor:
+    index = list(range(nodes)) if probs.index is None else [int(i) for i in probs.index]
+    values = probs.values.detach().float().cpu()[index].clone()
+    if probs.token_ids is None:
+        return values
+    full = torch.zeros(len(values), vocabulary)
+    return full.index_add_(1, probs.token_ids.cpu(), values)
+
 
 _MOST_STEPS = 30
 TOLERANCE = 2e-3
@@ -23,12 +119,12 @@ TOLERANCE = 2e-3
 
 @attrs.define(eq=False)
 class Comparison:
-    """Drafts beside those of a fresh speculator.
+    """Drafts compared with those of a fresh speculator.
 
     Attributes:
         compared: how many drafts.
         random: those of them that a second fresh speculator drafts otherwise, and that report no probabilities.
-        wrong: (what was drafted, what a fresh speculator drafts, in how far they differ).
+        wrong: (what was drafted, what a fresh speculator drafts, how they differ).
     """
 
     compared: int = 0
@@ -44,7 +140,7 @@ class Comparison:
 
 
 def choose(records: Sequence[DraftRecord], count: int, seed: int) -> list[DraftRecord]:
-    """Some of the records; the later ones of a row have more behind them and are as likely as the early ones."""
+    """A sample of the records that the speculator saw from their first token; early and late ones are equally likely."""
     usable = [record for record in records if record.begin == 0 and len(record.tokens) >= 2]
     return usable if len(usable) <= count else random.Random(seed).sample(usable, count)
 
@@ -83,7 +179,7 @@ def fresh_drafts(subject: Subject, folder: Path, records: Sequence[DraftRecord],
     """The first draft of a new engine for the tokens of each record; None where it did not come to drafting."""
     drafts: dict[int, RowDraft] = {}
     wanted: dict[int, DraftRecord] = {}
-    rows = max(len(records), 1)  # no slot is used twice: what one row leaves behind must not reach another
+    rows = max(len(records), 1)  # no slot is used twice: the state of one row must not reach another
     with subject.start(folder, max_num_seqs=rows, max_num_batched_tokens=8192, seed=seed) as session:
         torch.manual_seed(seed)
         random.seed(seed)

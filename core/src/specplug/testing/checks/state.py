@@ -1,4 +1,4 @@
-"""What a speculator learns from requests does not depend on how they were scheduled."""
+"""State: a draft depends on the row's tokens, not on how the row came to them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,80 @@ from specplug.contract.verdict import Verdict
 from specplug.request import Request
 from specplug.sampling.params import SamplingParams
 from specplug.testing.check import Check, CheckFailure, NotApplicable, expect_drafts
-from specplug.testing.drafts import RowDraft, row_drafts
-from specplug.testing.fresh import allowed_differences, difference
+from specplug.testing.driver import Drive, drive_rollbacks, drive_rows
+from specplug.testing.reference import RowDraft, allowed_differences, choose, compare, difference, row_drafts
 from specplug.testing.subject import Subject
 from specplug.testing.targets import repetitive_prompt
+
+
+def rollback(subject: Subject) -> str:
+    """Many random accepts and rejects, then the same tokens to a fresh speculator."""
+    if subject.learns:
+        raise NotApplicable("its drafts may depend on other requests, as traits.learns says")
+    folder = subject.targets.get()
+    drive: Drive = subject.remember("rollbacks 0", lambda: drive_rollbacks(subject, folder, seed=0))
+    chosen = choose(drive.records, subject.scaled(150, 60), seed=1)
+    result = compare(subject, folder, chosen)
+    if len(result.wrong) > allowed_differences(result.compared):
+        raise CheckFailure(
+            "after accepts and rejects the drafts of a fresh speculator for the same tokens "
+            "(entries of rejected drafts are overwritten, accepted ones are neither skipped nor run twice, "
+            "states[i] is paired with token i; one whose drafts depend on other requests declares traits.learns)",
+            result.first_difference(),
+        )
+    if result.compared and result.random == result.compared:
+        raise NotApplicable("its drafts are random and report no probabilities: there is nothing to compare")
+    expect_drafts(sum(len(record.draft.tokens) for record in chosen))
+    deep = sum(depth >= 2 for depth in drive.depths)
+    return f"{result.compared} drafts alike, after {len(drive.depths)} random walks, {deep} of them two or more deep"
+
+
+ROLLBACK = Check(
+    "rollback",
+    "after accepts and rejects it drafts what a fresh speculator drafts",
+    "No stale KV entry, no skipped or repeated position, no hidden state paired with the wrong token.",
+    "Entries of rejected drafts are stale: count how many were accepted (`row.outcome`), and store the rest again.",
+    rollback,
+)
+
+
+def rows(subject: Subject) -> str:
+    """Everything that rows can go through, then the same tokens to a fresh speculator."""
+    if subject.learns:
+        raise NotApplicable("its drafts may depend on other requests, as traits.learns says")
+    folder = subject.targets.get()
+    drive = drive_rows(subject, folder, seed=3)
+    with subject.start(folder) as session:
+        traits = session.speculator.traits
+        caches = [region for region in session.regions() if region.layers]
+    shares = traits.token_only or (bool(caches) and all(region.tables == "shared" for region in caches))
+    records = [record for record in drive.records if shares or not record.forked]
+    chosen = choose(records, subject.scaled(150, 60), seed=1)
+    result = compare(subject, folder, chosen)
+    if len(result.wrong) > allowed_differences(result.compared):
+        raise CheckFailure(
+            "the drafts of a fresh speculator for the same tokens (forget batch.ended first, drop what is kept under the slot "
+            "of a row with is_new, begin at computed.start, continue a fork only from shared KV; one whose drafts "
+            "depend on other requests declares traits.learns)",
+            result.first_difference(),
+        )
+    if result.compared and result.random == result.compared:
+        raise NotApplicable("its drafts are random and report no probabilities: there is nothing to compare")
+    expect_drafts(sum(len(record.draft.tokens) for record in chosen))
+    return (
+        f"{result.compared} drafts alike, {drive.naps} naps, {drive.forks} forks, {drive.preemptions} preemptions, "
+        f"{drive.aborts} aborts in {drive.steps} steps"
+    )
+
+
+ROWS = Check(
+    "rows",
+    "slot reuse, aborts, forks, preemption and sleeping rows leave no trace",
+    "What is kept of a row belongs to that row, from its beginning to its end.",
+    "Handle `batch.ended` before `batch.rows`; drop what you kept when `row.is_new`; start at `row.computed.start`.",
+    rows,
+)
+
 
 _LENGTH = 90
 _TEXTS = 2
@@ -27,7 +97,7 @@ _CALM_END = 14  # the last tokens of a request come one by one, so that the same
 Drafts = dict[tuple[int, int, int, int], RowDraft]
 
 
-def run(subject: Subject) -> str:
+def learning(subject: Subject) -> str:
     """The same requests to two fresh engines: in one undisturbed, in the other chunked, asleep, accepted and preempted."""
     if not subject.learns:
         raise NotApplicable("it does not learn from requests: traits.learns is not set")
@@ -149,12 +219,12 @@ def _accepted(request: Request, script: Sequence[int], most: int) -> list[int]:
     return path
 
 
-CHECK = Check(
+LEARNING = Check(
     "learning",
     "what it learns from requests does not depend on how they were scheduled",
     "A speculator that declares `traits.learns` pairs the right states with the right tokens, in chunks and after sleep, "
     "preemption and accepted drafts too.",
     "Learn from committed tokens and their states alone: each position of `row.computed` once, never a draft; one that "
     "also learns from `row.outcome` disagrees with this check by design, and says so where it overrides it.",
-    run,
+    learning,
 )
