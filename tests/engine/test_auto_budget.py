@@ -15,6 +15,7 @@ from specplug.errors import ConfigurationError, PluginError
 from specplug.speculation.asked import Asked
 from specplug.speculation.auto import AutoBudget
 from specplug.speculation.policy import FixedBudget
+from support.marks import slow_except
 from support.models import VOCABULARY, save_model
 from support.speculators import ModelSpeculator, Oracle, TokenSpeculator, TreeSpeculator
 
@@ -79,7 +80,10 @@ def speculators(folder: Path, small: Path, expected: list[list[int]]) -> dict[st
     }
 
 
-@pytest.mark.parametrize("name", ["tokens", "tree", "model", "poor model", "chain", "fixed and auto"])
+@pytest.mark.parametrize(
+    "name",
+    slow_except(["tree", "poor model", "chain", "tokens", "model", "fixed and auto"], "tree", "poor model", "chain"),
+)
 @pytest.mark.parametrize("kind", ["greedy", "seeded"])
 def test_output_is_plain_decodings(
     folder: Path, small: Path, plain: dict[str, list[list[int]]], kind: str, name: str

@@ -12,7 +12,8 @@ from specplug import LLM, MemoryRegion, Proposal, SamplingParams, hookimpl
 from specplug.configuration.engine import EngineConfig, parse_bytes
 from specplug.engine.startup import plan_engine
 from specplug.errors import ConfigurationError, InsufficientMemoryError, RequestError
-from support.models import ARCHITECTURES, VOCABULARY, save_model
+from support.marks import slow_except
+from support.models import ARCHITECTURES, REPRESENTATIVE, VOCABULARY, save_model
 from support.peak import tensor_bytes
 from support.speculators import ModelSpeculator, Oracle, TreeSpeculator, provide
 
@@ -35,7 +36,7 @@ class Buffers(ModelSpeculator):
         self.table = torch.zeros(1_000_000, dtype=torch.uint8, device=resources.device)
 
 
-@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", slow_except(ARCHITECTURES, *REPRESENTATIVE))
 def test_weights_are_planned_exactly(tmp_path: Path, architecture: str) -> None:
     folder = save_model(tmp_path / architecture, architecture)
     for dtype in ("float32", "bfloat16"):

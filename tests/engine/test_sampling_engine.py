@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from specplug import LLM, SamplingParams, process
+from support.marks import slow_except
 from support.models import VOCABULARY, save_model
 from support.reference import load_reference
 from support.speculators import ModelSpeculator, Oracle, TokenSpeculator, TreeSpeculator, provide
@@ -72,14 +73,18 @@ def speculators(folder: Path, draft_folder: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("name", "rule"),
-    [
-        ("plain", "block"),
-        ("token", "block"),
-        ("tree", "block"),
-        ("model", "block"),
+    slow_except(
+        [
+            ("plain", "block"),
+            ("token", "block"),
+            ("tree", "block"),
+            ("model", "block"),
+            ("model", "standard"),
+            ("mixed", "block"),
+        ],
         ("model", "standard"),
-        ("mixed", "block"),
-    ],
+        "mixed",
+    ),
 )
 def test_joint_of_three_tokens(folder: Path, draft_folder: Path, joint: np.ndarray, name: str, rule: str) -> None:
     options = speculators(folder, draft_folder)[name]

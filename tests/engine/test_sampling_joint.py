@@ -14,6 +14,7 @@ from specplug import LLM, SamplingParams
 from specplug.sampling.distributions import DistributionRow, StepDistributions
 from specplug.sampling.rules import LogitsRules
 from specplug.testing.models import save_words, word
+from support.marks import slow_except
 from support.models import save_model
 from support.speculators import ModelSpeculator, Oracle, TokenSpeculator, TreeSpeculator, provide
 from support.statistics import THRESHOLD, worst_p_value
@@ -86,7 +87,7 @@ def padded(tokens: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("name", list(PARAMS))
-@pytest.mark.parametrize("kind", ["chain", "tree", "model"])
+@pytest.mark.parametrize("kind", slow_except(["chain", "tree", "model"], "tree"))
 def test_joint_of_three_tokens(
     reference: Stepwise, joints: dict[str, np.ndarray], draft_folder: Path, name: str, kind: str
 ) -> None:
