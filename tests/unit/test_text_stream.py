@@ -282,6 +282,7 @@ def test_bytes_that_undo_what_was_decoded() -> None:
     assert stream.text == "hia�x hi你 hi"
 
 
+@pytest.mark.engine
 def test_stop_strings_inside_accepted_runs() -> None:
     prompt = fast()("class Stack:\n    def __init__(self):\n")["input_ids"]
     choose = random.Random(3)

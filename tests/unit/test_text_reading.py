@@ -153,6 +153,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
         yield llm
 
 
+@pytest.mark.engine
 def test_an_output_of_the_engine_begins_with_its_space(llama: LLM) -> None:
     tokenizer = llama.get_tokenizer()
     the = tokenizer("x the", add_special_tokens=False)["input_ids"][-1]
