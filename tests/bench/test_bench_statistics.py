@@ -29,6 +29,7 @@ def test_nothing_has_no_median() -> None:
         estimate([])
 
 
+@pytest.mark.engine
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     """Of 95 % intervals over 15 draws, about 95 % hold the median of what was drawn from."""
     rng = np.random.default_rng(0)

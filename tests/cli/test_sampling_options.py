@@ -17,8 +17,6 @@ from specplug.cli.sampling_options import make_params
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = pytest.mark.unit
-
 BASE = ("--dtype", "float32", "--device", "cpu", "--quiet", "--allow-plugin", "none")
 EVERY_OPTION = {
     "temperature": (("--temperature", "0.5"), 0.5),
