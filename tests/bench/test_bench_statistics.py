@@ -7,6 +7,8 @@ import pytest
 
 from specplug.bench.summary import estimate, paired_ratio, quantile
 
+pytestmark = pytest.mark.unit
+
 
 def test_a_median_and_its_interval() -> None:
     found = estimate([5.0, 1.0, 3.0, 2.0, 4.0])
@@ -27,6 +29,7 @@ def test_nothing_has_no_median() -> None:
         estimate([])
 
 
+@pytest.mark.engine
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     """Of 95 % intervals over 15 draws, about 95 % hold the median of what was drawn from."""
     rng = np.random.default_rng(0)

@@ -14,6 +14,8 @@ from specplug.bench.summary import cost_model, summarize
 from specplug.bench.workload import BenchPrompt, Cell, Workload
 from specplug.stats import SpeculationStats
 
+pytestmark = pytest.mark.unit
+
 WORKLOAD = Workload("test", [BenchPrompt("a", [1]), BenchPrompt("b", [2, 3])], max_tokens=10)
 CELL = Cell(1, 0.0)
 

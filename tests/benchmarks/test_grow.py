@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from specplug.tiny import resolve_model
 from support.models import save_model
 
+pytestmark = pytest.mark.unit
+
 TINY = Path(resolve_model("tiny"))
 TINY_SIZES = Sizes(192, 12, 512, 3, 1)
 LARGER: dict[str, int] = {
@@ -64,6 +66,7 @@ def test_logits_are_the_sources(source: Any, grown: Any, prompt: torch.Tensor) -
     assert torch.equal(expected.argmax(-1), actual.argmax(-1))
 
 
+@pytest.mark.engine
 def test_greedy_text_is_the_sources(source: Any, grown: Any, prompt: torch.Tensor) -> None:
     options = {"max_new_tokens": 48, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
     assert torch.equal(source.generate(prompt, **options), grown.generate(prompt, **options))
@@ -100,6 +103,7 @@ def test_folder_is_complete(grown_folder: Path, grown: Any) -> None:
     assert grown.config.tie_word_embeddings
 
 
+@pytest.mark.engine
 def test_bfloat16_keeps_the_function_where_the_norms_scale_exactly(tmp_path: Path, prompt: torch.Tensor) -> None:
     sizes = {**LARGER, "hidden_size": 768, "num_layers": 12}
     assert grow("tiny", tmp_path, **sizes).dtype == "bfloat16"

@@ -35,6 +35,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     return start
 
 
+@pytest.mark.slow
 def test_costs_of_steps(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_model(tmp_path / "target", "llama")
     monkeypatch.setattr(step_costs, "Machine", partial(step_costs.Machine, 1 << 22))
@@ -46,6 +47,7 @@ def test_costs_of_steps(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert all(0 < us < 1e6 for us in report["outside_the_forward_us"].values())
 
 
+@pytest.mark.slow
 def test_never_slower(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, picture = tmp_path / "never.json", tmp_path / "never.svg"
     small = ["--prompts", 2, "--tokens", 8, "--repeats", 2, "--engines", 2, "--queue", 2, "--lengths", 1, 2]
@@ -58,6 +60,7 @@ def test_never_slower(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "<svg" in picture.read_text()
 
 
+@pytest.mark.slow
 def test_costs_of_speculation(run: Run, tmp_path: Path) -> None:
     out, picture = tmp_path / "costs.json", tmp_path / "costs.svg"
     small = ["--gammas", 1, 2, "--prompts", 2, "--tokens", 8, "--repeats", 1]

@@ -13,6 +13,8 @@ from peers.vllm_contestant import MODES, VllmContestant, environment
 
 from specplug.bench.workload import BenchPrompt, Cell, Workload
 
+pytestmark = pytest.mark.unit
+
 VLLM = """
 import sys
 

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from support.marks import slow_except
+
 QUICK = {  # commands that import no PyTorch
     "list": ("list",),
     "help": ("--help",),
@@ -29,7 +31,8 @@ def shell(words: tuple[str, ...], redirection: str) -> subprocess.CompletedProce
 
 
 @pytest.mark.parametrize(
-    "redirection", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "| head -0", "2>&1 >/dev/null | head -0"]
+    "redirection",
+    slow_except(["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "| head -0", "2>&1 >/dev/null | head -0"], ">&-", "| head -0"),
 )
 @pytest.mark.parametrize("words", QUICK.values(), ids=QUICK)
 def test_no_traceback(words: tuple[str, ...], redirection: str) -> None:

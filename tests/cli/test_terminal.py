@@ -26,6 +26,8 @@ from specplug.request import SpeculationStats
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.fixture
 def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Callable[[], Terminal], Callable[[], str]]]:

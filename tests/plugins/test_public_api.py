@@ -7,13 +7,17 @@ import importlib
 import inspect
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import specplug
 
+pytestmark = pytest.mark.unit
+
 ROOT = Path(__file__).parents[2]
+OF_CORE = {"huggingface_hub", "numpy"}  # come with core's own requirements
 PACKAGES = ["plugins/ngram", "plugins/eagle", "plugins/draft_model", "examples/specplug-suffix"]
 
 
@@ -30,6 +34,33 @@ def test_only_public_names_of_core_are_imported(package: str) -> None:
             elif isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "specplug":
                 assert node.module == "specplug", where
                 assert {alias.name for alias in node.names} <= set(specplug.__all__), where
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_distribution_requires_what_it_imports(package: str) -> None:
+    used, types_only = set(), {"transformers"}  # its models are handed over by core, which requires it
+    for file in sorted((ROOT / package / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                used |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, "relative imports hide what is imported"
+                used.add(str(node.module).partition(".")[0])
+    project = tomllib.loads((ROOT / package / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = {name.partition(">")[0] for name in project["dependencies"]}
+    own = {each.name for each in (ROOT / package / "src").iterdir()}
+    assert required <= used
+    assert used - sys.stdlib_module_names - own - types_only - OF_CORE <= required
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_private_attribute_of_another_object_is_used(package: str) -> None:
+    """Only `self` and `cls` may be asked for a name with an underscore; argparse and nn.Module have no other way."""
+    for file in sorted((ROOT / package / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                is_own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                assert is_own or node.attr in ("_ArgumentGroup", "_modules"), f"{file.name}:{node.lineno}"
 
 
 def test_type_checkers_and_the_interpreter_see_the_same_names() -> None:

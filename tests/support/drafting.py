@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from specplug import LLM, ForwardRow, MemoryBudget, MemoryRegion, Proposal, ProposalBatch, Resources, hookimpl
-from specplug.model.kv_cache import BlockAllocator
 from specplug_draft_model import DraftModelSpeculator, load_speculator
 from support.reference import load_reference
 
@@ -44,13 +43,6 @@ def perturbed_copy(source: Path, folder: Path, scale: float, seed: int = 0) -> P
             tensors[name] = tensor + scale * tensor.std() * torch.randn(tensor.shape, generator=generator)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-def squeeze_blocks(llm: LLM, count: int) -> BlockAllocator:
-    """Leaves the engine with few KV blocks, so that rows must be preempted."""
-    assert count <= llm.engine.plan.num_blocks
-    llm.engine.scheduler.allocator = BlockAllocator(count)
-    return llm.engine.scheduler.allocator
 
 
 class Recorded:

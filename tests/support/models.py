@@ -72,6 +72,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
 }
 
+REPRESENTATIVE = ("llama", "gemma3_text", "gpt_oss", "deepseek_v3")
+"""Plain; windows and normed heads; experts and sinks; latent attention: for tests that need not run all."""
+
 
 def make_config(architecture: str, **changes: Any) -> Any:
     """The configuration of a tiny model."""

@@ -8,8 +8,6 @@ from pathlib import Path
 import attrs
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from transformers.generation.logits_process import (
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
@@ -22,21 +20,8 @@ from transformers.generation.logits_process import (
 )
 
 from specplug import SamplingParams
+from specplug.testing.models import word
 from support.reference import load_reference
-
-
-def word(token: int) -> str:
-    """The text of a token of `save_words`."""
-    return f"w{token}."
-
-
-def save_words(folder: Path, vocabulary: int) -> Path:
-    """Gives a model's folder a tokenizer of one word per id: `w3. w7.` is [3, 7], and back."""
-    words = Tokenizer(models.WordLevel({word(token): token for token in range(vocabulary)}, unk_token=word(0)))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
-    return folder
 
 
 def ruled_scores(

@@ -7,6 +7,7 @@ import inspect
 import json
 import string
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,32 @@ def sentencepiece(size: int = 400, kind: str = "bpe") -> PreTrainedTokenizerFast
         bos_token="<s>",
         eos_token="</s>",
     )
+
+
+def word_piece() -> PreTrainedTokenizerFast:
+    """A tokenizer as BERT's: lower case, words and `##` endings, white space and unknown characters lost."""
+    pieces = ["[UNK]", "[CLS]", "[SEP]", "a", "cat", "sat", "##s", "##at", "c", "(", ")", "foo", "bar", "x", ".", "the"]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+def metaspace() -> PreTrainedTokenizerFast:
+    """Llama's newer kind: the same pieces as `sentencepiece`, by a Metaspace pre-tokenizer and decoder."""
+    tokenizer = Tokenizer.from_str(sentencepiece().backend_tokenizer.to_str())
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    "byte level": byte_level,
+    "sentencepiece": sentencepiece,
+    "metaspace": metaspace,
+    "unigram": lambda: sentencepiece(kind="unigram"),
+}
 
 
 def give(folder: Path, tokenizer: PreTrainedTokenizerFast, *added: str) -> Path:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
+
 from specplug.testing import SpeculatorConformance, tiny_draft
 from support.heads import TREES, save_eagle3
 
@@ -21,6 +23,7 @@ class TestNgram(SpeculatorConformance):
         return {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
 
+@pytest.mark.slow
 class TestDraftModel(SpeculatorConformance):
     quick = True
     architectures = ("qwen3",)
@@ -51,6 +54,7 @@ class Eagle3(SpeculatorConformance):
         return {"method": "eagle3", "model": str(head), "num_speculative_tokens": 4, **self.keys}
 
 
+@pytest.mark.slow
 class TestEagle3Sampled(Eagle3):
     samples = True
     keys: ClassVar[Mapping[str, Any]] = {**TREES["odd"], "draft_sample_method": "probabilistic"}

@@ -10,6 +10,8 @@ from scipy.stats import chi2
 from specplug.testing.statistics import THRESHOLD, chi_square_p, joint_p_values, uniform_p
 from support.statistics import p_value
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.mark.parametrize("cells", [2, 7, 300])
 @pytest.mark.parametrize("bias", [0.0, 0.02, 0.3])

@@ -17,8 +17,9 @@ from support.drafting import (
     drafted_by,
     perturbed_copy,
     speculator_of,
-    squeeze_blocks,
 )
+from support.engines import squeeze_blocks
+from support.marks import slow_except
 from support.models import VOCABULARY, save_model
 
 BLOCKS = 60
@@ -55,7 +56,11 @@ def workload(llm: LLM, chooser: random.Random, temperatures: tuple[float, ...]) 
 
 @pytest.mark.parametrize(
     ("seed", "method", "chain"),
-    [(0, "greedy", "alone"), (1, "probabilistic", "alone"), (2, "greedy", "ngram"), (3, "probabilistic", "ngram")],
+    slow_except(
+        [(0, "greedy", "alone"), (1, "probabilistic", "alone"), (2, "greedy", "ngram"), (3, "probabilistic", "ngram")],
+        0,
+        3,
+    ),
 )
 def test_kv_equals_a_fresh_prefill_and_no_token_is_processed_twice(
     target: Path, draft: Path, seed: int, method: str, chain: str

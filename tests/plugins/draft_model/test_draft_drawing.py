@@ -10,6 +10,8 @@ from specplug import Budget, ProposalRow, SamplingParams, TokenView, process
 from specplug_draft_model.drawing import draw
 from support.statistics import THRESHOLD, p_value
 
+pytestmark = pytest.mark.unit
+
 V = 12
 GREEDY = SamplingParams(temperature=0)
 SAMPLED = SamplingParams(temperature=0.7, top_k=8)

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from specplug import LLM, SamplingParams
-from support.drafting import drafted_by, perturbed_copy, squeeze_blocks
-from support.models import ARCHITECTURES, VOCABULARY, save_model
+from support.drafting import drafted_by, perturbed_copy
+from support.engines import squeeze_blocks
+from support.marks import slow_except
+from support.models import ARCHITECTURES, REPRESENTATIVE, VOCABULARY, save_model
 from support.reference import decisive_prompts
 
 NEW_TOKENS = 16
@@ -30,7 +32,7 @@ def drafts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: save_model(root / name, name, seed=1) for name in DRAFTS}
 
 
-@pytest.mark.parametrize(("target", "draft"), PAIRS, ids=[f"{target}-{draft}" for target, draft in PAIRS])
+@pytest.mark.parametrize(("target", "draft"), slow_except(PAIRS, *REPRESENTATIVE))
 def test_equals_transformers_generate(tmp_path: Path, drafts: dict[str, Path], target: str, draft: str) -> None:
     folder = save_model(tmp_path / "target", target)
     pairs = decisive_prompts(folder, ROWS, NEW_TOKENS, VOCABULARY)

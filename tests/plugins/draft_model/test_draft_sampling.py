@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from specplug import LLM, BlockTable, Budget, ProposalBatch, ProposalRow, SamplingParams, TokenView
+from specplug.testing.models import save_words, word
 from support.drafting import drafted_by, perturbed_copy, speculator_of
+from support.marks import slow_except
 from support.models import save_model
 from support.reference import MARGIN, load_reference
 from support.statistics import THRESHOLD, worst_p_value
-from support.stepwise import Stepwise, distributions, save_words, word
+from support.stepwise import Stepwise, distributions
 
 V = 16
 DRAFT_V = 14
@@ -96,7 +98,7 @@ def accepted_of_greedy(samples: np.ndarray, draft: Path) -> tuple[int, int]:
     return least, most
 
 
-@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+@pytest.mark.parametrize("method", slow_except(["greedy", "probabilistic"], "probabilistic"))
 def test_joint_of_three_tokens(
     reference: Stepwise, joints: dict[str, np.ndarray], drafts: dict[str, Path], method: str
 ) -> None:
@@ -116,7 +118,7 @@ def test_joint_of_three_tokens(
         assert worst_p_value(samples[place :: len(PARAMS)], joints[name]) > THRESHOLD, name
 
 
-@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+@pytest.mark.parametrize("method", slow_except(["greedy", "probabilistic"], "probabilistic"))
 def test_joint_of_three_tokens_with_another_vocabulary(
     reference: Stepwise, joints: dict[str, np.ndarray], drafts: dict[str, Path], method: str
 ) -> None:
@@ -168,7 +170,7 @@ def rows_of(llm: LLM, count: int, sampling: SamplingParams, seed: int) -> list[P
     return rows
 
 
-@pytest.mark.parametrize("which", ["same", "other"])
+@pytest.mark.parametrize("which", slow_except(["same", "other"], "other"))
 def test_reported_distributions_are_the_empirical_ones(
     reference: Stepwise, drafts: dict[str, Path], which: str
 ) -> None:

@@ -13,6 +13,7 @@ from tiny_targets import make_target, write_lines
 
 from specplug_eagle.calibrate import main
 from specplug_eagle.train.__main__ import main as train
+from support.marks import slow_except
 
 BOUNDARIES = (3, 4, 8)
 
@@ -75,7 +76,7 @@ def calibrated(world: Path, head: Path, capsys: pytest.CaptureFixture[str]) -> d
 
 @pytest.mark.parametrize(
     ("ids", "convention"),
-    [([2, 3, 7], "output"), ([3, 4, 8], "boundary")],
+    slow_except([([2, 3, 7], "output"), ([3, 4, 8], "boundary")], ([2, 3, 7], "output")),
 )
 def test_the_convention_that_the_head_was_trained_with_is_found(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ids: list[int], convention: str
@@ -92,6 +93,7 @@ def test_the_convention_that_the_head_was_trained_with_is_found(
     assert report["settings"].get("layer_id_convention", "boundary") == convention
 
 
+@pytest.mark.slow
 def test_flags_without_a_trace_in_the_tensors_are_found(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,6 +105,7 @@ def test_flags_without_a_trace_in_the_tensors_are_found(
     assert own["acceptance_length"] < report["readings"][0]["acceptance_length"]
 
 
+@pytest.mark.slow
 def test_a_base_that_differs_from_the_default_is_measured_against_it(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

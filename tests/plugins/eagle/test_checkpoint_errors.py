@@ -13,6 +13,8 @@ from checkpoint_files import CASES, GOLDEN, Tensors, handle_of, open_head, rewri
 from specplug.errors import CheckpointError, ConfigurationError
 from specplug_eagle.checkpoint import EagleCheckpoint, validate
 
+pytestmark = pytest.mark.unit
+
 CASE = "speculators_default"
 LAYER = "transformer_layer_config"
 

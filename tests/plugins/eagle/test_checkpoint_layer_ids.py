@@ -11,6 +11,8 @@ from specplug.errors import ConfigurationError
 from specplug_eagle.checkpoint import layer_id_candidates, resolve_layer_ids
 from specplug_eagle.head import HeadSpec
 
+pytestmark = pytest.mark.unit
+
 SPEC = HeadSpec("eagle3", 16, 16, 40, 24, 4, 2, 4, 24, layout="flat")
 
 

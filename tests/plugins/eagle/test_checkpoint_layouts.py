@@ -12,6 +12,8 @@ from checkpoint_files import GOLDEN, Tensors, golden_of, handle_of, open_head, r
 
 from specplug_eagle.checkpoint import EagleCheckpoint, validate
 
+pytestmark = pytest.mark.unit
+
 REDUCED, FULL = "speculators_norm_before_residual", "speculators_full_vocabulary"
 FORMS = ["safetensors", "safetensors-sharded", "bin", "bin-sharded"]
 

@@ -11,6 +11,8 @@ from specplug.errors import CheckpointError
 from specplug_eagle.checkpoint.vocabulary import membership, offsets, read_draft_to_target
 from specplug_eagle.head import HeadSpec
 
+pytestmark = pytest.mark.unit
+
 REDUCED = HeadSpec("eagle3", 16, 16, 8, 3, 4, 2, 4, 24)
 FULL = HeadSpec("eagle3", 16, 16, 4, 4, 4, 2, 4, 24)
 MEMBERS = torch.tensor([1, 4, 7])

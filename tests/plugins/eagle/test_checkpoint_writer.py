@@ -17,6 +17,8 @@ from specplug.errors import ConfigurationError
 from specplug_eagle.checkpoint import EagleCheckpoint, resolve_layer_ids, write_speculators_checkpoint
 from specplug_eagle.head import DraftHead, HeadSpec, RopeSpec
 
+pytestmark = pytest.mark.unit
+
 UNWRITABLE = ("eagle1", "eagle3_single_state", "eagle3_partial_rotary")
 WRITABLE = [case for case in CASES if not case.startswith(UNWRITABLE)]
 SPEC = HeadSpec("eagle3", 16, 16, 40, 24, 4, 2, 4, 24)

@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from specplug.testing import SpeculatorConformance
 from support.heads import TREES, save_eagle3
 
 
+@pytest.mark.slow
 class TestDynamicTree(SpeculatorConformance):
     quick = True
     architectures = ("llama",)

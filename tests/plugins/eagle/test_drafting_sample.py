@@ -9,6 +9,8 @@ import torch
 from specplug import sample
 from support.statistics import THRESHOLD, p_value
 
+pytestmark = pytest.mark.unit
+
 Q = torch.tensor([0.4, 0.25, 0.2, 0.1, 0.05, 0.0])
 
 

@@ -17,6 +17,8 @@ from specplug_eagle.checkpoint import EagleCheckpoint
 from specplug_eagle.head import DraftHead, HeadSpec, RopeSpec
 from specplug_eagle.head.rope import RotaryEmbedding
 
+pytestmark = pytest.mark.unit
+
 SPEC = HeadSpec("eagle3", 16, 16, 40, 24, 4, 2, 4, 24, has_own_embedding=True)
 SPECS = {
     "plain": SPEC,

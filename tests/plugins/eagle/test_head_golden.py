@@ -7,6 +7,8 @@ import torch
 from attention_forms import incremental_logits, unrolled_logits
 from checkpoint_files import CASES, GOLDEN, golden_of, open_head
 
+pytestmark = pytest.mark.unit
+
 STEPS = 4
 
 

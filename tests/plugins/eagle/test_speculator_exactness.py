@@ -14,7 +14,8 @@ from specplug import LLM, MemoryBudget, MemoryRegion, Proposal, ProposalBatch, R
 from specplug.model.kv_cache import BlockAllocator
 from specplug_eagle import EagleSpeculator, load_speculator
 from support.heads import TREES, drafted_by_head, save_eagle1, save_eagle3
-from support.models import ARCHITECTURES, VOCABULARY, save_model
+from support.marks import slow_except
+from support.models import ARCHITECTURES, REPRESENTATIVE, VOCABULARY, save_model
 from support.reference import decisive_prompts
 
 NEW_TOKENS = 14
@@ -112,7 +113,7 @@ def check(root: Path, architecture: str, kind: str, tree: str, **extra: Any) -> 
 
 
 @pytest.mark.parametrize(("kind", "tree"), [("reduced", "chain"), ("EAGLE-1", "authors"), ("reduced", "dynamic")])
-@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", slow_except(ARCHITECTURES, *REPRESENTATIVE))
 def test_equals_transformers_generate(root: Path, architecture: str, kind: str, tree: str) -> None:
     check(root, architecture, kind, tree)
 
@@ -121,11 +122,12 @@ def test_equals_transformers_generate(root: Path, architecture: str, kind: str, 
     ("kind", "tree"),
     [("EAGLE-1", "chain"), ("EAGLE-1", "dynamic"), ("EAGLE-3", "chain"), ("EAGLE-3", "odd"), ("EAGLE-3", "dynamic")],
 )
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize("architecture", slow_except(["llama", "gemma2"], "llama"))
 def test_every_head_and_tree_equals_transformers_generate(root: Path, architecture: str, kind: str, tree: str) -> None:
     check(root, architecture, kind, tree)
 
 
+@pytest.mark.slow
 def test_compiled_heads_and_targets_draft_the_same(
     root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from specplug import LLM, BlockTable, Budget, ProposalBatch, ProposalRow, SamplingParams, TokenView
+from specplug.testing.models import save_words
 from support.heads import drafted_by_head, head_speculator_of, save_eagle1, save_eagle3
+from support.marks import slow_except
 from support.models import save_model
 from support.statistics import THRESHOLD, p_value, worst_p_value
-from support.stepwise import Stepwise, save_words
+from support.stepwise import Stepwise
 
 V = 16
 DRAFT_V = 11
@@ -67,14 +69,18 @@ def engine(reference: Stepwise, head: Path, **options: Any) -> LLM:
 
 @pytest.mark.parametrize(
     ("head", "tested", "options"),
-    [
-        ("EAGLE-3", ("temperature", "top-p"), {}),
-        ("reduced", ("top-k", "min-p"), SAMPLED),
-        ("EAGLE-1", ("penalties", "top-p"), {"speculative_token_tree": TREE}),
+    slow_except(
+        [
+            ("EAGLE-3", ("temperature", "top-p"), {}),
+            ("reduced", ("top-k", "min-p"), SAMPLED),
+            ("EAGLE-1", ("penalties", "top-p"), {"speculative_token_tree": TREE}),
+            ("EAGLE-3", ("temperature", "penalties"), {"speculative_token_tree": TREE, **SAMPLED}),
+            ("reduced", ("top-p", "top-k"), {"speculative_token_tree": TREE, **SAMPLED}),
+            ("reduced", ("min-p", "temperature"), DYNAMIC),
+        ],
         ("EAGLE-3", ("temperature", "penalties"), {"speculative_token_tree": TREE, **SAMPLED}),
-        ("reduced", ("top-p", "top-k"), {"speculative_token_tree": TREE, **SAMPLED}),
         ("reduced", ("min-p", "temperature"), DYNAMIC),
-    ],
+    ),
     ids=["chain", "sampled chain", "tree", "sampled tree", "sampled reduced tree", "dynamic"],
 )
 def test_joint_of_three_tokens(
@@ -122,7 +128,7 @@ def rows_of(llm: LLM, count: int, sampling: SamplingParams, seed: int, budget: B
     return rows
 
 
-@pytest.mark.parametrize("which", ["EAGLE-3", "reduced"])
+@pytest.mark.parametrize("which", slow_except(["EAGLE-3", "reduced"], "reduced"))
 def test_drafted_siblings_are_drawn_from_what_is_reported(
     reference: Stepwise, heads: dict[str, Path], which: str
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from specplug_eagle.drafting.dynamic_tree import DynamicTree
 from specplug_eagle.drafting.static_tree import StaticTree
 from support.heads import BOUNDARIES, drafted_by_head, save_eagle1, save_eagle3
 from support.models import save_model
+
+pytestmark = pytest.mark.unit
 
 
 @pytest.fixture(scope="module")
@@ -207,23 +208,3 @@ def test_more_children_than_the_draft_vocabulary_are_cut(root: Path) -> None:
     tree = tree_of(plan(root, "three", tree_top_k=100, tree_depth=1))
     assert isinstance(tree, DynamicTree)
     assert tree.top_k == 40
-
-
-def test_drafting_imports_only_what_core_exports() -> None:
-    """Nothing but `from specplug import …`, of names that are in its `__all__`."""
-    import specplug
-    import specplug_eagle
-
-    offenders = []
-    for file in Path(str(specplug_eagle.__file__)).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                used = [alias.name for alias in node.names if alias.name.startswith("specplug.")]
-            elif isinstance(node, ast.ImportFrom) and node.module == "specplug":
-                used = [alias.name for alias in node.names if alias.name not in specplug.__all__]
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("specplug."):
-                used = [str(node.module)]
-            else:
-                continue
-            offenders += [f"{file.name}:{node.lineno} {name}" for name in used]
-    assert not offenders

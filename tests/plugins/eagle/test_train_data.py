@@ -16,6 +16,8 @@ from specplug_eagle.train.batches import collate, plan_epoch
 from specplug_eagle.train.data import choose_vocabulary, count_tokens, read_prompts, read_samples
 from specplug_eagle.train.loop import schedule
 
+pytestmark = pytest.mark.unit
+
 TURN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 TEMPLATE = TURN + "{% if add_generation_prompt %}<assistant>{% endif %}"
 

@@ -79,6 +79,7 @@ def test_overlap_is_the_mass_that_both_distributions_share() -> None:
     assert found.overlap[0] == pytest.approx(torch.minimum(p, q).sum(-1).mean().item(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_head_learns_and_regenerated_texts_are_the_targets_own(tmp_path: Path) -> None:
     target = make_target(tmp_path / "target", spread=0.05)
     generator = torch.Generator().manual_seed(0)
@@ -118,6 +119,7 @@ def test_a_head_learns_and_regenerated_texts_are_the_targets_own(tmp_path: Path)
     assert epochs[-1]["held_out"]["agreement"][0] > 0.3
 
 
+@pytest.mark.slow
 def test_interrupted_writing_is_completed(tmp_path: Path) -> None:
     from specplug_eagle.train.regenerate import Writing, regenerate
 

@@ -19,6 +19,8 @@ from specplug_eagle.train.options import HeadOptions
 from specplug_eagle.train.target import Target
 from specplug_eagle.train.unroll import unroll
 
+pytestmark = pytest.mark.unit
+
 STEPS = 4
 LENGTHS = (13, 9, 16)
 

@@ -10,6 +10,8 @@ import pytest
 from specplug_ngram import index as index_module
 from specplug_ngram.index import NgramIndex
 
+pytestmark = pytest.mark.unit
+
 
 def brute_force(tokens: list[int], shortest: int, longest: int) -> tuple[int, int] | tuple[None, int]:
     for n in range(longest, shortest - 1, -1):

@@ -20,6 +20,8 @@ from specplug import (
 )
 from specplug_ngram import NgramSpeculator, load_speculator
 
+pytestmark = pytest.mark.unit
+
 
 def make_row(tokens: Any, slot: int = 0, is_new: bool = False, nodes: int = 4, depth: int | None = None) -> ProposalRow:
     return ProposalRow(

@@ -19,20 +19,18 @@ if TYPE_CHECKING:
     from specplug.testing.check import Check, CheckFailure, NotApplicable
     from specplug.testing.checks import CHECKS
     from specplug.testing.conformance import SpeculatorConformance
-    from specplug.testing.flags import Flags
     from specplug.testing.models import save_tiny_model, tiny_draft
     from specplug.testing.runner import CheckResult, run_check, run_checks
-    from specplug.testing.subject import Subject
+    from specplug.testing.subject import Flags, Subject
     from specplug.testing.targets import Targets
 
 _HOMES = {
     "check": ("Check", "CheckFailure", "NotApplicable"),
     "checks": ("CHECKS",),
     "conformance": ("SpeculatorConformance",),
-    "flags": ("Flags",),
     "models": ("save_tiny_model", "tiny_draft"),
     "runner": ("CheckResult", "run_check", "run_checks"),
-    "subject": ("Subject",),
+    "subject": ("Flags", "Subject"),
     "targets": ("Targets",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

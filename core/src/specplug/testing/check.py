@@ -18,8 +18,8 @@ _MOST_CHARACTERS = 600
 _NOT_ITS_OWN = (str(Path(__file__).parents[1]), "/site-packages/torch/", "/site-packages/transformers/", "/pluggy/")
 
 
-class CheckFailure(AssertionError):  # noqa: N818 - it is what came of a check, not an error of the kit
-    """The speculator breaks a promise: what was expected, and what came."""
+class CheckFailure(AssertionError):  # noqa: N818 - the result of a check, not an error of the kit
+    """The speculator breaks a promise: what was expected, and what was observed."""
 
     def __init__(self, expected: str, came: str) -> None:
         came = _shortened(came)
@@ -33,11 +33,11 @@ class FundamentalFailure(CheckFailure):
 
 
 class NotApplicable(Exception):  # noqa: N818
-    """The promise is none that this speculator makes; the text says why."""
+    """This speculator does not make the promise; the text says why."""
 
 
 class NothingSeen(Exception):  # noqa: N818
-    """Nothing came that could have broken the promise: the speculator drafted nothing here."""
+    """Nothing was drafted that could have broken the promise."""
 
 
 @attrs.frozen

@@ -10,9 +10,8 @@ import pytest
 
 from specplug.testing.check import Check
 from specplug.testing.checks import CHECKS
-from specplug.testing.flags import Flags
 from specplug.testing.runner import run_check
-from specplug.testing.subject import Subject
+from specplug.testing.subject import Flags, Subject
 from specplug.testing.targets import Targets
 
 

@@ -25,9 +25,9 @@ class Lookup:
 
     def draft(self, tokens: Sequence[int], count: int) -> list[int]:
         """The draft of one row."""
-        for place in range(len(tokens) - 2, -1, -1):
-            if tokens[place] == tokens[-1]:
-                return list(tokens[place + 1 : place + 1 + count])
+        for position in range(len(tokens) - 2, -1, -1):
+            if tokens[position] == tokens[-1]:
+                return list(tokens[position + 1 : position + 1 + count])
         return [tokens[-1]] * count
 
 

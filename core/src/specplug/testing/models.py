@@ -1,4 +1,4 @@
-"""Tiny random models, made in a moment and without any network."""
+"""Tiny random models and a tokenizer of one word per id, made without a network."""
 
 from __future__ import annotations
 
@@ -12,6 +12,24 @@ from typing import Any
 import torch
 
 from specplug.model.load.quiet import quiet_transformers
+
+
+def word(token: int) -> str:
+    """The text of a token."""
+    return f"w{token}."
+
+
+def save_words(folder: Path, vocabulary: int) -> Path:
+    """Gives a model's folder the tokenizer: `w3. w7.` is [3, 7], and back."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word(token): token for token in range(vocabulary)}, unk_token=word(0)))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    return folder
+
 
 CONTEXT = 400
 WINDOW = 6
@@ -68,7 +86,7 @@ def save_tiny_model(folder: Path, architecture: str = "llama", *, seed: int = 0,
 
 
 def tiny_draft(target_folder: Path, *, seed: int = 1) -> Path:
-    """A random draft model of one layer with the vocabulary of a target; it lies in the target's folder.
+    """A random draft model of one layer with the vocabulary of a target, stored in the target's folder.
 
     For the tests of speculators that run a model of their own: it drafts what the target rarely says.
     """

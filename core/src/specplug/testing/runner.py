@@ -1,4 +1,4 @@
-"""Running checks, and what came of each."""
+"""Running checks, and their results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Verdict = Literal["ok", "failed", "not applicable", "nothing seen", "not run"]
 
 @attrs.frozen
 class CheckResult:
-    """What came of one check.
+    """The result of one check.
 
     Attributes:
         check: which.

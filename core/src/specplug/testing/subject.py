@@ -1,4 +1,4 @@
-"""What is under test: a method, how to configure it, and what its author says about it."""
+"""What is under test: a speculator, its configuration, and what its author says about it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,30 @@ from specplug.llm import LLM
 from specplug.plugins.finder import find_plugins
 from specplug.speculation.policy import FixedBudget
 from specplug.testing.check import CheckFailure, FundamentalFailure, describe
-from specplug.testing.flags import Flags
-from specplug.testing.pace import Pace
-from specplug.testing.session import Session
+from specplug.testing.session import Pace, Session
 from specplug.testing.targets import Targets
+
+
+@attrs.frozen(kw_only=True)
+class Flags:
+    """Capabilities of a speculator. None lets the kit find out; True or False makes a promise that is checked.
+
+    Attributes:
+        deterministic: at temperature 0 its drafts depend on nothing but the row.
+        samples: at temperatures above 0 it samples drafts and reports what they were drawn from.
+        proposes_trees: some of its drafts branch.
+        owns_kv: it plans a KV cache of its own.
+        reads_states: it declares target states.
+        drafts: it drafts something on the kit's targets, whose prompts and outputs repeat themselves.
+    """
+
+    deterministic: bool | None = None
+    samples: bool | None = None
+    proposes_trees: bool | None = None
+    owns_kv: bool | None = None
+    reads_states: bool | None = None
+    drafts: bool | None = None
+
 
 Config = Mapping[str, Any]
 ARCHITECTURES = ("llama", "qwen3", "gemma2", "gpt_neox", "mixtral")

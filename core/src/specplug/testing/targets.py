@@ -11,8 +11,7 @@ import torch
 from specplug.errors import ConfigurationError
 from specplug.model.load.checkpoint import resolve_checkpoint
 from specplug.model.load.quiet import quiet_transformers
-from specplug.testing.models import save_tiny_model
-from specplug.testing.words import save_words
+from specplug.testing.models import save_tiny_model, save_words
 from specplug.tiny import resolve_model
 
 NARROW = (3, 5)
@@ -67,7 +66,7 @@ class Targets:
         self._models.clear()
 
     def decisive_prompts(self, folder: Path, count: int, new_tokens: int) -> list[tuple[list[int], list[int]]]:
-        """(prompt, greedy output) pairs of ragged lengths on which the model is never nearly undecided.
+        """(prompt, greedy output) pairs of ragged lengths on which the two best logits are never close.
 
         Raises:
             ConfigurationError: the target is undecided all the time.
@@ -108,8 +107,8 @@ def repetitive_prompt(length: int, vocabulary: int, seed: int) -> list[int]:
     low = min(3, vocabulary - 1)
     pattern = torch.randint(low, vocabulary, (period,), generator=generator).tolist()
     tokens = (pattern * (length // period + 1))[:length]
-    for place in torch.randint(0, length, (length // 9,), generator=generator).tolist():
-        tokens[place] = int(torch.randint(low, vocabulary, (1,), generator=generator))
+    for position in torch.randint(0, length, (length // 9,), generator=generator).tolist():
+        tokens[position] = int(torch.randint(low, vocabulary, (1,), generator=generator))
     return tokens
 
 

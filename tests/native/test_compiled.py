@@ -1,0 +1,246 @@
+"""A compiled forward is the model's own function; it is kept on disk, and what cannot be compiled runs as it is."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specplug import LLM, SamplingParams
+from specplug.engine import compilation, startup
+from specplug.model.compile import compiled
+from specplug.model.compile.forwards import measure_forward_change, over_rows
+from support.marks import slow_except
+from support.models import VOCABULARY, save_model
+from support.reference import decisive_prompts
+from support.speculators import Oracle, TreeSpeculator, provide
+
+pytestmark = pytest.mark.engine
+
+NEW_TOKENS = 14
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECPLUG_CACHE", str(folder))
+        yield folder
+
+
+def count_compilations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    made: list[Any] = []
+    own = compiled.compile_graph
+    monkeypatch.setattr(compiled, "compile_graph", lambda *graph: (made.append(graph), own(*graph))[1])
+    return made
+
+
+def change_by_compiling(runner: Any) -> float:
+    forward, runner.compiled = runner.compiled, None
+    change = measure_forward_change(runner, over_rows(runner, forward.over_tensors))
+    runner.compiled = forward
+    return change
+
+
+@pytest.mark.parametrize("architecture", slow_except(["llama", "gemma2", "opt"], "llama"))
+def test_output_is_that_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Float32, token for token: alone and in a ragged batch, with trees that read hidden states at several boundaries."""
+    folder = save_model(tmp_path, architecture)
+    pairs = decisive_prompts(folder, 6, NEW_TOKENS, VOCABULARY)
+    oracle = Oracle([prompt + output for prompt, output in pairs], VOCABULARY)
+    options = {
+        "skip_tokenizer_init": True,
+        "memory": "64MiB",
+        "strict": True,
+        "compile": True,
+        "max_num_batched_tokens": 24,
+        "max_num_seqs": 4,
+        **provide(lambda config, target: TreeSpeculator(oracle, ("final", 2, 0, 3), 9, top_k=2)),
+    }
+    made = count_compilations(monkeypatch)
+    greedy = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
+    for memory in ("64MiB", "48MiB"):  # another size of the cache: nothing is compiled anew
+        with LLM(folder, **{**options, "memory": memory}) as llm:
+            assert llm.engine.runner.compiled is not None, caplog.text
+            assert change_by_compiling(llm.engine.runner) < 1e-5
+            alone = llm.generate([pairs[0][0]], greedy)[0].outputs[0].token_ids
+            together = llm.generate([prompt for prompt, _ in pairs], greedy)
+            assert llm.engine.stats.num_accepted_draft_tokens > 10
+        assert alone == pairs[0][1]
+        assert [output.outputs[0].token_ids for output in together] == [output for _, output in pairs]
+    assert len(made) == 1
+
+
+@pytest.mark.slow
+def test_draft_models_are_compiled_too_and_weights_are_there_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from specplug.testing.leaks import live_bytes
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+    folder = save_model(tmp_path / "target", "llama", **sizes)
+    config = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 3}
+    options = {"skip_tokenizer_init": True, "dtype": "bfloat16", "device": "cpu", "memory": "64MiB"}
+    options["speculative_config"] = config
+    asked: list[list[Any]] = []
+    own = compilation.compile_forwards
+    monkeypatch.setattr(
+        startup, "compile_forwards", lambda runners, *rest: (asked.append(runners), own(runners, *rest))
+    )
+    held = {}
+    for choice in (False, True):
+        with LLM(folder, compile=choice, **options) as llm:
+            assert (llm.engine.runner.compiled is not None) == choice
+            assert [len(runners) for runners in asked] == ([2] if choice else [])
+            assert all(runner.compiled is not None for runners in asked for runner in runners)
+            llm.generate([[3, 4, 5]], SamplingParams(max_tokens=5))
+            held[choice] = live_bytes()
+    asked.clear()
+    assert held[True] <= held[False] * 1.01
+
+
+def written_by(cache: Path, folder: Path, **options: Any) -> Path:
+    """The file that compiling a model leaves."""
+    before = set((cache / "forwards").glob("*.bin"))
+    LLM(folder, **options).close()
+    (written,) = set((cache / "forwards").glob("*.bin")) - before
+    return written
+
+
+def raising(*inputs: Any) -> Any:
+    raise KeyError("no such thing\nin the artifact")
+
+
+def wrong(artifact: Any) -> Any:
+    def call(*inputs: Any) -> Any:
+        logits, *states = artifact(*inputs)
+        return logits * 1.5, *states
+
+    return call
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["cut off", "raises", "other results"])
+def test_a_file_that_does_not_work_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Compiled anew, once, without a word; the next start finds what works."""
+    from torch._inductor import CompiledArtifact
+
+    sizes = {"cut off": 36, "raises": 40, "other results": 44}
+    folder = save_model(tmp_path, "llama", hidden_size=sizes[fault])
+    options = {"skip_tokenizer_init": True, "memory": "64MiB", "compile": True}
+    made = count_compilations(monkeypatch)
+    written = written_by(own_cache, folder, **options)
+    good = written.read_bytes()
+    with monkeypatch.context() as patch:
+        if fault == "cut off":
+            written.write_bytes(good[:1000])
+        else:
+            load = CompiledArtifact.load
+            patch.setattr(CompiledArtifact, "load", lambda **how: wrong(load(**how)) if fault != "raises" else raising)
+        with caplog.at_level(logging.WARNING), LLM(folder, **options) as llm:
+            assert llm.engine.runner.compiled is not None
+            assert change_by_compiling(llm.engine.runner) < 1e-5
+    assert not [record for record in caplog.records if record.name == "specplug" and record.levelno > logging.INFO]
+    assert len(made) == 2
+    assert written.is_file()
+    with LLM(folder, **options) as llm:
+        assert llm.engine.runner.compiled is not None
+    assert len(made) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "message"), [("raises", "KeyError: "), ("other results", "it gives other logits")])
+def test_what_does_not_work_when_new_is_not_used(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own_cache: Path,
+    fault: str,
+    message: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One line of warning, an engine that runs, and nothing on disk."""
+    own = compiled.compile_graph
+    monkeypatch.setattr(compiled, "compile_graph", lambda *graph: raising if fault == "raises" else wrong(own(*graph)))
+    before = set((own_cache / "forwards").glob("*.bin"))
+    folder = save_model(tmp_path, "llama", hidden_size=28)
+    with caplog.at_level(logging.WARNING):
+        llm = LLM(folder, skip_tokenizer_init=True, memory="64MiB", compile=True)
+    assert llm.engine.runner.compiled is None
+    assert len(llm.generate([[3, 4, 5]], SamplingParams(max_tokens=3))[0].outputs[0].token_ids) == 3
+    llm.close()
+    (record,) = [each for each in caplog.records if each.name == "specplug"]  # some PyTorch versions trace themselves
+    assert record.getMessage().startswith("LlamaForCausalLM runs uncompiled: ")
+    assert message in record.getMessage()
+    assert "\n" not in record.getMessage()
+    assert set((own_cache / "forwards").glob("*.bin")) == before
+
+
+@pytest.mark.slow
+def test_the_compiler_works_in_our_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    """Not in a predictable one below /tmp, neither when it compiles nor when what it made is loaded."""
+    elsewhere = tmp_path / "elsewhere"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(elsewhere))
+    folder = save_model(tmp_path, "llama", hidden_size=56)
+    options = {"skip_tokenizer_init": True, "device": "cpu", "memory": "64MiB", "compile": True}
+    made = count_compilations(monkeypatch)
+    written = written_by(own_cache, folder, **options)
+    work = own_cache / "forwards" / "inductor" / written.stem
+    assert list(work.rglob("*.so"))
+    assert sum(file.stat().st_size for file in work.rglob("*")) < 16 << 20, "precompiled headers are not kept"
+    shutil.rmtree(work)
+    with LLM(folder, **options) as llm:
+        assert llm.engine.runner.compiled is not None
+    assert len(made) == 1
+    assert list(work.rglob("*.so"))
+    assert not elsewhere.exists()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(elsewhere)
+
+
+def test_a_cache_that_others_may_write_to_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    monkeypatch.setenv("SPECPLUG_CACHE", str(shared))
+    with caplog.at_level(logging.WARNING):
+        llm = LLM(save_model(tmp_path, "llama"), skip_tokenizer_init=True, memory="64MiB", compile=True)
+    assert llm.engine.runner.compiled is None
+    llm.close()
+    (record,) = caplog.records
+    assert "others may write to" in record.getMessage()
+    assert not list(shared.iterdir())
+
+
+def test_a_model_that_cannot_be_traced_runs_as_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Float32 experts have no shapes-only implementation: one line of warning, nothing else."""
+    folder = save_model(tmp_path, "mixtral")
+    (pair,) = decisive_prompts(folder, 1, 6, VOCABULARY)
+    with caplog.at_level(logging.WARNING):
+        llm = LLM(folder, skip_tokenizer_init=True, device="cpu", memory="64MiB", compile=True)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("MixtralForCausalLM runs uncompiled: ")
+    assert "\n" not in record.getMessage()
+    assert capfd.readouterr().err == ""
+    assert llm.generate([pair[0]], SamplingParams(temperature=0, max_tokens=6))[0].outputs[0].token_ids == pair[1]
+    llm.close()
+
+
+def test_small_models_go_without_unless_asked(tmp_path: Path) -> None:
+    assert not compilation.wants_compilation("auto", 11 << 20)
+    assert compilation.wants_compilation("auto", 64 << 20)
+    assert compilation.wants_compilation(True, 1)
+    assert not compilation.wants_compilation(False, 1 << 40)
+    with LLM(save_model(tmp_path, "llama"), skip_tokenizer_init=True, memory="64MiB") as llm:
+        assert llm.engine.runner.compiled is None
