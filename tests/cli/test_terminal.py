@@ -17,7 +17,7 @@ from specplug.cli.startup_view import StartupView
 from specplug.cli.table import Table
 from specplug.cli.terminal import Terminal
 from specplug.cli.text_view import TextView
-from specplug.configuration.engine import EngineConfig
+from specplug.config.engine import EngineConfig
 from specplug.engine.startup import StepReport
 from specplug.llm import StreamedPiece
 from specplug.memory.plan import MemoryPlan

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from specplug import LLM, Proposal, SamplingParams, SpeculatorTraits, hookimpl
-from specplug.configuration.speculative import DEFAULT_MAX_SPECULATIVE_TOKENS, parse_speculative_config
+from specplug.config.speculative import DEFAULT_MAX_SPECULATIVE_TOKENS, parse_speculative_config
 from specplug.errors import ConfigurationError, PluginError
 from specplug.speculation.asked import Asked
 from specplug.speculation.auto import AutoBudget

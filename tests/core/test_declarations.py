@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from specplug import KVLayer, MemoryRegion, Proposal, SpeculatorTraits, hookimpl
-from specplug.configuration.engine import EngineConfig
+from specplug.config.engine import EngineConfig
 from specplug.engine.planning import PlannedEngine, plan_engine
 from specplug.errors import InsufficientMemoryError, PluginError, SpecplugError
 from specplug.model.blocks import BlockTable

@@ -23,7 +23,7 @@ ORDER = [
     "model",
     "text",
     "request",
-    "configuration",
+    "config",
     "memory",
     "plugins",
     "speculation",

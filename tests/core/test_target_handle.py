@@ -83,7 +83,7 @@ def test_handles_refuse_to_work_before_the_plan_is_accepted(tmp_path: Path) -> N
 def test_no_weight_is_read_for_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import safetensors
 
-    from specplug.configuration.engine import EngineConfig
+    from specplug.config.engine import EngineConfig
     from specplug.engine.startup import plan_engine
 
     folder = save_model(tmp_path, "llama")

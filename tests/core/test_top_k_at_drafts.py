@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specplug import LLM, Outcome, Proposal, SamplingParams, SpeculatorTraits, hookimpl
-from specplug.configuration.engine import EngineConfig
+from specplug.config.engine import EngineConfig
 from specplug.engine.planning import plan_engine
 from support.models import VOCABULARY, save_model
 from support.reference import load_reference

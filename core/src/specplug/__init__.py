@@ -13,7 +13,7 @@ from specplug import threads
 from specplug.version import __version__
 
 if TYPE_CHECKING:
-    from specplug.configuration.engine import EngineConfig
+    from specplug.config.engine import EngineConfig
     from specplug.contract.batch import (
         Budget,
         EndReason,
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 
 # The same names at run time; a test compares the two lists.
 _HOMES = {
-    "specplug.configuration.engine": ("EngineConfig",),
+    "specplug.config.engine": ("EngineConfig",),
     "specplug.contract.batch": (
         "Budget",
         "EndReason",

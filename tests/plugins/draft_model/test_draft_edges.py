@@ -13,7 +13,7 @@ import torch
 
 import specplug.speculation.target as target_module
 from specplug import LLM, ConfigurationError, SamplingParams
-from specplug.configuration.engine import EngineConfig
+from specplug.config.engine import EngineConfig
 from specplug.engine.planning import PlannedEngine, plan_engine
 from specplug.errors import CheckpointError, InsufficientMemoryError, SpecplugError
 from support.drafting import drafted_by, perturbed_copy, recorded, speculator_of

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from specplug import LLM, SamplingParams
-from specplug.configuration.engine import EngineConfig
+from specplug.config.engine import EngineConfig
 from specplug.engine.planning import PlannedEngine, plan_engine
 from specplug.model import checkpoint, pickled
 from support.heads import TREES, drafted_by_head, head_speculator_of, save_eagle1, save_eagle3

@@ -127,7 +127,7 @@ def bench(
         raise click.UsageError("Missing option '--speculative-config' or '--peer'.")
     # What can be refused without importing torch is refused first.
     from specplug.cli.prompt_file import read_prompts
-    from specplug.configuration.engine import EngineConfig
+    from specplug.config.engine import EngineConfig
 
     configs = [config for text in speculative_configs if (config := read_speculative_config(text)) is not None]
     options = {name: given.pop(name) for name in ("batches", "temperatures", "max_tokens", "repetitions")}

@@ -101,7 +101,7 @@ def check(
 
 def _check_keys(config: dict[str, Any], target: str | None) -> None:
     """Refuses what can be refused without importing PyTorch."""
-    from specplug.configuration.engine import EngineConfig
+    from specplug.config.engine import EngineConfig
 
     try:
         check_plugins(EngineConfig.create(target or "tiny", speculative_config=config))

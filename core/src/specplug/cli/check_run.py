@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specplug.cli.speculative_option import hint_at_keys
-from specplug.configuration.engine import EngineConfig
+from specplug.config.engine import EngineConfig
 from specplug.engine.planning import plan_engine
 from specplug.errors import ConfigurationError, did_you_mean
 from specplug.plugins.finder import find_plugins

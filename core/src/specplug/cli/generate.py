@@ -90,7 +90,7 @@ def generate(
         raise click.UsageError("--logprobs and --prompt-logprobs are shown with --json only.")
     # What can be refused without importing torch is refused first.
     from specplug.cli.prompt_file import read_prompts
-    from specplug.configuration.engine import EngineConfig
+    from specplug.config.engine import EngineConfig
 
     engine = read_engine_options({name: given.pop(name) for name in _ENGINE})
     sampling = read_sampling_options(given)

@@ -16,7 +16,7 @@ from specplug import threads
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from specplug.configuration.engine import EngineConfig
+    from specplug.config.engine import EngineConfig
 
 INTERRUPTED = 130
 _MODULES = ("specplug.llm", "transformers.modeling_utils", "transformers.models.auto.modeling_auto")

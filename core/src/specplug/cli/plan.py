@@ -32,7 +32,7 @@ def plan(target: str, as_json: bool, **given: Any) -> None:
         --speculative-config '{"method": "ngram", "num_speculative_tokens": 5}'
     """  # noqa: D301
     # What can be refused without importing torch is refused first.
-    from specplug.configuration.engine import EngineConfig
+    from specplug.config.engine import EngineConfig
 
     config = EngineConfig.create(target, **read_engine_options(given))
     out = Terminal.out()

@@ -10,7 +10,7 @@ from specplug.cli.memory_view import show_budget, show_memory
 
 if TYPE_CHECKING:
     from specplug.cli.terminal import Terminal
-    from specplug.configuration.engine import EngineConfig
+    from specplug.config.engine import EngineConfig
     from specplug.engine.planning import PlannedEngine
     from specplug.memory.plan import MemoryPlan, OtherDevice
 

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import torch
 
-from specplug.configuration.engine import EngineConfig
+from specplug.config.engine import EngineConfig
 from specplug.contract.batch import Outcome
 from specplug.contract.verdict import Verdict
 from specplug.engine.intake import Intake

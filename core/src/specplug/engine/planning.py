@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import torch
 
-from specplug.configuration.engine import EngineConfig
+from specplug.config.engine import EngineConfig
 from specplug.contract.memory import MemoryBudget, MemoryRegion
 from specplug.contract.settings import SpeculativeConfig
 from specplug.engine.compilation import wants_compilation

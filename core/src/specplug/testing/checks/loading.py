@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specplug.configuration.engine import EngineConfig
+from specplug.config.engine import EngineConfig
 from specplug.engine.planning import plan_engine
 from specplug.memory.plan import format_bytes
 from specplug.testing.check import Check, expect
