@@ -122,8 +122,8 @@ class Attentive(Useless):
     def propose(self, batch: Any) -> Proposal:
         for row in batch.rows:
             if not row.is_new:
-                self.missed += row.computed.start - self.shown[row.slot]
-            self.shown[row.slot] = row.computed.stop
+                self.missed += row.new_positions.start - self.shown[row.row_id]
+            self.shown[row.row_id] = row.new_positions.stop
             self.calls += 1
         return super().propose(batch)
 

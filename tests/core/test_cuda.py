@@ -16,7 +16,7 @@ import torch
 from core.test_compiled_step import DIM, KV_HEADS, WIDTH, Layer
 from core.test_native_kernels import BLOCK, BLOCKS, random_row
 from specplug import LLM, SamplingParams
-from specplug.contract.memory import KVLayer
+from specplug.contract.resources import KVLayer
 from specplug.model.attention import AttentionSite
 from specplug.model.blocks import BlockAllocator, BlockTable
 from specplug.model.captured_step import CapturedStep

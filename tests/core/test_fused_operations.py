@@ -11,7 +11,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from specplug import LLM, native
-from specplug.contract.memory import KVLayer
+from specplug.contract.resources import KVLayer
 from specplug.model.blocks import BlockTable
 from specplug.model.forward import ForwardBatch, ForwardRow
 from specplug.model.fusions import fuse

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from specplug import LLM, native
-from specplug.contract.memory import KVLayer
+from specplug.contract.resources import KVLayer
 from specplug.model.attention import AttentionSite
 from specplug.model.blocks import BlockTable
 from specplug.model.forward import ForwardBatch, ForwardRow, TreeMask

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-import specplug.speculation.target as target_module
+import specplug.plugins.target as target_module
 from specplug import LLM, ConfigurationError, SamplingParams
 from specplug.config.engine import EngineConfig
 from specplug.engine.planning import PlannedEngine, plan_engine

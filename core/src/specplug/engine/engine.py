@@ -11,8 +11,7 @@ import attrs
 import torch
 
 from specplug.config.engine import EngineConfig
-from specplug.contract.batch import Outcome
-from specplug.contract.verdict import Verdict
+from specplug.contract.types import Outcome, Verdict
 from specplug.engine.intake import Intake
 from specplug.engine.scheduler import ScheduledRow, Scheduler
 from specplug.engine.turns import Turns

@@ -10,23 +10,24 @@ import attrs
 import torch
 
 from specplug.config.engine import EngineConfig
-from specplug.contract.memory import MemoryBudget, MemoryRegion
+from specplug.contract.resources import MemoryBudget, MemoryRegion
 from specplug.contract.settings import SpeculativeConfig
 from specplug.engine.compilation import wants_compilation
 from specplug.errors import CheckpointError, ConfigurationError, PluginError, SpecplugError
 from specplug.memory.available import default_budget
 from specplug.memory.plan import MemoryPlan, solve
 from specplug.model.architecture import Architecture, inspect_architecture
+from specplug.model.captured_step import CAPTURED_TOKENS
 from specplug.model.checkpoint import choose_dtype, load_config, read_headers, resolve_checkpoint
 from specplug.model.device import choose_device
 from specplug.model.leftovers import check_not_quantised
 from specplug.model.step_memory import StepModel, step_bytes
 from specplug.model.tokenizer import load_tokenizer
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
+from specplug.plugins.target import LazyModel, TargetFacade
 from specplug.sampling.workspace import Workspace
 from specplug.speculation.state_ring import ChannelSpec
 from specplug.speculation.states import StateStore, channels_for
-from specplug.speculation.target import LazyModel, TargetFacade
 from specplug.tiny import resolve_model
 from specplug.values import as_integer, is_integer, shown
 
@@ -117,6 +118,7 @@ def plan_engine(
         max_num_batched_tokens=config.max_num_batched_tokens,
         num_speculative_tokens=max([max_nodes_of(s) for s in speculators], default=0),
         dtype=dtype,
+        compiled_output_tokens=CAPTURED_TOKENS if device.type == "cuda" else 0,
     )
     regions = [_plan_regions(speculator, budget) for speculator in speculators]
     num_entries = min(config.max_num_batched_tokens, config.max_num_seqs * (1 + budget.num_speculative_tokens))

@@ -30,6 +30,7 @@ from specplug.model.runner import ModelRunner
 from specplug.model.tokenizer import check_tokenizer
 from specplug.model.torch_state import own_torch_state
 from specplug.plugins.registry import RegisteredSpeculator
+from specplug.plugins.target import LazyModel
 from specplug.sampling.defaults import eos_ids
 from specplug.sampling.randomness import EngineRandomness
 from specplug.sampling.workspace import Workspace
@@ -37,7 +38,6 @@ from specplug.speculation.auto import AutoBudget
 from specplug.speculation.chain import SpeculatorChain
 from specplug.speculation.policy import BudgetPolicy, FixedBudget
 from specplug.speculation.states import StateStore
-from specplug.speculation.target import LazyModel
 from specplug.speculation.verification.verifier import LosslessVerifier
 from specplug.tiny import resolve_model
 

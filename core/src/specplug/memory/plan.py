@@ -9,7 +9,7 @@ from typing import Literal
 import attrs
 import torch
 
-from specplug.contract.memory import MemoryBudget, MemoryRegion
+from specplug.contract.resources import MemoryBudget, MemoryRegion
 from specplug.errors import InsufficientMemoryError
 from specplug.memory.available import default_budget
 

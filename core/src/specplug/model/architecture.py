@@ -14,7 +14,7 @@ import attrs
 import torch
 from torch.overrides import TorchFunctionMode
 
-from specplug.contract.memory import KVLayer
+from specplug.contract.resources import KVLayer
 from specplug.errors import UnsupportedModelError
 from specplug.model import attention, masks
 from specplug.model.context import LENGTH_DEPENDENT_ROPE, context_length, context_note, rope_parameters

@@ -8,12 +8,14 @@ from typing import Any
 import attrs
 import torch
 
-from specplug.contract.resources import MOST_CAPTURED
 from specplug.model.cuda_graphs import LONGEST_PLAN, capture, token_buckets
 from specplug.model.paged import PagedBatch, stage
 from specplug.model.staging import StagedInputs
 
+MOST_CAPTURED = 64
 _BUCKETS = token_buckets(MOST_CAPTURED)
+CAPTURED_TOKENS = sum(_BUCKETS)
+"""Tokens of the largest captured batch, and of all captured batches together: so many outputs are held."""
 Outputs = list[torch.Tensor]
 TensorStep = Callable[..., Sequence[torch.Tensor]]
 

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from specplug.contract.memory import KVLayer
+from specplug.contract.resources import KVLayer
 from specplug.model.device import to_device
 from specplug.model.large_memory import allocate
 from specplug.native.gpu import cuda

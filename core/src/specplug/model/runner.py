@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from specplug.contract.traits import Boundary
+from specplug.contract.types import Boundary
 from specplug.model import attention
 from specplug.model.architecture import Architecture
 from specplug.model.attention import AttentionSite

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from specplug.contract.traits import SpeculatorTraits
+from specplug.contract.types import SpeculatorTraits
 from specplug.speculation.held_steps import HeldSteps
 from specplug.speculation.state_ring import (
     WINDOW,

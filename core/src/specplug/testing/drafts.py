@@ -7,8 +7,7 @@ from functools import cached_property
 import attrs
 import torch
 
-from specplug.contract.batch import Budget
-from specplug.contract.proposal import DraftDistributions, Proposal
+from specplug.contract.types import Budget, DraftDistributions, Proposal
 from specplug.sampling.params import SamplingParams
 from specplug.speculation.draft import depths_of
 

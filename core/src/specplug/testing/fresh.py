@@ -9,9 +9,7 @@ from pathlib import Path
 import attrs
 import torch
 
-from specplug.contract.batch import ProposalBatch
-from specplug.contract.proposal import Proposal
-from specplug.contract.verdict import Verdict
+from specplug.contract.types import Proposal, ProposalBatch, Verdict
 from specplug.request import Request
 from specplug.testing.drafts import DraftRecord, RowDraft, row_drafts
 from specplug.testing.subject import Subject

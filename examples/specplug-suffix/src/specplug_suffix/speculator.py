@@ -40,7 +40,7 @@ class SuffixSpeculator:
     Attributes:
         settings: the user's.
         traits: what it declares to core.
-        rows: by slot, the rows that have not ended.
+        rows: by row_id, the rows that have not ended.
         finished: the tree of the outputs of finished requests.
     """
 
@@ -58,8 +58,8 @@ class SuffixSpeculator:
     @hookimpl
     def propose(self, batch: ProposalBatch) -> Proposal:
         """Learns from the rows that finished, forgets all that ended, and drafts a tree for every row."""
-        for slot, reason in batch.ended:
-            ended = self.rows.pop(slot, None)
+        for row_id, reason in batch.ended:
+            ended = self.rows.pop(row_id, None)
             if ended is not None and reason == "finished":
                 self._learn(ended.tokens[ended.num_prompt_tokens :])
         drafts = [self._draft(row) for row in batch.rows]
@@ -70,10 +70,10 @@ class SuffixSpeculator:
         )
 
     def _draft(self, row: ProposalRow) -> Candidate:
-        known = self.rows.get(row.slot)
+        known = self.rows.get(row.row_id)
         if known is None or row.is_new:
             tree = SuffixTree(self.settings.suffix_decoding_max_tree_depth)
-            known = self.rows[row.slot] = Row(row.tokens, row.num_prompt_tokens, tree)
+            known = self.rows[row.row_id] = Row(row.tokens, row.num_prompt_tokens, tree)
         known.tokens = row.tokens
         known.tree.extend(row.tokens[len(known.tree.text) :])
         return self._drafter.draft(known.tree, self.finished, row.budget.max_nodes, row.budget.max_depth)

@@ -25,7 +25,7 @@ class DraftSequence:
     @classmethod
     def begin(cls, row: ProposalRow) -> DraftSequence:
         """A row that is new: a fork shares what was stored before it, any other has nothing."""
-        return cls(0 if row.forked_from is None else row.computed.start)
+        return cls(0 if row.forked_from is None else row.new_positions.start)
 
     def settle(self, row: ProposalRow, method: str) -> None:
         """Counts the draft tokens that became the row's own; their KV stays."""

@@ -139,8 +139,8 @@ class DraftModelSpeculator:
     @hookimpl
     def propose(self, batch: ProposalBatch) -> Proposal:
         """Drafts a chain for every row that has a budget and lies within the draft's context."""
-        for slot, _ in batch.ended:
-            self._sequences.pop(slot, None)
+        for row_id, _ in batch.ended:
+            self._sequences.pop(row_id, None)
         drafts = [_Draft(row, self._most_tokens(row)) for row in batch.rows]
         logits = self._catch_up(drafts)
         active = [draft for draft in drafts if draft.max_tokens]
@@ -167,10 +167,10 @@ class DraftModelSpeculator:
         for index, draft in enumerate(drafts):
             row = draft.row
             if row.is_new:
-                self._sequences[row.slot] = DraftSequence.begin(row)
-            sequence = self._sequences[row.slot]
+                self._sequences[row.row_id] = DraftSequence.begin(row)
+            sequence = self._sequences[row.row_id]
             sequence.settle(row, self.method)
-            stop = len(row.tokens) if draft.max_tokens else row.computed.stop
+            stop = len(row.tokens) if draft.max_tokens else row.new_positions.stop
             if sequence.num_stored < stop and len(row.tokens) <= self.max_model_len:
                 waiting.append((index, sequence, stop))
         last: dict[int, torch.Tensor] = {}
@@ -229,7 +229,7 @@ class DraftModelSpeculator:
             row = draft.row
             assert row.table is not None
             rows.append(ForwardRow([draft.last], len(row.tokens) + len(draft.tokens) - 1, row.table))
-            self._sequences[row.slot].num_speculative += 1
+            self._sequences[row.row_id].num_speculative += 1
         return going, self.model.forward(rows)
 
     def _distributions(self, draft: _Draft) -> DraftDistributions | None:

@@ -10,7 +10,6 @@ import attrs
 import torch
 
 from specplug import (
-    CAPTURED_TOKENS,
     BlockTable,
     ConfigurationError,
     ForwardRow,
@@ -77,8 +76,7 @@ class EagleSpeculator:
         states = (
             tokens * (spec.feature_size + 6 * spec.hidden_size + 2 * spec.intermediate_size) * budget.dtype.itemsize
         )
-        if self.target.device.type == "cuda":  # outputs of captured steps, see `Resources.compile`
-            states += CAPTURED_TOKENS * 2 * spec.hidden_size * budget.dtype.itemsize
+        states += budget.compiled_output_bytes(2 * spec.hidden_size * budget.dtype.itemsize)
         width, inner = self.tree.width, self.tree.num_inner
         copies = 1 if isinstance(self.tree, Chain) and self.target.device.type == "cpu" else 2 * width
         if self.tree.samples:
@@ -120,8 +118,8 @@ class EagleSpeculator:
     @hookimpl
     def propose(self, batch: ProposalBatch) -> Proposal:
         """Feeds the head the target's new states, and drafts for the rows that have a budget."""
-        for slot, _ in batch.ended:
-            self._sequences.pop(slot, None)
+        for row_id, _ in batch.ended:
+            self._sequences.pop(row_id, None)
         drafts = [EMPTY] * len(batch.rows)
         with torch.inference_mode():
             roots, places = self._catch_up(batch)
@@ -145,9 +143,9 @@ class EagleSpeculator:
         rows, owners = [], []
         for place, row in enumerate(batch.rows):
             sequence = self._follow(row)
-            if len(row.computed):
+            if len(row.new_positions):
                 assert row.table is not None, "core gives every row its blocks"
-                start, stop = row.computed.start, row.computed.stop
+                start, stop = row.new_positions.start, row.new_positions.stop
                 rows.append(ForwardRow(row.tokens[start + 1 : stop + 1], start, row.table, first=sequence.begin))
                 owners.append(place)
         if not rows:
@@ -177,12 +175,12 @@ class EagleSpeculator:
         """Brings a row's record up to date. A row whose states have a gap begins behind it: what came before is not seen."""
         if row.is_new:
             parent = None if row.forked_from is None else self._sequences.get(row.forked_from)
-            begin = row.computed.start if parent is None else parent.begin
-            self._sequences[row.slot] = HeadSequence(begin, row.computed.start)
-        sequence = self._sequences[row.slot]
-        if row.computed.start != sequence.end:
-            sequence.begin = row.computed.start
-        sequence.end = row.computed.stop
+            begin = row.new_positions.start if parent is None else parent.begin
+            self._sequences[row.row_id] = HeadSequence(begin, row.new_positions.start)
+        sequence = self._sequences[row.row_id]
+        if row.new_positions.start != sequence.end:
+            sequence.begin = row.new_positions.start
+        sequence.end = row.new_positions.stop
         return sequence
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from specplug.contract.batch import ProposalBatch
-from specplug.contract.proposal import Proposal
+from specplug.contract.types import Proposal, ProposalBatch
 from specplug.testing.check import Check, expect, expect_drafts
 from specplug.testing.drafts import row_drafts
 from specplug.testing.drive import RandomAcceptance, RestlessPolicy, mixed_params

@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from specplug.contract.batch import ProposalBatch
-from specplug.contract.proposal import Proposal
-from specplug.contract.verdict import Verdict
+from specplug.contract.types import Proposal, ProposalBatch, Verdict
 from specplug.request import Request
 from specplug.sampling.params import SamplingParams
 from specplug.testing.check import Check, CheckFailure, NotApplicable

@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 
-from specplug.contract.batch import ProposalBatch
-from specplug.contract.proposal import Proposal
-from specplug.contract.verdict import Verdict
+from specplug.contract.types import Proposal, ProposalBatch, Verdict
 from specplug.request import Request
 from specplug.sampling.params import SamplingParams
 from specplug.testing.check import Check, CheckFailure, NotApplicable, expect_drafts
@@ -154,7 +152,7 @@ CHECK = Check(
     "what it learns from requests does not depend on how they were scheduled",
     "A speculator that declares `traits.learns` pairs the right states with the right tokens, in chunks and after sleep, "
     "preemption and accepted drafts too.",
-    "Learn from committed tokens and their states alone: each position of `row.computed` once, never a draft; one that "
+    "Learn from committed tokens and their states alone: each position of `row.new_positions` once, never a draft; one that "
     "also learns from `row.outcome` disagrees with this check by design, and says so where it overrides it.",
     run,
 )

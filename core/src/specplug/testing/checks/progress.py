@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from specplug.contract.verdict import Verdict
+from specplug.contract.types import Verdict
 from specplug.request import Request
 from specplug.testing.check import Check, expect, expect_drafts
 from specplug.testing.drive import mixed_params

@@ -1,4 +1,4 @@
-"""Rows that sleep, fork, are preempted or aborted, and slots that are used again, never mix."""
+"""Rows that sleep, fork, are preempted or aborted, and reused row ids never mix."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def run(subject: Subject) -> str:
     result = compare(subject, folder, chosen)
     if len(result.wrong) > allowed_differences(result.compared):
         raise CheckFailure(
-            "the drafts of a fresh speculator for the same tokens (forget batch.ended first, drop what is kept under the slot "
-            "of a row with is_new, begin at computed.start, continue a fork only from shared KV; one whose drafts "
+            "the drafts of a fresh speculator for the same tokens (forget batch.ended first, drop what is kept for the row_id "
+            "of a row with is_new, begin at new_positions.start, continue a fork only from shared KV; one whose drafts "
             "depend on other requests declares traits.learns)",
             result.first_difference(),
         )
@@ -39,8 +39,8 @@ def run(subject: Subject) -> str:
 
 CHECK = Check(
     "rows",
-    "slot reuse, aborts, forks, preemption and sleeping rows leave no trace",
+    "reused row ids, aborts, forks, preemption and sleeping rows leave no trace",
     "What is kept of a row belongs to that row, from its beginning to its end.",
-    "Handle `batch.ended` before `batch.rows`; drop what you kept when `row.is_new`; start at `row.computed.start`.",
+    "Handle `batch.ended` before `batch.rows`; drop what you kept when `row.is_new`; start at `row.new_positions.start`.",
     run,
 )

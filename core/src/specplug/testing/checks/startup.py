@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from specplug.contract.batch import ProposalBatch
-from specplug.contract.proposal import Proposal
+from specplug.contract.types import Proposal, ProposalBatch
 from specplug.sampling.params import SamplingParams
 from specplug.testing.check import Check, FundamentalFailure, describe
 from specplug.testing.session import Session

@@ -38,7 +38,7 @@ def run(subject: Subject) -> str:
 CHECK = Check(
     "tokens",
     "a token-only or deterministic speculator drafts the same for the same tokens",
-    "Such a speculator keeps its rows after a fault, may run in hosts without slots, and can be debugged.",
+    "Such a speculator keeps its rows after a fault, may run in hosts without row ids, and can be debugged.",
     "No global random numbers, no clock, no other rows; one that learns from other requests declares `traits.learns`.",
     run,
 )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from specplug.contract.batch import Budget, ProposalBatch
-from specplug.contract.proposal import Proposal
+from specplug.contract.types import Budget, Proposal, ProposalBatch
 from specplug.speculation.validation import check_proposal
 from specplug.testing.check import Check, CheckFailure, expect_drafts
 from specplug.testing.drive import RandomAcceptance, RestlessPolicy, mixed_params
