@@ -78,7 +78,7 @@ FAULTS = {
     yields_twice: "yielded twice",
     yields_never: "did not yield",
     returns_nothing: "returned a different object (NoneType) than `yield` gave",
-    returns_a_lie: "returned something else",
+    returns_a_lie: "returned a different object",
 }
 
 
