@@ -37,13 +37,13 @@ def library_tokens() -> Iterator[int]:
             yield ids.setdefault(word, len(ids))
 
 
-def make_row(slot: int, tokens: list[int], is_new: bool) -> ProposalRow:
+def make_row(row_id: int, tokens: list[int], is_new: bool) -> ProposalRow:
     return ProposalRow(
-        slot=slot,
+        row_id=row_id,
         is_new=is_new,
         tokens=TokenView(tokens),
-        computed=range(0),
-        states=slice(0, 0),
+        new_positions=range(0),
+        new_states=slice(0, 0),
         budget=Budget(DRAFT_TOKENS, DRAFT_TOKENS),
         sampling=SamplingParams(),
         outcome=None,
@@ -59,17 +59,17 @@ def measure(speculator: NgramSpeculator, context: int, rows: int, steps: int) ->
     texts = [list(islice(source, context + 4 * steps)) for _ in range(rows)]
     sequences = [text[:context] for text in texts]
     started = time.perf_counter()
-    speculator.propose(ProposalBatch(rows=[make_row(slot, sequences[slot], True) for slot in range(rows)]))
+    speculator.propose(ProposalBatch(rows=[make_row(row_id, sequences[row_id], True) for row_id in range(rows)]))
     first = time.perf_counter() - started
     times = []
     for _, new in zip(range(steps), cycle(range(1, 7)), strict=False):
         for text, sequence in zip(texts, sequences, strict=True):
             sequence += text[len(sequence) : len(sequence) + new]
-        batch = ProposalBatch(rows=[make_row(slot, sequences[slot], False) for slot in range(rows)])
+        batch = ProposalBatch(rows=[make_row(row_id, sequences[row_id], False) for row_id in range(rows)])
         started = time.perf_counter()
         speculator.propose(batch)
         times.append((time.perf_counter() - started) / rows)
-    speculator.propose(ProposalBatch(rows=[], ended=[(slot, "finished") for slot in range(rows)]))
+    speculator.propose(ProposalBatch(rows=[], ended=[(row_id, "finished") for row_id in range(rows)]))
     return {
         "context": context,
         "median_us": round(1e6 * statistics.median(times), 1),

@@ -1,6 +1,6 @@
-"""Writes docs/hooks.md from the hook specifications and the types they name.
+"""Writes docs/hooks.md from the hook specifications and the types that they name.
 
-Run it again when one of them changes (a test fails until then):
+Run it after a change to one of them (a test fails until then):
 
     python docs/make_hook_reference.py
 """
@@ -18,11 +18,10 @@ import attrs
 from docstrings import Docstring
 
 import specplug
-from specplug.contract.batch import EndReason
-from specplug.contract.hookspecs import SpeculatorHooks
-from specplug.contract.memory import RegionKind, TableKind
-from specplug.contract.traits import Boundary
-from specplug.plugins.hooks import HOOKS
+from specplug.contract.hooks import SpeculatorHooks
+from specplug.contract.resources import RegionKind, TableKind
+from specplug.contract.types import Boundary, EndReason
+from specplug.plugins.implementations import HOOKS
 
 LONGEST_LINE = 100
 PAGE = Path(__file__).parent / "hooks.md"
@@ -30,19 +29,56 @@ INTRODUCTION = """# Hook reference
 
 *Written by `python docs/make_hook_reference.py` from the hook specifications; change those.*
 
-A plugin is a module named by an entry point of group `specplug`; the entry point's name is the method that users put into
-their configuration. The module implements `load_speculator`. The object which that returns implements the other hooks; only
-`propose` is needed. Core calls them in this order:
+A plugin is a module that an entry point of group `specplug` names; the name of the entry point is the method that users
+configure. The module implements `load_speculator`. The object that it returns implements the other hooks; only `propose` is
+required. Core calls them in this order:
 
 ```text
 load_speculator → plan_memory → (weights are loaded, memory is allocated) → warmup → (propose → verify) per step
 ```
 
-A hook may take fewer arguments than are listed here, and later versions only add some
-([compatibility](compatibility.md)). Any hook may be wrapped instead of implemented ([observers](observers.md)). All names
-below are imported from `specplug`.
-"""
+A hook may take fewer arguments than are listed here; later versions only add arguments ([compatibility](compatibility.md)).
+[Observers](observers.md) wrap hooks instead of implementing them. All names below are imported from `specplug`.
+
+### Positions and states
+
+The target's forward of a step computes the states of the tokens that it is given, and the next token. So the last committed
+token never has a state when `propose` is called: the next forward computes it. Three calls for a row with the prompt `a b c d`:
+
+```text
+                       position   0  1  2  3  4  5  6  7  8
+after step 1           token      a  b  c  d  e               new_positions = range(0, 4)
+                       state      ●  ●  ●  ●  -               propose returns the draft f g h
+
+after step 2           token      a  b  c  d  e  f  g  x      new_positions = range(4, 7)
+f, g accepted,         state      ·  ·  ·  ·  ●  ●  ●  -      propose returns no draft
+h rejected
+
+after step 3           token      a  b  c  d  e  f  g  x  y   new_positions = range(7, 8)
+                       state      ·  ·  ·  ·  ·  ·  ·  ●  -
+
+●  new: the batch's tensors hold it at row.new_states     ·  delivered by an earlier call
+-  none yet: e, x and y are tokens that the target chose in that step (x after a rejection, else a bonus token)
+```
+
+The state of position i predicts token i + 1. A draft continues `row.tokens`: its root is the last committed token.
+
+### Who bounds a draft
+
+| bound | set by | read by |
+|---|---|---|
+| `num_speculative_tokens`, with `"auto"` `max_num_speculative_tokens` | the user, in `speculative_config` | core, as the upper bound of all budgets; the plugin, as `config.num_speculative_tokens` |
+| `traits.max_nodes`, `traits.max_depth` | the plugin, if its trees have other bounds than `num_speculative_tokens` | core, in its place |
+| `budget.num_speculative_tokens` in `plan_memory` | core: the most nodes of a row, over all speculators of the chain | the plugin, to size its buffers |
+| `row.budget.max_nodes`, `row.budget.max_depth` | core, for each row and step: at most the above; less near the end of a request, in a large batch, where the request asks for less (`SamplingParams.num_speculative_tokens`) or where `"auto"` finds less to be faster | the plugin, in `propose`; core refuses a larger draft |
+"""  # noqa: E501
 ALIASES = {"EndReason": EndReason, "Boundary": Boundary, "RegionKind": RegionKind, "TableKind": TableKind}
+OTHER_ALIASES = {
+    "FinishReason": "Why a completion ended: `stop`, `length`, `abort` or `error`.",
+    "Message": "One message of a chat.",
+    "PositionLogprobs": "The log-probabilities at one position, by token id.",
+    "Prompt": "What `generate` takes as a prompt.",
+}
 GROUPS = {
     "What propose sees": ("ProposalBatch", "ProposalRow", "TokenView", "Budget", "Outcome"),
     "What it returns": (
@@ -54,7 +90,7 @@ GROUPS = {
         "worth_another_token",
     ),
     "What verify sees and returns": ("VerificationBatch", "VerificationRow", "TargetDistributions", "Verdict"),
-    "Configuration": ("SpeculativeConfig", "SpeculatorTraits", "ConfigurationError"),
+    "The speculator and its settings": ("Speculator", "SpeculatorTraits", "SpeculativeConfig", "ConfigurationError"),
     "The target, models and weights": (
         "TargetModel",
         "ModelHandle",
@@ -65,7 +101,7 @@ GROUPS = {
         "resolve_model",
     ),
     "Memory": ("MemoryBudget", "MemoryRegion", "KVLayer", "Resources", "KVCache", "BlockTable"),
-    "For modules of one's own": ("PagedBatch", "pack_linears"),
+    "For a speculator's own modules": ("PagedBatch", "pack_linears"),
 }
 
 
@@ -80,7 +116,19 @@ def reference() -> str:
             parts += _documented(name, getattr(specplug, name))
     parts.append("## Short names in these types\n")
     parts += [f"- `{name}`: `{_alias(kind)}`" for name, kind in ALIASES.items()]
+    parts.append("\n## All other public names\n")
+    shown = {"__version__", "hookimpl", *ALIASES, *(name for names in GROUPS.values() for name in names)}
+    others = [name for name in specplug.__all__ if name not in shown]
+    parts += ["| name | |", "|---|---|", *(f"| `{name}` | {_cell(_summary(name))} |" for name in others)]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _summary(name: str) -> str:
+    """The first sentence about a public name."""
+    value = getattr(specplug, name)
+    if not inspect.isclass(value):
+        return OTHER_ALIASES[name]
+    return re.split(r"(?<=[.:]) ", Docstring.of(value).text.replace("\n", " "))[0].rstrip(":")
 
 
 def _alias(kind: Any) -> str:

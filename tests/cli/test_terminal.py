@@ -17,7 +17,7 @@ from specplug.cli.views.plan import PlanReport
 from specplug.cli.views.startup import StartupView
 from specplug.cli.views.table import Table
 from specplug.cli.views.text import TextView
-from specplug.configuration.engine import EngineConfig
+from specplug.config.engine import EngineConfig
 from specplug.engine.memory_plan import MemoryPlan
 from specplug.engine.startup import StepReport
 from specplug.llm import StreamedPiece

@@ -127,7 +127,7 @@ def speculation(case: Case, small: Path, known: list[list[int]]) -> dict[str, An
 
 def memory_for(case: Case, folder: Path, options: dict[str, Any]) -> int:
     """Room for one sequence of the longest kind and some blocks more."""
-    from specplug.configuration.engine import EngineConfig
+    from specplug.config.engine import EngineConfig
     from specplug.engine.planning import plan_engine
 
     planned = plan_engine(EngineConfig.create(str(folder), memory="1GiB", max_model_len=LONGEST, **options))

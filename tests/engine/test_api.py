@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from specplug import LLM, SamplingParams
-from specplug.configuration.vllm import translate_options
+from specplug.config.vllm import translate_options
 from specplug.errors import CheckpointError, ConfigurationError, RequestError
 from specplug.metrics import Counter, Gauge, Vector
 from specplug.outputs import CompletionOutput, RequestMetrics, RequestOutput

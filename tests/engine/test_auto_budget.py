@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from specplug import LLM, Proposal, SamplingParams, SpeculatorTraits, hookimpl
-from specplug.configuration.speculative import DEFAULT_MAX_SPECULATIVE_TOKENS, parse_speculative_config
+from specplug.config.speculative import DEFAULT_MAX_SPECULATIVE_TOKENS, parse_speculative_config
 from specplug.errors import ConfigurationError, PluginError
 from specplug.speculation.asked import Asked
 from specplug.speculation.auto import AutoBudget
@@ -126,8 +126,8 @@ class Attentive(Useless):
     def propose(self, batch: Any) -> Proposal:
         for row in batch.rows:
             if not row.is_new:
-                self.missed += row.computed.start - self.shown[row.slot]
-            self.shown[row.slot] = row.computed.stop
+                self.missed += row.new_positions.start - self.shown[row.row_id]
+            self.shown[row.row_id] = row.new_positions.stop
             self.calls += 1
         return super().propose(batch)
 

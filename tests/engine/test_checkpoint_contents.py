@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import specplug.engine.startup as startup
 from specplug import LLM
 from specplug.bench.peers import TransformersModel
-from specplug.configuration.engine import EngineConfig
+from specplug.config.engine import EngineConfig
 from specplug.errors import CheckpointError
 from specplug.model.load.checkpoint import load_config, resolve_checkpoint
 from specplug.model.load.weights import load_model

@@ -71,9 +71,17 @@ def test_the_picture_of_a_step_is_what_its_script_draws() -> None:
     assert script["draw"]().svg() == (ROOT / "docs/images/step.svg").read_text(encoding="utf-8")
 
 
+def test_every_public_name_is_documented() -> None:
+    import specplug
+
+    page = page_of_hooks()
+    names = [name for name in specplug.__all__ if name not in ("__version__", "hookimpl")]
+    assert not [name for name in names if not re.search(rf"^(### {name}$|- `{name}`|\| `{name}` )", page, re.MULTILINE)]
+
+
 def test_every_hook_is_specified_documented_and_has_an_example() -> None:
-    from specplug.contract.hookspecs import SpeculatorHooks
-    from specplug.plugins.hooks import HOOKS
+    from specplug.contract.hooks import SpeculatorHooks
+    from specplug.plugins.implementations import HOOKS
 
     specified = {name for name, value in vars(SpeculatorHooks).items() if hasattr(value, "specplug_spec")}
     assert set(HOOKS) == specified
@@ -86,7 +94,7 @@ def test_every_hook_is_specified_documented_and_has_an_example() -> None:
 def test_every_hook_is_exercised_in_an_engine() -> None:
     """By what is shipped where something shipped implements it, else by a speculator of this test."""
     from specplug import LLM, Proposal, SamplingParams, hookimpl
-    from specplug.plugins.hooks import HOOKS
+    from specplug.plugins.implementations import HOOKS
 
     called = set()
 

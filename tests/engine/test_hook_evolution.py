@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from specplug import LLM, Proposal, SamplingParams, hookimpl
-from specplug.contract.hookspecs import SpeculatorHooks, hookspec
+from specplug.contract.hooks import SpeculatorHooks, hookspec
 from specplug.errors import PluginError
-from specplug.plugins import hooks as hooks_module
+from specplug.plugins import implementations as hooks_module
 from specplug.plugins import registry as registry_module
 from specplug.plugins.calls import HookCall
-from specplug.plugins.hooks import HOOKS
+from specplug.plugins.implementations import HOOKS
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 PROMPT = "x = [0, 0, 0, 0,"

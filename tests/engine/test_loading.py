@@ -13,7 +13,7 @@ import torch
 
 import specplug.engine.startup as startup
 from specplug import LLM, SamplingParams
-from specplug.configuration.engine import EngineConfig
+from specplug.config.engine import EngineConfig
 from specplug.errors import CheckpointError, ConfigurationError, SpecplugError, StartupError, UnsupportedModelError
 from specplug.model.load.parity import check_parity, measure_difference
 from support.models import ARCHITECTURES, make_config, save_model

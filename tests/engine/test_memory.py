@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specplug import LLM, MemoryRegion, Proposal, SamplingParams, hookimpl
-from specplug.configuration.engine import EngineConfig, parse_bytes
+from specplug.config.engine import EngineConfig, parse_bytes
 from specplug.engine.startup import plan_engine
 from specplug.errors import ConfigurationError, InsufficientMemoryError, RequestError
 from support.marks import slow_except

@@ -77,8 +77,8 @@ FAULTS = {
     leaves_after: "raised SystemExit: 3",
     yields_twice: "yielded twice",
     yields_never: "did not yield",
-    returns_nothing: "returned something else (NoneType) than `yield` gave",
-    returns_a_lie: "returned something else",
+    returns_nothing: "returned a different object (NoneType) than `yield` gave",
+    returns_a_lie: "returned a different object",
 }
 
 

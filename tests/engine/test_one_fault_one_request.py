@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from specplug.text.reading import Reading
+from specplug.text.token_decoder import TokenDecoder
 
 from specplug import LLM, GenerationError, SamplingParams
 from specplug.testing.models import save_words
@@ -193,7 +193,7 @@ def test_a_rule_a_text_or_scores_that_fail(
 @pytest.mark.parametrize("scored", ["logprobs", "prompt_logprobs"])
 def test_a_tokenizer_that_fails_on_the_text_of_scores(plain: LLM, monkeypatch: pytest.MonkeyPatch, scored: str) -> None:
     params = [attrs.evolve(GREEDY, **{scored: 2}), GREEDY]
-    monkeypatch.setattr(Reading, "token", lambda *_: {}["unknown"])
+    monkeypatch.setattr(TokenDecoder, "token", lambda *_: {}["unknown"])
     with pytest.raises(GenerationError, match=r"^prompt 0: KeyError: 'unknown'$") as caught:
         plain.generate(PROMPTS[:2], params)
     assert [output.outputs[0].finish_reason for output in caught.value.outputs] == ["error", "length"]

@@ -40,7 +40,7 @@ class Borrower:
     @hookimpl
     def propose(self, batch: Any) -> Any:
         for row in batch.rows:
-            self.logits.append(self.target.logits(batch.hidden_states["final"][row.states]).cpu())
+            self.logits.append(self.target.logits(batch.hidden_states["final"][row.new_states]).cpu())
             self.tokens = list(row.tokens)
         return Proposal([[int(self.logits[-1][-1].argmax())][: row.budget.max_nodes] for row in batch.rows])
 
@@ -83,7 +83,7 @@ def test_handles_refuse_to_work_before_the_plan_is_accepted(tmp_path: Path) -> N
 def test_no_weight_is_read_for_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import safetensors
 
-    from specplug.configuration.engine import EngineConfig
+    from specplug.config.engine import EngineConfig
     from specplug.engine.startup import plan_engine
 
     folder = save_model(tmp_path, "llama")
@@ -126,10 +126,10 @@ def test_logits_of_the_last_tokens_of_each_row_are_those_of_a_full_forward(
             rows = [ForwardRow(ids, 0, table) for ids, table in zip(sequences, self.tables, strict=True)]
             self.logits = self.model.forward(rows, logits=logits)
             for wrong, message in (
-                (2, "the last 2 tokens were asked for, and row 2 has 1"),
+                (2, "logits=2 for row 2, which has 1 tokens"),
                 ([1, 1], "logits has 2 entries for 3 rows"),
-                ([1, -1, 1], "the last -1 tokens"),
-                ([1, 1.0, 1], "the last 1.0 tokens"),
+                ([1, -1, 1], "logits=-1 for row 1"),
+                ([1, 1.0, 1], "logits=1.0 for row 1"),
                 (True, "logits=True: expected"),
                 ("first", "logits='first': expected 'last', 'all'"),
             ):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specplug import LLM, Outcome, Proposal, SamplingParams, SpeculatorTraits, hookimpl
-from specplug.configuration.engine import EngineConfig
+from specplug.config.engine import EngineConfig
 from specplug.engine.planning import plan_engine
 from support.models import VOCABULARY, save_model
 from support.reference import load_reference
@@ -50,7 +50,7 @@ class Watching(TreeSpeculator):
             self.look(batch, row)
         proposal: Proposal = super().propose(batch)
         for row, tokens, parents in zip(batch.rows, proposal.tokens, proposal.parents, strict=True):
-            self.last[row.slot] = (list(row.tokens), list(tokens), list(parents))
+            self.last[row.row_id] = (list(row.tokens), list(tokens), list(parents))
         return proposal
 
     def look(self, batch: Any, row: Any) -> None:
@@ -63,7 +63,7 @@ class Watching(TreeSpeculator):
         if row.outcome is None:
             assert count == 0
             return
-        committed, tokens, parents = self.last[row.slot]
+        committed, tokens, parents = self.last[row.row_id]
         assert count == row.outcome.num_nodes == len(row.outcome.tokens)
         self.outcomes.append(row.outcome)
         self.shown += count

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from specplug import LLM, SamplingParams
-from specplug.contract.memory import KVLayer
+from specplug.contract.resources import KVLayer
 from specplug.model.attention.interface import AttentionSite
 from specplug.model.batch import ForwardBatch
 from specplug.model.compile.compiled import CompiledStep, compile_step

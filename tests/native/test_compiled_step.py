@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from torch import nn
 
-from specplug import CAPTURED_TOKENS, native
-from specplug.contract.memory import KVLayer
-from specplug.contract.resources import MOST_CAPTURED
+from specplug import MemoryBudget, native
+from specplug.contract.resources import KVLayer
 from specplug.model.compile import compiled
 from specplug.model.compile.compiled import CompiledStep, compile_step
-from specplug.model.compile.cuda_graphs import token_buckets
+from specplug.model.compile.cuda_graphs import CAPTURED_TOKENS, MOST_CAPTURED, token_buckets
 from specplug.model.kv_cache import BlockTable, KVCache
 from specplug.model.load.packing import pack_linears
 from specplug.model.paged import PagedBatch
@@ -168,5 +168,16 @@ def test_a_file_that_raises_is_replaced(monkeypatch: pytest.MonkeyPatch, caplog:
     assert record.getMessage() == "Embedding.step runs uncompiled: KeyError: 'no such thing'"
 
 
-def test_what_captured_steps_hold_can_be_planned() -> None:
-    assert sum(token_buckets(MOST_CAPTURED)) == CAPTURED_TOKENS
+def test_the_outputs_that_captured_steps_hold_can_be_planned() -> None:
+    on_cpu = MemoryBudget(
+        total_bytes=1,
+        block_size=16,
+        max_num_seqs=1,
+        max_model_len=1,
+        max_num_batched_tokens=1,
+        num_speculative_tokens=1,
+        dtype=torch.float32,
+    )
+    on_gpu = attrs.evolve(on_cpu, compiled_output_tokens=CAPTURED_TOKENS)
+    assert on_cpu.compiled_output_bytes(10) == 0
+    assert on_gpu.compiled_output_bytes(10) == 10 * sum(token_buckets(MOST_CAPTURED)) > 640

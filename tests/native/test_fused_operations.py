@@ -11,7 +11,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from specplug import LLM, native
-from specplug.contract.memory import KVLayer
+from specplug.contract.resources import KVLayer
 from specplug.model.batch import ForwardBatch
 from specplug.model.compile.forwards import example_inputs, forward_step
 from specplug.model.compile.passes import fuse

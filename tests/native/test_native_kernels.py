@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specplug import LLM, native
-from specplug.contract.memory import KVLayer
+from specplug.contract.resources import KVLayer
 from specplug.model.attention.interface import AttentionSite
 from specplug.model.batch import ForwardBatch
 from specplug.model.kv_cache import BlockTable, KVCache

@@ -194,7 +194,7 @@ def test_nothing_stops_or_alters_plain_decoding(installed: Environment, argument
     assert (
         "observer 'acme-observer' raised RuntimeError: verify is not observed in its wrapper of verify" in done.stderr
     )
-    assert "observer 'acme-liar' returned something else (Verdict) than `yield` gave" in done.stderr
+    assert "observer 'acme-liar' returned a different object (Verdict) than `yield` gave" in done.stderr
 
 
 def test_nothing_stops_or_alters_another_plugin(installed: Environment, plain: str) -> None:

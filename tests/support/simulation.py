@@ -11,8 +11,8 @@ from typing import Any
 import attrs
 
 from specplug import SamplingParams, SpeculatorTraits, worth_another_token
-from specplug.contract.batch import Budget, Outcome
 from specplug.contract.settings import SpeculativeConfig
+from specplug.contract.types import Budget, Outcome
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
 from specplug.speculation.asked import SHORT_GAP, Asked

@@ -75,17 +75,17 @@ class ModelSpeculator:
 
     @hookimpl
     def propose(self, batch: ProposalBatch) -> Proposal:
-        for slot, _ in batch.ended:
-            self.seen.pop(slot, None)
+        for row_id, _ in batch.ended:
+            self.seen.pop(row_id, None)
         drafting = [row.budget.max_nodes > 0 for row in batch.rows]
         catch_up = []
         for row, drafts in zip(batch.rows, drafting, strict=True):
             if row.is_new:
-                self.seen[row.slot] = 0 if row.forked_from is None else row.computed.start
-            stop = len(row.tokens) if drafts else row.computed.stop
-            start = self.seen[row.slot]
+                self.seen[row.row_id] = 0 if row.forked_from is None else row.new_positions.start
+            stop = len(row.tokens) if drafts else row.new_positions.stop
+            start = self.seen[row.row_id]
             catch_up.append(ForwardRow(row.tokens[start:stop], start, row.table))
-            self.seen[row.slot] = stop
+            self.seen[row.row_id] = stop
         run = [index for index, forward in enumerate(catch_up) if forward.tokens]
         logits = dict(zip(run, self.model.forward([catch_up[i] for i in run]), strict=True)) if run else {}
         tokens: list[list[int]] = [[] for _ in batch.rows]
@@ -131,23 +131,23 @@ class TreeSpeculator:
 
     @hookimpl
     def propose(self, batch: ProposalBatch) -> Proposal:
-        for slot, _ in batch.ended:
-            self.histories.append((list(self.live.pop(slot)), self.states.pop(slot)))
+        for row_id, _ in batch.ended:
+            self.histories.append((list(self.live.pop(row_id)), self.states.pop(row_id)))
         for row in batch.rows:
             if row.is_new:
-                assert row.slot not in self.states, "a slot was reused before its end was announced"
-                self.states[row.slot] = {channel: {} for channel in (*self.traits.hidden_states, "top_ids")}
-            self.live[row.slot] = row.tokens
-            place = range(row.states.start, row.states.stop)
-            assert len(place) == len(row.computed)
+                assert row.row_id not in self.states, "a row_id was reused before its end was announced"
+                self.states[row.row_id] = {channel: {} for channel in (*self.traits.hidden_states, "top_ids")}
+            self.live[row.row_id] = row.tokens
+            place = range(row.new_states.start, row.new_states.stop)
+            assert len(place) == len(row.new_positions)
             for boundary, states in batch.hidden_states.items():
-                for position, index in zip(row.computed, place, strict=True):
-                    kept = self.states[row.slot][boundary]
+                for position, index in zip(row.new_positions, place, strict=True):
+                    kept = self.states[row.row_id][boundary]
                     assert position not in kept, "a position was shown twice"
                     kept[position] = states[index].clone()
             if batch.top_ids is not None:
-                for position, index in zip(row.computed, place, strict=True):
-                    self.states[row.slot]["top_ids"][position] = batch.top_ids[index].clone()
+                for position, index in zip(row.new_positions, place, strict=True):
+                    self.states[row.row_id]["top_ids"][position] = batch.top_ids[index].clone()
         trees = [self._tree(row) for row in batch.rows]
         return Proposal(
             tokens=[tree[0] for tree in trees], parents=[tree[1] for tree in trees], scores=[tree[2] for tree in trees]

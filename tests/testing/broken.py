@@ -100,30 +100,30 @@ class StaleKV(ModelSpeculator):
         ran = vars(self).setdefault("ran", {})
         for row in batch.rows:
             if not row.is_new:
-                self.seen[row.slot] = min(self.seen[row.slot] + ran.get(row.slot, 0), len(row.tokens) - 1)
+                self.seen[row.row_id] = min(self.seen[row.row_id] + ran.get(row.row_id, 0), len(row.tokens) - 1)
         proposal = super().propose(batch)
         for row, tokens in zip(batch.rows, proposal.tokens, strict=True):
-            ran[row.slot] = len(tokens)
+            ran[row.row_id] = len(tokens)
         return proposal
 
 
 class OffByOne(Reader):
     def newest_state(self, row: Any, batch: Any) -> torch.Tensor:
-        return batch.hidden_states["final"][max(row.states.stop - 2, 0)]
+        return batch.hidden_states["final"][max(row.new_states.stop - 2, 0)]
 
 
 class KeepsOldRows(Reader):
     """Neither hears of ended rows, nor begins anew."""
 
-    def forget(self, slot: int) -> None:
+    def forget(self, row_id: int) -> None:
         pass
 
     def begin(self, row: Any) -> None:
-        if row.slot not in self.memories:
+        if row.row_id not in self.memories:
             super().begin(row)
 
 
-class LeakingSlots(Lookup):
+class LeakingRows(Lookup):
     def __init__(self) -> None:
         self.rows: dict[int, list[int]] = {}
 
@@ -145,12 +145,12 @@ class GrowsInTheRun(Reader):
         super().__init__(target)
         self.kept: dict[int, list[torch.Tensor]] = {}
 
-    def forget(self, slot: int) -> None:
-        super().forget(slot)
-        self.kept.pop(slot, None)
+    def forget(self, row_id: int) -> None:
+        super().forget(row_id)
+        self.kept.pop(row_id, None)
 
     def draft(self, row: Any, batch: Any) -> list[int]:
-        self.kept.setdefault(row.slot, []).append(torch.zeros(1000))
+        self.kept.setdefault(row.row_id, []).append(torch.zeros(1000))
         return super().draft(row, batch)
 
 
@@ -392,8 +392,8 @@ BROKEN: dict[str, Case] = {
     "global randomness in a token-only speculator": Case(_plain(GlobalRandomness), {"tokens"}),
     "stale KV after a rollback": Case(_model(StaleKV), {"rollback", "rows"}),
     "hidden states off by one": Case(_of_target(OffByOne), {"rollback", "rows"}),
-    "rows that outlive their slots": Case(_of_target(KeepsOldRows), {"rows", "leftovers"}),
-    "leaking slots": Case(_plain(LeakingSlots), {"leftovers"}),
+    "rows kept after their end": Case(_of_target(KeepsOldRows), {"rows", "leftovers"}),
+    "leaking rows": Case(_plain(LeakingRows), {"leftovers"}),
     "tensors that outlive the engine": Case(_plain(OutlivesTheEngine), {"leftovers"}),
     "under-planned memory": Case(_plain(Underplanned), {"memory"}),
     "memory that grows in a run": Case(_of_target(GrowsInTheRun), {"memory"}),

@@ -101,30 +101,30 @@ class Reader:
 
     @hookimpl
     def propose(self, batch: Any) -> Proposal:
-        for slot, _ in batch.ended:
-            self.forget(slot)
+        for row_id, _ in batch.ended:
+            self.forget(row_id)
         return Proposal([self.draft(row, batch) for row in batch.rows])
 
-    def forget(self, slot: int) -> None:
-        self.memories.pop(slot, None)
-        self.newest.pop(slot, None)
+    def forget(self, row_id: int) -> None:
+        self.memories.pop(row_id, None)
+        self.newest.pop(row_id, None)
 
     def begin(self, row: Any) -> None:
-        self.memories[row.slot] = torch.zeros(self.weights.shape[1])
+        self.memories[row.row_id] = torch.zeros(self.weights.shape[1])
 
     def draft(self, row: Any, batch: Any) -> list[int]:
         if row.is_new:
             self.begin(row)
-        for place in range(row.states.start, row.states.stop):
-            self.memories[row.slot] = 0.7 * self.memories[row.slot] + batch.hidden_states[1][place]
-        if len(row.computed):
-            self.newest[row.slot] = self.newest_state(row, batch).clone()
+        for place in range(row.new_states.start, row.new_states.stop):
+            self.memories[row.row_id] = 0.7 * self.memories[row.row_id] + batch.hidden_states[1][place]
+        if len(row.new_positions):
+            self.newest[row.row_id] = self.newest_state(row, batch).clone()
         count = min(row.budget.max_nodes, row.budget.max_depth)
-        scores = self.newest[row.slot] @ self.weights[0] + self.memories[row.slot] @ self.weights[1]
+        scores = self.newest[row.row_id] @ self.weights[0] + self.memories[row.row_id] @ self.weights[1]
         return scores.topk(count).indices.tolist()
 
     def newest_state(self, row: Any, batch: Any) -> torch.Tensor:
-        return batch.hidden_states["final"][row.states.stop - 1]
+        return batch.hidden_states["final"][row.new_states.stop - 1]
 
 
 class StateLearner:
@@ -144,8 +144,8 @@ class StateLearner:
     @hookimpl
     def propose(self, batch: Any) -> Proposal:
         for row in batch.rows:
-            for index, position in enumerate(row.computed):
-                state = batch.hidden_states["final"][self.place(row.states.start, index)]
+            for index, position in enumerate(row.new_positions):
+                state = batch.hidden_states["final"][self.place(row.new_states.start, index)]
                 self.follows[row.tokens[position]] = int((state @ self.weights).argmax())
         return Proposal([self.draft(row.tokens[-1], row.budget.max_nodes) for row in batch.rows])
 

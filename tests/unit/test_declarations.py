@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from specplug import KVLayer, MemoryRegion, Proposal, SpeculatorTraits, hookimpl
-from specplug.configuration.engine import EngineConfig
+from specplug.config.engine import EngineConfig
 from specplug.engine.planning import PlannedEngine, plan_engine
 from specplug.errors import InsufficientMemoryError, PluginError, SpecplugError
 from specplug.model.kv_cache import BlockTable
@@ -96,7 +96,7 @@ def test_traits_that_this_target_cannot_serve_are_refused_at_the_start(traits: d
 
 @pytest.mark.parametrize("traits", [{}, 0, False, {"top_k": 3}, SpeculatorTraits])
 def test_traits_of_another_type_are_refused_even_if_they_are_empty(traits: Any) -> None:
-    with pytest.raises(PluginError, match="plugin 'mine': its speculator's traits are no SpeculatorTraits"):
+    with pytest.raises(PluginError, match="plugin 'mine': its speculator's `traits` must be a SpeculatorTraits"):
         plan(lambda: Planner(traits=traits))
 
 
@@ -104,7 +104,7 @@ def test_an_attribute_traits_that_raises_is_named() -> None:
     class Raising(Planner):
         traits = property(lambda self: 1 // 0, lambda self, value: None)
 
-    with pytest.raises(PluginError, match="plugin 'mine' failed in its attribute traits: ZeroDivisionError"):
+    with pytest.raises(PluginError, match="plugin 'mine' failed in its attribute `traits`: ZeroDivisionError"):
         plan(Raising)
 
 
@@ -123,8 +123,8 @@ def test_an_attribute_traits_that_raises_is_named() -> None:
         ({"dtype": "float32"}, "dtype='float32': expected a torch.dtype, or None"),
         ({"layers": 4}, "layers=4: expected a tuple of KVLayers"),
         ({"layers": [(1, 4, 4)]}, "layers="),
-        ({"layers": [LAYER]}, "table: kind='buffers' has layers: they belong to a 'kv_cache'"),
-        ({"layers": [LAYER], "kind": "kv_cache"}, "table: layers are given without dtype"),
+        ({"layers": [LAYER]}, "table: kind='buffers' has layers: only a 'kv_cache' may have them"),
+        ({"layers": [LAYER], "kind": "kv_cache"}, "table: layers need a dtype"),
     ],
 )
 def test_a_region_that_cannot_be_meant_is_refused_with_plugin_hook_and_field(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specplug.contract.memory import KVLayer, MemoryBudget, MemoryRegion
+from specplug.contract.resources import KVLayer, MemoryBudget, MemoryRegion
 from specplug.engine import memory_plan as planning
 from specplug.errors import InsufficientMemoryError
 

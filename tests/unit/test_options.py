@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from specplug import LLM
-from specplug.configuration.engine import EngineConfig
-from specplug.configuration.vllm import translate_options
+from specplug.config.engine import EngineConfig
+from specplug.config.vllm import translate_options
 from specplug.contract.settings import SpeculativeConfig
 from specplug.errors import ConfigurationError
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from specplug.contract.hookspecs import hookimpl
+from specplug.contract.hooks import hookimpl
 from specplug.contract.settings import SpeculativeConfig
 from specplug.errors import ConfigurationError, PluginError
 from specplug.plugins.finder import find_plugins

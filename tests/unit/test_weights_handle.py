@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import specplug
 from specplug.errors import CheckpointError, PluginError
 from specplug.model.load.checkpoint import read_headers, resolve_checkpoint
-from specplug.speculation.target import LazyModel, LazyWeights
+from specplug.plugins.target import LazyModel, LazyWeights
 
 CPU = torch.device("cpu")
 
@@ -272,7 +272,7 @@ def test_the_configuration_is_as_it_is(tmp_path: Path) -> None:
 
 
 def test_the_handle_is_what_the_contract_says(tmp_path: Path) -> None:
-    from specplug.contract.target import WeightsHandle
+    from specplug.contract.resources import WeightsHandle
 
     _safe(tmp_path)
     handle = opened(tmp_path)

@@ -13,26 +13,35 @@ from specplug import threads
 from specplug.version import __version__
 
 if TYPE_CHECKING:
-    from specplug.configuration.engine import EngineConfig
-    from specplug.contract.batch import (
+    from specplug.config.engine import EngineConfig
+    from specplug.contract.going_on import worth_another_token
+    from specplug.contract.hooks import hookimpl
+    from specplug.contract.resources import (
+        KVLayer,
+        MemoryBudget,
+        MemoryRegion,
+        ModelHandle,
+        Resources,
+        TargetModel,
+        WeightsHandle,
+    )
+    from specplug.contract.settings import SpeculativeConfig
+    from specplug.contract.types import (
         Budget,
+        DraftDistributions,
         EndReason,
         Outcome,
+        Proposal,
         ProposalBatch,
         ProposalRow,
+        Speculator,
+        SpeculatorTraits,
+        TargetDistributions,
         TokenView,
+        Verdict,
         VerificationBatch,
         VerificationRow,
     )
-    from specplug.contract.going_on import worth_another_token
-    from specplug.contract.hookspecs import hookimpl
-    from specplug.contract.memory import KVLayer, MemoryBudget, MemoryRegion
-    from specplug.contract.proposal import DraftDistributions, Proposal
-    from specplug.contract.resources import CAPTURED_TOKENS, Resources
-    from specplug.contract.settings import SpeculativeConfig
-    from specplug.contract.target import ModelHandle, TargetModel, WeightsHandle
-    from specplug.contract.traits import SpeculatorTraits
-    from specplug.contract.verdict import TargetDistributions, Verdict
     from specplug.engine.engine import Engine
     from specplug.engine.startup import StepReport
     from specplug.errors import (
@@ -66,42 +75,34 @@ if TYPE_CHECKING:
 
 # The same names at run time; a test compares the two lists.
 _HOMES = {
-    "specplug.configuration.engine": ("EngineConfig",),
-    "specplug.contract.batch": (
-        "Budget",
-        "EndReason",
-        "Outcome",
-        "ProposalBatch",
-        "ProposalRow",
-        "TokenView",
-        "VerificationBatch",
-        "VerificationRow",
-    ),
+    "specplug.config.engine": ("EngineConfig",),
     "specplug.contract.going_on": ("worth_another_token",),
-    "specplug.contract.hookspecs": ("hookimpl",),
-    "specplug.contract.memory": (
+    "specplug.contract.hooks": ("hookimpl",),
+    "specplug.contract.resources": (
         "KVLayer",
         "MemoryBudget",
         "MemoryRegion",
-    ),
-    "specplug.contract.proposal": (
-        "DraftDistributions",
-        "Proposal",
-    ),
-    "specplug.contract.resources": (
-        "CAPTURED_TOKENS",
-        "Resources",
-    ),
-    "specplug.contract.settings": ("SpeculativeConfig",),
-    "specplug.contract.target": (
         "ModelHandle",
+        "Resources",
         "TargetModel",
         "WeightsHandle",
     ),
-    "specplug.contract.traits": ("SpeculatorTraits",),
-    "specplug.contract.verdict": (
+    "specplug.contract.settings": ("SpeculativeConfig",),
+    "specplug.contract.types": (
+        "Budget",
+        "DraftDistributions",
+        "EndReason",
+        "Outcome",
+        "Proposal",
+        "ProposalBatch",
+        "ProposalRow",
+        "Speculator",
+        "SpeculatorTraits",
         "TargetDistributions",
+        "TokenView",
         "Verdict",
+        "VerificationBatch",
+        "VerificationRow",
     ),
     "specplug.engine.engine": ("Engine",),
     "specplug.engine.startup": ("StepReport",),

@@ -11,8 +11,8 @@ from typing import Any, Self
 
 import attrs
 
-from specplug.configuration.engine import EngineConfig
-from specplug.configuration.vllm import translate_options
+from specplug.config.engine import EngineConfig
+from specplug.config.vllm import translate_options
 from specplug.engine.calls import Call, Calls
 from specplug.engine.engine import CLOSED
 from specplug.engine.startup import StepReport, start_engine

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import attrs
 
-from specplug.contract.batch import Outcome, TokenView
+from specplug.contract.types import Outcome, TokenView
 from specplug.errors import SpecplugError
 from specplug.sampling.logprobs import PositionLogprobs
 from specplug.sampling.params import SamplingParams

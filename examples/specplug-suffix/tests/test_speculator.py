@@ -1,4 +1,4 @@
-"""The speculator alone: settings, slots, budgets and what it learns from."""
+"""The speculator alone: settings, row ids, budgets and what it learns from."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def load(tokens: int = 8, **options: Any) -> SuffixSpeculator:
 
 
 def make_row(
-    tokens: list[int], slot: int = 0, new: bool = False, budget: tuple[int, int] = (8, 8), prompt: int = 1
+    tokens: list[int], row_id: int = 0, new: bool = False, budget: tuple[int, int] = (8, 8), prompt: int = 1
 ) -> ProposalRow:
     return ProposalRow(
-        slot=slot,
+        row_id=row_id,
         is_new=new,
         tokens=TokenView(tokens),
-        computed=range(len(tokens) - 1),
+        new_positions=range(len(tokens) - 1),
         budget=Budget(*budget),
         sampling=SamplingParams(),
         num_prompt_tokens=prompt,
@@ -127,7 +127,7 @@ def test_a_new_row_in_a_slot_starts_anew() -> None:
 
 def test_ended_rows_are_forgotten() -> None:
     speculator = load()
-    propose(speculator, *(make_row([1, 2, 3, slot], slot, new=True) for slot in range(5)))
+    propose(speculator, *(make_row([1, 2, 3, row_id], row_id, new=True) for row_id in range(5)))
     propose(speculator, ended=[(0, "finished"), (1, "aborted"), (2, "preempted"), (9, "finished")])
     assert sorted(speculator.rows) == [3, 4]
 
@@ -155,7 +155,7 @@ def test_a_row_that_comes_back_after_a_preemption_is_learnt_from_its_first_outpu
     speculator, tokens = load(), [1, 2, 3, 4]
     propose(speculator, make_row(tokens, new=True, prompt=2))
     tokens += [5]
-    propose(speculator, make_row(tokens, slot=3, new=True, prompt=2), ended=[(0, "preempted")])
+    propose(speculator, make_row(tokens, row_id=3, new=True, prompt=2), ended=[(0, "preempted")])
     tokens += [6]
     propose(speculator, ended=[(3, "finished")])
     assert list(speculator.finished.texts) == [[3, 4, 5, 6, -1]]

@@ -21,10 +21,10 @@ SEEDED = SamplingParams(temperature=0.7, seed=3)
 def make_row(sampling: SamplingParams, seed: int = 0) -> ProposalRow:
     generator = torch.Generator().manual_seed(seed)
     return ProposalRow(
-        slot=0,
+        row_id=0,
         is_new=False,
         tokens=TokenView([1]),
-        computed=range(0),
+        new_positions=range(0),
         budget=Budget(4, 4),
         sampling=sampling,
         generator=lambda: generator,

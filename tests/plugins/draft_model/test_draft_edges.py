@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-import specplug.speculation.target as target_module
+import specplug.plugins.target as target_module
 from specplug import LLM, ConfigurationError, SamplingParams
-from specplug.configuration.engine import EngineConfig
+from specplug.config.engine import EngineConfig
 from specplug.engine.planning import PlannedEngine, plan_engine
 from specplug.errors import CheckpointError, InsufficientMemoryError, SpecplugError
 from support.drafting import drafted_by, perturbed_copy, recorded, speculator_of

@@ -157,10 +157,10 @@ def rows_of(llm: LLM, count: int, sampling: SamplingParams, seed: int) -> list[P
         generator = torch.Generator().manual_seed(seed * count + index)
         rows.append(
             ProposalRow(
-                slot=index,
+                row_id=index,
                 is_new=True,
                 tokens=TokenView(PROMPT),
-                computed=range(len(PROMPT) - 1),
+                new_positions=range(len(PROMPT) - 1),
                 budget=Budget(3, 3),
                 sampling=sampling,
                 table=table,

@@ -104,14 +104,14 @@ class RandomWalk:
     def propose(self, batch: ProposalBatch) -> Proposal:
         numbers = {request.slot: request.number for request in self._engine.scheduler.running}
         for row in batch.rows:
-            number = numbers[row.slot]
+            number = numbers[row.row_id]
             shown = self._shown.get(number, range(0, 0))
             self._parents.pop(number, None)
             self.forks += row.forked_from is not None
-            if row.computed.start != shown.stop:
-                shown = range(row.computed.start, row.computed.start)
+            if row.new_positions.start != shown.stop:
+                shown = range(row.new_positions.start, row.new_positions.start)
                 self.gaps += 1
-            self._shown[number] = range(shown.start, row.computed.stop)
+            self._shown[number] = range(shown.start, row.new_positions.stop)
             self.tokens[number] = list(row.tokens)
             if row.budget.max_nodes and self.random.random() < 0.3:
                 nodes = self.random.randint(1, row.budget.max_nodes)
@@ -123,7 +123,7 @@ class RandomWalk:
             batch.rows, proposal.tokens, proposal.parents, proposal.scores, strict=True
         ):
             if row.budget.max_nodes:
-                number = numbers[row.slot]
+                number = numbers[row.row_id]
                 paths = paths_of(tokens, parents)
                 begin = self._shown[number].start
                 self.drafts.append(Drafted(number, len(row.tokens), begin, row.budget, paths, list(scores or ())))

@@ -93,7 +93,7 @@ def test_tensors_made_without_gradients_for_ever_are_adopted_too() -> None:
     ("change", "message"),
     [
         (lambda t: t.pop("fc.weight"), "lacks 'fc.weight'"),
-        (lambda t: t.update(extra=torch.zeros(1)), "no place for 'extra'"),
+        (lambda t: t.update(extra=torch.zeros(1)), "does not use 'extra'"),
         (lambda t: t.update({"norm.weight": torch.zeros(15)}), r"'norm.weight' has the shape \[15\] where \[16\]"),
     ],
 )

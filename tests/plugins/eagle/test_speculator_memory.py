@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from specplug import LLM, SamplingParams
-from specplug.configuration.engine import EngineConfig
+from specplug.config.engine import EngineConfig
 from specplug.engine.planning import PlannedEngine, plan_engine
 from specplug.model.load import checkpoint, pickled
 from support.heads import TREES, drafted_by_head, head_speculator_of, save_eagle1, save_eagle3
@@ -95,7 +95,7 @@ def test_the_plan_is_made_of_headers_alone(
         for name in ("safe_open", "load_file", "load_tensors"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, fail)
-    monkeypatch.setattr("specplug.speculation.target.load_tensors", fail)
+    monkeypatch.setattr("specplug.plugins.target.load_tensors", fail)
     planned = plan(root, head, method, tree)
     weights, cache, _ = planned.regions[0]
     stored = sum(

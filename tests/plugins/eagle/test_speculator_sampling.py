@@ -114,11 +114,11 @@ def rows_of(llm: LLM, count: int, sampling: SamplingParams, seed: int, budget: B
         generator = torch.Generator().manual_seed(seed * count + index)
         rows.append(
             ProposalRow(
-                slot=index,
+                row_id=index,
                 is_new=True,
                 tokens=TokenView(PROMPT),
-                computed=range(len(PROMPT) - 1),
-                states=slice(index * (len(PROMPT) - 1), (index + 1) * (len(PROMPT) - 1)),
+                new_positions=range(len(PROMPT) - 1),
+                new_states=slice(index * (len(PROMPT) - 1), (index + 1) * (len(PROMPT) - 1)),
                 budget=budget,
                 sampling=sampling,
                 table=table,

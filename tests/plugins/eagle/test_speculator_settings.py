@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from specplug import ConfigurationError
-from specplug.configuration.engine import EngineConfig
+from specplug.config.engine import EngineConfig
 from specplug.engine.planning import PlannedEngine, plan_engine
 from specplug_eagle import EagleSettings
 from specplug_eagle.drafting.chain import Chain

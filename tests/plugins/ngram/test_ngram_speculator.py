@@ -1,4 +1,4 @@
-"""The speculator alone: configuration, slots and budgets."""
+"""The speculator alone: configuration, row ids and budgets."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ from specplug_ngram import NgramSpeculator, load_speculator
 pytestmark = pytest.mark.unit
 
 
-def make_row(tokens: Any, slot: int = 0, is_new: bool = False, nodes: int = 4, depth: int | None = None) -> ProposalRow:
+def make_row(
+    tokens: Any, row_id: int = 0, is_new: bool = False, nodes: int = 4, depth: int | None = None
+) -> ProposalRow:
     return ProposalRow(
-        slot=slot,
+        row_id=row_id,
         is_new=is_new,
         tokens=TokenView(tokens) if isinstance(tokens, list) else tokens,
-        computed=range(0),
-        states=slice(0, 0),
+        new_positions=range(0),
+        new_states=slice(0, 0),
         budget=Budget(nodes, nodes if depth is None else depth),
         sampling=SamplingParams(),
         outcome=None,
@@ -113,7 +115,7 @@ def test_a_row_without_budget_is_kept_up_to_date() -> None:
 
 def test_rows_do_not_see_each_other() -> None:
     speculator = NgramSpeculator(shortest=2, longest=2)
-    rows = (make_row([1, 2, 3, 9], slot=0, is_new=True), make_row([8, 8, 1, 2], slot=1, is_new=True))
+    rows = (make_row([1, 2, 3, 9], row_id=0, is_new=True), make_row([8, 8, 1, 2], row_id=1, is_new=True))
     assert propose(speculator, *rows) == [[], []]
 
 
@@ -137,9 +139,9 @@ def test_a_new_row_forgets_even_what_looks_the_same() -> None:
 @pytest.mark.parametrize("reason", ["finished", "aborted", "preempted"])
 def test_ended_rows_are_forgotten_before_their_slots_are_reused(reason: str) -> None:
     speculator = NgramSpeculator(shortest=1, longest=2)
-    propose(speculator, make_row([1, 2, 1], slot=0, is_new=True), make_row([1, 2, 1], slot=1, is_new=True))
+    propose(speculator, make_row([1, 2, 1], row_id=0, is_new=True), make_row([1, 2, 1], row_id=1, is_new=True))
     drafts = propose(
-        speculator, make_row([4, 5, 4], slot=0, is_new=True), ended=[(0, reason), (1, reason), (7, reason)]
+        speculator, make_row([4, 5, 4], row_id=0, is_new=True), ended=[(0, reason), (1, reason), (7, reason)]
     )
     assert drafts == [[5, 4, 5, 4]]
     assert set(speculator._indexes) == {0}

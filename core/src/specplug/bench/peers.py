@@ -19,7 +19,7 @@ import torch
 from specplug.bench.contestants import OnStep
 from specplug.bench.measurement import Advance, Measurement
 from specplug.bench.workload import BenchPrompt, Cell, Workload
-from specplug.configuration.speculative import parse_speculative_config
+from specplug.config.speculative import parse_speculative_config
 from specplug.errors import ConfigurationError
 from specplug.model.device import choose_device
 from specplug.model.load.checkpoint import choose_dtype, load_config, resolve_checkpoint

@@ -143,7 +143,7 @@ def bench(
     if not speculative_configs and peer is None:
         raise click.UsageError("Missing option '--speculative-config' or '--peer'.")
     # Invalid options are refused before the slow import of torch.
-    from specplug.configuration.engine import EngineConfig
+    from specplug.config.engine import EngineConfig
 
     configs = [config for text in speculative_configs if (config := read_speculative_config(text)) is not None]
     options = {name: given.pop(name) for name in ("batches", "temperatures", "max_tokens", "repetitions")}

@@ -73,7 +73,7 @@ def check(
       specplug check mine --speculative-config '{"window": 3}' --json
       specplug check --explain budgets
     """  # noqa: D301
-    from specplug.configuration.engine import EngineConfig
+    from specplug.config.engine import EngineConfig
     from specplug.plugins.finder import find_plugins
 
     config = _method_config(method, read_speculative_config(speculative_config))

@@ -90,7 +90,7 @@ def generate(
     if not as_json and (given["logprobs"] is not None or given["prompt_logprobs"] is not None):
         raise click.UsageError("--logprobs and --prompt-logprobs require --json.")
     # Invalid options are refused before the slow import of torch.
-    from specplug.configuration.engine import EngineConfig
+    from specplug.config.engine import EngineConfig
 
     engine = read_engine_options({name: given.pop(name) for name in _ENGINE})
     sampling = read_sampling_options(given)

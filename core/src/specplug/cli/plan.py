@@ -31,7 +31,7 @@ def plan(target: str, as_json: bool, **given: Any) -> None:
         --speculative-config '{"method": "ngram", "num_speculative_tokens": 5}'
     """  # noqa: D301
     # Invalid options are refused before the slow import of torch.
-    from specplug.configuration.engine import EngineConfig
+    from specplug.config.engine import EngineConfig
 
     config = EngineConfig.create(target, **read_engine_options(given))
     out = Terminal.out()

@@ -20,7 +20,7 @@ from specplug import threads
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from specplug.configuration.engine import EngineConfig
+    from specplug.config.engine import EngineConfig
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells use it."""

@@ -1,1 +1,1 @@
-"""What a plugin author reads: the five hooks, and the types that travel through them."""
+"""What plugin authors read: the five hooks (`hooks.py`), what they pass (`types.py`), resources and settings."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from specplug.contract.batch import Budget
+from specplug.contract.types import Budget
 
 
 def worth_another_token(budgets: Sequence[Budget], chances: Sequence[float | None]) -> list[bool]:

@@ -1,46 +1,178 @@
-"""What a speculator receives at warm-up."""
+"""What a speculator runs on: memory, what is allocated, the target, and handles to checkpoints of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import attrs
 
-if TYPE_CHECKING:
-    import torch
+from specplug.values import as_tuple, expect, integer, one_of, shown
 
-    from specplug.contract.traits import Boundary
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from specplug.contract.types import Boundary
     from specplug.model.kv_cache import KVCache
+    from specplug.model.rows import ForwardRow
+
+RegionKind = Literal["weights", "kv_cache", "buffers"]
+TableKind = Literal["shared", "own"]
+
+
+def _is_torch(name: str) -> Any:
+    """Makes a validator for an optional value of one of torch's types. It imports torch only if there is a value."""
+
+    def holds(value: Any) -> bool:
+        import torch
+
+        return isinstance(value, getattr(torch, name))
+
+    return expect(lambda value: value is None or holds(value), f"a torch.{name}, or None", ValueError)
+
+
+@attrs.frozen
+class KVLayer:
+    """What one attention layer stores for one token.
+
+    Attributes:
+        num_heads: key-value heads.
+        key_dim: elements of a key.
+        value_dim: elements of a value.
+
+    Raises:
+        ValueError: a value is not a positive integer.
+    """
+
+    num_heads: int = attrs.field(**integer(1, ValueError))
+    key_dim: int = attrs.field(**integer(1, ValueError))
+    value_dim: int = attrs.field(**integer(1, ValueError))
+
+    @property
+    def elements(self) -> int:
+        """Elements stored for one token."""
+        return self.num_heads * (self.key_dim + self.value_dim)
+
+
+@attrs.frozen
+class MemoryRegion:
+    """One use of memory by a speculator.
+
+    Attributes:
+        name: unique within the speculator. `resources.kv_caches` has a KV cache under this name.
+        kind: the part of the memory plan that it counts in.
+        fixed_bytes: bytes that do not depend on the number of cached tokens.
+        layers: for a KV cache that core allocates, what each layer stores for one token.
+        dtype: the dtype of the KV cache; required with `layers`.
+        scratch_tokens_per_row: KV entries that `propose` writes after a row's committed tokens. Core reserves slots for them
+            in the row's block table. A drafter of trees may write more of them than are verified.
+        tables: `shared`: the target's block tables (`row.table`) address the region; `own`: the speculator's own tables do.
+        device: None means the target's device. Another device has a memory budget of its own.
+
+    Raises:
+        ValueError: a value has the wrong type or range, or there are layers without a dtype or in another kind than
+            `kv_cache`.
+    """
+
+    name: str = attrs.field(
+        validator=expect(lambda value: isinstance(value, str) and value != "", "a name", ValueError)
+    )
+    kind: RegionKind = attrs.field(**one_of(get_args(RegionKind), ValueError))
+    fixed_bytes: int = attrs.field(default=0, **integer(0, ValueError))
+    layers: tuple[KVLayer, ...] = attrs.field(
+        default=(),
+        converter=as_tuple,
+        validator=expect(
+            lambda value: isinstance(value, tuple) and all(isinstance(layer, KVLayer) for layer in value),
+            "a tuple of KVLayers",
+            ValueError,
+        ),
+    )
+    dtype: torch.dtype | None = attrs.field(default=None, validator=_is_torch("dtype"))
+    scratch_tokens_per_row: int = attrs.field(default=0, **integer(0, ValueError))
+    tables: TableKind = attrs.field(default="shared", **one_of(get_args(TableKind), ValueError))
+    device: torch.device | None = attrs.field(default=None, validator=_is_torch("device"))
+
+    def __attrs_post_init__(self) -> None:
+        if self.layers and self.kind != "kv_cache":
+            raise ValueError(
+                f"MemoryRegion: {self.name}: kind={shown(self.kind)} has layers: only a 'kv_cache' may have them"
+            )
+        if self.layers and self.dtype is None:
+            raise ValueError(f"MemoryRegion: {self.name}: layers need a dtype")
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one cached token in this region."""
+        return sum(layer.elements for layer in self.layers) * (self.dtype.itemsize if self.dtype else 0)
+
+
+@attrs.frozen
+class MemoryBudget:
+    """The limits that `plan_memory` plans for.
+
+    Attributes:
+        total_bytes: the memory for target, speculators, KV caches and buffers together.
+        block_size: tokens of a KV block.
+        max_num_seqs: the most rows in a batch.
+        max_model_len: the most tokens of a row, prompt and output.
+        max_num_batched_tokens: the most tokens in one target forward, drafts included.
+        num_speculative_tokens: the most draft nodes of a row that any speculator of the chain may propose.
+        dtype: the target's dtype.
+        compiled_output_tokens: see `compiled_output_bytes`.
+    """
+
+    total_bytes: int
+    block_size: int
+    max_num_seqs: int
+    max_model_len: int
+    max_num_batched_tokens: int
+    num_speculative_tokens: int
+    dtype: torch.dtype
+    compiled_output_tokens: int = 0
+
+    def blocks_for(self, tokens: int) -> int:
+        """The number of KV blocks that store `tokens` tokens."""
+        return math.ceil(tokens / self.block_size)
+
+    def compiled_output_bytes(self, bytes_per_token: int) -> int:
+        """Bytes that the CUDA graphs of a step hold, to plan as `buffers`; 0 on a CPU. See `Resources.compile`.
+
+        Args:
+            bytes_per_token: bytes of the step's outputs for one token.
+        """
+        return self.compiled_output_tokens * bytes_per_token
+
 
 StepCompiler = Callable[..., Any]
-MOST_CAPTURED = 64
-CAPTURED_TOKENS = 217
-"""Tokens of the largest batch of a speculator's own step that is a CUDA graph, and of all such batches together."""
 
 
-def leave_as_it_is(step: Callable[..., Any], *_: Any) -> Callable[..., Any]:
-    """What compiles a step where the engine compiles nothing."""
+def no_compile(step: Callable[..., Any], *_: Any) -> Callable[..., Any]:
+    """Returns the step itself: the `Resources.compile` of an engine that compiles nothing."""
     return step
 
 
 @attrs.frozen(eq=False)
 class Resources:
-    """Everything allocated for one speculator. Keep it; it lives as long as the engine.
+    """Everything that core allocated for one speculator. It is valid as long as the engine.
 
     Attributes:
-        device: where the tensors live.
+        device: the device of the tensors.
         block_size: tokens of a KV block.
         num_blocks: blocks of every KV cache.
         kv_caches: the planned KV caches by region name.
-        row_buckets: the numbers of rows that `propose` will be warmed for, ascending.
-        hidden_states: the fixed buffers behind `batch.hidden_states`, [capacity, hidden] per declared boundary.
-        compile: `compile(step, module, kv_cache, inputs)` → your step as machine code where this engine compiles, else the
-            step itself. A step is a function `(batch, *inputs) -> tensors` that runs your module over a `PagedBatch`, of which
-            it may use `positions` and `attend`; all its weights are the module's parameters and buffers, on the cache's device.
-            `inputs` are examples whose first dimension, the tokens, is free, as is that of every output. It must depend on
-            values only through tensor operations. On a GPU batches of up to 64 tokens are CUDA graphs, which hold the outputs
-            of `CAPTURED_TOKENS` tokens: plan these as `buffers`. The first slots of the cache are overwritten.
+        row_buckets: the numbers of rows to warm `propose` up for, ascending.
+        hidden_states: the buffers that `batch.hidden_states` are slices of: [capacity, hidden] per declared boundary.
+        compile: `compile(step, module, kv_cache, inputs)` → the compiled step if this engine compiles, else the step itself.
+            A step is a function `(batch, *inputs) -> tensors` that runs a module over a `PagedBatch`, of which it may use
+            `positions` and `attend`. All its weights are parameters and buffers of the module, on the cache's device. It may
+            depend on values only through tensor operations. `inputs` are examples; the first dimension of inputs and outputs
+            is the number of tokens, which varies. On a GPU small batches run as CUDA graphs, which hold outputs: plan
+            `MemoryBudget.compiled_output_bytes`. Compiling overwrites the first slots of the cache.
     """
 
     device: torch.device
@@ -49,4 +181,172 @@ class Resources:
     kv_caches: Mapping[str, KVCache]
     row_buckets: tuple[int, ...]
     hidden_states: Mapping[Boundary, torch.Tensor] = attrs.field(factory=dict)
-    compile: StepCompiler = leave_as_it_is
+    compile: StepCompiler = no_compile
+
+
+class TargetModel(Protocol):
+    """The target. When `load_speculator` receives it, its weights are not loaded yet.
+
+    Attributes:
+        config: the model's configuration, as Transformers reads it.
+        source: the folder or hub name that the user gave.
+        revision: the revision of a hub name.
+        dtype: the dtype of parameters and hidden states.
+        device: the device it runs on.
+        vocab_size: the width of its logits.
+        hidden_size: the width of its residual stream.
+        num_layers: decoder layers; the last boundary of `SpeculatorTraits.hidden_states`.
+        weight_bytes: bytes of its parameters and buffers.
+        max_model_len: the most tokens of a row, prompt and output; the memory plan may reduce it.
+        max_num_seqs: the most rows in a batch.
+        max_num_batched_tokens: the most tokens in one forward, drafts included.
+    """
+
+    config: PretrainedConfig
+    source: str
+    revision: str | None
+    dtype: torch.dtype
+    device: torch.device
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    weight_bytes: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The target's tokenizer; None if its checkpoint has none."""
+        ...
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids of any shape → embeddings [..., hidden], the input of the target's first layer. From warm-up on."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """States after the final norm [N, hidden] → logits [N, vocabulary], with soft-capping and scaling. From warm-up on."""
+        ...
+
+    def weights(self, source: str, revision: str | None = None) -> WeightsHandle:
+        """Reads the headers of a checkpoint; core reads the tensors after it accepted the memory plan.
+
+        The checkpoint is safetensors or else `pytorch_model.bin`, from which only tensors are unpickled.
+
+        Raises:
+            CheckpointError: it is missing, damaged or incomplete, or contains more than tensors.
+        """
+        ...
+
+    def model(
+        self, source: str, *, revision: str | None = None, dtype: str | None = None, device: str | None = None
+    ) -> ModelHandle:
+        """Reads config and headers of a causal LM that core runs for the speculator.
+
+        Args:
+            source: a folder or hub name.
+            revision: the revision of a hub name.
+            dtype: a dtype's name, or `auto` for the checkpoint's own; None means the target's.
+            device: None means the target's.
+
+        Raises:
+            CheckpointError: the checkpoint is missing or damaged.
+            UnsupportedModelError: core cannot run the architecture in packed batches.
+            ConfigurationError: there is no such device.
+        """
+        ...
+
+
+class WeightsHandle(Protocol):
+    """The tensors of a checkpoint: shapes now, values from warm-up on.
+
+    Attributes:
+        folder: the checkpoint's folder.
+        shapes: the shapes of all tensors, by name.
+        dtypes: the stored dtypes of all tensors, by name.
+    """
+
+    folder: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The checkpoint's config.json, not interpreted.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        ...
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Selects the tensors that are read and that `num_bytes` counts. Call it before `plan_memory`.
+
+        Raises:
+            PluginError: the checkpoint has no such tensor, or the tensors have been read already.
+        """
+        ...
+
+    def num_bytes(self, dtype: torch.dtype | None = None) -> int:
+        """Bytes of the selected tensors on the device, with floating-point ones in `dtype` (default: the target's)."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """The tensors on the engine's device, floating-point ones in the target's dtype. From warm-up on."""
+        ...
+
+    def release(self) -> None:
+        """Drops the references to the tensors, once modules hold those that are needed. `tensors` then raises `PluginError`."""
+        ...
+
+
+class ModelHandle(Protocol):
+    """A causal LM that core runs for the speculator, with a paged KV cache and ragged batches like the target.
+
+    Attributes:
+        config: its configuration, as Transformers reads it.
+        vocab_size: the width of its logits.
+        max_model_len: the most tokens of a row.
+        weight_bytes: bytes of its parameters and buffers.
+        dtype: the dtype of its parameters.
+        device: the device it runs on.
+        folder: its checkpoint's folder.
+    """
+
+    config: PretrainedConfig
+    vocab_size: int
+    max_model_len: int
+    weight_bytes: int
+    dtype: torch.dtype
+    device: torch.device
+    folder: Path
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer in the checkpoint's folder; None if there is none."""
+        ...
+
+    def regions(
+        self, *, scratch_tokens_per_row: int = 0, tables: Literal["shared", "own"] = "shared"
+    ) -> list[MemoryRegion]:
+        """The regions of its weights and KV cache, to return from `plan_memory`; for the arguments see `MemoryRegion`."""
+        ...
+
+    def forward(
+        self, rows: Sequence[ForwardRow], *, logits: Literal["last", "all"] | int | Sequence[int] = "last"
+    ) -> torch.Tensor:
+        """Runs the model over a ragged batch and stores the KV of every token. From warm-up on.
+
+        Args:
+            rows: the new tokens of each row.
+            logits: the tokens to compute logits for: the last of each row, all, the last n of each row, or a list with the
+                number of last tokens for each row.
+
+        Returns:
+            Logits [selected tokens, vocabulary], rows concatenated in order.
+
+        Raises:
+            PluginError: a row has fewer tokens than were selected, or the model cannot run yet.
+        """
+        ...

@@ -19,14 +19,13 @@ class SpeculativeConfig:
     """One method of the user's `speculative_config`, with vLLM's key names where vLLM has them.
 
     Attributes:
-        method: the entry-point name of the plugin.
-        num_speculative_tokens: the most draft tokens a row may hold in one step (γ).
-        options: the keys that belong to the plugin. Read them with `get` or `settings`, so that core can tell the user
-            which keys nobody knows.
-        fallback: the method that is asked for the rows this one leaves empty.
-        is_auto: whether core chooses every step's budget from what it measures; `num_speculative_tokens` is then the bound.
-        is_bounded: whether the user named the bound; else it is the plugin's attribute `max_num_speculative_tokens`, if its
-            module has one, or core's default.
+        method: the name of the plugin's entry point.
+        num_speculative_tokens: the most draft tokens of a row in one step (γ).
+        options: the plugin's own keys. Read them with `get` or `settings`: core refuses keys that nobody read.
+        fallback: the method that drafts for the rows that this one leaves without a draft.
+        is_auto: whether core chooses the budgets from measurements, up to `num_speculative_tokens`.
+        is_bounded: whether the user gave that upper bound. If not, it is the attribute `max_num_speculative_tokens` of the
+            plugin's module, or core's default.
     """
 
     method: str
@@ -38,15 +37,15 @@ class SpeculativeConfig:
     known_options: set[str] = attrs.field(factory=set, init=False, repr=False)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Returns one option, or the default when the user did not give it."""
+        """Returns an option or the default, and marks the key as known: a key that was never read is an error."""
         self.known_options.add(key)
         return self.options.get(key, default)
 
     def settings(self, cls: type[Settings]) -> Settings:
-        """Structures all options as an attrs class of the plugin's own; unknown keys and wrong types are errors.
+        """Reads all options into an attrs class of the plugin; unknown keys and wrong types are errors.
 
         Raises:
-            ConfigurationError: an option is missing, unknown, or of the wrong type.
+            ConfigurationError: an option is missing or unknown, or has the wrong type.
         """
         import cattrs
 
@@ -76,7 +75,7 @@ class SpeculativeConfig:
             raise ConfigurationError(f"speculative_config of method '{self.method}': {error}") from error
 
     def check_unknown_options(self) -> None:
-        """Raises `ConfigurationError` for the first option that nobody read."""
+        """Raises `ConfigurationError` for the first option that was never read."""
         known = self.known_options | {"method", "num_speculative_tokens", "max_num_speculative_tokens", "fallback"}
         for key in self.options:
             if key not in known:
@@ -87,7 +86,7 @@ class SpeculativeConfig:
 
 
 def _strict_scalar(value: Any, kind: type) -> Any:
-    """Structures a scalar without turning '5' into 5 or True into 1 behind the user's back."""
+    """Structures a scalar without conversion: '5' is not an integer, and neither is True."""
     if kind is int:
         value = as_integer(value)
     if kind is float and isinstance(value, numbers.Real) and not isinstance(value, bool):

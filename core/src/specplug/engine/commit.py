@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from specplug.contract.batch import Outcome
+from specplug.contract.types import Outcome
 from specplug.engine.target_step import TargetStep
 from specplug.request import Request, StepOutput
 from specplug.sampling.logprobs import gather_logprobs

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Collection, Sequence
 
-from specplug.contract.verdict import Verdict
+from specplug.contract.types import Verdict
 from specplug.engine.commit import commit_tokens, kv_moves, score_output, score_prompts
 from specplug.engine.fair_lock import FairLock
 from specplug.engine.planning import PlannedEngine

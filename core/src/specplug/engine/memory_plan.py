@@ -10,7 +10,7 @@ from typing import Literal
 import attrs
 import torch
 
-from specplug.contract.memory import MemoryBudget, MemoryRegion
+from specplug.contract.resources import MemoryBudget, MemoryRegion
 from specplug.errors import InsufficientMemoryError
 
 PART_NAMES = (

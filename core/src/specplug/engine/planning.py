@@ -9,12 +9,13 @@ from typing import Any
 import attrs
 import torch
 
-from specplug.configuration.engine import EngineConfig
-from specplug.contract.memory import MemoryBudget, MemoryRegion
+from specplug.config.engine import EngineConfig
+from specplug.contract.resources import MemoryBudget, MemoryRegion
 from specplug.contract.settings import SpeculativeConfig
 from specplug.engine.compilation import wants_compilation
 from specplug.engine.memory_plan import MemoryPlan, default_budget, solve
 from specplug.errors import CheckpointError, ConfigurationError, PluginError, SpecplugError
+from specplug.model.compile.cuda_graphs import CAPTURED_TOKENS
 from specplug.model.compile.memory import StepModel, step_bytes
 from specplug.model.device import choose_device
 from specplug.model.load.architecture import Architecture, inspect_architecture
@@ -23,8 +24,8 @@ from specplug.model.load.refusal import check_kind
 from specplug.model.load.tokenizer import load_tokenizer
 from specplug.model.load.weights import check_not_quantised
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
+from specplug.plugins.target import LazyModel, TargetFacade
 from specplug.sampling.workspace import Workspace
-from specplug.speculation.target import LazyModel, TargetFacade
 from specplug.speculation.target_states.ring_buffer import ChannelSpec
 from specplug.speculation.target_states.store import TargetStateStore, channels_for
 from specplug.tiny import resolve_model
@@ -100,6 +101,7 @@ def plan_engine(
         max_num_batched_tokens=config.max_num_batched_tokens,
         num_speculative_tokens=max([max_nodes_of(s) for s in speculators], default=0),
         dtype=dtype,
+        compiled_output_tokens=CAPTURED_TOKENS if device.type == "cuda" else 0,
     )
     regions = [_plan_regions(speculator, budget) for speculator in speculators]
     num_entries = min(config.max_num_batched_tokens, config.max_num_seqs * (1 + budget.num_speculative_tokens))

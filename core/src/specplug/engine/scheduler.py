@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from specplug.contract.batch import EndReason
+from specplug.contract.types import EndReason
 from specplug.model.kv_cache import BlockAllocator, BlockTable
 from specplug.request import Request
 

@@ -13,7 +13,7 @@ import attrs
 import torch
 
 from specplug import native, threads
-from specplug.configuration.engine import EngineConfig
+from specplug.config.engine import EngineConfig
 from specplug.contract.resources import Resources
 from specplug.engine.compilation import compile_forwards, wants_compilation
 from specplug.engine.engine import Engine
@@ -30,13 +30,13 @@ from specplug.model.load.weights import load_model
 from specplug.model.runner import ModelRunner
 from specplug.model.torch_state import own_torch_state
 from specplug.plugins.registry import RegisteredSpeculator
+from specplug.plugins.target import LazyModel
 from specplug.sampling.defaults import eos_ids
 from specplug.sampling.randomness import EngineRandomness
 from specplug.sampling.workspace import Workspace
 from specplug.speculation.auto import AutoBudget
 from specplug.speculation.chain import SpeculatorChain
 from specplug.speculation.policy import BudgetPolicy, FixedBudget
-from specplug.speculation.target import LazyModel
 from specplug.speculation.target_states.store import TargetStateStore
 from specplug.speculation.verification.dispatch import Verification
 from specplug.speculation.verification.verifier import LosslessVerifier

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from specplug.contract.memory import KVLayer
+from specplug.contract.resources import KVLayer
 from specplug.errors import PluginError
 from specplug.model.device import to_device
 from specplug.model.huge_pages import allocate

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from specplug.contract.traits import Boundary
+from specplug.contract.types import Boundary
 from specplug.model.attention.interface import SITE, AttendedBatch, AttentionSite
 from specplug.model.batch import ForwardBatch, can_attend_natively
 from specplug.model.compile.compiled import CompiledStep

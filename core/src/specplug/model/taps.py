@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from specplug.contract.traits import Boundary
+from specplug.contract.types import Boundary
 
 
 class Taps:

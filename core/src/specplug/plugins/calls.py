@@ -1,4 +1,4 @@
-"""Calling a hook: one plugin's own function, and around it whoever observes, which changes nothing that comes of it."""
+"""Calls a hook of one plugin, with the observers around it. Observers cannot change the result."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ logger = logging.getLogger("specplug")
 
 
 class Observers:
-    """The wrappers around hooks in one engine. One that faults is switched off, with a warning that names it.
+    """The hook wrappers of one engine. A wrapper that fails is switched off, and a warning names it.
 
-    A wrapper may look but not change: what the hook gave is what the engine gets, whatever a wrapper returns or raises.
+    Unlike in pluggy, a wrapper cannot change the result: the engine uses what the hook returned, whatever a wrapper returns
+    or raises.
 
     Args:
-        manager: where plugins are registered.
-        strict: whether a fault raises instead.
+        manager: the engine's plugin manager.
+        strict: whether a failure raises instead.
     """
 
     def __init__(self, manager: pluggy.PluginManager, *, strict: bool) -> None:
@@ -31,7 +32,7 @@ class Observers:
         self._off: list[Any] = []
 
     def around(self, hook: str) -> list[pluggy.HookImpl]:
-        """The wrappers of a hook, the outermost (registered last) first."""
+        """The wrappers of a hook. The outermost, registered last, is first."""
         implementations: list[pluggy.HookImpl] = getattr(self._manager.hook, hook).get_hookimpls()
         return [each for each in reversed(implementations) if each.wrapper and each.plugin not in self._off]
 
@@ -39,7 +40,7 @@ class Observers:
         """Switches a wrapper's plugin off.
 
         Raises:
-            PluginError: where engines are strict.
+            PluginError: the engine is strict.
         """
         name = self._manager.get_name(wrapper.plugin) or wrapper.plugin_name
         text = f"observer '{name}' {what} in its wrapper of {hook}"
@@ -51,14 +52,14 @@ class Observers:
 
 @attrs.frozen(eq=False)
 class HookCall:
-    """A hook as one plugin implements it.
+    """A caller of one hook of one plugin.
 
     Attributes:
-        name: of the hook.
-        plugin: whose, for messages.
-        own: gives the functions that are asked in turn until one answers: the plugin's, and to `verify` core's as well.
-        observers: whoever looks on.
-        freeze: makes of a result what observers cannot alter in place; None where that does not matter.
+        name: the hook's name.
+        plugin: the plugin's name, for messages.
+        own: returns the implementations to call in turn until one returns a result: the plugin's, and for `verify` core's.
+        observers: the wrappers to run around the call.
+        freeze: makes a result immutable before observers see it; None if that is not needed.
     """
 
     name: str
@@ -71,8 +72,8 @@ class HookCall:
         """Calls the hook.
 
         Raises:
-            PluginError: the plugin's function raised what is no Exception, such as SystemExit.
-            Exception: what the plugin's function raised.
+            PluginError: the plugin's function raised a BaseException that is not an Exception, such as SystemExit.
+            Exception: the plugin's function raised it.
         """
         wrappers = self.observers.around(self.name)
         if not wrappers:
@@ -105,7 +106,7 @@ class HookCall:
             raise PluginError(f"plugin '{self.plugin}' tried to end the process in {self.name} ({what})") from error
 
     def _enter(self, wrapper: pluggy.HookImpl, arguments: dict[str, Any]) -> Generator[Any, Any, Any] | None:
-        """Runs a wrapper up to its `yield`; None if it does not get there."""
+        """Runs a wrapper up to its `yield`. Returns None if it does not reach it."""
         try:
             generator: Any = wrapper.function(*(arguments[name] for name in wrapper.argnames))
             next(generator)
@@ -130,7 +131,7 @@ class HookCall:
         except StopIteration as stop:
             if raised is None and stop.value is not result:
                 kind = type(stop.value).__name__
-                self.observers.fault(wrapper, self.name, f"returned something else ({kind}) than `yield` gave")
+                self.observers.fault(wrapper, self.name, f"returned a different object ({kind}) than `yield` gave")
         except BaseException as error:
             if error is not raised:
                 self.observers.fault(wrapper, self.name, f"raised {type(error).__name__}: {error}", error)

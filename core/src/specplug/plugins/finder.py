@@ -1,8 +1,8 @@
-"""Which plugins are installed, from package metadata alone: nothing is imported here.
+"""Finds installed plugins from package metadata. Nothing is imported.
 
-Two groups of entry points: `specplug` names speculators, of which an engine imports those it is configured with;
-`specplug.observers` names modules that only wrap hooks, which every engine imports. So a speculator that nobody asked for
-cannot do any harm, whatever its import does.
+There are two groups of entry points. `specplug` contains speculators; an engine imports those that it is configured with.
+`specplug.observers` contains modules that only wrap hooks; every engine imports them. So a speculator that is not configured
+cannot do harm, whatever its import does.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ class PluginRecord:
     """One entry point.
 
     Attributes:
-        method: the entry point's name; of a speculator, what users put in their configuration.
-        module: what the entry point names.
-        distribution: the package that brings it.
-        version: of the package.
+        method: the entry point's name; for a speculator, the method that users configure.
+        module: the module, or object in a module, that the entry point names.
+        distribution: the package that contains it.
+        version: the package's version.
         summary: the package's one-line description.
-        requirement: what the package asks of core, or an empty string.
-        location: the folder the package is installed in; of an editable installation, that of its sources.
+        requirement: the package's version range for core, or an empty string.
+        location: the folder that the package is installed in; for an editable installation, that of its sources.
         status: whether it can be loaded, as far as metadata tells.
-        reason: why not.
-        kind: by the entry point's group.
+        reason: why it cannot be loaded.
+        kind: speculator or observer, by the entry point's group.
     """
 
     method: str
@@ -87,7 +87,7 @@ def find_plugins(allowed: Iterable[str] | None = None, denied: Iterable[str] = (
         if len(loadable) > 1:
             reason = f"{len(names)} packages provide '{method}': {', '.join(names)}; uninstall or deny all but one"
             if len(names) == 1:
-                reason = f"package {names[0]} names '{method}' more than once; tell its author"
+                reason = f"package {names[0]} has more than one entry point '{method}'; report it to its author"
             rivals = [attrs.evolve(r, status="ambiguous", reason=reason) if r.status == "ok" else r for r in rivals]
         judged.extend(rivals)
     return judged
@@ -98,7 +98,7 @@ def _names(names: Iterable[str]) -> list[str]:
 
 
 def _records() -> Iterator[PluginRecord]:
-    """Every entry point of the group, of one distribution after the other: damaged metadata costs only its own package."""
+    """All entry points of both groups. Damaged metadata affects only its own package."""
     seen: set[str] = set()
     for dist in metadata.distributions():
         name = _name_of(dist)
@@ -113,14 +113,14 @@ def _records() -> Iterator[PluginRecord]:
 
 
 def _name_of(dist: metadata.Distribution) -> str:
-    """The distribution's normalized name, from that of its folder where it has one: reading metadata takes longer."""
+    """The distribution's normalized name, from its folder's name if possible: reading metadata takes longer."""
     folder = getattr(getattr(dist, "_path", None), "name", "")
     name = folder.removesuffix(".dist-info").removesuffix(".egg-info").partition("-")[0]
     return canonicalize_name(name or dist.metadata["Name"] or "?")
 
 
 def _mentions_group(dist: metadata.Distribution) -> bool:
-    """Whether damaged metadata is a plugin's."""
+    """Whether a distribution with damaged metadata is a plugin."""
     try:
         path = getattr(dist, "_path", None)
         raw = (path / "entry_points.txt").read_bytes() if path else (dist.read_text("entry_points.txt") or "").encode()
@@ -135,19 +135,19 @@ def _location(dist: metadata.Distribution) -> str:
         if origin.get("dir_info", {}).get("editable"):
             return url2pathname(urlparse(origin["url"]).path)
     except Exception:
-        pass  # written by another tool, in another way
+        pass  # a format of another tool
     return str(dist.locate_file(""))
 
 
 def _record(entry: metadata.EntryPoint, dist: metadata.Distribution) -> PluginRecord:
     name = dist.metadata["Name"]
-    if not name:  # nor is anything known of what it requires
-        return _unreadable(entry.name, entry.value, _name_of(dist), dist, "METADATA is missing, or names nothing")
+    if not name:  # then its requirements are unknown too
+        return _unreadable(entry.name, entry.value, _name_of(dist), dist, "METADATA is missing, or has no name")
     try:
         requirement = _core_requirement(dist.requires or [])
     except (InvalidRequirement, UndefinedComparison, UndefinedEnvironmentName) as error:
         what = " ".join(str(error).split())
-        return _unreadable(entry.name, entry.value, name, dist, f"what it requires of {CORE} is not valid: {what}")
+        return _unreadable(entry.name, entry.value, name, dist, f"its requirement on {CORE} is invalid: {what}")
     return PluginRecord(
         method=entry.name,
         module=entry.value,
@@ -166,7 +166,7 @@ def _unreadable(method: str, module: str, name: str, dist: metadata.Distribution
 
 
 def _core_requirement(requirements: Iterable[str]) -> str:
-    """What a package asks of core, all such requirements together; those of extras and of other platforms do not count."""
+    """The version range for core: all its requirements together, without those of extras and of other platforms."""
     specifiers = SpecifierSet()
     for text in requirements:
         if not re.match(rf"\s*{CORE}(?![\w.-])", text, re.IGNORECASE):

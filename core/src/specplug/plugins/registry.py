@@ -1,4 +1,4 @@
-"""The plugins of one engine: modules are imported when they are asked for, each on its own, and a failure stops nobody else."""
+"""The plugins of one engine. Each is imported when it is needed, and a failure affects no other plugin."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import attrs
 import pluggy
 
 from specplug import threads
-from specplug.contract.hookspecs import PROJECT, SpeculatorHooks, hookimpl
+from specplug.contract.hooks import PROJECT, SpeculatorHooks, hookimpl
 from specplug.contract.settings import SpeculativeConfig
-from specplug.contract.traits import SpeculatorTraits
-from specplug.contract.verdict import Verdict
+from specplug.contract.types import SpeculatorTraits, Verdict
 from specplug.errors import PluginError, SpecplugError, did_you_mean
 from specplug.plugins.calls import HookCall, Observers
 from specplug.plugins.finder import PluginRecord, find_plugins
-from specplug.plugins.hooks import HOOKS, check_hooks, check_module, implements_hook, touches_hook
+from specplug.plugins.implementations import HOOKS, check_hooks, check_module, implements_hook, touches_hook
 from specplug.values import shown
 
 logger = logging.getLogger("specplug")
@@ -26,16 +25,16 @@ logger = logging.getLogger("specplug")
 
 @attrs.define(eq=False)
 class RegisteredSpeculator:
-    """A speculator in an engine's registry, with a caller for each hook that reaches it and no other speculator.
+    """A speculator of an engine, with a caller for each of its hooks.
 
     Attributes:
-        method: the name it was configured under.
+        method: the configured method.
         config: its part of the speculative configuration.
         instance: the plugin's object.
-        traits: what it declared.
-        plan_memory: caller of the hook; so are `warmup`, `propose` and `verify`.
-        overrides_verify: whether it decides about drafts by a `verify` of its own; a wrapper only looks.
-        scratch_tokens_per_row: the most scratch KV entries it planned for a row.
+        traits: the traits that it declared.
+        plan_memory: the caller of the hook; likewise `warmup`, `propose` and `verify`.
+        overrides_verify: whether it implements `verify`; a wrapper does not count.
+        scratch_tokens_per_row: the most scratch KV entries that it planned for a row.
     """
 
     method: str
@@ -51,7 +50,7 @@ class RegisteredSpeculator:
 
 
 class _Loader:
-    """Makes a plugin of a plain function of (config, target)."""
+    """Adapts a plain function of (config, target) to a plugin."""
 
     def __init__(self, load: Callable[..., Any]) -> None:
         self._load = load
@@ -62,10 +61,10 @@ class _Loader:
 
 
 def _provided(method: str, plugin: Any) -> Any:
-    """What `plugins=` gives under a name, as a plugin.
+    """An entry of `plugins=` as a plugin.
 
     Raises:
-        PluginError: it is neither a plugin nor a function, or it is what the function should return.
+        PluginError: it is neither a plugin nor a function, or it is a speculator instead of a function that returns one.
     """
     if any(touches_hook(plugin, hook) for hook in HOOKS):
         if implements_hook(plugin, "propose") and not implements_hook(plugin, "load_speculator"):
@@ -82,7 +81,7 @@ def _provided(method: str, plugin: Any) -> Any:
 
 
 class PluginRegistry:
-    """One PluginManager, never shared between engines."""
+    """The plugins of one engine, in a plugin manager of its own."""
 
     def __init__(
         self,
@@ -92,15 +91,15 @@ class PluginRegistry:
         *,
         strict: bool = False,
     ) -> None:
-        """Finds plugins, and loads those that observe.
+        """Finds plugins, and loads observers.
 
         Args:
             allowed: see `find_plugins`.
             denied: see `find_plugins`.
             provided: method → plugin that is not installed: an object that implements `load_speculator`, a plain function
-                of (config, target), or an object with wrappers alone. It takes precedence over an installed one of the
-                same name.
-            strict: whether an observer's fault raises; else it is switched off.
+                of (config, target), or an object with wrappers alone. It takes precedence over an installed plugin of that
+                name.
+            strict: whether a failing observer raises; else it is switched off.
         """
         self.manager = pluggy.PluginManager(PROJECT)
         self.manager.add_hookspecs(SpeculatorHooks)
@@ -117,7 +116,7 @@ class PluginRegistry:
             self._register_module(self._modules[method], f"provided {method}")
 
     def load(self, record: PluginRecord) -> Any | None:
-        """Imports and registers what an entry point names; None if that fails (see `failures`)."""
+        """Imports and registers the object of an entry point; None if that fails (see `failures`)."""
         try:
             path, _, attribute = record.module.partition(":")
             with threads.importing():
@@ -129,12 +128,10 @@ class PluginRegistry:
             return module
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # sys.exit, and what extension modules and test libraries derive from it
+        except BaseException as error:  # SystemExit too, and what extension modules derive from BaseException
             self.failures[record.method] = error
-            tell = (
-                logger.warning if record.kind == "observer" else logger.info
-            )  # who asks for a speculator gets the error
-            tell(
+            log = logger.warning if record.kind == "observer" else logger.info  # using the speculator raises the error
+            log(
                 "%s '%s' of package %s cannot be loaded: %s",
                 "observer" if record.kind == "observer" else "plugin",
                 record.method,
@@ -144,7 +141,7 @@ class PluginRegistry:
             return None
 
     def plugin(self, method: str) -> Any | None:
-        """The plugin behind a method, as it was registered: a module, or what its entry point names; None if not loaded."""
+        """The registered plugin of a method: a module, or the object that its entry point names; None if it is not loaded."""
         if method not in self._modules and method not in self.failures:
             usable = (r for r in self.records if (r.method, r.status, r.kind) == (method, "ok", "speculator"))
             record = next(usable, None)
@@ -158,7 +155,7 @@ class PluginRegistry:
         self.register(plugin, name)
 
     def register(self, plugin: Any, name: str) -> None:
-        """Registers a module or object after checking its hooks; nothing stays behind when a check fails.
+        """Checks the hooks of a module or object and registers it; nothing stays registered if a check fails.
 
         Raises:
             PluginError: a hook has a wrong name or signature.
@@ -175,12 +172,11 @@ class PluginRegistry:
             raise PluginError(f"plugin '{name}': {error}") from error
 
     def check(self, config: SpeculativeConfig | None) -> None:
-        """Refuses what a configuration and its fallbacks get wrong, as far as that is known without a target.
+        """Refuses errors in a configuration and its fallbacks that are known without a target.
 
         Raises:
             PluginError: a method is not installed or cannot be loaded.
-            ConfigurationError: the plugin names the class of its settings (its attribute `settings_class`), and these do not
-                fit it.
+            ConfigurationError: the plugin has an attribute `settings_class`, and the settings do not fit that class.
         """
         while config is not None:
             settings = getattr(self._module(config.method), "settings_class", None)
@@ -189,15 +185,15 @@ class PluginRegistry:
             config = config.fallback
 
     def register_verifier(self, verifier: Any) -> None:
-        """Registers core's verifier, which answers when nobody else does."""
+        """Registers core's verifier, the last implementation of `verify`."""
         self.register(verifier, "core verifier")
         self.verifier = verifier
 
     def load_speculator(self, config: SpeculativeConfig, target: Any) -> RegisteredSpeculator:
-        """Asks the plugin of a method for its speculator and registers it.
+        """Makes the speculator of a method and registers it.
 
         Raises:
-            PluginError: the method is not installed or cannot be loaded, or its plugin breaks the contract.
+            PluginError: the method is not installed or cannot be loaded, or its plugin violates the contract.
             ConfigurationError: the plugin does not accept its settings.
         """
         module = self._module(config.method)
@@ -237,11 +233,11 @@ class PluginRegistry:
         )
 
     def core_verify(self) -> Callable[..., Any]:
-        """A caller of `verify` that reaches core's verifier and observers, and no speculator."""
+        """A caller of `verify` for core's verifier and observers, without any speculator."""
         return self._call("verify", "core verifier", self.verifier)
 
     def observes(self, hook: str) -> bool:
-        """Whether anybody wraps a hook."""
+        """Whether an observer wraps a hook."""
         return bool(self.observers.around(hook))
 
     def _call(self, hook: str, name: str, plugin: Any) -> HookCall:
@@ -249,10 +245,10 @@ class PluginRegistry:
         if hook != "verify":
             return HookCall(hook, name, lambda: own, self.observers)
 
-        def answering() -> Sequence[pluggy.HookImpl]:  # core's verifier comes last, and is registered last
+        def with_core() -> Sequence[pluggy.HookImpl]:  # a function: core's verifier is registered last
             return own if plugin is self.verifier else [*own, *self._implementations(hook, self.verifier)]
 
-        return HookCall(hook, name, answering, self.observers, freeze=_frozen)
+        return HookCall(hook, name, with_core, self.observers, freeze=_frozen)
 
     def _implementations(self, hook: str, plugin: Any) -> Sequence[pluggy.HookImpl]:
         found = getattr(self.manager.hook, hook).get_hookimpls()
@@ -284,36 +280,38 @@ def _usual_package(method: str) -> str:
 
 
 def _traits_of(instance: Any, method: str) -> SpeculatorTraits:
-    """What a speculator declares.
+    """The traits of a speculator.
 
     Raises:
-        PluginError: its attribute `traits` is something else, or raises.
+        PluginError: its attribute `traits` is not a `SpeculatorTraits`, or raises.
     """
     try:
         traits = getattr(instance, "traits", None)
     except Exception as error:
         raise PluginError(
-            f"plugin '{method}' failed in its attribute traits: {type(error).__name__}: {error}"
+            f"plugin '{method}' failed in its attribute `traits`: {type(error).__name__}: {error}"
         ) from error
     if traits is None:
         return SpeculatorTraits()
     if not isinstance(traits, SpeculatorTraits):
-        raise PluginError(f"plugin '{method}': its speculator's traits are no SpeculatorTraits: {shown(traits)}")
+        raise PluginError(
+            f"plugin '{method}': its speculator's `traits` must be a SpeculatorTraits, not {shown(traits)}"
+        )
     return traits
 
 
 def _frozen(verdict: Any) -> Any:
-    """A verdict that nobody can alter."""
+    """An immutable copy of a verdict."""
     if not isinstance(verdict, Verdict):
         return verdict
     return Verdict(tuple(tuple(path) for path in verdict.accepted), tuple(verdict.next_tokens))
 
 
 def first_line(error: BaseException) -> str:
-    """An exception in one line: its kind, unless it is one of ours, and the first line of what it says."""
+    """An exception in one line: its type, unless it is specplug's own, and the first line of its message."""
     try:
         lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    except Exception:  # there are errors that cannot be printed
+    except Exception:  # str() of an exception can raise
         lines = []
     text = "".join(letter for letter in lines[0].strip() if letter.isprintable()) if lines else ""
     if isinstance(error, SpecplugError):

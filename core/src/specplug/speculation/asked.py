@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from specplug.contract.batch import ProposalBatch
+from specplug.contract.types import ProposalBatch
 
 SHORT_GAP = 16
 """Tokens that a row may be behind without its catching up being worth a mention."""
@@ -35,5 +35,5 @@ class Asked:
 
 def fed_tokens(batch: ProposalBatch) -> int:
     """Tokens that a speculator with a state takes in beside those of the last step."""
-    sizes = [(len(row.computed), row.budget.max_nodes) for row in batch.rows]
+    sizes = [(len(row.new_positions), row.budget.max_nodes) for row in batch.rows]
     return sum(size for size, nodes in sizes if size > SHORT_GAP or not nodes)

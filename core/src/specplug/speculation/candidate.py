@@ -6,7 +6,7 @@ import math
 
 import attrs
 
-from specplug.contract.batch import Budget
+from specplug.contract.types import Budget
 from specplug.request import Request
 from specplug.speculation.estimates import LinkEstimate, RowEstimate
 

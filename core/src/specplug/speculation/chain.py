@@ -11,8 +11,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from specplug.contract.batch import Budget, EndReason, Outcome, ProposalBatch, ProposalRow
 from specplug.contract.resources import Resources
+from specplug.contract.types import Budget, EndReason, Outcome, ProposalBatch, ProposalRow
 from specplug.errors import PluginError, SpecplugError
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
@@ -252,11 +252,11 @@ class SpeculatorChain:
         drafted, nodes = self._deliver_drafted(link, requests, outcomes)
         rows = [
             ProposalRow(
-                slot=request.slot,
+                row_id=request.slot,
                 is_new=is_new,
                 tokens=request.view,
-                computed=span,
-                states=place,
+                new_positions=span,
+                new_states=place,
                 budget=budget,
                 sampling=request.params,
                 outcome=outcome,

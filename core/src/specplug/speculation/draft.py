@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import attrs
 
-from specplug.contract.proposal import DraftDistributions
+from specplug.contract.types import DraftDistributions
 
 
 @attrs.define(eq=False)

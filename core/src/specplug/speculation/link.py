@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from specplug.contract.batch import EndReason, Outcome
+from specplug.contract.types import EndReason, Outcome
 from specplug.plugins.registry import RegisteredSpeculator
 
 

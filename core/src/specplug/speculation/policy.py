@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from specplug.contract.batch import Budget
-from specplug.contract.traits import SpeculatorTraits
+from specplug.contract.types import Budget, SpeculatorTraits
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
 

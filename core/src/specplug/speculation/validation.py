@@ -10,9 +10,7 @@ import attrs
 import numpy as np
 import torch
 
-from specplug.contract.batch import Budget
-from specplug.contract.proposal import DraftDistributions, Proposal
-from specplug.contract.verdict import Verdict
+from specplug.contract.types import Budget, DraftDistributions, Proposal, Verdict
 from specplug.errors import PluginError
 from specplug.model.device import to_device
 from specplug.speculation.draft import Draft, depths_of

@@ -10,9 +10,7 @@ from typing import Any
 import attrs
 import torch
 
-from specplug.contract.batch import ProposalBatch
-from specplug.contract.proposal import Proposal
-from specplug.contract.verdict import Verdict
+from specplug.contract.types import Proposal, ProposalBatch, Verdict
 from specplug.request import Request
 from specplug.sampling.params import SamplingParams
 from specplug.speculation.target_states.ring_buffer import WINDOW
@@ -120,8 +118,8 @@ class Recorder:
         for row, request in zip(batch.rows, requests, strict=True):
             shown = self._shown.get(request.number, range(0, 0))
             self.forks += row.forked_from is not None
-            start = shown.start if row.computed.start == shown.stop else row.computed.start
-            self._shown[request.number] = range(start, row.computed.stop)
+            start = shown.start if row.new_positions.start == shown.stop else row.new_positions.start
+            self._shown[request.number] = range(start, row.new_positions.stop)
         budgets = [row.budget for row in batch.rows]
         tokens = [list(row.tokens) for row in batch.rows]
         proposal = call()

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from specplug.contract.batch import ProposalBatch
-from specplug.contract.hookspecs import hookimpl
-from specplug.contract.proposal import Proposal
-from specplug.contract.traits import SpeculatorTraits
+from specplug.contract.hooks import hookimpl
+from specplug.contract.types import Proposal, ProposalBatch, SpeculatorTraits
 
 METHOD = "kit_lookup"
 

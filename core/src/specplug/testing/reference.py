@@ -10,9 +10,7 @@ from pathlib import Path
 import attrs
 import torch
 
-from specplug.contract.batch import Budget, ProposalBatch
-from specplug.contract.proposal import DraftDistributions, Proposal
-from specplug.contract.verdict import Verdict
+from specplug.contract.types import Budget, DraftDistributions, Proposal, ProposalBatch, Verdict
 from specplug.request import Request
 from specplug.sampling.params import SamplingParams
 from specplug.speculation.draft import depths_of

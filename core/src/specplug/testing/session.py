@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from specplug.contract.batch import ProposalBatch, ProposalRow
-from specplug.contract.memory import MemoryBudget, MemoryRegion
-from specplug.contract.proposal import Proposal
-from specplug.contract.verdict import Verdict
+from specplug.contract.resources import MemoryBudget, MemoryRegion
+from specplug.contract.types import Proposal, ProposalBatch, ProposalRow, Verdict
 from specplug.engine.engine import Engine
 from specplug.engine.planning import max_nodes_of
 from specplug.errors import GenerationError
 from specplug.llm import LLM
+from specplug.model.compile.cuda_graphs import CAPTURED_TOKENS
 from specplug.model.kv_cache import BlockAllocator
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
@@ -100,12 +99,13 @@ class Session:
             max_num_batched_tokens=config.max_num_batched_tokens,
             num_speculative_tokens=max(map(max_nodes_of, self.engine.chain.speculators)),
             dtype=self.engine.runner.cache.keys[0].dtype,
+            compiled_output_tokens=CAPTURED_TOKENS if self.engine.runner.cache.keys[0].is_cuda else 0,
         )
         return list(self.speculator.plan_memory(budget=budget) or ())
 
     def request_of(self, row: ProposalRow) -> Request:
         """The request of a row."""
-        return next(request for request in self.engine.scheduler.running if request.slot == row.slot)
+        return next(request for request in self.engine.scheduler.running if request.slot == row.row_id)
 
     def around_propose(self, around: Callable[[ProposalBatch, Callable[[], Proposal | None]], Proposal | None]) -> None:
         """Calls `around(batch, call)` in place of the speculator; `call()` asks the speculator."""

@@ -1,4 +1,4 @@
-"""Suffix decoding: what most often followed the last tokens, in this request or in earlier outputs, is drafted."""
+"""Suffix decoding: drafts what most often followed the last tokens, in this request or in earlier outputs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from specplug_suffix.speculator import SuffixSpeculator, load_speculator
 __all__ = ["SuffixSettings", "SuffixSpeculator", "load_speculator", "max_num_speculative_tokens", "settings_class"]
 
 max_num_speculative_tokens = 16
-"""The most nodes of a draft where core chooses their number: repeated text makes long drafts come true."""
+"""The most nodes of a draft with `"auto"`: in repeated text long drafts are accepted."""
 
 settings_class = SuffixSettings

@@ -1,4 +1,4 @@
-"""Draft trees from a suffix tree, and the choice among them."""
+"""Draft trees from a suffix tree, and the selection of one of them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @attrs.define(eq=False)
 class Candidate:
-    """A draft tree with the estimated probability that each node's path is what comes.
+    """A draft tree with the estimated probability of each node's path.
 
     Attributes:
-        score: how many of its tokens are expected to be accepted: the sum of the probabilities.
-        tokens: of the nodes, parents before children.
-        parents: the parent of each as an index of nodes, -1 for the root.
-        probs: of the nodes, non-increasing in this order.
+        score: the expected number of accepted tokens: the sum of the probabilities.
+        tokens: the nodes' tokens, parents before children.
+        parents: the index of each node's parent, -1 for the root.
+        probs: the nodes' probabilities, non-increasing.
     """
 
     score: float = 0.0
@@ -32,7 +32,7 @@ class Candidate:
 def grow(tree: SuffixTree, place: Place, max_nodes: int, max_depth: int, min_prob: float) -> Candidate:
     """Grows the draft tree of the most probable continuations of a place, greedily.
 
-    Of equally probable nodes, the one whose parent was added last goes first, and of siblings the last seen first.
+    Of equally probable nodes, the one whose parent was added last comes first; of siblings, the last one.
     """
     candidate = Candidate()
     tokens, parents, probs = candidate.tokens, candidate.parents, candidate.probs
@@ -62,18 +62,18 @@ def grow(tree: SuffixTree, place: Place, max_nodes: int, max_depth: int, min_pro
 
 @attrs.define(eq=False)
 class Drafter:
-    """Chooses a draft tree by its score, over all lengths of the match, in the request's own tree and the global one.
+    """Chooses the draft tree with the best score, over all match lengths, in the request's tree and the global one.
 
-    A match of m tokens allows `max_spec_factor` × m + `max_spec_offset` draft tokens, and the trees end `max_tree_depth`
-    tokens below their roots: so much can its score be at most. The lengths are tried from the highest bound down, and no
-    more once the bound does not exceed the best score.
+    A match of m tokens allows `max_spec_factor` × m + `max_spec_offset` draft tokens, and match and draft together have at
+    most `max_tree_depth` tokens. Both bound the score. Match lengths are tried by descending bound, until the bound does not
+    exceed the best score.
     """
 
     settings: SuffixSettings
     _bounds: dict[tuple[int, int], list[tuple[int, int]]] = attrs.field(factory=dict, init=False, repr=False)
 
     def draft(self, local: SuffixTree, shared: SuffixTree | None, max_nodes: int, max_depth: int) -> Candidate:
-        """Returns the best draft tree for what follows the open text of `local`; an empty one if nothing is known."""
+        """Returns the best draft tree after the open text of `local`; an empty one without a match."""
         best = Candidate()
         if max_nodes < 1 or max_depth < 1:
             return best
@@ -112,7 +112,7 @@ class Drafter:
         return max(0, int(min(max_nodes, wanted + 1e-6)))
 
     def _bounds_for(self, max_nodes: int, max_depth: int) -> list[tuple[int, int]]:
-        """The lengths of a match that can lead to a draft, each with the most that its score can be; highest first."""
+        """(upper bound of the score, match length) for all match lengths that allow a draft, highest bound first."""
         depth = self.settings.suffix_decoding_max_tree_depth
         bounds = [(min(self._most(n, max_nodes), max_depth, depth - n), n) for n in range(1, depth)]
         return sorted((pair for pair in bounds if pair[0] > 0), reverse=True)

@@ -21,17 +21,17 @@ def _within(low: float, high: float, expected: str) -> Callable[[Any, attrs.Attr
 
 @attrs.frozen
 class SuffixSettings:
-    """The keys of the method; names are vLLM's where vLLM has them, and so are defaults, except that of the factor.
+    """The keys of the method, with vLLM's names and defaults where vLLM has them, except the default of the factor.
 
-    vLLM's factor is 1: after a match of one token it drafts one. Here core chooses how much of a draft is verified, from what
-    it costs and how often it is accepted, so the method offers more.
+    vLLM's factor is 1: after a match of one token it drafts one token. Here core decides how much of a draft is verified, by
+    its costs and its acceptance, so the method offers more.
 
     Attributes:
         suffix_decoding_max_tree_depth: the most tokens of a match and its draft together.
-        suffix_decoding_max_cached_requests: the most finished outputs in the global tree; 0 does without it.
-        suffix_decoding_max_spec_factor: draft tokens for each token that matched.
+        suffix_decoding_max_cached_requests: the most finished outputs in the global tree; 0 switches it off.
+        suffix_decoding_max_spec_factor: draft tokens per matched token.
         suffix_decoding_min_token_prob: the least estimated probability of a draft token, given the match.
-        suffix_decoding_max_spec_offset: draft tokens added to those of the factor. Not a key of vLLM.
+        suffix_decoding_max_spec_offset: draft tokens in addition to those of the factor. Not a key of vLLM.
         suffix_decoding_max_cached_tokens: the most tokens in the global tree, which bounds its memory. Not a key of vLLM.
     """
 

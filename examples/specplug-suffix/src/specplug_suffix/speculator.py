@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @attrs.define(eq=False)
 class Row:
-    """What is kept of a row.
+    """The state of a row.
 
     Attributes:
-        tokens: its committed ids, which are complete when it ends.
-        num_prompt_tokens: how many of them are its prompt, which is not learnt.
-        tree: of its prompt and output.
+        tokens: its committed ids, complete when it ends.
+        num_prompt_tokens: how many of them are the prompt, which is not learnt.
+        tree: the suffix tree of its prompt and output.
     """
 
     tokens: TokenView
@@ -38,10 +38,10 @@ class SuffixSpeculator:
     Its proposals depend on the requests that finished before.
 
     Attributes:
-        settings: the user's.
-        traits: what it declares to core.
-        rows: by slot, the rows that have not ended.
-        finished: the tree of the outputs of finished requests.
+        settings: the user's settings.
+        traits: its traits.
+        rows: the running rows by row_id.
+        finished: the suffix tree of the outputs of finished requests.
     """
 
     settings: SuffixSettings
@@ -57,9 +57,9 @@ class SuffixSpeculator:
 
     @hookimpl
     def propose(self, batch: ProposalBatch) -> Proposal:
-        """Learns from the rows that finished, forgets all that ended, and drafts a tree for every row."""
-        for slot, reason in batch.ended:
-            ended = self.rows.pop(slot, None)
+        """Learns from finished rows, forgets all ended ones, and drafts a tree for every row."""
+        for row_id, reason in batch.ended:
+            ended = self.rows.pop(row_id, None)
             if ended is not None and reason == "finished":
                 self._learn(ended.tokens[ended.num_prompt_tokens :])
         drafts = [self._draft(row) for row in batch.rows]
@@ -70,10 +70,10 @@ class SuffixSpeculator:
         )
 
     def _draft(self, row: ProposalRow) -> Candidate:
-        known = self.rows.get(row.slot)
+        known = self.rows.get(row.row_id)
         if known is None or row.is_new:
             tree = SuffixTree(self.settings.suffix_decoding_max_tree_depth)
-            known = self.rows[row.slot] = Row(row.tokens, row.num_prompt_tokens, tree)
+            known = self.rows[row.row_id] = Row(row.tokens, row.num_prompt_tokens, tree)
         known.tokens = row.tokens
         known.tree.extend(row.tokens[len(known.tree.text) :])
         return self._drafter.draft(known.tree, self.finished, row.budget.max_nodes, row.budget.max_depth)
@@ -103,7 +103,7 @@ def load_speculator(config: SpeculativeConfig, target: TargetModel) -> SuffixSpe
     """Makes the speculator; see `SuffixSettings` for its keys.
 
     Raises:
-        ConfigurationError: an unknown key, or a value that cannot work.
+        ConfigurationError: an unknown key or a wrong value.
     """
     settings = config.settings(SuffixSettings)
     most = config.num_speculative_tokens

@@ -1,7 +1,4 @@
-"""A path-compressed, depth-limited suffix tree with counts, which grows by a token at a time and forgets its oldest text.
-
-It knows nothing about batches, budgets or configuration.
-"""
+"""A path-compressed, depth-limited suffix tree with counts. It grows token by token and can remove its oldest text."""
 
 from __future__ import annotations
 
@@ -19,16 +16,16 @@ END = -1
 
 @attrs.define(eq=False)
 class Node:
-    """An edge of the tree, and the branching at its lower end.
+    """An edge of the tree, and its children.
 
     Attributes:
-        text: a text in which the edge's tokens stand; of all finished texts that pass the edge, the newest.
-        start: where they start there.
-        length: how many they are; the edge of a leaf may be cut short by the end of its text.
+        text: a text that contains the edge's tokens: the newest finished text that passes the edge.
+        start: their start in the text.
+        length: their number; the text may end before the edge of a leaf does.
         count: how many suffixes entered the edge.
-        children: by first token, the edges that go on; None for a leaf.
-        frequent: of very many children, those that had at least some count when all were looked at last: that count, the
-            tokens appended to the tree by then, and the children.
+        children: the edges below, by first token; None for a leaf.
+        frequent: a cache for edges with very many children: a count, the number of tokens in the tree when it was made, and
+            the children that had at least that count.
     """
 
     text: list[int]
@@ -48,15 +45,15 @@ class Place:
 
 
 class SuffixTree:
-    """How often every sequence of at most `depth` tokens occurred in some texts, and what followed it.
+    """Counts all sequences of at most `depth` tokens in some texts, and what followed them.
 
-    A text is appended token by token. `_nodes` and `_offsets` hold the places of those ends of the open text that occurred
-    before, the longest first; a token moves each of them one step down, so that its cost is bounded by the depth. An
-    end that occurs for the first time becomes a leaf, which needs no care any more: its edge is a slice of the text and
-    grows with it. If an end occurred before, so did every shorter one: the places are those of the lengths n to 1.
+    A text is appended token by token. `_nodes` and `_offsets` are the places of those suffixes of the open text that occurred
+    before, the longest first. A token moves each of them one step down, so its cost is bounded by the depth. A suffix that
+    occurs for the first time becomes a leaf; its edge is a slice of the text and grows with it. If a suffix occurred before,
+    so did every shorter one: the places are those of the lengths n to 1.
 
-    Of the texts that are finished, each edge refers to the newest that passes it. The oldest can thus be removed by
-    decrementing the counts of its suffixes: what is left refers to texts that are left.
+    Each edge refers to the newest finished text that passes it. So the oldest text can be removed by decrementing the counts
+    of its suffixes: the remaining edges refer to remaining texts.
 
     Attributes:
         depth: the longest sequence that is counted.
@@ -65,7 +62,7 @@ class SuffixTree:
     """
 
     crowded = 64
-    """Children of an edge from which on the frequent ones among them are remembered."""
+    """The frequent children of an edge are cached if it has more children than this."""
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
@@ -84,7 +81,7 @@ class SuffixTree:
             self._advance(token, 0)
 
     def finish(self) -> None:
-        """Closes the open text and begins another."""
+        """Closes the open text and begins a new one."""
         if self.text:
             self._advance(END, 1)
             for node, offset in zip(self._nodes, self._offsets, strict=True):
@@ -93,7 +90,7 @@ class SuffixTree:
         self.text, self._nodes, self._offsets = [], [], []
 
     def _advance(self, token: int, shortest: int) -> None:
-        """Moves all places by a token; the last of them is that of the end of `shortest` tokens."""
+        """Moves all places by a token; the last is that of the suffix of `shortest` tokens."""
         text, nodes, offsets = self.text, self._nodes, self._offsets
         text.append(token)
         self._appended += 1
@@ -131,7 +128,7 @@ class SuffixTree:
             del nodes[0], offsets[0]
 
     def remove_oldest(self) -> int:
-        """Forgets the oldest finished text, with all that only it contained. Returns how many tokens that were."""
+        """Removes the oldest finished text, with everything that only it contained. Returns its number of tokens."""
         text = self.texts.popleft()
         for start in range(len(text) - 1):
             position, end = start, min(start + self.depth, len(text))
@@ -151,7 +148,7 @@ class SuffixTree:
         return len(text) - 1
 
     def ends(self) -> list[Place]:
-        """Returns the places of the ends of the open text that occurred before: of length 1, 2 and so on."""
+        """Returns the places of the suffixes of the open text that occurred before, of length 1, 2, …"""
         return [Place(*pair) for pair in zip(reversed(self._nodes), reversed(self._offsets), strict=True)]
 
     def find(self, pattern: list[int], start: int = 0) -> Place | None:
@@ -174,7 +171,7 @@ class SuffixTree:
         return Place(node, 0)
 
     def branches(self, node: Node, least: float) -> Iterator[tuple[int, Node, float]]:
-        """Yields what followed the lower end of an edge: token, edge, share of what followed; shares from `least` on."""
+        """Yields (token, edge, share) for what followed an edge with a share of at least `least`."""
         if node.children:
             total = node.count - self._nodes.count(node)
             fewest = least * total * (1 - 1e-9)
@@ -183,10 +180,10 @@ class SuffixTree:
                     yield token, child, child.count / total
 
     def _frequent(self, node: Node, fewest: float) -> Iterable[tuple[int, Node]]:
-        """Returns children of an edge, among them all that have at least some count.
+        """Returns children of an edge, among them all with a count of at least `fewest`.
 
-        A child gains at most one for each token appended. So none that was left out at the last look can have reached the
-        count while that look's threshold and the tokens since then are less than it.
+        A count grows by at most one per appended token. So the cache is complete while its threshold and the number of tokens
+        since then are together less than `fewest`.
         """
         children = node.children or {}
         if len(children) <= self.crowded:
@@ -208,7 +205,7 @@ class SuffixTree:
 
 
 def _absorb(node: Node, child: Node) -> None:
-    """Joins an edge and the only one that is left below it."""
+    """Merges an edge with its only child."""
     node.text, node.start = child.text, child.start - node.length
     node.length += child.length
     node.children, node.frequent = child.children, None

@@ -1,4 +1,4 @@
-"""Speculation with a draft model: a second, smaller causal LM drafts what the target then verifies."""
+"""Speculation with a draft model: a second, smaller causal LM drafts for the target."""
 
 from __future__ import annotations
 

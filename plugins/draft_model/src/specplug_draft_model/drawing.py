@@ -1,4 +1,4 @@
-"""Drawing the next draft token of every row from the draft model's logits."""
+"""Selects the next draft token of every row from the draft model's logits."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @attrs.frozen(eq=False)
 class Draws:
-    """What was drawn for each row.
+    """The next token of each row.
 
     Attributes:
-        tokens: per row the index of its token among the shared ones; None: the row stops here.
-        probs: per row the distribution its token was drawn from, float32 [S]; None for a deterministic one.
-        chances: per row the probability of its token, if that is the most likely one and known; None for one that was sampled.
+        tokens: per row the token's index among the shared tokens; None if the row stops here.
+        probs: per row the distribution that the token was sampled from, float32 [S]; None for a deterministic token.
+        chances: per row the probability of an argmax token, if it was computed; None for a sampled token.
     """
 
     tokens: list[int | None]
@@ -33,17 +33,17 @@ class Draws:
 def draw(
     logits: torch.Tensor, rows: Sequence[ProposalRow], *, sample: bool, threshold: float, asks: bool = False
 ) -> Draws:
-    """Draws one token per row.
+    """Selects one token per row.
 
-    Whether a row goes on is decided by its distribution, before anything is drawn from it: leaving a token out because of
-    which one it is would shift what is accepted.
+    Whether a row continues depends on its distribution, before a token is sampled from it: dropping a token because of its
+    value would bias verification.
 
     Args:
-        logits: [N, S], the draft's logits of the shared tokens.
+        logits: [N, S], the draft model's logits of the shared tokens.
         rows: the N rows.
-        sample: sample rows that can be verified by rejection; else all take the most likely token.
-        threshold: a row whose most likely token is less probable stops.
-        asks: whether tokens' probabilities are wanted; on a CPU they cost nothing.
+        sample: whether rows that are verified by rejection sampling get sampled tokens; else all get argmax tokens.
+        threshold: a row stops if its most likely token is less probable.
+        asks: whether probabilities of argmax tokens are needed; on a CPU they cost nothing.
     """
     sampled = [index for index, row in enumerate(rows) if sample and row.gains_by_sampling]
     distributions: list[torch.Tensor | None] = [None] * len(rows)
@@ -69,7 +69,7 @@ def draw(
 
 
 def _best(logits: torch.Tensor, asks: bool) -> tuple[list[int], list[float | None]]:
-    """The most likely token of every row, and its probability, which costs a GPU more: there it is None if nobody asks."""
+    """The most likely token of every row, and its probability. On a GPU that costs extra: there it is None unless asked for."""
     if logits.device.type == "cpu":
         ids, chances = argmax_with_prob(logits)
         return ids.tolist(), chances.tolist()

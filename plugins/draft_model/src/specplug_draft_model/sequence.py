@@ -1,4 +1,4 @@
-"""What the draft model's KV cache holds of one row."""
+"""The state of one row in the draft model's KV cache."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 @attrs.define
 class DraftSequence:
-    """How far a row's KV is right, so that every committed token is processed once and none is left out.
+    """How much of a row's KV is valid, so that every committed token is processed exactly once.
 
     Attributes:
-        num_stored: the row's first tokens, whose KV is in the draft's cache.
-        num_speculative: draft tokens behind them that were run too: as many of them as the target accepts are right.
+        num_stored: how many of the row's first tokens have valid KV.
+        num_speculative: how many draft tokens after them have KV; it is valid for those that the target accepts.
     """
 
     num_stored: int = 0
@@ -24,11 +24,11 @@ class DraftSequence:
 
     @classmethod
     def begin(cls, row: ProposalRow) -> DraftSequence:
-        """A row that is new: a fork shares what was stored before it, any other has nothing."""
-        return cls(0 if row.forked_from is None else row.computed.start)
+        """The state of a new row: a fork shares its parent's KV, another row has none."""
+        return cls(0 if row.forked_from is None else row.new_positions.start)
 
     def settle(self, row: ProposalRow, method: str) -> None:
-        """Counts the draft tokens that became the row's own; their KV stays."""
+        """Counts the draft tokens that were accepted: their KV is valid."""
         if row.outcome is not None and row.outcome.method == method:
             self.num_stored += min(len(row.outcome.accepted), self.num_speculative)
         self.num_speculative = 0

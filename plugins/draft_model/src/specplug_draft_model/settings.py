@@ -15,17 +15,18 @@ class DraftModelSettings:
     """The keys of the method, with vLLM's names where vLLM has them.
 
     Attributes:
-        model: a folder or hub name; `tiny` is the draft that comes with this package, for the embedded target `tiny`.
-        revision: of a hub name.
-        dtype: a dtype's name, or `auto` for the checkpoint's own; None takes the target's.
-        device: where the draft runs; None takes the target's.
-        max_model_len: sequences longer than this go on without drafts; None takes the draft's own context.
-        draft_sample_method: `greedy` drafts the most likely token; `probabilistic`, which accepts more, samples with the
-            request's own temperature and truncation. A request at temperature 0 or with a seed is drafted for greedily with
+        model: a folder or hub name; `tiny` is the draft model in this package, for the embedded target `tiny`.
+        revision: the revision of a hub name.
+        dtype: a dtype's name, or `auto` for the checkpoint's own; None means the target's.
+        device: the draft model's device; None means the target's.
+        max_model_len: longer sequences get no drafts; None means the draft model's context length.
+        draft_sample_method: `greedy` drafts argmax tokens. `probabilistic` samples with the request's temperature and
+            truncation, and more of its drafts are accepted. Requests at temperature 0 or with a seed get argmax drafts with
             either.
-        draft_confidence_threshold: a row stops drafting where the draft's most likely token has less than this
-            probability; 0 never stops.
-        use_heterogeneous_vocab: accepted because vLLM has it. Whether the vocabularies differ is seen from the tokenizers.
+        draft_confidence_threshold: a row stops when the draft model's most likely token has less than this probability; 0
+            never stops.
+        use_heterogeneous_vocab: accepted for compatibility with vLLM, and ignored: the tokenizers show whether vocabularies
+            differ.
     """
 
     model: str | None = None

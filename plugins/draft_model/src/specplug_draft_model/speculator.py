@@ -1,4 +1,4 @@
-"""The `draft_model` method: catches the draft model up with every row, then drafts for all of them together."""
+"""The `draft_model` method: runs the draft model over new committed tokens, then drafts for all rows together."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ logger = logging.getLogger("specplug.draft_model")
 EMBEDDED = "tiny"
 _LEAST = 1e-30
 _COPIES_TO_DRAW = 8
-"""Distributions of a row that exist at once while one is truncated (sorted values and places, cumulated, scattered) and drawn
-from. Those of the tokens before are held as well; at the end all are held twice, when a row's are put together."""
+"""Copies of a row's distribution that exist at once while it is truncated (sorted values and indices, sums, scattered) and
+sampled from. The distributions of earlier tokens exist too, and at the end all of them twice, when they are stacked."""
 
 
 @attrs.define(eq=False)
 class _Draft:
-    """A row's draft while it is made.
+    """The draft of one row.
 
     Attributes:
         row: the row.
-        max_tokens: the most it may hold.
+        max_tokens: the most tokens.
         tokens: target ids.
-        last: the last token as the draft's id.
+        last: the draft model's id of the last token.
         probs: the distribution of each token; empty for a deterministic draft.
         chances: how likely the chain is up to each token; empty for sampled tokens.
     """
@@ -70,18 +70,18 @@ class _Draft:
 
 @attrs.define(eq=False)
 class DraftModelSpeculator:
-    """Drafts chains with a causal LM whose KV lies in the target's block tables.
+    """Drafts chains with a causal LM. Its KV cache uses the target's block tables.
 
     Attributes:
-        method: the name it was configured by.
-        model: core's handle of the draft model.
+        method: the configured method.
+        model: the handle of the draft model.
         vocabulary: the tokens that target and draft share.
-        settings: the user's keys.
+        settings: the user's settings.
         num_speculative_tokens: the most tokens of a draft.
-        may_stop: whether budgets may say how likely a token must be, which is then worked out.
-        max_model_len: rows longer than this go on without drafts.
+        may_stop: whether budgets may have stop criteria, which need the probabilities of draft tokens.
+        max_model_len: longer rows get no drafts.
         max_num_batched_tokens: the most tokens of one forward.
-        device: the target's.
+        device: the target's device.
     """
 
     traits = SpeculatorTraits()
@@ -102,18 +102,18 @@ class DraftModelSpeculator:
 
     @property
     def samples(self) -> bool:
-        """Whether drafts are sampled where that can pay."""
+        """Whether drafts are sampled for rows that gain by it."""
         return self.settings.draft_sample_method == "probabilistic"
 
     @hookimpl
     def plan_memory(self, budget: MemoryBudget) -> list[MemoryRegion]:
-        """The draft's weights and KV cache, and what drafting holds at its peak: logits, for sampled drafts distributions."""
+        """The draft model's weights and KV cache, and the peak of drafting: logits, and distributions of sampled drafts."""
         rows = budget.max_num_seqs
         bytes_ = 2 * rows * self.model.vocab_size * self.model.dtype.itemsize
         if self.samples:
             held = max(2 * self.num_speculative_tokens, self.num_speculative_tokens + _COPIES_TO_DRAW)
             bytes_ += rows * held * self.vocabulary.size * torch.float32.itemsize
-        elif self.may_stop and self.model.device.type != "cpu":  # there a token's probability takes a softmax
+        elif self.may_stop and self.model.device.type != "cpu":  # on a GPU a token's probability needs a softmax
             bytes_ += rows * self.vocabulary.size * torch.float32.itemsize
         return [
             *self.model.regions(scratch_tokens_per_row=self.num_speculative_tokens),
@@ -122,7 +122,7 @@ class DraftModelSpeculator:
 
     @hookimpl
     def warmup(self, resources: Resources) -> None:
-        """Moves the tables to the draft's device, and runs every number of rows once."""
+        """Moves the vocabulary map to the draft's device, and runs every number of rows once."""
         self.vocabulary = self.vocabulary.on(self.model.device)
         if self.vocabulary.target_ids is not None and self.vocabulary.draft_ids is not None:
             self._target_ids = self.vocabulary.target_ids.tolist()
@@ -138,9 +138,9 @@ class DraftModelSpeculator:
 
     @hookimpl
     def propose(self, batch: ProposalBatch) -> Proposal:
-        """Drafts a chain for every row that has a budget and lies within the draft's context."""
-        for slot, _ in batch.ended:
-            self._sequences.pop(slot, None)
+        """Drafts a chain for every row with a budget that is within the draft's context."""
+        for row_id, _ in batch.ended:
+            self._sequences.pop(row_id, None)
         drafts = [_Draft(row, self._most_tokens(row)) for row in batch.rows]
         logits = self._catch_up(drafts)
         active = [draft for draft in drafts if draft.max_tokens]
@@ -158,19 +158,19 @@ class DraftModelSpeculator:
         return max(0, min(row.budget.max_nodes, row.budget.max_depth, self.num_speculative_tokens, room))
 
     def _catch_up(self, drafts: Sequence[_Draft]) -> torch.Tensor | None:
-        """Processes the committed tokens that the draft has not seen; in steady state one or two of a row.
+        """Processes the committed tokens that the draft model has not seen: usually one or two of a row.
 
         Returns:
-            The draft's logits [N, draft vocabulary] behind the last token of each of the N rows that may draft.
+            The draft model's logits [N, draft vocabulary] after the last token of each of the N rows that may draft.
         """
         waiting: list[tuple[int, DraftSequence, int]] = []
         for index, draft in enumerate(drafts):
             row = draft.row
             if row.is_new:
-                self._sequences[row.slot] = DraftSequence.begin(row)
-            sequence = self._sequences[row.slot]
+                self._sequences[row.row_id] = DraftSequence.begin(row)
+            sequence = self._sequences[row.row_id]
             sequence.settle(row, self.method)
-            stop = len(row.tokens) if draft.max_tokens else row.computed.stop
+            stop = len(row.tokens) if draft.max_tokens else row.new_positions.stop
             if sequence.num_stored < stop and len(row.tokens) <= self.max_model_len:
                 waiting.append((index, sequence, stop))
         last: dict[int, torch.Tensor] = {}
@@ -196,10 +196,10 @@ class DraftModelSpeculator:
     def _extend(
         self, active: list[_Draft], logits: torch.Tensor, asks: bool
     ) -> tuple[list[_Draft], torch.Tensor | None]:
-        """Draws one token for every row, and runs it through the draft where another may follow.
+        """Drafts one token for every row, and runs the draft model over those that another token may follow.
 
         Returns:
-            The rows that go on, and their logits [N, draft vocabulary].
+            The rows that continue, and their logits [N, draft vocabulary].
         """
         draws = draw(
             self.vocabulary.restrict(logits),
@@ -229,7 +229,7 @@ class DraftModelSpeculator:
             row = draft.row
             assert row.table is not None
             rows.append(ForwardRow([draft.last], len(row.tokens) + len(draft.tokens) - 1, row.table))
-            self._sequences[row.slot].num_speculative += 1
+            self._sequences[row.row_id].num_speculative += 1
         return going, self.model.forward(rows)
 
     def _distributions(self, draft: _Draft) -> DraftDistributions | None:
@@ -240,11 +240,11 @@ class DraftModelSpeculator:
 
 @hookimpl
 def load_speculator(config: SpeculativeConfig, target: TargetModel) -> DraftModelSpeculator:
-    """Opens the draft's configuration, headers and tokenizer; see `DraftModelSettings` for the keys.
+    """Reads the draft's configuration, headers and tokenizer; see `DraftModelSettings` for the keys.
 
     Raises:
-        ConfigurationError: an unknown key or a wrong value, no draft model, or vocabularies with too little in common.
-        CheckpointError: there is no such checkpoint, or it is damaged.
+        ConfigurationError: an unknown key or a wrong value, no draft model, or vocabularies with too few shared tokens.
+        CheckpointError: the checkpoint is missing or damaged.
     """
     settings = config.settings(DraftModelSettings)
     model = target.model(
@@ -253,7 +253,7 @@ def load_speculator(config: SpeculativeConfig, target: TargetModel) -> DraftMode
     vocabulary = match_vocabularies(target.tokenizer, model.tokenizer, target.vocab_size, model.vocab_size)
     if model.weight_bytes >= target.weight_bytes:
         logger.warning(
-            "the draft model holds %s bytes of weights and its target %s: such drafts hardly pay; take a smaller draft",
+            "the draft model has %s bytes of weights, its target %s: drafting can hardly save time; use a smaller draft model",
             f"{model.weight_bytes:,}",
             f"{target.weight_bytes:,}",
         )

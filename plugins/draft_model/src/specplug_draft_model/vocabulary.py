@@ -1,10 +1,9 @@
-"""How the target's token ids and the draft's belong together, found out from their tokenizers.
+"""Maps the target's token ids to the draft model's, by their tokenizers.
 
-Two tokens are the same when they stand for the same bytes. Byte-level and SentencePiece vocabularies write them differently
-(`Ġthe`, `▁the`), so they are compared by what they mean. Drafts are restricted to tokens that both models know; a committed
-token that the draft does not know is given to it as its unknown token. Speculation stays lossless: the distributions that
-are reported are those over the shared tokens, which is what was sampled from (Timor et al. 2502.05202 call this
-token-level intersection).
+Two tokens are the same if they stand for the same bytes: `Ġthe` of a byte-level and `▁the` of a SentencePiece vocabulary are.
+Drafts are restricted to shared tokens; the draft model gets its unknown token for a committed token that it does not know.
+Speculation stays lossless, because drafts are sampled from the reported distributions over shared tokens (token-level
+intersection: Timor et al. 2502.05202).
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ class VocabularyMap:
         target_ids: int64 [S], ascending: the target's id of each shared token; None when shared token i has the id i in both.
         draft_ids: int64 [S], the draft's id of each shared token; None likewise.
         size: S, how many tokens are shared.
-        known: the draft's id for every target id; None when target ids below `size` are the draft's own.
-        unknown: the draft's id that stands for all others.
+        known: the draft's id for every target id; None when target ids below `size` are also the draft's.
+        unknown: the draft's id for all other target tokens.
         is_target_whole: whether the shared tokens are the target's whole vocabulary in its own order.
     """
 
@@ -50,7 +49,7 @@ class VocabularyMap:
     is_target_whole: bool
 
     def to_draft(self, tokens: Sequence[int]) -> Sequence[int]:
-        """Committed target ids as the draft's ids."""
+        """Target ids → draft ids."""
         if self.known is not None:
             known = self.known
             return [known[token] for token in tokens]
@@ -59,7 +58,7 @@ class VocabularyMap:
         return [token if token < self.size else self.unknown for token in tokens]
 
     def restrict(self, logits: torch.Tensor) -> torch.Tensor:
-        """The draft's logits [N, draft vocabulary] → [N, S], of shared tokens alone."""
+        """The draft's logits [N, draft vocabulary] → those of the shared tokens [N, S]."""
         if self.draft_ids is not None:
             return logits.index_select(-1, self.draft_ids)
         return logits if logits.shape[-1] == self.size else logits[:, : self.size]
@@ -75,7 +74,7 @@ class VocabularyMap:
         )
 
     def on(self, device: torch.device) -> VocabularyMap:
-        """The map with its tables where the draft's logits are."""
+        """The map with its tensors on a device."""
         if self.draft_ids is None or self.target_ids is None:
             return self
         return attrs.evolve(self, target_ids=self.target_ids.to(device), draft_ids=self.draft_ids.to(device))
@@ -87,7 +86,7 @@ def match_vocabularies(
     target_size: int,
     draft_size: int,
 ) -> VocabularyMap:
-    """Finds out which tokens are shared.
+    """Finds the shared tokens.
 
     Args:
         target: the target's tokenizer; None if its checkpoint has none.
@@ -102,8 +101,8 @@ def match_vocabularies(
         if target_size != draft_size:
             side = "draft" if draft is None else "target"
             logger.warning(
-                "the %s has no tokenizer, and the vocabularies have %s (target) and %s (draft) entries: their first ids are "
-                "taken for the same tokens, as where one is padded; if that is wrong, few drafts are accepted",
+                "the %s has no tokenizer, and the vocabularies have %s (target) and %s (draft) entries: equal ids are "
+                "assumed to be equal tokens; if that is wrong, few drafts are accepted",
                 side,
                 f"{target_size:,}",
                 f"{draft_size:,}",
@@ -120,7 +119,7 @@ def match_vocabularies(
         raise ConfigurationError(
             f"draft_model: target and draft share {len(pairs):,} tokens, {len(pairs) / max(1, smaller):.1%} of the smaller "
             f"vocabulary (target {len(target_vocabulary):,}, draft {len(draft_vocabulary):,}); below {LEAST_SHARED:.0%} "
-            "drafts hardly ever match: take a draft with the target's tokenizer or a similar one"
+            "drafts are rarely accepted: use a draft model with the target's tokenizer or a similar one"
         )
     logger.info(
         "draft_model: %s tokens shared, %.1f%% of the smaller vocabulary", len(pairs), 100 * len(pairs) / smaller
@@ -144,7 +143,7 @@ def _same_ids(target_size: int, draft_size: int, unknown: int) -> VocabularyMap:
 
 
 def _ids_agree(target: Mapping[str, int], draft: Mapping[str, int]) -> bool:
-    """Whether no token has two ids and no id two tokens: one tokenizer, perhaps cut short or padded."""
+    """Whether common tokens have equal ids and common ids equal tokens: one tokenizer, perhaps truncated or padded."""
     tokens_of_draft = {index: token for token, index in draft.items()}
     return all(
         draft.get(token, index) == index and tokens_of_draft.get(index, token) == token
@@ -158,7 +157,7 @@ def _shared_tokens(
     target_vocabulary: Mapping[str, int],
     draft_vocabulary: Mapping[str, int],
 ) -> dict[int, int]:
-    """Target id → draft id of the tokens that mean the same, in order of target ids; special tokens also by role."""
+    """Target id → draft id of equal tokens, in order of target ids. Special tokens also match by role."""
     of_target, of_draft = _meanings(target, target_vocabulary), _meanings(draft, draft_vocabulary)
     pairs = {index: of_draft[meaning] for meaning, index in of_target.items() if meaning in of_draft}
     taken = set(pairs.values())
@@ -173,10 +172,10 @@ def _shared_tokens(
 
 
 def _meanings(tokenizer: PreTrainedTokenizerBase, vocabulary: Mapping[str, int]) -> dict[Meaning, int]:
-    """What each token stands for: its bytes, or for a special token its name. Of equals the lowest id counts.
+    """The bytes that each token stands for, or the name of a special token → its id; the lowest of several.
 
-    The byte tokens of SentencePiece (`<0x4D>`) are never used where a piece of their own stands for the byte: there they
-    keep their name, so that the piece is found.
+    SentencePiece does not use a byte token (`<0x4D>`) if another piece stands for that byte. Such a byte token is entered by
+    its name.
     """
     special = set(tokenizer.all_special_tokens)
     is_byte_level = sum("Ġ" in token for token in vocabulary) > sum("▁" in token for token in vocabulary)
@@ -200,7 +199,7 @@ def _meanings(tokenizer: PreTrainedTokenizerBase, vocabulary: Mapping[str, int])
 
 
 def _unknown_id(tokenizer: PreTrainedTokenizerBase | None, size: int) -> int:
-    """The id that stands for what the draft does not know: its unknown token, else one that carries no text."""
+    """The id for tokens that the draft does not know: its unknown token, else another special token."""
     for role in ("unk_token_id", "pad_token_id", "eos_token_id", "bos_token_id"):
         index = getattr(tokenizer, role, None)
         if isinstance(index, int) and 0 <= index < size:
@@ -209,7 +208,7 @@ def _unknown_id(tokenizer: PreTrainedTokenizerBase | None, size: int) -> int:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level vocabularies (GPT-2's and all after it) write bytes with."""
+    """The characters that byte-level vocabularies (since GPT-2) represent bytes with."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(byte): byte for byte in printable}
     hidden = (byte for byte in range(256) if byte not in set(printable))

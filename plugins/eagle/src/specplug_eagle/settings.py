@@ -19,26 +19,26 @@ AUTHORS_DEPTH, AUTHORS_TOP_K, AUTHORS_TOTAL = 7, 10, 60
 class EagleSettings:
     """The keys of both methods, with vLLM's names where vLLM has them.
 
-    Without any tree key the head drafts a chain of `num_speculative_tokens`. `speculative_token_tree` makes a static tree;
-    any of the `tree_*` keys makes EAGLE-2's dynamic tree, the others taking the authors' defaults.
+    Without a tree key the head drafts a chain of `num_speculative_tokens`. `speculative_token_tree` selects a static tree; each
+    of the `tree_*` keys selects EAGLE-2's dynamic tree, with the authors' defaults for the others.
 
     Attributes:
-        model: the head's checkpoint: a folder or hub name; `tiny` is the head that comes with this package.
-        revision: of a hub name.
-        draft_sample_method: `greedy` drafts the most likely tokens; `probabilistic`, which accepts more, samples with the
-            request's own temperature and truncation, siblings without replacement. A request at temperature 0 or with a
-            seed, and every dynamic tree, is drafted for greedily with either.
+        model: the head's checkpoint: a folder or hub name; `tiny` is the head in this package.
+        revision: the revision of a hub name.
+        draft_sample_method: `greedy` drafts the most likely tokens. `probabilistic` samples with the request's temperature
+            and truncation, siblings without replacement, and more of its drafts are accepted. Requests at temperature 0 or
+            with a seed, and dynamic trees, get the most likely tokens with either.
         speculative_token_tree: paths of sibling ranks, as a list or its Python text: `[(0,), (1,), (0, 0)]`; `eagle` is the
             authors' tree of 25 nodes.
-        tree_depth: dynamic tree: draft forwards after the first level; its deepest node lies one deeper.
+        tree_depth: dynamic tree: draft forwards after the first level; the tree is one level deeper.
         tree_top_k: dynamic tree: nodes expanded per level, and children of each.
-        tree_total_tokens: dynamic tree: nodes that are verified, the root included.
-        eagle_aux_hidden_state_layer_ids: the target states an EAGLE-3 head reads, as boundaries (the stream that enters
-            that layer), instead of the checkpoint's.
-        layer_id_convention: what layer ids mean, `boundary` or `output`, where the guess is wrong.
-        norm_before_residual: override of the checkpoint's flag.
-        norm_output: override likewise.
-        rope_theta: override of the RoPE base.
+        tree_total_tokens: dynamic tree: nodes to verify, the root included.
+        eagle_aux_hidden_state_layer_ids: the target states that an EAGLE-3 head reads, as boundaries (inputs of those
+            layers); overrides the checkpoint's.
+        layer_id_convention: the meaning of layer ids, `boundary` or `output`; overrides the detected one.
+        norm_before_residual: overrides the checkpoint's flag.
+        norm_output: overrides the checkpoint's flag.
+        rope_theta: overrides the RoPE base.
     """
 
     model: str | None = None
@@ -68,7 +68,7 @@ class EagleSettings:
 
     @property
     def is_dynamic(self) -> bool:
-        """Whether a dynamic tree is asked for."""
+        """Whether the settings select a dynamic tree."""
         return not (self.tree_depth is None and self.tree_top_k is None and self.tree_total_tokens is None)
 
     def dynamic_sizes(self) -> tuple[int, int, int]:
@@ -83,7 +83,7 @@ class EagleSettings:
         """The paths of `speculative_token_tree`; None without it.
 
         Raises:
-            ConfigurationError: it is no list of paths.
+            ConfigurationError: it is not a list of paths.
         """
         tree = self.speculative_token_tree
         if tree is None:
@@ -94,21 +94,21 @@ class EagleSettings:
             try:
                 tree = ast.literal_eval(tree)
             except (ValueError, SyntaxError) as error:
-                raise _no_tree(tree) from error
+                raise _not_a_tree(tree) from error
         if not isinstance(tree, Sequence) or isinstance(tree, str) or not tree:
-            raise _no_tree(tree)
+            raise _not_a_tree(tree)
         paths = []
         for path in tree:
             ranks = [path] if isinstance(path, int) else path
             if not isinstance(ranks, Sequence) or isinstance(ranks, str) or not ranks:
-                raise _no_tree(tree)
+                raise _not_a_tree(tree)
             if any(not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 for rank in ranks):
-                raise _no_tree(tree)
+                raise _not_a_tree(tree)
             paths.append(tuple(ranks))
         return paths
 
 
-def _no_tree(tree: Any) -> ConfigurationError:
+def _not_a_tree(tree: Any) -> ConfigurationError:
     shown = repr(tree) if len(repr(tree)) < 80 else repr(tree)[:77] + "..."
     return ConfigurationError(
         f"speculative_config: speculative_token_tree={shown}: expected paths of sibling ranks like [(0,), (1,), (0, 0)], "
@@ -117,7 +117,7 @@ def _no_tree(tree: Any) -> ConfigurationError:
 
 
 def _paths_of(children: dict[tuple[int, ...], int]) -> tuple[tuple[int, ...], ...]:
-    """Every path of a tree given by the number of children of its inner nodes."""
+    """The paths of a tree, from the number of children of each inner node."""
     return tuple((*parent, rank) for parent, count in children.items() for rank in range(count))
 
 
@@ -136,4 +136,4 @@ AUTHORS_TREE = _paths_of(
         (0, 0, 0, 0): 2,
     }
 )
-"""The EAGLE authors' static tree (`mc_sim_7b_63`): 25 nodes, 5 deep, as numbers of children."""
+"""The EAGLE authors' static tree (`mc_sim_7b_63`): 25 nodes, depth 5."""

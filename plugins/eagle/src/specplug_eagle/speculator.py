@@ -1,4 +1,4 @@
-"""The speculator: keeps the head's KV in step with the target's states, and drafts chains or trees."""
+"""The speculator: ingests the target's states into the head's KV cache, and drafts chains or trees."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import attrs
 import torch
 
 from specplug import (
-    CAPTURED_TOKENS,
     BlockTable,
     ConfigurationError,
     ForwardRow,
@@ -44,20 +43,20 @@ logger = logging.getLogger("specplug.eagle")
 EMBEDDED = "tiny"
 _CACHE = "head KV"
 _COPIES_TO_DRAW = 8
-"""Distributions of a node that exist at once while one is truncated (sorted values and places, cumulated, scattered) and drawn
-from. Those of the nodes before are held as well; at the end all are held twice, when a row's are put together."""
+"""Copies of a node's distribution that exist at once while it is truncated (sorted values and indices, sums, scattered) and
+sampled from. The distributions of earlier nodes exist too, and at the end all of them twice, when they are stacked."""
 
 
 @attrs.define(eq=False)
 class EagleSpeculator:
-    """Drafts with an EAGLE head whose KV lies in the target's block tables.
+    """Drafts with an EAGLE head. Its KV cache uses the target's block tables.
 
     Attributes:
-        checkpoint: what the head is, from its headers.
-        weights: its tensors, from warm-up on.
-        target: what the head borrows from.
-        tree: the shape of drafts; a chain is a tree without branches.
-        traits: the target states the head reads.
+        checkpoint: the head's checkpoint: specification and tensor names.
+        weights: the handle of its tensors.
+        target: the target, whose embedding and LM head it may borrow.
+        tree: the shape of drafts: a chain or a tree.
+        traits: the target states that the head reads.
     """
 
     checkpoint: EagleCheckpoint
@@ -70,15 +69,14 @@ class EagleSpeculator:
 
     @hookimpl
     def plan_memory(self, budget: MemoryBudget) -> list[MemoryRegion]:
-        """The head's weights and KV cache, and what drafting computes on the way, from headers alone."""
+        """The head's weights and KV cache, and the intermediate results of drafting."""
         spec = self.checkpoint.spec
         layer = KVLayer(spec.num_kv_heads, spec.head_dim, spec.head_dim)
         tokens = budget.max_num_batched_tokens
         states = (
             tokens * (spec.feature_size + 6 * spec.hidden_size + 2 * spec.intermediate_size) * budget.dtype.itemsize
         )
-        if self.target.device.type == "cuda":  # outputs of captured steps, see `Resources.compile`
-            states += CAPTURED_TOKENS * 2 * spec.hidden_size * budget.dtype.itemsize
+        states += budget.compiled_output_bytes(2 * spec.hidden_size * budget.dtype.itemsize)
         width, inner = self.tree.width, self.tree.num_inner
         copies = 1 if isinstance(self.tree, Chain) and self.target.device.type == "cpu" else 2 * width
         if self.tree.samples:
@@ -99,11 +97,11 @@ class EagleSpeculator:
 
     @hookimpl
     def warmup(self, resources: Resources) -> None:
-        """Builds the head of its tensors, and on a GPU runs every number of rows once."""
+        """Builds the head from its tensors, and on a GPU runs every number of rows once."""
         head, warnings = self.checkpoint.build(self.weights.tensors, embed=self.target.embed, logits=self.target.logits)
         for warning in warnings:
             logger.warning("%s: %s", self.weights.folder, warning)
-        head.to(resources.device)  # what is not of the checkpoint: rotary frequencies
+        head.to(resources.device)  # buffers that are not in the checkpoint: RoPE frequencies
         pack_linears(head)
         self.weights.release()
         self._runner = HeadRunner(head, resources, resources.kv_caches[_CACHE])
@@ -119,9 +117,9 @@ class EagleSpeculator:
 
     @hookimpl
     def propose(self, batch: ProposalBatch) -> Proposal:
-        """Feeds the head the target's new states, and drafts for the rows that have a budget."""
-        for slot, _ in batch.ended:
-            self._sequences.pop(slot, None)
+        """Runs the head over the target's new states, and drafts for the rows that have a budget."""
+        for row_id, _ in batch.ended:
+            self._sequences.pop(row_id, None)
         drafts = [EMPTY] * len(batch.rows)
         with torch.inference_mode():
             roots, places = self._catch_up(batch)
@@ -136,18 +134,18 @@ class EagleSpeculator:
         )
 
     def _catch_up(self, batch: ProposalBatch) -> tuple[Roots | None, list[int]]:
-        """Pairs every new target state with the token after it, and stores the pairs; they replace what was drafted.
+        """Runs the head over every new target state with the token after it. Their KV overwrites that of drafts.
 
         Returns:
-            The rows that may draft, and their places in the batch.
+            The rows that may draft, and their indices in the batch.
         """
-        assert self._runner is not None, "propose comes after warmup"
+        assert self._runner is not None, "warmup comes before propose"
         rows, owners = [], []
         for place, row in enumerate(batch.rows):
             sequence = self._follow(row)
-            if len(row.computed):
+            if len(row.new_positions):
                 assert row.table is not None, "core gives every row its blocks"
-                start, stop = row.computed.start, row.computed.stop
+                start, stop = row.new_positions.start, row.new_positions.stop
                 rows.append(ForwardRow(row.tokens[start + 1 : stop + 1], start, row.table, first=sequence.begin))
                 owners.append(place)
         if not rows:
@@ -174,25 +172,25 @@ class EagleSpeculator:
         return roots, places
 
     def _follow(self, row: ProposalRow) -> HeadSequence:
-        """Brings a row's record up to date. A row whose states have a gap begins behind it: what came before is not seen."""
+        """Updates a row's record. After a gap in its states, the row begins anew: earlier positions are masked."""
         if row.is_new:
             parent = None if row.forked_from is None else self._sequences.get(row.forked_from)
-            begin = row.computed.start if parent is None else parent.begin
-            self._sequences[row.slot] = HeadSequence(begin, row.computed.start)
-        sequence = self._sequences[row.slot]
-        if row.computed.start != sequence.end:
-            sequence.begin = row.computed.start
-        sequence.end = row.computed.stop
+            begin = row.new_positions.start if parent is None else parent.begin
+            self._sequences[row.row_id] = HeadSequence(begin, row.new_positions.start)
+        sequence = self._sequences[row.row_id]
+        if row.new_positions.start != sequence.end:
+            sequence.begin = row.new_positions.start
+        sequence.end = row.new_positions.stop
         return sequence
 
 
 @hookimpl
 def load_speculator(config: SpeculativeConfig, target: TargetModel) -> EagleSpeculator:
-    """Opens the head's configuration and headers; see `EagleSettings` for the keys.
+    """Reads the head's configuration and headers; see `EagleSettings` for the keys.
 
     Raises:
         ConfigurationError: an unknown key or a wrong value, no head, or a head for another target.
-        CheckpointError: no EAGLE head, a variant that is not supported, or a damaged checkpoint.
+        CheckpointError: the checkpoint is not an EAGLE head, is an unsupported variant, or is damaged.
     """
     settings = config.settings(EagleSettings)
     weights = target.weights(_source(config.method, settings, target), settings.revision)
@@ -207,7 +205,7 @@ def load_speculator(config: SpeculativeConfig, target: TargetModel) -> EagleSpec
     if spec.family != wanted:
         right: Literal["eagle", "eagle3"] = "eagle3" if spec.family == "eagle3" else "eagle"
         raise ConfigurationError(
-            f"{weights.folder} holds an {'EAGLE-3' if right == 'eagle3' else 'EAGLE-1'} head; its method is '{right}', "
+            f"{weights.folder} contains an {'EAGLE-3' if right == 'eagle3' else 'EAGLE-1'} head; its method is '{right}', "
             f"not '{config.method}'"
         )
     validate(spec, target)
@@ -220,7 +218,7 @@ def load_speculator(config: SpeculativeConfig, target: TargetModel) -> EagleSpec
     warnings = list(checkpoint.warnings)
     if layers.ambiguous:
         warnings.append(
-            f"the target layer ids are taken as {layers.convention} ids ({layers.reason}); if little is accepted, "
+            f"the target layer ids are taken as {layers.convention} ids ({layers.reason}); if few drafts are accepted, "
             "measure with: python -m specplug_eagle.calibrate"
         )
     for warning in warnings:
@@ -243,7 +241,7 @@ def load_speculator(config: SpeculativeConfig, target: TargetModel) -> EagleSpec
 def make_tree(
     settings: EagleSettings, num_speculative_tokens: int, draft_vocab_size: int
 ) -> Chain | StaticTree | DynamicTree:
-    """The shape of drafts that the settings ask for."""
+    """The shape of drafts for the settings."""
     if settings.is_dynamic:
         depth, top_k, total = settings.dynamic_sizes()
         return DynamicTree(depth, min(top_k, draft_vocab_size), total)

@@ -1,4 +1,4 @@
-"""Speculation by prompt lookup: what followed the last tokens before is drafted again."""
+"""Prompt lookup: drafts the tokens that followed an earlier occurrence of the last tokens."""
 
 from __future__ import annotations
 

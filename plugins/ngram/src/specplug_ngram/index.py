@@ -1,7 +1,4 @@
-"""Finds earlier occurrences of the end of a growing token sequence, at a cost that does not grow with its length.
-
-It knows nothing about batches, budgets or configuration.
-"""
+"""Finds earlier occurrences of the end of a growing token sequence, at a cost that does not grow with its length."""
 
 from __future__ import annotations
 
@@ -15,17 +12,17 @@ if TYPE_CHECKING:
 
 @attrs.define(eq=False)
 class NgramIndex:
-    """Where every n-gram of a sequence last ended, kept up to date as tokens are appended.
+    """The last end of every n-gram of a sequence, updated as tokens are appended.
 
-    A shortest n-gram is keyed by the hash of its tokens; a longer one by the hash of its first token and of the key of
-    the rest. So every further length costs one small step, and one dict serves all lengths. A longer n-gram is stored
-    only once the rest has occurred before (until then the rest leads to the same place), which keeps wide ranges small
-    on text that does not repeat itself. A match is compared token by token before it is returned: a collision of hashes
-    can hide a match, but never make one up.
+    The key of an n-gram of the shortest length is the hash of its tokens; that of a longer one is the hash of its first
+    token and the key of the rest. So each further length costs one hash of two values, and one dict serves all lengths. A
+    longer n-gram is stored only if its rest occurred before: until then the rest has the same end. That keeps the index
+    small on text without repetitions. A match is compared token by token before it is returned, so a hash collision can hide
+    a match but not produce a wrong one.
 
     Attributes:
-        shortest: the fewest tokens that make a match.
-        longest: the most tokens that are compared.
+        shortest: the fewest tokens of a match.
+        longest: the most tokens of a match.
         tokens: the sequence so far.
     """
 
@@ -36,11 +33,11 @@ class NgramIndex:
     _last_end: dict[int, int] = attrs.field(factory=dict, init=False, repr=False)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Appends tokens. The cost is that of the new tokens alone."""
+        """Appends tokens. The cost depends on the number of new tokens only."""
         sequence = self.tokens
         sequence.extend(tokens)
         shortest, longest, last_end = self.shortest, self.longest, self._last_end
-        # An n-gram is indexed when a token has followed it, so that the end of the sequence never finds itself.
+        # An n-gram is indexed once a token follows it, so that the end of the sequence does not match itself.
         for end in range(max(self._indexed + 1, shortest), len(sequence)):
             key = hash(tuple(sequence[end - shortest : end]))
             for n in range(shortest, min(longest, end) + 1):
@@ -55,9 +52,10 @@ class NgramIndex:
         self._indexed = max(self._indexed, len(sequence) - 1)
 
     def find(self) -> int | None:
-        """Returns where the most recent of the longest earlier occurrences of the sequence's end ends, or None.
+        """Finds the longest earlier occurrence of the sequence's end; of several, the most recent.
 
-        The position is that of the token that followed the occurrence.
+        Returns:
+            The position of the token that followed the occurrence, or None.
         """
         sequence, shortest = self.tokens, self.shortest
         key = hash(tuple(sequence[-shortest:]))
@@ -66,7 +64,7 @@ class NgramIndex:
             if n > shortest:
                 key = hash((key, sequence[-n]))
             found = self._last_end.get(key)
-            if found is None:  # a longer one never occurred, or only where this one did
+            if found is None:  # no longer one occurred, or its match is the same
                 break
             end, length = found, n
         if not length or sequence[end - length : end] != sequence[-length:]:
@@ -74,7 +72,7 @@ class NgramIndex:
         return end
 
     def continuation(self, start: int, count: int) -> list[int]:
-        """Returns `count` tokens from a position on; past the end of the sequence the copy goes on through itself."""
+        """Returns `count` tokens from a position on. At the end of the sequence the copy repeats itself periodically."""
         copied = self.tokens[start : start + count]
         if copied and len(copied) < count:
             copied = (copied * (count // len(copied) + 1))[:count]

@@ -1,4 +1,4 @@
-"""The `ngram` method: its settings, and the speculator that keeps one index per row."""
+"""The `ngram` method: its settings, and the speculator with one index per row."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _COMPARED_TOKENS = 16
 
 @attrs.frozen
 class NgramSettings:
-    """The keys of the method, with vLLM's names and defaults; one that is not given equals the other.
+    """The keys of the method, with vLLM's names and defaults. If only one is given, the other equals it.
 
     Attributes:
-        prompt_lookup_max: the most of the last tokens to look for.
-        prompt_lookup_min: the fewest.
+        prompt_lookup_max: the longest n-gram to look up, in tokens.
+        prompt_lookup_min: the shortest.
     """
 
     prompt_lookup_max: int | None = None
     prompt_lookup_min: int | None = None
 
     def lengths(self) -> range:
-        """Returns the n-gram lengths to look for, shortest first.
+        """Returns the n-gram lengths to look up, shortest first.
 
         Raises:
             ConfigurationError: a length below 1, or a minimum above the maximum.
@@ -46,21 +46,21 @@ class NgramSettings:
         if shortest > longest:
             raise ConfigurationError(
                 f"speculative_config: prompt_lookup_min={shortest} is more than prompt_lookup_max={longest}; "
-                "lower the one or raise the other"
+                "lower prompt_lookup_min or raise prompt_lookup_max"
             )
         return range(shortest, longest + 1)
 
 
 @attrs.define(eq=False)
 class NgramSpeculator:
-    """Drafts what followed the most recent earlier occurrence of a row's last tokens.
+    """Drafts the tokens that followed an earlier occurrence of a row's last tokens.
 
-    The longest n-gram that occurred before wins, and of its occurrences the last. A draft that reaches the end of the
-    known tokens goes on copying through itself, as periodic text does.
+    It takes the longest n-gram that occurred before, and its most recent occurrence. A draft that reaches the end of the
+    known tokens continues with its own beginning, as periodic text does.
 
     Attributes:
-        shortest: the fewest tokens that must match.
-        longest: the most tokens that are looked for.
+        shortest: the fewest tokens of a match.
+        longest: the most tokens of a match.
     """
 
     traits: ClassVar[SpeculatorTraits] = SpeculatorTraits(token_only=True)
@@ -71,9 +71,9 @@ class NgramSpeculator:
 
     @hookimpl
     def propose(self, batch: ProposalBatch) -> Proposal:
-        """Forgets the rows that ended, and drafts a chain for every row whose end occurred before."""
-        for slot, _ in batch.ended:
-            self._indexes.pop(slot, None)
+        """Drafts a chain for every row whose last tokens occurred before."""
+        for row_id, _ in batch.ended:
+            self._indexes.pop(row_id, None)
         return Proposal([self._draft(row) for row in batch.rows])
 
     def _draft(self, row: ProposalRow) -> list[int]:
@@ -83,15 +83,15 @@ class NgramSpeculator:
         return [] if start is None else index.continuation(start, count)
 
     def _updated_index(self, row: ProposalRow) -> NgramIndex:
-        index = self._indexes.get(row.slot)
+        index = self._indexes.get(row.row_id)
         if index is None or row.is_new or not _continues(index.tokens, row):
-            index = self._indexes[row.slot] = NgramIndex(self.shortest, self.longest)
+            index = self._indexes[row.row_id] = NgramIndex(self.shortest, self.longest)
         index.extend(row.tokens[len(index.tokens) :])
         return index
 
 
 def _continues(known: list[int], row: ProposalRow) -> bool:
-    """Whether a row's tokens continue the known ones, judged by the last of these: a slot may hold another row now."""
+    """Whether a row's tokens continue the known ones, judged by the last of these; a host may reuse a row_id unannounced."""
     start = max(0, len(known) - _COMPARED_TOKENS)
     return row.tokens[start : len(known)] == known[start:]
 
@@ -101,7 +101,7 @@ def load_speculator(config: SpeculativeConfig, target: TargetModel) -> NgramSpec
     """Makes the speculator; see `NgramSettings` for its keys.
 
     Raises:
-        ConfigurationError: an unknown key, or n-gram lengths that make no range.
+        ConfigurationError: an unknown key, or invalid n-gram lengths.
     """
     lengths = config.settings(NgramSettings).lengths()
     return NgramSpeculator(shortest=lengths[0], longest=lengths[-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specplug.configuration.engine import EngineConfig
+from specplug.config.engine import EngineConfig
 from specplug.engine.planning import plan_engine
 from specplug.errors import ConfigurationError, did_you_mean
 from specplug.plugins.finder import find_plugins

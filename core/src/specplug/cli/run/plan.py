@@ -10,7 +10,7 @@ from specplug.text.prompts import LazyTokenizer
 from specplug.tiny import resolve_model
 
 if TYPE_CHECKING:
-    from specplug.configuration.engine import EngineConfig
+    from specplug.config.engine import EngineConfig
 
 
 def make_report(config: EngineConfig) -> PlanReport:

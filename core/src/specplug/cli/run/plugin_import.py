@@ -32,8 +32,8 @@ def main() -> None:
 
 
 def _judge(registry: Any, record: Any) -> dict[str, Any]:
+    from specplug.plugins.implementations import own_verifiers
     from specplug.plugins.registry import first_line
-    from specplug.plugins.verifiers import own_verifiers
 
     registry.failures.pop(record.method, None)
     module = registry.load(record)

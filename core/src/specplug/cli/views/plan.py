@@ -10,7 +10,7 @@ from specplug.cli.views.memory import show_budget, show_memory
 
 if TYPE_CHECKING:
     from specplug.cli.terminal import Terminal
-    from specplug.configuration.engine import EngineConfig
+    from specplug.config.engine import EngineConfig
     from specplug.engine.memory_plan import MemoryPlan, OtherDevice
     from specplug.engine.planning import PlannedEngine
 

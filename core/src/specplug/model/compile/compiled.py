@@ -16,7 +16,6 @@ from functools import cache as cached
 import torch
 
 from specplug import native
-from specplug.contract.resources import MOST_CAPTURED
 from specplug.model.batch import can_attend_natively
 from specplug.model.compile.artifacts import (
     Artifact,
@@ -28,7 +27,7 @@ from specplug.model.compile.artifacts import (
     obtain_artifact,
     quiet_tracing,
 )
-from specplug.model.compile.cuda_graphs import CudaGraphs
+from specplug.model.compile.cuda_graphs import MOST_CAPTURED, CudaGraphs
 from specplug.model.compile.trace import EXAMPLE_TOKENS, Step, StepGraph, tensors_of, trace_step, weights_of
 from specplug.model.difference import TOLERANCE, relative_difference
 from specplug.model.kv_cache import BlockTable, KVCache

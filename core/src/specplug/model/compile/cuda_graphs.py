@@ -33,6 +33,12 @@ def token_buckets(limit: int) -> list[int]:
     return [*(bucket for bucket in buckets if bucket < limit), limit]
 
 
+MOST_CAPTURED = 64
+"""Tokens of the largest captured batch of a speculator's own step."""
+CAPTURED_TOKENS = sum(token_buckets(MOST_CAPTURED))
+"""Tokens of all captured batches of such a step together: CUDA graphs hold outputs for so many."""
+
+
 @attrs.frozen(eq=False)
 class _Captured:
     graph: torch.cuda.CUDAGraph

@@ -14,7 +14,7 @@ from specplug.native.gpu.sizes import scratch_bytes
 from specplug.sampling.distributions import MOST_AT_ONCE
 
 if TYPE_CHECKING:
-    from specplug.contract.memory import KVLayer
+    from specplug.contract.resources import KVLayer
 
 _STREAMS = 4  # residual, normed, queries and attended, each as wide as the residual stream
 _MLP = 3  # gate, up and their elementwise product

@@ -14,7 +14,7 @@ import attrs
 import torch
 from torch.overrides import TorchFunctionMode
 
-from specplug.contract.memory import KVLayer
+from specplug.contract.resources import KVLayer
 from specplug.errors import UnsupportedModelError
 from specplug.model.attention.interface import SITE
 from specplug.model.load import masks

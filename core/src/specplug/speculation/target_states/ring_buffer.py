@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import attrs
 import torch
 
-from specplug.contract.traits import Boundary
+from specplug.contract.types import Boundary
 from specplug.model.device import to_device
 from specplug.native import library
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from specplug.contract.traits import SpeculatorTraits
+from specplug.contract.types import SpeculatorTraits
 from specplug.speculation.target_states.deferred_copies import DeferredCopies
 from specplug.speculation.target_states.ring_buffer import (
     WINDOW,

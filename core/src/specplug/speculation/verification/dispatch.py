@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 
-from specplug.contract.batch import VerificationBatch, VerificationRow
-from specplug.contract.proposal import Proposal
-from specplug.contract.verdict import Verdict
+from specplug.contract.types import Proposal, Verdict, VerificationBatch, VerificationRow
 from specplug.errors import ModelOutputError, PluginError
 from specplug.model.device import to_device
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
@@ -143,7 +141,7 @@ class Verification:
         batch = VerificationBatch(
             [
                 VerificationRow(
-                    slot=request.slot,
+                    row_id=request.slot,
                     method=draft.method if draft else None,
                     tokens=request.view,
                     num_prompt_tokens=request.num_prompt_tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from specplug.contract.proposal import DraftDistributions, Proposal
+from specplug.contract.types import DraftDistributions, Proposal
 from specplug.model.device import to_device
 from specplug.sampling.randomness import EngineRandomness, Stream, race
 

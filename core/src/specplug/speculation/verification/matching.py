@@ -14,9 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from specplug.contract.batch import VerificationBatch, VerificationRow
-from specplug.contract.proposal import Proposal
-from specplug.contract.verdict import TargetDistributions
+from specplug.contract.types import Proposal, TargetDistributions, VerificationBatch, VerificationRow
 from specplug.sampling.randomness import EngineRandomness, exponential_noise, race
 from specplug.sampling.workspace import Workspace
 from specplug.speculation.draft import depths_of

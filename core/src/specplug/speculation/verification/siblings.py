@@ -12,9 +12,7 @@ from typing import cast
 
 import torch
 
-from specplug.contract.batch import VerificationBatch
-from specplug.contract.proposal import Proposal
-from specplug.contract.verdict import TargetDistributions
+from specplug.contract.types import Proposal, TargetDistributions, VerificationBatch
 from specplug.model.device import to_device
 from specplug.sampling.randomness import EngineRandomness, Stream
 from specplug.speculation.verification.distributions import draft_distributions, sample_residual

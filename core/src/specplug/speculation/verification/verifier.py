@@ -9,10 +9,8 @@
 
 from __future__ import annotations
 
-from specplug.contract.batch import VerificationBatch
-from specplug.contract.hookspecs import hookimpl
-from specplug.contract.proposal import Proposal
-from specplug.contract.verdict import TargetDistributions, Verdict
+from specplug.contract.hooks import hookimpl
+from specplug.contract.types import Proposal, TargetDistributions, Verdict, VerificationBatch
 from specplug.sampling.randomness import EngineRandomness
 from specplug.sampling.workspace import Workspace
 from specplug.speculation.verification import chains, matching, siblings

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from specplug.contract.batch import Budget, ProposalBatch
-from specplug.contract.proposal import Proposal
+from specplug.contract.types import Budget, Proposal, ProposalBatch
 from specplug.speculation.validation import check_proposal
 from specplug.testing.check import Check, CheckFailure, NotApplicable, expect, expect_drafts
 from specplug.testing.driver import Drive, RandomAcceptance, RestlessPolicy, drive_rollbacks, mixed_params
@@ -196,7 +195,7 @@ def tokens(subject: Subject) -> str:
 TOKENS = Check(
     "tokens",
     "a token-only or deterministic speculator drafts the same for the same tokens",
-    "Such a speculator keeps its rows after a fault, may run in hosts without slots, and can be debugged.",
+    "Such a speculator keeps its rows after a fault, may run in hosts without row ids, and can be debugged.",
     "No global random numbers, no clock, no other rows; one that learns from other requests declares `traits.learns`.",
     tokens,
 )

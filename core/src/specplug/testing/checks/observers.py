@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any
 
-from specplug.contract.batch import ProposalBatch
-from specplug.contract.hookspecs import hookimpl
-from specplug.contract.proposal import Proposal
-from specplug.contract.verdict import Verdict
+from specplug.contract.hooks import hookimpl
+from specplug.contract.types import Proposal, ProposalBatch, Verdict
 from specplug.errors import PluginError
 from specplug.testing.check import Check, CheckFailure, NotApplicable, expect
 from specplug.testing.driver import mixed_params

@@ -105,7 +105,7 @@ def leftovers(subject: Subject) -> str:
         expect(
             max(host) - host[0] <= _SLACK_HOST + host[0] // 20,
             "that what is kept of a row or call, in the speculator, its class or a module, is dropped when batch.ended names "
-            "the slot (finished, aborted or preempted; one that learns from requests declares traits.learns)",
+            "the row (finished, aborted or preempted; one that learns from requests declares traits.learns)",
             f"{host[0]:,} bytes of Python objects and numpy arrays are alive when nothing runs, and "
             f"{', '.join(f'{size:,}' for size in host[1:])} after more requests have come and gone",
         )
@@ -187,6 +187,6 @@ LEFTOVERS = Check(
     "leftovers",
     "nothing is left behind after finish, abort, preemption and the engine's end",
     "A server that runs for weeks holds what its live rows need, and closing an engine gives back all of it.",
-    "Forget a slot when it ends; keep nothing of a call beyond it, in the speculator, its class or a module.",
+    "Forget a row when it ends; keep nothing of a call beyond it, in the speculator, its class or a module.",
     leftovers,
 )

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import torch
 
-from specplug.contract.batch import ProposalBatch
-from specplug.contract.proposal import Proposal
-from specplug.contract.verdict import Verdict
+from specplug.contract.types import Proposal, ProposalBatch, Verdict
 from specplug.request import Request
 from specplug.sampling.distributions import process
 from specplug.sampling.params import SamplingParams

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from specplug.configuration.engine import EngineConfig
-from specplug.contract.batch import ProposalBatch
-from specplug.contract.proposal import Proposal
+from specplug.config.engine import EngineConfig
+from specplug.contract.types import Proposal, ProposalBatch
 from specplug.engine.memory_plan import format_bytes
 from specplug.engine.planning import plan_engine
 from specplug.sampling.params import SamplingParams

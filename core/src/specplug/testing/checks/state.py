@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 
-from specplug.contract.batch import ProposalBatch
-from specplug.contract.proposal import Proposal
-from specplug.contract.verdict import Verdict
+from specplug.contract.types import Proposal, ProposalBatch, Verdict
 from specplug.request import Request
 from specplug.sampling.params import SamplingParams
 from specplug.testing.check import Check, CheckFailure, NotApplicable, expect_drafts
@@ -67,8 +65,8 @@ def rows(subject: Subject) -> str:
     result = compare(subject, folder, chosen)
     if len(result.wrong) > allowed_differences(result.compared):
         raise CheckFailure(
-            "the drafts of a fresh speculator for the same tokens (forget batch.ended first, drop what is kept under the slot "
-            "of a row with is_new, begin at computed.start, continue a fork only from shared KV; one whose drafts "
+            "the drafts of a fresh speculator for the same tokens (forget batch.ended first, drop what is kept for the row_id "
+            "of a row with is_new, begin at new_positions.start, continue a fork only from shared KV; one whose drafts "
             "depend on other requests declares traits.learns)",
             result.first_difference(),
         )
@@ -83,9 +81,9 @@ def rows(subject: Subject) -> str:
 
 ROWS = Check(
     "rows",
-    "slot reuse, aborts, forks, preemption and sleeping rows leave no trace",
+    "reused row ids, aborts, forks, preemption and sleeping rows leave no trace",
     "What is kept of a row belongs to that row, from its beginning to its end.",
-    "Handle `batch.ended` before `batch.rows`; drop what you kept when `row.is_new`; start at `row.computed.start`.",
+    "Handle `batch.ended` before `batch.rows`; drop what you kept when `row.is_new`; start at `row.new_positions.start`.",
     rows,
 )
 
@@ -224,7 +222,7 @@ LEARNING = Check(
     "what it learns from requests does not depend on how they were scheduled",
     "A speculator that declares `traits.learns` pairs the right states with the right tokens, in chunks and after sleep, "
     "preemption and accepted drafts too.",
-    "Learn from committed tokens and their states alone: each position of `row.computed` once, never a draft; one that "
+    "Learn from committed tokens and their states alone: each position of `row.new_positions` once, never a draft; one that "
     "also learns from `row.outcome` disagrees with this check by design, and says so where it overrides it.",
     learning,
 )

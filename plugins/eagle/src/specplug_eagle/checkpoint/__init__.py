@@ -1,4 +1,4 @@
-"""Draft head checkpoints in every layout that people have: detected, checked, opened, written."""
+"""Draft head checkpoints in all layouts: detecting, checking, reading, writing."""
 
 from __future__ import annotations
 

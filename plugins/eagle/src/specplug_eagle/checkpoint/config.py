@@ -1,4 +1,4 @@
-"""A draft head's config.json in any of its layouts, read as raw JSON: these files only look like a model's."""
+"""A draft head's config.json in any of its layouts, read as raw JSON."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _ABSENT: Mapping[str, Any] = {}
 
 @attrs.frozen
 class DraftConfig:
-    """A configuration, taken apart.
+    """A parsed configuration.
 
     Attributes:
-        layout: `speculators` (`transformer_layer_config` beside flags), `wrapped` (vLLM's `{"model": {…}}`),
+        layout: `speculators` (`transformer_layer_config` next to flags), `wrapped` (vLLM's `{"model": {…}}`),
             `eagle_config` (NVIDIA ModelOpt's nested block, which SpecForge and SGLang also write), or `flat`.
         layer: the fields of the draft layers.
-        flags: the fields beside them; the same mapping as `layer` in a flat layout.
+        flags: all other fields; the same mapping as `layer` in a flat layout.
         nested: the `eagle_config` block, empty if there is none.
     """
 
@@ -32,7 +32,7 @@ class DraftConfig:
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> DraftConfig:
-        """Takes the JSON of a config.json apart.
+        """Parses the JSON of a config.json.
 
         Raises:
             CheckpointError: a nested block is not a JSON object.
@@ -46,17 +46,17 @@ class DraftConfig:
         return cls("eagle_config" if nested else "flat", raw, raw, nested)
 
     def flag(self, name: str, default: Any = None) -> Any:
-        """A field beside the layer's, wherever this layout puts it: top level, `eagle_config`, or the wrapped model."""
+        """A flag, from the top level, `eagle_config`, or the wrapped model."""
         for place in (self.flags, self.nested, self.layer):
             if place.get(name) is not None:
                 return place[name]
         return default
 
     def switch(self, name: str) -> bool | None:
-        """A flag that is true, false, or not given.
+        """A boolean flag, or None if it is not given.
 
         Raises:
-            CheckpointError: it is something else.
+            CheckpointError: it is not a boolean.
         """
         value = self.flag(name)
         if value is not None and not isinstance(value, bool):
@@ -64,7 +64,7 @@ class DraftConfig:
         return value
 
     def size(self, name: str) -> int | None:
-        """A size of the draft layers, or None where it is missing or null.
+        """A size of the draft layers, or None if it is missing or null.
 
         Raises:
             CheckpointError: it is not a positive integer.
@@ -85,7 +85,7 @@ class DraftConfig:
 
     @property
     def layer_ids(self) -> tuple[int, ...] | None:
-        """The target layer ids as stated, or None.
+        """The target layer ids of the configuration, or None.
 
         Raises:
             CheckpointError: they are not a list of integers of at least 0.
@@ -101,14 +101,14 @@ class DraftConfig:
 
 
 def check_size(name: str, value: Any) -> int:
-    """Returns a positive integer of a configuration, or raises `CheckpointError` naming it."""
+    """Returns a positive integer of a configuration, or raises `CheckpointError`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise CheckpointError(f"config.json: '{name}' is {value!r}; it should be a positive integer")
     return value
 
 
 def check_number(name: str, value: Any) -> float:
-    """Returns a positive number of a configuration, or raises `CheckpointError` naming it."""
+    """Returns a positive number of a configuration, or raises `CheckpointError`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise CheckpointError(f"config.json: '{name}' is {value!r}; it should be a positive number")
     return float(value)

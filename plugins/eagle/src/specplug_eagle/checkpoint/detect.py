@@ -1,4 +1,4 @@
-"""From a configuration and tensor shapes to a `HeadSpec`. Tensors decide; a configuration that says otherwise is an error."""
+"""Detects the `HeadSpec` from configuration and tensor shapes. A configuration that contradicts the tensors is an error."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def detect(
     norm_output: bool | None = None,
     rope_theta: float | None = None,
 ) -> tuple[HeadSpec, tuple[str, ...]]:
-    """Finds out what draft head a checkpoint holds.
+    """Detects the draft head of a checkpoint.
 
     Args:
         config: its configuration.
         shapes: its tensors by canonical name, vocabulary maps included.
-        norm_before_residual: the user's override of a flag that leaves no trace in the tensors.
+        norm_before_residual: the user's override of a flag that tensors do not show.
         norm_output: likewise.
         rope_theta: the user's override of the RoPE base.
 
     Returns:
-        The head, and warnings about what the checkpoint leaves open.
+        The head, and warnings about what the checkpoint does not determine.
 
     Raises:
-        CheckpointError: another method or variant, or a contradiction; both values are named.
+        CheckpointError: another method or variant, or a contradiction; the message names both values.
     """
     refuse_other_methods(shapes)
     refuse_other_variants(config)
@@ -68,7 +68,7 @@ def detect(
     check_agreement(config, "intermediate_size", inner, f"'{GATE_PROJ}' has {inner} rows")
     num_layers = count_layers(shapes)
     if (stated := config.size("num_hidden_layers")) not in (None, num_layers):
-        warnings.append(f"config.json says {stated} draft layers; the checkpoint holds {num_layers}, which are used")
+        warnings.append(f"config.json says {stated} draft layers; the checkpoint has {num_layers}, which are used")
     vocab, draft_vocab = vocabulary_sizes(config, shapes)
     num_aux, target_hidden = feature_sizes(config, shapes, family, hidden)
     single = family == "eagle3" and "fc.weight" not in shapes
@@ -76,8 +76,8 @@ def detect(
     output = config.switch("norm_output") if norm_output is None else norm_output
     if norm_output is None and output and config.layout != "speculators":
         warnings.append(
-            "config.json says norm_output: true, taken to mean that the next step is fed the normed state; heads trained "
-            "with older SpecForge mean the logits alone: if acceptance falls after the first token, set norm_output=false"
+            "config.json says norm_output: true, so the next step gets the normed state; in heads of older SpecForge the flag "
+            "affects logits only: if acceptance falls after the first token, set norm_output=false"
         )
     act = str(config.layer.get("hidden_act") or config.layer.get("hidden_activation") or "silu")
     if act not in ACT2FN:
@@ -121,21 +121,23 @@ def detect(
 def _family(config: DraftConfig, shapes: Shapes) -> Family:
     if not any(name.startswith("layers.0.") for name in shapes):
         held = ", ".join(f"'{name}'" for name in sorted(shapes)[:3]) or "no tensors"
-        raise CheckpointError(f"this is no EAGLE draft head: it has no attention layer 'layers.0' (it holds {held}, …)")
+        raise CheckpointError(
+            f"this is not an EAGLE draft head: it has no attention layer 'layers.0' (it contains {held}, …)"
+        )
     first, final = "layers.0.input_layernorm.weight" in shapes, "norm.weight" in shapes
     if "layers.0.hidden_norm.weight" in shapes or matrix(shapes, Q_PROJ)[1] == 2 * matrix(shapes, O_PROJ)[0]:
         family: Family = "eagle3"
     elif "fc.weight" not in shapes:
         raise CheckpointError(
-            "this is no EAGLE draft head: it holds neither 'fc.weight' nor 'layers.0.hidden_norm.weight' (a whole language "
-            "model drafts with the method draft_model)"
+            "this is not an EAGLE draft head: it has neither 'fc.weight' nor 'layers.0.hidden_norm.weight' (for a whole "
+            "language model use the method draft_model)"
         )
     else:
         family = "eagle1"
         if first != final:
             held, absent = ("layers.0.input_layernorm", "norm") if first else ("norm", "layers.0.input_layernorm")
             raise CheckpointError(
-                f"this is a variant of EAGLE-1 that is not supported: it holds '{held}.weight', but no '{absent}.weight'"
+                f"this variant of EAGLE-1 is not supported: it has '{held}.weight', but no '{absent}.weight'"
             )
     stated = str(config.flag("speculators_model_type") or "")
     expected = {"eagle3": "eagle3", "eagle": "eagle1", "eagle1": "eagle1"}.get(stated)
@@ -154,7 +156,7 @@ def _norm_before_residual(config: DraftConfig, family: Family, override: bool | 
     stated = config.switch("norm_before_residual")
     if stated is None and config.layout == "speculators":
         warnings.append(
-            "config.json does not say norm_before_residual; true is assumed, as vLLM does for this format: if nothing is "
+            "config.json does not say norm_before_residual; true is assumed, as vLLM does for this format: if no drafts are "
             "accepted, set norm_before_residual=false"
         )
         return True
@@ -162,18 +164,20 @@ def _norm_before_residual(config: DraftConfig, family: Family, override: bool | 
 
 
 def _check_norm_flags(config: DraftConfig, spec: HeadSpec) -> None:
-    """The flags that leave tensors behind must agree with them."""
+    """Checks the flags that tensors show."""
     if spec.family == "eagle1":
         return
     held = {"norm_before_fc": spec.norm_before_fc, "fc_norm": spec.fc_norm}
     if all(held.values()):
-        raise CheckpointError("the checkpoint holds both 'input_norm.weight' and 'fc_norm.0.weight'; a head has one")
+        raise CheckpointError(
+            "the checkpoint has both 'input_norm.weight' and 'fc_norm.0.weight'; a head has one of them"
+        )
     for name, tensor in (("norm_before_fc", "input_norm.weight"), ("fc_norm", "fc_norm.0.weight")):
         stated = config.switch(name)
         if stated is None and name == "fc_norm":
             stated = config.switch("use_aux_norm")
         if stated is not None and stated != held[name]:
             raise CheckpointError(
-                f"config.json says {name}: {str(stated).lower()}, but the checkpoint holds "
+                f"config.json says {name}: {str(stated).lower()}, but the checkpoint has "
                 f"{'' if held[name] else 'no '}'{tensor}'"
             )

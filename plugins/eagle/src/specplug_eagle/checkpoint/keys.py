@@ -1,4 +1,4 @@
-"""Names of tensors: every layout's names become those of the speculators format."""
+"""Tensor names: those of every layout are mapped to those of the speculators format."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def refuse_other_methods(names: Iterable[str]) -> None:
     for name in names:
         for pattern, what in _REFUSED:
             if re.search(pattern, name):
-                raise CheckpointError(f"this is {what}, which is not supported (it holds '{name}')")
+                raise CheckpointError(f"this is {what}, which is not supported (it contains '{name}')")
 
 
 def canonical_name(name: str) -> str:
-    """Returns the name that a tensor has in the speculators format."""
+    """Returns a tensor's name in the speculators format."""
     stripped = True
     while stripped:
         stripped = False
@@ -55,10 +55,10 @@ def canonical_name(name: str) -> str:
 
 
 def canonical_names(names: Iterable[str]) -> Mapping[str, str]:
-    """Returns the file's name of every tensor that matters, by its canonical name. Known extras are left out.
+    """Returns the file's tensor names by canonical name, without those that are known to be unused.
 
     Raises:
-        CheckpointError: two tensors mean the same thing.
+        CheckpointError: two tensors have the same canonical name.
     """
     found: dict[str, str] = {}
     for name in names:
@@ -66,6 +66,6 @@ def canonical_names(names: Iterable[str]) -> Mapping[str, str]:
         if _IGNORED.search(canonical):
             continue
         if canonical in found:
-            raise CheckpointError(f"the checkpoint holds '{canonical}' twice, as '{found[canonical]}' and as '{name}'")
+            raise CheckpointError(f"the checkpoint has '{canonical}' twice, as '{found[canonical]}' and as '{name}'")
         found[canonical] = name
     return found

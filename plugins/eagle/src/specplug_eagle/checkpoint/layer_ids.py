@@ -1,8 +1,8 @@
-"""Which target states an EAGLE-3 head reads: the two conventions for layer ids, and how to tell them apart.
+"""The target states that an EAGLE-3 head reads: the two conventions for layer ids, and how to distinguish them.
 
-A *boundary* b is the residual stream that enters target layer b, so the output of layer b − 1; L leaves the last layer.
-Some tools write boundaries (the authors, vLLM, speculators), others the number of the layer whose *output* is meant
-(SpecForge, ModelOpt): there boundary = id + 1. A wrong guess is silent, and halves acceptance.
+A *boundary* b is the input of target layer b, which is the output of layer b − 1; boundary L is the last layer's output. Some
+tools write boundaries (the authors, vLLM, speculators), others the layer whose *output* is read (SpecForge, ModelOpt): there
+boundary = id + 1. With a wrong guess drafting works, with about half the acceptance.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class ResolvedLayers:
     """The target states to capture.
 
     Attributes:
-        boundaries: ascending, one for each state that `fc` takes.
-        convention: how the ids were read.
-        ambiguous: whether the other convention is as likely; acceptance should be measured with both.
-        reason: why, in words.
+        boundaries: ascending, one for each state that `fc` reads.
+        convention: the convention of the ids.
+        ambiguous: whether the other convention is as likely; measure acceptance with both.
+        reason: why this convention was chosen.
     """
 
     boundaries: tuple[int, ...]
@@ -36,7 +36,7 @@ class ResolvedLayers:
 
 
 def default_boundaries(num_layers: int) -> tuple[int, ...]:
-    """The authors' choice for a target of so many layers: a low, a middle and a high state."""
+    """The authors' choice: a low, a middle and a high state."""
     return tuple(sorted((2, num_layers // 2, num_layers - 3)))
 
 
@@ -47,19 +47,19 @@ def resolve_layer_ids(
     override: Sequence[int] | None = None,
     convention: Convention | None = None,
 ) -> ResolvedLayers:
-    """Finds the boundaries that a head was trained on.
+    """Determines the boundaries that a head was trained on.
 
     Args:
         spec: the head.
         num_layers: layers of the target.
-        override: ids given by the user, instead of the checkpoint's; boundaries, unless `convention` says otherwise.
-        convention: the user's word on how ids are meant.
+        override: the user's ids instead of the checkpoint's; boundaries unless `convention` is given.
+        convention: the user's choice of the convention.
 
     Returns:
-        The boundaries; for a head that reads the final state alone, none.
+        The boundaries; none for a head that reads only the final state.
 
     Raises:
-        ConfigurationError: ids beyond the target's layers, twice the same, or not as many as `fc` takes.
+        ConfigurationError: ids are beyond the target's layers, repeated, or not as many as `fc` reads.
     """
     if spec.uses_final_state:
         if override is not None:
@@ -87,7 +87,7 @@ def resolve_layer_ids(
 
 
 def layer_id_candidates(spec: HeadSpec, num_layers: int) -> list[ResolvedLayers]:
-    """All readings of a checkpoint's layer ids that the target allows, the most likely first; for calibration."""
+    """All interpretations of a checkpoint's layer ids that the target allows, the most likely first; for calibration."""
     first = resolve_layer_ids(spec, num_layers)
     candidates = [first]
     if spec.layer_ids is not None and not spec.uses_final_state:
@@ -96,7 +96,7 @@ def layer_id_candidates(spec: HeadSpec, num_layers: int) -> list[ResolvedLayers]
                 continue
             try:
                 candidates.append(resolve_layer_ids(spec, num_layers, convention=convention))
-            except ConfigurationError:  # the other reading points beyond the last layer
+            except ConfigurationError:  # it would be beyond the last layer
                 continue
     return candidates
 
@@ -112,7 +112,7 @@ def _guess(spec: HeadSpec, ids: list[int], num_layers: int) -> tuple[Convention,
         return "output", False, "the ids are the usual layer outputs of SpecForge and ModelOpt"
     if ids[0] == 1:
         return "output", False, "ids that begin with 1 are layer outputs"
-    return "boundary", True, "nothing tells whether these ids are boundaries or layer outputs"
+    return "boundary", True, "the ids may be boundaries or layer outputs"
 
 
 def _check(boundaries: Sequence[int], ids: Sequence[int], shift: int, spec: HeadSpec, num_layers: int) -> None:

@@ -1,4 +1,4 @@
-"""An opened draft head checkpoint: what it is, from headers alone, and later the head itself."""
+"""A draft head checkpoint: its specification from headers, and later the head itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class CheckpointHandle(Protocol):
-    """What is needed of a checkpoint; `specplug.WeightsHandle` has it."""
+    """The part of `specplug.WeightsHandle` that is used here."""
 
     folder: Path
     shapes: Mapping[str, tuple[int, ...]]
@@ -39,10 +39,10 @@ class EagleCheckpoint:
     """A draft head on disk.
 
     Attributes:
-        spec: what it is.
-        names: the file's tensor names by canonical name, of all tensors that are needed: give their values to the handle's
-            `keep`, so that nothing else is planned or loaded.
-        warnings: what the user should know.
+        spec: the head's specification.
+        names: the file's names of all needed tensors, by canonical name. Pass them to the handle's `keep`, so that no other
+            tensor is planned or loaded.
+        warnings: warnings for the user.
     """
 
     spec: HeadSpec
@@ -58,17 +58,17 @@ class EagleCheckpoint:
         norm_output: bool | None = None,
         rope_theta: float | None = None,
     ) -> EagleCheckpoint:
-        """Reads configuration and headers; no weight is touched.
+        """Reads configuration and headers, no weights.
 
         Args:
             handle: the checkpoint, as `target.weights(source)` returns it.
-            norm_before_residual: override; the flag leaves no trace in the tensors.
-            norm_output: override; likewise.
+            norm_before_residual: override of a flag that tensors do not show.
+            norm_output: override, likewise.
             rope_theta: override of the RoPE base.
 
         Raises:
-            CheckpointError: not an EAGLE head, a variant that is not supported, missing, unknown or wrongly shaped
-                tensors, or a configuration that contradicts the tensors.
+            CheckpointError: it is not an EAGLE head or an unsupported variant, tensors are missing, unknown or wrongly shaped,
+                or the configuration contradicts the tensors.
         """
         try:
             names = canonical_names(handle.shapes)
@@ -99,18 +99,18 @@ class EagleCheckpoint:
         embed: Callable[[torch.Tensor], torch.Tensor] | None = None,
         logits: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[DraftHead, tuple[str, ...]]:
-        """Makes the head of loaded tensors, which are adopted without a copy.
+        """Makes the head from loaded tensors, without a copy.
 
         Args:
-            tensors: by the file's names, as the handle has them from warm-up on.
+            tensors: the handle's tensors, by the file's names.
             embed: the target's embedding, for a head without its own.
             logits: the target's output layer, for a head without its own.
 
         Returns:
-            The head, and warnings about what only the tensors' values show.
+            The head, and warnings about the tensors' values.
 
         Raises:
-            CheckpointError: a vocabulary map that cannot be right.
+            CheckpointError: a vocabulary map is invalid.
         """
         renamed = {name: tensors[original] for name, original in self.names.items()}
         d2t, t2d = (renamed.pop(name, None) for name in _MAPS)
@@ -122,10 +122,10 @@ class EagleCheckpoint:
 def _check_dtype(name: str, dtype: torch.dtype) -> None:
     if name in _MAPS:
         if dtype.is_floating_point:
-            raise CheckpointError(f"'{name}' holds {dtype}; integers are expected".replace("torch.", ""))
+            raise CheckpointError(f"'{name}' is {dtype}; integers are expected".replace("torch.", ""))
     elif dtype not in _FLOATING:
         raise CheckpointError(
-            f"'{name}' holds {dtype}, but weights in float64, float32, float16 or bfloat16 are expected".replace(
+            f"'{name}' is {dtype}, but weights in float64, float32, float16 or bfloat16 are expected".replace(
                 "torch.", ""
             )
         )

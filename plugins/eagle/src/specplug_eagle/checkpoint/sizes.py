@@ -90,7 +90,7 @@ def feature_sizes(config: DraftConfig, shapes: Shapes, family: Family, hidden: i
             raise CheckpointError("the EAGLE-3 head lacks 'fc.weight', and config.json does not say that it needs none")
         return 1, hidden
     if config.switch("use_aux_hidden_state") is False:
-        raise CheckpointError("config.json says use_aux_hidden_state: false, but the checkpoint holds 'fc.weight'")
+        raise CheckpointError("config.json says use_aux_hidden_state: false, but the checkpoint has 'fc.weight'")
     columns = matrix(shapes, "fc.weight")[1]
     ids = config.layer_ids
     per_state = shapes.get("fc_norm.0.weight")

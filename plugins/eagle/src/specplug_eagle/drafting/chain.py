@@ -1,4 +1,4 @@
-"""Chains: one token behind the other, as long as a row may draft or as its head is sure enough."""
+"""Chains: drafts one token after the other, within the budget and while drafting is worthwhile."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class _Level:
     """The tokens of one depth.
 
     Attributes:
-        members: the rows that have one, M of them.
+        members: the M rows that have a token at this depth.
         tokens: int64 [M], target ids.
-        scores: float32 [M], cumulative log-probabilities; without meaning where the token was drawn.
-        probs: per row the distribution that its token was drawn from.
+        scores: float32 [M], cumulative log-probabilities; meaningless for sampled tokens.
+        probs: per row the distribution that its token was sampled from.
     """
 
     members: list[int]
@@ -31,11 +31,11 @@ class _Level:
 
 
 class Chain:
-    """The shape of every draft: no node has siblings.
+    """Chains as the shape of drafts.
 
     Args:
         length: the most tokens.
-        sampled: draw tokens where a row's verification can use that; else take the likeliest.
+        sampled: whether tokens are sampled for rows that gain by it; else they are the most likely ones.
     """
 
     def __init__(self, length: int, *, sampled: bool) -> None:
@@ -44,12 +44,12 @@ class Chain:
 
     @property
     def width(self) -> int:
-        """Nodes of a row that are drawn at once."""
+        """Nodes of a row that are drafted at once."""
         return 1
 
     @property
     def num_inner(self) -> int:
-        """Nodes that tokens are drawn at, the root included."""
+        """Nodes that have children, the root included."""
         return self.max_nodes
 
     @property
@@ -58,7 +58,7 @@ class Chain:
         return self.max_nodes - 1
 
     def draft(self, roots: Roots, runner: HeadRunner) -> list[TreeDraft]:
-        """Drafts one chain per row, with one head forward per level for all rows that go on."""
+        """Drafts one chain per row, with one head forward per level for all rows that continue."""
         sampled = {index for index, row in enumerate(roots.rows) if self.samples and row.gains_by_sampling}
         members, output, hidden = list(range(len(roots.rows))), roots.output, roots.hidden
         before = torch.zeros(len(members), device=output.device, dtype=torch.float32)
@@ -123,7 +123,7 @@ def _promising(going: list[int], level: _Level, roots: Roots, sampled: set[int])
 
 
 def _finish(levels: Sequence[_Level], roots: Roots, runner: HeadRunner, sampled: set[int]) -> list[TreeDraft]:
-    """The drafts, with one read from the device for the tokens of all rows, and one for their scores."""
+    """The drafts. Tokens and scores of all rows take one copy from the device each."""
     tokens = iter(torch.cat([level.tokens for level in levels]).tolist())
     scores = iter(torch.cat([level.scores for level in levels]).tolist())
     chains: list[list[int]] = [[] for _ in roots.rows]

@@ -1,8 +1,8 @@
-"""EAGLE-2's dynamic tree (Li et al. 2406.16858): expand the likeliest nodes, then keep the likeliest of all.
+"""EAGLE-2's dynamic tree (Li et al. 2406.16858): expand the most likely nodes, then verify the most likely of all.
 
-A node's score is the cumulative log-probability of its path. Every level expands the `top_k` best nodes of the level before,
-each into its `top_k` likeliest children; of everything that was scored the best are verified. Children are the likeliest, not
-samples, so the tree is deterministic and lossless by matching; temperature does not change it.
+A node's score is the cumulative log-probability of its path. Each level expands the `top_k` best nodes of the level before into
+their `top_k` most likely children; the best of all scored nodes are verified. Children are not sampled, so the tree is
+deterministic, does not depend on the temperature, and is verified by matching.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class DynamicTree:
     Attributes:
         depth: draft forwards after the first level.
         top_k: nodes expanded per level, and children of each.
-        total_tokens: nodes that are verified, the root included.
+        total_tokens: nodes to verify, the root included.
     """
 
     depth: int
@@ -36,7 +36,7 @@ class DynamicTree:
 
     @property
     def max_depth(self) -> int:
-        """The deepest node."""
+        """The depth of a draft."""
         return self.depth + 1
 
     @property
@@ -70,16 +70,16 @@ class DynamicTree:
 
 @attrs.define(eq=False)
 class _Growth:
-    """All rows' trees while they grow. M counts every node that can be scored; unused ones score -inf.
+    """The growing trees of all rows. M is the most nodes that are scored; unused ones score -inf.
 
     Attributes:
         scores: float32 [R, M]; node order is the order of creation.
         tokens: int64 [R, M], target ids.
         parents: int64 [R, M].
-        members: the rows that the beam belongs to, A of them.
-        beam: int64 [A, k], the nodes that are expanded next.
+        members: the A rows that still grow.
+        beam: int64 [A, k], the nodes to expand next.
         hidden: [A, k, hidden], the feedback of their parents.
-        visible: bool [A, k, entries], which of the drafted KV entries each may see: its ancestors.
+        visible: bool [A, k, entries], the mask over drafted KV entries: a node attends to its ancestors.
     """
 
     roots: Roots
@@ -96,7 +96,7 @@ class _Growth:
 
     @classmethod
     def plant(cls, roots: Roots, runner: HeadRunner, top_k: int, levels: int) -> _Growth:
-        """The first level: the root's likeliest children."""
+        """The first level: the root's most likely children."""
         log_probs = runner.log_probs(roots.output)
         width = min(top_k, log_probs.shape[-1])
         best = log_probs.topk(width, dim=-1)
@@ -122,7 +122,7 @@ class _Growth:
         )
 
     def expand(self, level: int, members: list[int]) -> None:
-        """Runs the beam of every row that may go on, scores its children, and chooses the next beam."""
+        """Runs the head over the beam of every row that still grows, scores the children, and chooses the next beam."""
         if len(members) < len(self.members):
             kept = [self.members.index(member) for member in members]
             self.members = members
@@ -163,7 +163,7 @@ class _Growth:
         )
 
     def harvest(self, most: int) -> list[TreeDraft]:
-        """The best nodes of every row, within its budget. Of equals the earlier wins: a parent never loses to its child."""
+        """The best nodes within each row's budget. Of equal scores the earlier node is taken, so a parent before its child."""
         order = self.scores.sort(dim=-1, descending=True, stable=True).indices[:, :most]
         tables = (order, *(table.gather(1, order) for table in (self.scores, self.tokens, self.parents)))
         columns = [table.tolist() for table in tables]

@@ -1,4 +1,4 @@
-"""Running the draft head over paged KV, and where every row stands."""
+"""Runs the draft head over paged KV, and the state of every row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from specplug_eagle.head import DraftHead, HeadOutput
 
 
 class HeadRunner:
-    """A head bound to its KV cache. Slot i of a row holds the pair (state of token i, token i + 1)."""
+    """A head with its KV cache. Entry i of a row is computed from the state of token i and the embedding of token i + 1."""
 
     def __init__(self, head: DraftHead, resources: Resources, cache: KVCache) -> None:
         self.head = head
@@ -28,8 +28,8 @@ class HeadRunner:
         """One draft step over all rows.
 
         Args:
-            rows: where the new entries lie and what they see.
-            tokens: int64 [T], target ids; None: those of the rows.
+            rows: the new entries: their KV slots and masks.
+            tokens: int64 [T], target ids; None means those of `rows`.
             hidden: [T, hidden]: fused target states, or the feedback of the step before.
         """
         batch = PagedBatch(rows, self._cache)
@@ -42,7 +42,7 @@ class HeadRunner:
         return flat.view(*output.shape[:-1], -1)
 
     def reported_ids(self, device: torch.device) -> torch.Tensor | None:
-        """What `DraftDistributions` needs for the target ids of all draft ids; None where they are the same."""
+        """The target id of every draft id, for `DraftDistributions.token_ids`; None if they are equal."""
         if self.head.draft_to_target is None and self.head.spec.draft_vocab_size != self.head.spec.vocab_size:
             return torch.arange(self.head.spec.draft_vocab_size, device=device, dtype=torch.long)
         return self.head.draft_to_target
@@ -55,13 +55,13 @@ class HeadRunner:
 
 @attrs.frozen(eq=False)
 class Roots:
-    """The rows that draft in this step, and the head's view behind their last committed token.
+    """The rows that draft in this step, with the head's output after their last committed token.
 
     Attributes:
         rows: R rows.
-        first: for each the first KV entry that was stored.
-        output: [R, hidden], what logits are computed from.
-        hidden: [R, hidden], the feedback for the first level.
+        first: for each row its first KV entry.
+        output: [R, hidden], the input of `DraftHead.logits`.
+        hidden: [R, hidden], the hidden state of the first level.
     """
 
     rows: list[ProposalRow]
@@ -70,13 +70,13 @@ class Roots:
     hidden: torch.Tensor
 
     def start(self, index: int) -> int:
-        """The KV index, and position, of a row's first drafted entry: behind all of its pairs."""
+        """The KV index, and position, of a row's first drafted entry."""
         return len(self.rows[index].tokens) - 1
 
 
 @attrs.define
 class HeadSequence:
-    """What the head's KV cache holds of one row: entries `begin` to `end`; both 0 for a row with none."""
+    """The valid KV entries of one row: `begin` to `end`."""
 
     begin: int = 0
     end: int = 0

@@ -1,4 +1,4 @@
-"""Trees of a fixed shape: children of given ranks at given nodes, whatever the text."""
+"""Trees of a fixed shape: children of given ranks at given nodes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Level:
 
     Attributes:
         nodes: the inner nodes; the root is -1.
-        parents: for each its index among the inner nodes of the level before.
+        parents: for each node its parent's index among the inner nodes of the level before.
         children: the nodes of the next depth.
         places: for each child, its parent's index in `nodes`.
         ranks: for each child, its rank among the siblings.
-        visible: bool [nodes, drafted KV entries so far, its own included].
-        depths: the depth, counted from the first drafted one, of each of these entries.
+        visible: bool [nodes, drafted KV entries so far, its own included], the mask.
+        depths: the depth of each of these entries; the first drafted depth is 0.
     """
 
     nodes: list[int]
@@ -49,14 +49,14 @@ class Level:
 
 
 class StaticTree:
-    """The shape of every draft.
+    """A static tree as the shape of drafts.
 
     Args:
-        paths: every node as the sibling ranks that lead to it; in any order, with all their ancestors and earlier siblings.
-        sampled: draw siblings where a row's verification can use that; else take the likeliest.
+        paths: every node as its path of sibling ranks, in any order. Ancestors and earlier siblings must be among them.
+        sampled: whether siblings are sampled for rows that gain by it; else they are the most likely tokens.
 
     Raises:
-        ConfigurationError: a node without its parent or its earlier sibling.
+        ConfigurationError: the parent or an earlier sibling of a node is missing.
     """
 
     def __init__(self, paths: Sequence[tuple[int, ...]], *, sampled: bool) -> None:
@@ -76,17 +76,17 @@ class StaticTree:
 
     @property
     def max_nodes(self) -> int:
-        """The nodes of a whole draft."""
+        """The nodes of a full draft."""
         return len(self.paths)
 
     @property
     def max_depth(self) -> int:
-        """The deepest node."""
+        """The depth of a full draft."""
         return self.depths[-1]
 
     @property
     def width(self) -> int:
-        """Nodes of a row whose children are drawn at once."""
+        """Nodes of a row whose children are drafted at once."""
         return max(len(level.nodes) for level in self.levels)
 
     @property
@@ -156,10 +156,10 @@ class StaticTree:
         return ForwardRow([0] * len(level.nodes), start + before, row.table, tree, roots.first[index])
 
     def finish(self, row: ProposalRow, tokens: list[int], scores: list[float] | None) -> list[int]:
-        """The nodes of a row's draft that were drawn and lie within its budget, ancestor-closed and ascending.
+        """The drafted nodes of a row within its budget, ancestor-closed and ascending.
 
-        Likeliest nodes are dropped by their score. Sampled ones by their place in the tree alone: which token came out must
-        not decide.
+        Most likely nodes are dropped by score; sampled nodes by their place in the tree alone, since the sampled token must not
+        decide.
         """
         drawn: list[int] = []
         present = {-1}
@@ -174,12 +174,12 @@ class StaticTree:
 
 @attrs.define(eq=False)
 class _Drawing:
-    """The tokens of all rows' trees while they are drawn.
+    """The trees of all rows.
 
     Attributes:
-        tokens: int64 [R, nodes], target ids; -1 where a distribution had too few tokens left.
+        tokens: int64 [R, nodes], target ids; -1 where a distribution had too few tokens.
         scores: float32 [R, nodes], cumulative log-probabilities.
-        sampled: the rows that are drawn by sampling.
+        sampled: the rows whose nodes are sampled.
         distributions: per sampled row the distribution of each inner node, in level order.
     """
 
@@ -193,7 +193,7 @@ class _Drawing:
 
     @classmethod
     def of(cls, tree: StaticTree, roots: Roots, runner: HeadRunner) -> _Drawing:
-        """Nothing drawn yet."""
+        """Trees without nodes."""
         shape, device = (len(roots.rows), tree.max_nodes), roots.output.device
         return cls(
             tree=tree,
@@ -205,7 +205,7 @@ class _Drawing:
         )
 
     def extend(self, members: list[int], level: Level, output: torch.Tensor) -> None:
-        """Draws the children of a level's inner nodes; `output` is [members, inner nodes, hidden]."""
+        """Drafts the children of a level's inner nodes; `output` is [members, inner nodes, hidden]."""
         device = output.device
         rows = torch.tensor(members, device=device, dtype=torch.long)[:, None]
         children = torch.tensor(level.children, device=device, dtype=torch.long)
@@ -248,7 +248,7 @@ class _Drawing:
             self.distributions.setdefault(index, []).extend(own)
 
     def finish(self) -> list[TreeDraft]:
-        """The drafts, with one read from the device for all rows."""
+        """The drafts. Tokens and scores of all rows take one copy from the device each."""
         tokens, scores = self.tokens.tolist(), self.scores.tolist()
         inner = [node for level in self.tree.levels for node in level.nodes]
         entry = {node: index for index, node in enumerate(inner)}

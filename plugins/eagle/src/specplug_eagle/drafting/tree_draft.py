@@ -1,4 +1,4 @@
-"""One row's finished draft."""
+"""The draft of one row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TreeDraft:
         tokens: target ids.
         parents: each node's parent, -1 for the root; None for a chain.
         scores: cumulative log-probability of each node, for a deterministic draft.
-        probs: what a sampled draft was drawn from.
+        probs: the distributions that a sampled draft was sampled from.
     """
 
     tokens: list[int]
@@ -30,7 +30,7 @@ EMPTY = TreeDraft([])
 
 
 def best_nodes(scores: Sequence[float], count: int) -> list[int]:
-    """The `count` best nodes in ascending order. Of equals the earlier wins, so that a parent never loses to its child."""
+    """The `count` best nodes in ascending order. Of equal scores the earlier node is taken, so a parent before its child."""
     if len(scores) <= count:
         return list(range(len(scores)))
     return sorted(sorted(range(len(scores)), key=lambda node: (-scores[node], node))[:count])

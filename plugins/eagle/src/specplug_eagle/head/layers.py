@@ -14,7 +14,7 @@ from specplug_eagle.head.spec import HeadSpec
 
 
 class Attend(Protocol):
-    """Attention as the caller does it: over a paged cache when drafting, with a dense mask when training."""
+    """The caller's attention: over a paged cache for drafting, with a dense mask for training."""
 
     def __call__(
         self,
@@ -25,7 +25,7 @@ class Attend(Protocol):
         scaling: float,
         window: int | None,
     ) -> torch.Tensor:
-        """Attends with the new tokens, and keeps their keys and values where there is a cache.
+        """Attends with the new tokens, and stores their keys and values if there is a cache.
 
         Args:
             layer: index of the draft layer.
@@ -59,7 +59,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with RoPE. EAGLE-3's first layer reads embedding and hidden state side by side."""
+    """Grouped-query attention with RoPE. EAGLE-3's first layer reads embedding and hidden state, concatenated."""
 
     def __init__(self, spec: HeadSpec, layer: int, device: torch.device | None, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class MLP(nn.Module):
 
 
 class DraftLayer(nn.Module):
-    """One decoder layer of a draft head, with the norms that its family has in that place."""
+    """One decoder layer of a draft head, with the norms of its family."""
 
     def __init__(self, spec: HeadSpec, layer: int, device: torch.device | None, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class DraftLayer(nn.Module):
         rotation: tuple[torch.Tensor, torch.Tensor],
         attend: Attend,
     ) -> torch.Tensor:
-        """[T, hidden] → [T, hidden]; the embeddings [T, hidden] are read by EAGLE-3's first layer only."""
+        """[T, hidden] → [T, hidden]; only EAGLE-3's first layer reads the embeddings [T, hidden]."""
         residual = hidden
         if self.hidden_norm is not None and self.input_layernorm is not None:
             normed = self.hidden_norm(hidden)

@@ -1,4 +1,4 @@
-"""The draft head: one module for drafting and for training. It knows nothing about caches, trees or sampling."""
+"""The draft head: one module for drafting and training, independent of caches, trees and sampling."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Borrowed = Callable[[torch.Tensor], torch.Tensor]
 
 @attrs.frozen(eq=False)
 class HeadOutput:
-    """What a draft step computes for each token.
+    """The result of a draft step.
 
     Attributes:
-        output: [T, hidden], what `DraftHead.logits` takes.
+        output: [T, hidden], the input of `DraftHead.logits`.
         feedback: [T, hidden], the hidden state of the next draft step.
     """
 
@@ -40,17 +40,17 @@ class DraftHead(nn.Module):
         logits = head.logits(result.output)                 # over the draft vocabulary
 
     Parameters have the names of the speculators format (`fc`, `layers.0.self_attn.q_proj`, `norm`, …). Every operation is
-    differentiable. Numbers of tokens may differ from call to call; nothing is kept between calls.
+    differentiable. The number of tokens may vary; no state is kept between calls.
 
     Args:
-        spec: what the head is.
-        embed: ids int64 [T] → [T, hidden]: the target's embedding, for a head without one; used, never copied.
+        spec: the head's specification.
+        embed: ids int64 [T] → [T, hidden]: the target's embedding, for a head without one; it is not copied.
         logits: [T, hidden] → [T, vocabulary]: the target's output layer, for a head without one.
-        device: where parameters are made.
-        dtype: of the parameters.
+        device: the device of the parameters.
+        dtype: the dtype of the parameters.
         draft_to_target: int64 [draft vocabulary], each draft id's target id; None if they are the same.
 
-    The parameters start as `reset_parameters` leaves them; a checkpoint's tensors come in through `from_tensors`.
+    `reset_parameters` initialises the parameters; `from_tensors` makes a head from a checkpoint's tensors.
     """
 
     draft_to_target: torch.Tensor | None
@@ -105,7 +105,7 @@ class DraftHead(nn.Module):
         logits: Borrowed | None = None,
         draft_to_target: torch.Tensor | None = None,
     ) -> DraftHead:
-        """Makes a head of tensors by canonical name. They are adopted, not copied, and need no gradient.
+        """Makes a head from tensors by canonical name. They are not copied, and need no gradient.
 
         Raises:
             CheckpointError: a tensor is missing, unexpected, or of another shape than the spec says.
@@ -127,15 +127,15 @@ class DraftHead(nn.Module):
                 nn.init.ones_(module.weight)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Target token ids, int64 [T] → embeddings [T, hidden], from the head's own table or the borrowed one."""
+        """Target token ids, int64 [T] → embeddings [T, hidden], from the head's own or the borrowed embedding."""
         if self.embed_tokens is not None:
             return self.embed_tokens(token_ids)
-        return self._lent("embed", "embed_tokens")(token_ids)
+        return self._borrow("embed", "embed_tokens")(token_ids)
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """Target states [T, n · target hidden], ascending by depth → the hidden state of draft step 0, [T, hidden].
 
-        EAGLE-1 and single-state heads read the target's final normed state as it is.
+        EAGLE-1 and single-state heads use the target's final normed state unchanged.
         """
         if self.spec.uses_final_state or self.fc is None:
             return features
@@ -153,13 +153,13 @@ class DraftHead(nn.Module):
         """Runs one draft step over any number of tokens.
 
         Args:
-            embeddings: [T, hidden] of the tokens, each one ahead of its hidden state.
-            hidden: [T, hidden]: `fuse` of target states, or the feedback of the step before.
+            embeddings: [T, hidden] of the tokens, each one position after its hidden state.
+            hidden: [T, hidden]: `fuse` of target states, or the feedback of the previous step.
             positions: int64 [T], positions of the hidden states' tokens.
-            attend: attention over these tokens and whatever came before them.
+            attend: attention over these tokens and earlier ones.
 
         Returns:
-            What logits are computed from, and what the next step is fed.
+            The input of `logits`, and the hidden state of the next step.
         """
         if self.spec.family == "eagle1" and self.fc is not None:
             hidden = self.fc(torch.cat((embeddings, hidden), dim=-1))
@@ -175,20 +175,20 @@ class DraftHead(nn.Module):
         """[T, hidden] → [T, draft vocabulary], through the head's own output layer or the borrowed one."""
         if self.lm_head is not None:
             return self.lm_head(output)
-        return self._lent("logits", "lm_head")(output)
+        return self._borrow("logits", "lm_head")(output)
 
-    def _lent(self, use: str, name: str) -> Borrowed:
-        lent = self._borrowed[use]
-        if lent is None:
-            raise CheckpointError(f"the draft head holds no {name}, and none was lent to it")
-        return lent
+    def _borrow(self, use: str, name: str) -> Borrowed:
+        borrowed = self._borrowed[use]
+        if borrowed is None:
+            raise CheckpointError(f"the draft head has no {name}, and the target's was not given")
+        return borrowed
 
 
 def check_tensors(spec: HeadSpec, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Compares tensors with what a head needs.
 
     Raises:
-        CheckpointError: naming what is missing, unexpected, or of the wrong shape (both shapes).
+        CheckpointError: a tensor is missing, unexpected, or has the wrong shape; the message names it and both shapes.
     """
     expected = spec.tensor_shapes()
     missing = sorted(expected.keys() - shapes.keys())
@@ -196,7 +196,7 @@ def check_tensors(spec: HeadSpec, shapes: Mapping[str, tuple[int, ...]]) -> None
         raise CheckpointError(f"the draft head lacks {_some(missing)}; the checkpoint is incomplete")
     unknown = sorted(shapes.keys() - expected.keys())
     if unknown:
-        raise CheckpointError(f"the draft head has no place for {_some(unknown)}; this is a variant that is not known")
+        raise CheckpointError(f"the draft head does not use {_some(unknown)}; this is an unknown variant")
     for name, shape in expected.items():
         if shapes[name] != shape:
             raise CheckpointError(f"'{name}' has the shape {list(shapes[name])} where {list(shape)} is expected")

@@ -14,7 +14,7 @@ class RotaryEmbedding(nn.Module):
     """Cosines and sines for token positions.
 
     With `dynamic` scaling a token at position p is rotated as the last token of a sequence of p + 1 tokens, which is what
-    decoding token by token does. So a row never depends on the rows beside it, nor on how a prompt was chunked.
+    decoding token by token does. So a row depends neither on other rows nor on how its prompt was chunked.
 
     Args:
         spec: the settings.
@@ -68,9 +68,9 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Rotates [heads, T, D] by [T, rotary_dim]; what lies beyond rotary_dim passes through."""
+    """Rotates [heads, T, D] by [T, rotary_dim]; dimensions beyond rotary_dim are unchanged."""
     dim = cosine.shape[-1]
-    turned, rest = states[..., :dim], states[..., dim:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cosine + torch.cat((-second, first), dim=-1) * sine
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+    rotated, rest = states[..., :dim], states[..., dim:]
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cosine + torch.cat((-second, first), dim=-1) * sine
+    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated

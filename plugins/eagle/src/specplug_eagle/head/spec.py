@@ -1,4 +1,4 @@
-"""What a draft head is: sizes, variants and RoPE. Everything else is derived from it."""
+"""The specification of a draft head: sizes, variants and RoPE."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Layout = Literal["flat", "eagle_config", "speculators", "wrapped"]
 
 @attrs.frozen
 class RopeSpec:
-    """Rotary position embedding of the draft layers, always the head's own, never the target's.
+    """Rotary position embedding of the draft layers; it is independent of the target's.
 
     Attributes:
         theta: the base.
@@ -37,7 +37,7 @@ class HeadSpec:
     """A draft head: one of EAGLE-1 (which EAGLE-2 shares), arXiv 2401.15077, or EAGLE-3, arXiv 2503.01840.
 
     Attributes:
-        family: `eagle1` (fuses embedding and feature before the layers) or `eagle3` (attends over both, side by side).
+        family: `eagle1` (fuses embedding and feature before the layers) or `eagle3` (attends over both, concatenated).
         hidden_size: width of the draft's own states.
         target_hidden_size: width of the target's.
         vocab_size: of the target, and of the embedding.
@@ -52,14 +52,14 @@ class HeadSpec:
         hidden_act: the MLP's activation, by Transformers' name.
         rope: rotary settings.
         windows: per layer the sliding window in tokens (key j is visible to query i iff 0 ≤ i − j < window), or None.
-        single_state: an EAGLE-3 head without `fc`, whose input is the target's final normed state.
-        has_own_embedding: whether the head holds `embed_tokens`; the target's serves otherwise.
-        has_own_lm_head: whether the head holds `lm_head`; the target's serves otherwise.
+        single_state: an EAGLE-3 head without `fc` that reads the target's final normed state.
+        has_own_embedding: whether the head has `embed_tokens`; else it borrows the target's.
+        has_own_lm_head: whether the head has `lm_head`; else it borrows the target's.
         fc_bias: `fc` has a bias.
         norm_before_fc: EAGLE-3: one RMSNorm over the concatenated target states.
         fc_norm: EAGLE-3: one RMSNorm for each target state.
         norm_before_residual: EAGLE-3: the residual starts from the normed hidden state.
-        norm_output: EAGLE-3: the next step is fed the normed output.
+        norm_output: EAGLE-3: the next step gets the normed output.
         qkv_bias: q, k and v have biases.
         o_bias: the attention's output has a bias.
         mlp_bias: the MLP has biases.
@@ -67,7 +67,7 @@ class HeadSpec:
         normed_layers: EAGLE-1 in the Mistral style: layer 0 has an input norm, and a final norm precedes both logits
             and the fed-back feature.
         layer_ids: the target layer ids as the checkpoint states them; see `layer_ids.resolve_layer_ids`.
-        layout: the configuration's layout, which the meaning of `layer_ids` depends on.
+        layout: the configuration's layout; the meaning of `layer_ids` depends on it.
     """
 
     family: Family
@@ -112,11 +112,11 @@ class HeadSpec:
 
     @property
     def feature_size(self) -> int:
-        """Width of what `DraftHead.fuse` takes: all target states of one token side by side."""
+        """Width of the input of `DraftHead.fuse`: all target states of one token, concatenated."""
         return self.num_aux_states * self.target_hidden_size
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The head's parameters by canonical name, linear weights as [out, in]; vocabulary maps are not among them."""
+        """The head's parameters by canonical name, linear weights as [out, in], without vocabulary maps."""
         hidden, heads, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {}
         if self.has_own_embedding:

@@ -1,4 +1,4 @@
-"""The target as speculators see it, and the lazy handles they get their own weights and models through."""
+"""The target as speculators see it, and handles to checkpoints that core loads for them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from specplug.contract.memory import MemoryRegion
+from specplug.contract.resources import MemoryRegion
 from specplug.errors import PluginError
 from specplug.model.device import choose_device
 from specplug.model.head import Head
@@ -34,7 +34,7 @@ Progress = Callable[[float], None]
 
 
 class LazyWeights:
-    """See `specplug.contract.target.WeightsHandle`."""
+    """See `specplug.WeightsHandle`."""
 
     def __init__(self, source: str, revision: str | None, dtype: torch.dtype, device: torch.device) -> None:
         self.folder = resolve_checkpoint(source, revision, pickles=True)
@@ -47,11 +47,11 @@ class LazyWeights:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """The checkpoint's config.json, as it is."""
+        """See `WeightsHandle.config`."""
         return read_json_config(self.folder)
 
     def keep(self, names: Iterable[str]) -> None:
-        """Leaves all other tensors on disk, out of `num_bytes` and `tensors`."""
+        """See `WeightsHandle.keep`."""
         wanted = set(names)
         if unknown := sorted(wanted - self.shapes.keys()):
             raise PluginError(f"{self.folder} has no tensor '{unknown[0]}' to keep")
@@ -60,7 +60,7 @@ class LazyWeights:
         self._headers = {name: header for name, header in self._headers.items() if name in wanted}
 
     def num_bytes(self, dtype: torch.dtype | None = None) -> int:
-        """Bytes of the kept tensors as they will be held, floating ones as `dtype` (default: the target's)."""
+        """See `WeightsHandle.num_bytes`."""
         floating = dtype or self._dtype
         total = 0
         for header in self._headers.values():
@@ -76,22 +76,22 @@ class LazyWeights:
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """The tensors; not before the plan was accepted."""
+        """See `WeightsHandle.tensors`."""
         if self._tensors is None:
-            raise PluginError("weights can be read from warmup on, until release() is called")
+            raise PluginError("the tensors can be read from warmup on, until release() is called")
         return self._tensors
 
     def release(self) -> None:
-        """Lets go of the tensors."""
+        """See `WeightsHandle.release`."""
         self._tensors = None
 
     def close(self) -> None:
-        """Lets go of the tensors."""
+        """Drops the tensors."""
         self.release()
 
 
 class LazyModel:
-    """See `specplug.contract.target.ModelHandle`."""
+    """See `specplug.ModelHandle`."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class LazyModel:
         device: torch.device,
         label: str,
         *,
-        is_elsewhere: bool = False,
+        has_own_device: bool = False,
     ) -> None:
         self.folder: Path = resolve_checkpoint(source, revision)
         self.config = load_config(self.folder)
@@ -110,7 +110,7 @@ class LazyModel:
         self.dtype = choose_dtype(dtype, self.config)
         self.device = device
         self._label = label
-        self._is_elsewhere = is_elsewhere
+        self._has_own_device = has_own_device
         self._architecture = inspect_architecture(self.config, self.dtype)
         check_not_quantised(self.folder, headers, self.config, self._architecture)
         self.vocab_size = self._architecture.vocab_size
@@ -122,8 +122,8 @@ class LazyModel:
     def regions(
         self, *, scratch_tokens_per_row: int = 0, tables: Literal["shared", "own"] = "shared"
     ) -> list[MemoryRegion]:
-        """The model's weights and KV cache."""
-        device = self.device if self._is_elsewhere else None
+        """See `ModelHandle.regions`."""
+        device = self.device if self._has_own_device else None
         return [
             MemoryRegion(f"{self._label}.weights", "weights", fixed_bytes=self.weight_bytes, device=device),
             MemoryRegion(
@@ -139,7 +139,7 @@ class LazyModel:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer in the checkpoint's folder, or None."""
+        """See `ModelHandle.tokenizer`."""
         return load_tokenizer(self.folder)
 
     def materialize(self, progress: Progress) -> None:
@@ -148,7 +148,7 @@ class LazyModel:
         progress(1.0)
 
     def bind(self, caches: Mapping[str, KVCache]) -> None:
-        """Connects the model with its KV cache, if the speculator planned one."""
+        """Connects the model to its KV cache, if the speculator planned one."""
         cache = caches.get(f"{self._label}.kv")
         if cache is not None and self._model is not None:
             self.runner = ModelRunner(self._model, self._architecture, cache, self.device)
@@ -156,10 +156,10 @@ class LazyModel:
     def forward(
         self, rows: Sequence[ForwardRow], *, logits: Literal["last", "all"] | int | Sequence[int] = "last"
     ) -> torch.Tensor:
-        """Runs the model; see `ModelHandle.forward`."""
+        """See `ModelHandle.forward`."""
         if self.runner is None:
             raise PluginError(
-                "the model cannot run: return its regions() from plan_memory, and run it from warmup on, not before"
+                "the model cannot run yet: return its regions() from plan_memory, and call forward from warmup on"
             )
         if isinstance(logits, str) and logits == "all":
             return self.runner.forward(rows)
@@ -173,35 +173,33 @@ class LazyModel:
         return self.runner.forward(rows, index)
 
     def close(self) -> None:
-        """Lets go of model and cache."""
+        """Drops model and cache."""
         if self.runner is not None:
             self.runner.close()
         self.runner = self._model = None
 
 
 def _counts(rows: Sequence[ForwardRow], logits: Any) -> list[int]:
-    """Of how many last tokens of each row logits are wanted.
+    """The number of last tokens of each row to compute logits for.
 
     Raises:
-        PluginError: not an integer for each row, or more than a row's tokens.
+        PluginError: there is not one integer per row, or it exceeds the row's tokens.
     """
     several = as_integer(logits)
     given = (several,) * len(rows) if is_integer(several) else as_tuple(several)
     if not isinstance(given, tuple):
-        raise PluginError(f"forward: logits={shown(logits)}: expected 'last', 'all', an integer, or one for each row")
+        raise PluginError(f"forward: logits={shown(logits)}: expected 'last', 'all', an integer, or one per row")
     counts = [as_integer(each) for each in given]
     if len(counts) != len(rows):
         raise PluginError(f"forward: logits has {len(counts)} entries for {len(rows)} rows")
     for row, count in enumerate(counts):
         if not is_integer(count, 0) or count > len(rows[row].tokens):
-            raise PluginError(
-                f"forward: logits of the last {shown(count)} tokens were asked for, and row {row} has {len(rows[row].tokens)}"
-            )
+            raise PluginError(f"forward: logits={shown(count)} for row {row}, which has {len(rows[row].tokens)} tokens")
     return counts
 
 
 class TargetFacade:
-    """See `specplug.contract.target.TargetModel`."""
+    """See `specplug.TargetModel`."""
 
     def __init__(
         self,
@@ -238,18 +236,16 @@ class TargetFacade:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The target's tokenizer, or None."""
+        """See `TargetModel.tokenizer`."""
         return self._tokenizer()
 
     def attach(self, model: torch.nn.Module) -> None:
-        """Makes `embed` and `logits` work, once the target is loaded."""
+        """Makes `embed` and `logits` available, once the target is loaded."""
         self._head = Head(model)
 
     def _loaded_head(self) -> Head:
         if self._head is None:
-            raise PluginError(
-                "the target's embedding and logits were used before it is loaded; they work from warmup on"
-            )
+            raise PluginError("the target is not loaded yet: call embed and logits from warmup on")
         return self._head
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -271,15 +267,20 @@ class TargetFacade:
     ) -> LazyModel:
         """See `TargetModel.model`."""
         name = dtype or str(self.dtype).removeprefix("torch.")
-        place = self.device if device is None else choose_device(device)
+        model_device = self.device if device is None else choose_device(device)
         handle = LazyModel(
-            source, revision, name, place, f"model {len(self.handles)}", is_elsewhere=place != self.device
+            source,
+            revision,
+            name,
+            model_device,
+            f"model {len(self.handles)}",
+            has_own_device=model_device != self.device,
         )
         self.handles.append(handle)
         return handle
 
     def close(self) -> None:
-        """Lets go of everything that was lent."""
+        """Closes all handles."""
         for handle in self.handles:
             handle.close()
         self._head = None

@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from specplug.configuration.speculative import parse_speculative_config
+from specplug.config.speculative import parse_speculative_config
 from specplug.contract.settings import SpeculativeConfig
 from specplug.errors import ConfigurationError
 from specplug.values import as_integer, as_tuple, expect, flag, integer, is_integer, one_of, shown

@@ -1,8 +1,8 @@
-"""The five hooks of a speculator. This file is the contract; everything else in core serves it.
+"""The five hooks of a speculator. Read this file first, then `types.py`.
 
-A plugin is a module named by an entry point of group `specplug`; the entry point's name is the method that users put in
-their configuration. The module implements `load_speculator`, which returns an object; the object's `@hookimpl` methods
-are the other hooks. Only `propose` is needed:
+A plugin is a module that an entry point of group `specplug` names; the name of the entry point is the method that users
+configure. The module implements `load_speculator`, which returns an object. The other hooks are the object's `@hookimpl`
+methods; only `propose` is required:
 
     from specplug import Proposal, hookimpl
 
@@ -17,27 +17,30 @@ are the other hooks. Only `propose` is needed:
 
 Core calls the hooks in this order:
 
-    load_speculator → plan_memory → (weights are loaded, memory is allocated) → warmup → (propose → verify)*
+    load_speculator → plan_memory → (weights are loaded, memory is allocated) → warmup → (propose → verify) per step
 
-A hook may take fewer arguments than its specification names; later versions may only add arguments. A module may also
-implement *wrappers* (`@hookimpl(wrapper=True)`) around any hook to observe it: look, but return what `yield` gave. Under an
-entry point of group `specplug.observers` such a module observes every engine.
+A hook may take fewer arguments than its specification names; later versions only add arguments. A plugin may also *observe*
+a hook, with a function marked `@hookimpl(wrapper=True)` that returns what `yield` gave. Unlike in pluggy, such a wrapper
+cannot change the result. A module under an entry point of group `specplug.observers` observes every engine.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pluggy
 
 if TYPE_CHECKING:
-    from specplug.contract.batch import ProposalBatch, VerificationBatch
-    from specplug.contract.memory import MemoryBudget, MemoryRegion
-    from specplug.contract.proposal import Proposal
-    from specplug.contract.resources import Resources
+    from specplug.contract.resources import MemoryBudget, MemoryRegion, Resources, TargetModel
     from specplug.contract.settings import SpeculativeConfig
-    from specplug.contract.target import TargetModel
-    from specplug.contract.verdict import TargetDistributions, Verdict
+    from specplug.contract.types import (
+        Proposal,
+        ProposalBatch,
+        Speculator,
+        TargetDistributions,
+        Verdict,
+        VerificationBatch,
+    )
 
 PROJECT = "specplug"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -45,26 +48,25 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 class SpeculatorHooks:
-    """The hook specifications, registered with every engine's own PluginManager."""
+    """The hook specifications."""
 
     @hookspec(firstresult=True)
-    def load_speculator(self, config: SpeculativeConfig, target: TargetModel) -> Any | None:
-        """Makes the speculator of one engine. Implemented by the plugin's module; called once, before any weight is read.
+    def load_speculator(self, config: SpeculativeConfig, target: TargetModel) -> Speculator | None:
+        """Makes the speculator of one engine. The plugin's module implements it; core calls it once, before it reads weights.
 
-        Read configuration and checkpoint headers here, never weights: `target.model(...)` and `target.weights(...)`
-        return lazy handles, which core fills after the memory plan was accepted.
+        Read configuration and checkpoint headers here, not weights: `target.model(...)` and `target.weights(...)` return
+        handles, whose weights core loads after it accepted the memory plan.
 
         Args:
-            config: the user's `speculative_config`. Read your keys with `config.get` or `config.settings`; a key that
-                nobody read is reported to the user as unknown.
-            target: what the target model is, and what it lends to speculators.
+            config: the user's `speculative_config`. Read the plugin's keys with `config.get` or `config.settings`. A key
+                that was never read is an error.
+            target: the target: its sizes, tokenizer, embedding and LM head, and handles to other checkpoints.
 
         Returns:
-            The speculator: any object with `@hookimpl` methods. Its optional attribute `traits`
-            (`specplug.SpeculatorTraits`) declares which target states it needs and what it promises.
+            The speculator. Its optional attribute `traits` declares the target states that it needs and what it promises.
 
         Raises:
-            ConfigurationError: for settings that cannot work; the message reaches the user as it is.
+            ConfigurationError: the settings cannot work; the user sees the message unchanged.
 
         Example:
             from specplug import LLM, ConfigurationError, Proposal, hookimpl
@@ -91,13 +93,13 @@ class SpeculatorHooks:
 
     @hookspec(firstresult=True)
     def plan_memory(self, budget: MemoryBudget) -> list[MemoryRegion]:  # type: ignore[empty-body]
-        """Says what memory the speculator will hold, from headers alone. Not needed by a speculator that holds none.
+        """Declares the memory that the speculator will use, known from headers. Optional for one that uses none.
 
         Args:
-            budget: the limits everything must fit.
+            budget: the limits that everything must fit.
 
         Returns:
-            One `MemoryRegion` per kind of use. Core solves for the number of KV blocks so that all parts fit.
+            One `MemoryRegion` per kind of use. Core chooses the number of KV blocks so that everything fits.
 
         Example:
             from specplug import LLM, MemoryRegion, Proposal, hookimpl
@@ -113,15 +115,15 @@ class SpeculatorHooks:
 
             plugins = {"ranked": lambda config, target: Ranked()}
             with LLM("tiny", plugins=plugins, speculative_config={"method": "ranked"}, max_num_seqs=4) as llm:
-                print(dict(llm.engine.plan.parts))  # the four bytes of every row are in "verification buffers"
+                print(dict(llm.engine.plan.parts))  # "verification buffers" contains 4 bytes per row
         """
 
     @hookspec(firstresult=True)
     def warmup(self, resources: Resources) -> None:
-        """Called once, after everything is loaded and allocated. Keep what you need of `resources`; run every shape.
+        """Called once, after weights are loaded and memory is allocated. Store `resources`; run each shape once.
 
         Args:
-            resources: KV caches by region name, the announced shape buckets, limits.
+            resources: the KV caches by region name, the numbers of rows to warm up for, the step compiler.
 
         Example:
             import torch
@@ -141,7 +143,7 @@ class SpeculatorHooks:
                 @hookimpl
                 def propose(self, batch):
                     for row in batch.rows:
-                        self.counts[row.slot] += 1
+                        self.counts[row.row_id] += 1
 
             counts = Counts()
             plugins = {"counts": lambda config, target: counts}
@@ -152,22 +154,22 @@ class SpeculatorHooks:
 
     @hookspec(firstresult=True)
     def propose(self, batch: ProposalBatch) -> Proposal | None:
-        """Called after every target step, with the rows that the speculator follows. The only hook that is required.
+        """Called after every target step. The only hook that is required.
 
-        Handle `batch.ended` first (forget those slots), then bring your state up to date over `row.computed`, then
-        draft at most `row.budget` per row. A budget of zero nodes means: update your state, propose nothing; so it is
-        while a prompt is computed in chunks. A call without rows only delivers `ended`: return an empty proposal or None.
+        Handle `batch.ended` first: forget those rows. Then ingest `row.new_positions` of each row, then draft at most
+        `row.budget`. With a budget of zero nodes, only ingest; the budget is zero while a prompt is computed in chunks. A call
+        without rows only delivers `ended`: return an empty proposal or None.
 
         Args:
             batch: the rows, valid only during the call.
 
         Returns:
-            One draft per row, in the order of `batch.rows`; None for no drafts at all. Zero drafts are always legal.
+            One draft per row, in the order of `batch.rows`; None for no drafts. An empty draft is always legal.
 
-        Whatever is proposed, output stays distributed as the target's own: a bad draft costs time, never correctness.
-        An exception, or a proposal that breaks the contract, costs the drafts of this step and is reported. The rows of
-        that call may be half-updated, so they do not come back (those of a `token_only` speculator do); new rows come as
-        before. After three faults in a row the speculator is not asked any more.
+        A proposal never changes the distribution of the output: a bad draft costs time, not correctness. After an exception
+        or an invalid proposal, the step has no drafts and a warning is logged. The speculator does not see the rows of that
+        call again, since their state may be inconsistent, unless it declares `token_only`; it still sees new rows. After three
+        faults in a row it is switched off.
 
         Example:
             from specplug import LLM, Proposal, hookimpl
@@ -178,17 +180,17 @@ class SpeculatorHooks:
 
                 @hookimpl
                 def propose(self, batch):
-                    for slot, reason in batch.ended:
-                        self.rows.pop(slot, None)
+                    for row_id, reason in batch.ended:
+                        self.rows.pop(row_id, None)
                     return Proposal([self.draft(row) for row in batch.rows])
 
                 def draft(self, row):
                     if row.is_new:
-                        self.rows[row.slot] = ({}, 0)
-                    after, seen = self.rows[row.slot]
+                        self.rows[row.row_id] = ({}, 0)
+                    after, seen = self.rows[row.row_id]
                     for index in range(seen, len(row.tokens) - 1):
                         after[row.tokens[index]] = row.tokens[index + 1]
-                    self.rows[row.slot] = (after, len(row.tokens) - 1)
+                    self.rows[row.row_id] = (after, len(row.tokens) - 1)
                     draft = [row.tokens[-1]]
                     while len(draft) <= row.budget.max_nodes and draft[-1] in after:
                         draft.append(after[draft[-1]])
@@ -202,22 +204,21 @@ class SpeculatorHooks:
 
     @hookspec(firstresult=True)
     def verify(self, batch: VerificationBatch, proposal: Proposal, target: TargetDistributions) -> Verdict | None:
-        """Decides which drafts are kept. Core's lossless verifier answers last; almost nobody implements this.
+        """Decides which draft tokens are accepted. Few plugins implement it: core's lossless verifier is the default.
 
         Args:
-            batch: the rows under verification with their sampling parameters and random streams.
-            proposal: the drafts, one entry per row of `batch`, already checked by core.
-            target: the target's distributions at the root and after every draft node.
+            batch: the rows with their sampling parameters and random streams.
+            proposal: the drafts, one entry per row of `batch`, validated by core.
+            target: the target's distributions at the root and after every node.
 
         Returns:
-            The accepted path and the next token of every row; None to leave it to the next implementation. A method
-            that overrides `verify` is named as not verified by core wherever its results are reported; one that wraps it is
-            not, for a wrapper cannot change a verdict.
+            The accepted path and the next token of every row; None to leave the decision to core's verifier. Reports name a
+            method that implements `verify` as not verified by core; one that wraps it is not named.
 
         Example:
             from specplug import LLM, Proposal, Verdict, hookimpl
 
-            class Lenient:  # keeps what is one of the target's two most likely tokens: not lossless
+            class Lenient:  # accepts the target's two most likely tokens: not lossless
                 @hookimpl
                 def propose(self, batch):
                     return Proposal([[row.tokens[-1]] * row.budget.max_nodes for row in batch.rows])

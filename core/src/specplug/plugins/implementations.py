@@ -1,12 +1,13 @@
-"""The hook implementations of a plugin, and what is wrong with them."""
+"""The hook implementations of a plugin: finding and checking them."""
 
 from __future__ import annotations
 
 import inspect
+import sys
 from types import ModuleType
 from typing import Any
 
-from specplug.contract.hookspecs import PROJECT, SpeculatorHooks
+from specplug.contract.hooks import PROJECT, SpeculatorHooks
 from specplug.errors import PluginError, did_you_mean
 from specplug.version import __version__
 
@@ -14,7 +15,7 @@ HOOKS = ("load_speculator", "plan_memory", "warmup", "propose", "verify")
 
 
 def check_hooks(plugin: Any, name: str) -> None:
-    """Refuses what pluggy would accept and then misuse, or refuse in words that say less.
+    """Refuses implementations that pluggy would accept and never call as meant, or refuse with a vaguer message.
 
     Raises:
         PluginError: a class instead of an object, an unhashable object, an old-style wrapper, a hook or argument that is
@@ -35,7 +36,7 @@ def check_hooks(plugin: Any, name: str) -> None:
         hook = options.get("specname") or attribute
         if not hasattr(SpeculatorHooks, hook):
             if options.get("optionalhook"):
-                continue  # one of another version, which the plugin works without
+                continue  # a hook of another version of core
             raise PluginError(f"{where}: there is no such hook{did_you_mean(hook, HOOKS)} (hooks: {', '.join(HOOKS)})")
         known = list(inspect.signature(getattr(SpeculatorHooks, hook)).parameters)[1:]
         for parameter in inspect.signature(function).parameters.values():
@@ -76,7 +77,7 @@ def touches_hook(plugin: Any, hook: str) -> bool:
 
 
 def implements_hook(plugin: Any, hook: str) -> bool:
-    """Whether the plugin itself answers a hook; a wrapper only looks."""
+    """Whether the plugin implements a hook itself; a wrapper does not count."""
     return any(
         (options.get("specname") or name) == hook and not options.get("wrapper")
         for name, _, options in hook_functions(plugin)
@@ -84,10 +85,10 @@ def implements_hook(plugin: Any, hook: str) -> bool:
 
 
 def check_module(plugin: Any, name: str) -> None:
-    """Refuses a module, or an object in its place, whose hooks nobody would call.
+    """Refuses a module, or an object in its place, with hooks that core would never call.
 
     Raises:
-        PluginError: it implements a hook that belongs to the object that `load_speculator` returns, or nothing at all.
+        PluginError: it implements a hook that belongs to the object that `load_speculator` returns, or no hook at all.
     """
     check_hooks(plugin, name)
     found = hook_functions(plugin)
@@ -100,3 +101,31 @@ def check_module(plugin: Any, name: str) -> None:
             )
     if not any((options.get("specname") or attribute) in HOOKS for attribute, _, options in found):
         raise PluginError(f"plugin '{name}' implements no hook (load_speculator is needed)")
+
+
+def own_verifiers(plugin: Any) -> tuple[str, ...]:
+    """The classes that implement `verify` in the imported modules of a plugin's package, without making a speculator.
+
+    What `load_speculator` will return is unknown without a configuration and a target. An engine marks results by what it
+    loaded.
+    """
+    name = plugin.__name__ if isinstance(plugin, ModuleType) else type(plugin).__module__
+    module = sys.modules.get(name)
+    package = getattr(module, "__package__", None) or name
+    if package == PROJECT:  # core's own package, which contains core's verifier
+        package = name
+    found = set()
+    for each, part in list(sys.modules.items()):
+        if part is not None and (each == package or each.startswith(f"{package}.")):
+            for value in list(vars(part).values()):
+                if inspect.isclass(value) and value.__module__ == each and _implements_verify(value):
+                    found.add(f"{each}.{value.__qualname__}")
+    return tuple(sorted(found))
+
+
+def _implements_verify(cls: type) -> bool:
+    for name in dir(cls):
+        options = getattr(inspect.getattr_static(cls, name, None), f"{PROJECT}_impl", None)
+        if isinstance(options, dict) and (options.get("specname") or name) == "verify" and not options.get("wrapper"):
+            return True
+    return False

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import attrs
 
-from specplug.configuration.engine import EngineConfig
+from specplug.config.engine import EngineConfig
 from specplug.errors import ConfigurationError, did_you_mean
 from specplug.values import as_integer, shown
 
