@@ -104,8 +104,8 @@ def _narrow_configs(config: Any, *, is_small: bool) -> Iterator[Any]:
         own = narrow.get_text_config()
         _change(own, _counts(own, _WINDOWS), lambda number: min(number, WINDOW))
         if not is_small:
-            _change(own, heads, lambda number, divisor=head_divisor: number // divisor)
-            _change(own, widths, lambda number, divisor=width_divisor: number // divisor)
+            _divide(own, heads, head_divisor)
+            _divide(own, widths, width_divisor)
             _change(own, _counts(own, _VOCABULARY), lambda number: min(number, _FEWEST_IDS))
             for part in (narrow, own):
                 if getattr(part, "pad_token_id", None) is not None:
@@ -116,6 +116,10 @@ def _narrow_configs(config: Any, *, is_small: bool) -> Iterator[Any]:
 def _change(config: Any, fields: list[tuple[str, Any]], change: Callable[[int], int]) -> None:
     for name, value in fields:
         vars(config)[name] = [change(number) for number in value] if isinstance(value, (list, tuple)) else change(value)
+
+
+def _divide(config: Any, fields: list[tuple[str, Any]], divisor: int) -> None:
+    _change(config, fields, lambda number: number // divisor)
 
 
 def _common(fields: list[tuple[str, Any]]) -> int:
