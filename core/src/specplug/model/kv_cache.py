@@ -138,6 +138,10 @@ class BlockAllocator:
         for block in blocks:
             self._references[block] += 1
 
+    def is_shared(self, block: int) -> bool:
+        """Whether more than one row holds the block."""
+        return self._references[block] > 1
+
     def release(self, blocks: Sequence[int], *, claimed: int = 0) -> None:
         """Drops one holder of each block; blocks without a holder become free.
 

@@ -67,7 +67,7 @@ class TensorBatch:
         window: int | None = None,
     ) -> torch.Tensor:
         """See `PagedBatch.attend`."""
-        site = AttentionSite(*self.caches[2 * layer : 2 * layer + 2])
+        site = AttentionSite(self.caches[2 * layer], self.caches[2 * layer + 1])
         site.batch = self
         return site.attend(query[None], key[None], value[None], scaling, window, None, None)[0]
 
@@ -129,9 +129,10 @@ def trace_step(
     def run(*flat: Any) -> list[Any]:
         first = len(weights) + len(caches)
         own_weights = dict(zip(weights, flat[: len(weights)], strict=True))
-        batch = TensorBatch(*flat[first : first + 3], flat[len(weights) : first])
+        positions, plan, slots, *own_inputs = flat[first:]
+        batch = TensorBatch(positions, plan, slots, flat[len(weights) : first])
         with torch.nn.utils.stateless._reparametrize_module(module, own_weights, tie_weights=True):
-            return list(step(batch, *flat[first + 3 :]))
+            return list(step(batch, *own_inputs))
 
     with torch.no_grad(), fake.mode, enable_python_dispatcher():  # older C++ decompositions want numbers for sizes
         graph = make_fx(run, tracing_mode="real")(*fakes)
