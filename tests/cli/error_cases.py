@@ -95,7 +95,7 @@ OPTIONS: list[tuple[tuple[str, ...], str]] = [
     (("--device", "meta"), "device='meta' is not supported; use auto"),
     # prompts
     (("--prompt", ""), "--prompt: the prompt is empty"),
-    (("--prompt", "a\udcff"), "--prompt holds the byte 0xFF, which is not UTF-8, at character 2 ('\\udcff')"),
+    (("--prompt", "a\udcff"), "--prompt contains the byte 0xFF, which is not UTF-8, at character 2 ('\\udcff')"),
     (("--max-model-len", "4", "--prompt", "one two three four five six"), "the longest sequence is 4 tokens"),
 ]
 
@@ -108,10 +108,13 @@ PROMPT_FILES: list[tuple[bytes, str]] = [
     (b'"a"\n12\n', ", line 2: expected a JSON string, or an object with 'prompt' or 'prompt_token_ids', got 12"),
     (b'{"promt": "a"}\n', ", line 1: unknown key 'promt'; did you mean 'prompt'?"),
     (b'{"prompt": "a", "prompt_token_ids": [1]}\n', ", line 1: give exactly one of 'prompt' and 'prompt_token_ids'"),
-    (b"{}\n", ", line 1: needs 'prompt' or 'prompt_token_ids'"),
+    (b"{}\n", ", line 1: give exactly one of 'prompt' and 'prompt_token_ids'"),
     (b'"a"\n{"prompt": ""}\n', ", line 2: the prompt is empty: the tokenizer gives no token for it"),
     (b'{"prompt": 5}\n', ", line 1: 'prompt': expected a string, got 5"),
-    (b'"a"\n"b\\ud800"\n', ", line 2: 'prompt' holds a lone surrogate at character 2 ('\\ud800'), and so is no valid"),
+    (
+        b'"a"\n"b\\ud800"\n',
+        ", line 2: 'prompt' contains a lone surrogate at character 2 ('\\ud800'), so it is not valid",
+    ),
     (b'{"prompt": "a", "prompt": "b"}\n', ", line 1: the key 'prompt' is given twice"),
     (b'{"prompt_token_ids": [1, "2"]}\n', ", line 1: 'prompt_token_ids': expected a list of at least one token id"),
     (b'{"prompt_token_ids": []}\n', ", line 1: 'prompt_token_ids': expected a list of at least one token id"),

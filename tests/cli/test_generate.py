@@ -121,6 +121,9 @@ def test_engine_options_reach_the_engine(run: Callable[..., Any], monkeypatch: p
     assert seen["strict"] is True
     assert seen["allowed_plugins"] == ("a", "b")
     assert seen["denied_plugins"] == ("c",)
+    assert run("generate", "tiny", "--prompt", "x", "--compile", "--max-num-draft-tokens", "8").exit_code == 0
+    assert seen["compile"] is True
+    assert seen["max_num_draft_tokens"] == 8
 
 
 def test_the_prompt_can_come_from_standard_input(run: Callable[..., Any], expected: str) -> None:
