@@ -9,10 +9,10 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from specplug.text.token_decoder import TokenDecoder
 
 from specplug import LLM, GenerationError, SamplingParams
 from specplug.testing.models import save_words
+from specplug.text.token_decoder import TokenDecoder
 from support.engines import assert_idle
 from support.models import VOCABULARY, save_model
 from support.speculators import ModelSpeculator, Oracle, TokenSpeculator, TreeSpeculator, provide

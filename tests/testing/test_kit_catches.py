@@ -17,7 +17,7 @@ A_FEW = (
     "ids outside the vocabulary",
     "a lossy sampling verify",
     "stale KV after a rollback",
-    "leaking slots",
+    "leaking rows",
     "under-planned memory",
 )
 NEIGHBOURS = {"startup", "validity", "counters"}  # all checks for all of them take minutes
