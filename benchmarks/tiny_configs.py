@@ -25,7 +25,7 @@ _SIZES: list[tuple[str, int]] = [
     (r"(experts_per_tok|top_k|experts_top_k|topk|moe_k)$", 2),
     (r"(experts|expert_num)$", 4),
     (
-        r"^(hidden_size|d_model|n_embd|embed_dim|word_embed_proj_dim|dim|embedding_size|attention_hidden_size|lru_width)$",
+        r"^(hidden_size|d_model|n_embd|embed_dim|emb_dim|word_embed_proj_dim|dim|embedding_size|attention_hidden_size|lru_width)$",
         32,
     ),
     (r"(intermediate_size|ffn_dim|ffn_hidden_size|d_ff|n_inner|mlp_dim)$", 48),

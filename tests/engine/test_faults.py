@@ -336,7 +336,7 @@ class Unhashable(Faulty):
         (lambda c, t: BadArgument(), PluginError, "batches"),
         (lambda c, t: DefaultArgument(), PluginError, "has a default"),
         (lambda c, t: KeywordArgument(), PluginError, "keyword-only"),
-        (lambda c, t: BadTraits(raising), PluginError, "no SpeculatorTraits"),
+        (lambda c, t: BadTraits(raising), PluginError, "must be a SpeculatorTraits"),
         (lambda c, t: BadBoundary(raising), PluginError, "boundary 99"),
         (lambda c, t: BadPlan(raising), PluginError, "expected a list of MemoryRegions"),
         (lambda c, t: BadWarmup(raising), PluginError, "'throwaway' failed in warmup: ValueError: no such shape"),
@@ -345,7 +345,7 @@ class Unhashable(Faulty):
         (lambda c, t: None, PluginError, "returned no speculator"),
         (lambda c, t: c.no_such_attribute, PluginError, "no_such_attribute"),
         (lambda c, t: 1 / 0, PluginError, "'throwaway' failed in load_speculator: ZeroDivisionError"),
-        (lambda c, t: t.embed(torch.tensor([1])), PluginError, "before it is loaded"),
+        (lambda c, t: t.embed(torch.tensor([1])), PluginError, "is not loaded yet"),
         (lambda c, t: t.model("/no/such/folder"), SpecplugError, "not a folder"),
     ],
 )

@@ -108,7 +108,7 @@ def test_lone_surrogates_are_refused_by_place(words: LLM, text: str) -> None:
             words.generate(prompts, GREEDY)  # type: ignore[arg-type]
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     chats = [[{"role": "user", "content": each}] for each in ("w3.", text)]
-    with pytest.raises(RequestError, match=r"^messages\[1\]: what the chat template makes .* at character \d"):
+    with pytest.raises(RequestError, match=r"^messages\[1\]: the rendered chat template .* at character \d"):
         words.chat(chats, GREEDY, chat_template=template)
     for name in ("stop", "bad_words"):
         with pytest.raises(RequestError, match=f"{name}=.*valid text"):

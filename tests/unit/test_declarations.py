@@ -155,7 +155,7 @@ def test_plan_memory_returns_a_list_of_regions(planned: Any) -> None:
 
 
 def test_two_regions_of_one_name_are_refused_with_the_name() -> None:
-    with pytest.raises(PluginError, match="speculator 'mine': plan_memory returned two regions of the name 'table'"):
+    with pytest.raises(PluginError, match="speculator 'mine': plan_memory returned two regions named 'table'"):
         plan(lambda: Planner([MemoryRegion("table", "buffers"), MemoryRegion("table", "weights")]))
 
 

@@ -141,8 +141,8 @@ def test_a_missing_head_is_named(root: Path) -> None:
 @pytest.mark.parametrize(
     ("head", "method", "message"),
     [
-        ("one", "eagle3", r"one holds an EAGLE-1 head; its method is 'eagle', not 'eagle3'"),
-        ("three", "eagle", r"three holds an EAGLE-3 head; its method is 'eagle3', not 'eagle'"),
+        ("one", "eagle3", r"one contains an EAGLE-1 head; its method is 'eagle', not 'eagle3'"),
+        ("three", "eagle", r"three contains an EAGLE-3 head; its method is 'eagle3', not 'eagle'"),
     ],
 )
 def test_the_other_method_is_pointed_out(root: Path, head: str, method: str, message: str) -> None:

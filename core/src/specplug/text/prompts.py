@@ -168,7 +168,7 @@ def token_ids(values: Iterable[Any]) -> list[int]:
 
 def _check_text(text: str, what: str) -> None:
     if fault := text_fault(text):
-        raise RequestError(f"{what} holds {fault}, and so is not valid text; remove or replace that character")
+        raise RequestError(f"{what} holds {fault}, so it is not valid text; remove or replace that character")
 
 
 def _is_list(value: Any) -> bool:

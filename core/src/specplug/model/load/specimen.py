@@ -27,7 +27,7 @@ _HEADS = re.compile(r"(attention_heads|key_value_heads|kv_heads|^n_heads?)$")
 _WIDTHS = re.compile(r"^(hidden_size|d_model|n_embd)$|(intermediate_size|ffn_dim|n_inner)$")
 _WINDOWS = re.compile(r"window(_size)?$|attention_chunk_size$")
 _VOCABULARY = re.compile(r"^vocab_size")
-_NARROWEST, _FEWEST_IDS = 64, 512
+_NARROWEST, _FEWEST_IDS, _ALIGNMENT = 64, 512, 8
 _SMALL_BYTES, _MOST_BYTES = 16 << 20, 1 << 30
 
 
@@ -45,7 +45,13 @@ def make_specimen(
 
     Returns:
         Its runner; None where a narrow copy would have other layers, cannot be built, or would not be small.
+
+    Raises:
+        UnsupportedModelError: the model is refused with short windows; what was learned of its long ones may be wrong.
     """
+    short = copy.deepcopy(config)
+    if _shorten_windows(short):
+        inspect_architecture(short, torch.float32, trust_remote_code=trust_remote_code)
     own = None
     for narrow in _narrow_configs(config, is_small=architecture.weight_bytes <= _SMALL_BYTES):
         try:
@@ -92,7 +98,7 @@ def _narrow_configs(config: Any, *, is_small: bool) -> Iterator[Any]:
     """Configurations to try, the narrowest first: heads and widths are divided by a common divisor of their kind."""
     text = config.get_text_config()
     heads, widths = _counts(text, _HEADS), _counts(text, _WIDTHS)
-    of_heads, of_widths = _common(heads), _common(widths)
+    of_heads, of_widths = _common(heads), _common(widths) // _ALIGNMENT or 1  # kernels for experts want round widths
     of_both = math.gcd(of_heads, of_widths)
     tried = [(1, 1)]
     if not is_small:
@@ -102,7 +108,7 @@ def _narrow_configs(config: Any, *, is_small: bool) -> Iterator[Any]:
     for head_divisor, width_divisor in tried:
         narrow = copy.deepcopy(config)
         own = narrow.get_text_config()
-        _change(own, _counts(own, _WINDOWS), lambda number: min(number, WINDOW))
+        _shorten_windows(narrow)
         if not is_small:
             _divide(own, heads, head_divisor)
             _divide(own, widths, width_divisor)
@@ -111,6 +117,14 @@ def _narrow_configs(config: Any, *, is_small: bool) -> Iterator[Any]:
                 if getattr(part, "pad_token_id", None) is not None:
                     vars(part)["pad_token_id"] = 0  # it may be outside the vocabulary now
         yield narrow
+
+
+def _shorten_windows(config: Any) -> bool:
+    """Whether there were any."""
+    own = config.get_text_config()
+    windows = _counts(own, _WINDOWS)
+    _change(own, windows, lambda number: min(number, WINDOW))
+    return bool(windows)
 
 
 def _change(config: Any, fields: list[tuple[str, Any]], change: Callable[[int], int]) -> None:
