@@ -177,7 +177,7 @@ def test_a_draft_that_is_no_smaller_is_warned_of(
         assert not caplog.records
         planned = plan(target, memory="64MiB", **drafted_by(large))
     (record,) = caplog.records
-    assert f"{planned.plan.draft_weights:,} bytes of weights and its target {planned.plan.target_weights:,}" in (
+    assert f"{planned.plan.draft_weights:,} bytes of weights, its target {planned.plan.target_weights:,}" in (
         record.getMessage()
     )
 
