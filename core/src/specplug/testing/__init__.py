@@ -16,18 +16,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specplug.testing.check import Check, CheckFailure, NotApplicable
+    from specplug.testing.check import Check
     from specplug.testing.checks import CHECKS
     from specplug.testing.conformance import SpeculatorConformance
+    from specplug.testing.failures import CheckFailure, NotApplicable
     from specplug.testing.models import save_tiny_model, tiny_draft
     from specplug.testing.runner import CheckResult, run_check, run_checks
     from specplug.testing.subject import Flags, Subject
     from specplug.testing.targets import Targets
 
 _HOMES = {
-    "check": ("Check", "CheckFailure", "NotApplicable"),
+    "check": ("Check",),
     "checks": ("CHECKS",),
     "conformance": ("SpeculatorConformance",),
+    "failures": ("CheckFailure", "NotApplicable"),
     "models": ("save_tiny_model", "tiny_draft"),
     "runner": ("CheckResult", "run_check", "run_checks"),
     "subject": ("Flags", "Subject"),

@@ -9,14 +9,8 @@ from typing import Any, Literal
 
 import attrs
 
-from specplug.testing.check import (
-    Check,
-    CheckFailure,
-    FundamentalFailure,
-    NotApplicable,
-    NothingSeen,
-    describe,
-)
+from specplug.testing.check import Check
+from specplug.testing.failures import CheckFailure, FundamentalFailure, NotApplicable, NothingSeen, describe
 from specplug.testing.subject import Subject
 
 Verdict = Literal["ok", "failed", "not applicable", "nothing seen", "not run"]

@@ -19,7 +19,7 @@ from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
 from specplug.sampling.params import SamplingParams
 from specplug.sampling.randomness import EngineRandomness
-from specplug.testing.check import FundamentalFailure
+from specplug.testing.failures import FundamentalFailure
 
 MOST_SECONDS = 1.0
 _MOST_STEPS = 4.0

@@ -15,7 +15,7 @@ import torch
 from specplug.llm import LLM
 from specplug.plugins.finder import find_plugins
 from specplug.speculation.policy import FixedBudget
-from specplug.testing.check import CheckFailure, FundamentalFailure, describe
+from specplug.testing.failures import CheckFailure, FundamentalFailure, describe
 from specplug.testing.session import Pace, Session
 from specplug.testing.targets import Targets
 

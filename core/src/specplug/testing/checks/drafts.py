@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from specplug.contract.types import Budget, Proposal, ProposalBatch
 from specplug.speculation.validation import check_proposal
-from specplug.testing.check import Check, CheckFailure, NotApplicable, expect, expect_drafts
+from specplug.testing.check import Check
 from specplug.testing.driver import Drive, RandomAcceptance, RestlessPolicy, drive_rollbacks, mixed_params
+from specplug.testing.failures import CheckFailure, NotApplicable, expect, expect_drafts
 from specplug.testing.reference import choose, difference, fresh_drafts, row_drafts
 from specplug.testing.session import Session
 from specplug.testing.subject import Subject

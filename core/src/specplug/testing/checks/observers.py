@@ -8,8 +8,9 @@ from typing import Any
 from specplug.contract.hooks import hookimpl
 from specplug.contract.types import Proposal, ProposalBatch, Verdict
 from specplug.errors import PluginError
-from specplug.testing.check import Check, CheckFailure, NotApplicable, expect
+from specplug.testing.check import Check
 from specplug.testing.driver import mixed_params
+from specplug.testing.failures import CheckFailure, NotApplicable, expect
 from specplug.testing.reference import row_drafts
 from specplug.testing.subject import Subject
 from specplug.testing.targets import repetitive_prompt

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from specplug.sampling.params import SamplingParams
-from specplug.testing.check import Check, CheckFailure, NotApplicable, expect, expect_drafts
+from specplug.testing.check import Check
+from specplug.testing.failures import CheckFailure, NotApplicable, expect, expect_drafts
 from specplug.testing.models import word
 from specplug.testing.session import Session
 from specplug.testing.subject import Subject

@@ -10,8 +10,9 @@ import torch
 from specplug.contract.types import Verdict
 from specplug.request import Request
 from specplug.sampling.params import SamplingParams
-from specplug.testing.check import Check, CheckFailure, expect, expect_drafts
+from specplug.testing.check import Check
 from specplug.testing.driver import mixed_params
+from specplug.testing.failures import CheckFailure, expect, expect_drafts
 from specplug.testing.models import word
 from specplug.testing.subject import Subject
 from specplug.testing.targets import NARROW, narrow_prompt, repetitive_prompt

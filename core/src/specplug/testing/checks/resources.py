@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from specplug.engine.memory_plan import format_bytes
-from specplug.testing.check import Check, expect
+from specplug.testing.check import Check
 from specplug.testing.driver import mixed_params
+from specplug.testing.failures import expect
 from specplug.testing.leaks import LiveTensors, host_bytes, live_bytes, live_tensors, only_what_is_new, tracing
 from specplug.testing.session import Session
 from specplug.testing.subject import Subject

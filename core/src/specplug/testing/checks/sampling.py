@@ -12,7 +12,8 @@ from specplug.request import Request
 from specplug.sampling.distributions import process
 from specplug.sampling.params import SamplingParams
 from specplug.sampling.randomness import Stream
-from specplug.testing.check import Check, CheckFailure, NotApplicable, expect, expect_drafts
+from specplug.testing.check import Check
+from specplug.testing.failures import CheckFailure, NotApplicable, expect, expect_drafts
 from specplug.testing.reference import RowDraft, row_drafts
 from specplug.testing.statistics import THRESHOLD, chi_square_p, joint_p_values, uniform_p
 from specplug.testing.subject import Subject

@@ -9,7 +9,8 @@ from specplug.contract.types import Proposal, ProposalBatch
 from specplug.engine.memory_plan import format_bytes
 from specplug.engine.planning import plan_engine
 from specplug.sampling.params import SamplingParams
-from specplug.testing.check import Check, FundamentalFailure, describe, expect
+from specplug.testing.check import Check
+from specplug.testing.failures import FundamentalFailure, describe, expect
 from specplug.testing.leaks import live_bytes, only_what_is_new, watch_weight_reads
 from specplug.testing.session import Session
 from specplug.testing.subject import Subject, kept_randomness, quiet

@@ -12,8 +12,9 @@ import torch
 from specplug.contract.types import Proposal, ProposalBatch, Verdict
 from specplug.request import Request
 from specplug.sampling.params import SamplingParams
-from specplug.testing.check import Check, CheckFailure, NotApplicable, expect_drafts
+from specplug.testing.check import Check
 from specplug.testing.driver import Drive, drive_rollbacks, drive_rows
+from specplug.testing.failures import CheckFailure, NotApplicable, expect_drafts
 from specplug.testing.reference import RowDraft, allowed_differences, choose, compare, difference, row_drafts
 from specplug.testing.subject import Subject
 from specplug.testing.targets import repetitive_prompt
