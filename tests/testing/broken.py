@@ -392,7 +392,7 @@ BROKEN: dict[str, Case] = {
     "global randomness in a token-only speculator": Case(_plain(GlobalRandomness), {"tokens"}),
     "stale KV after a rollback": Case(_model(StaleKV), {"rollback", "rows"}),
     "hidden states off by one": Case(_of_target(OffByOne), {"rollback", "rows"}),
-    "rows kept after their end": Case(_of_target(KeepsOldRows), {"rows", "leftovers"}),
+    "rows kept after their end": Case(_of_target(KeepsOldRows), {"rows"}),
     "leaking rows": Case(_plain(LeakingRows), {"leftovers"}),
     "tensors that outlive the engine": Case(_plain(OutlivesTheEngine), {"leftovers"}),
     "under-planned memory": Case(_plain(Underplanned), {"memory"}),

@@ -22,7 +22,7 @@ from specplug.sampling.randomness import EngineRandomness
 from specplug.testing.failures import FundamentalFailure
 
 MOST_SECONDS = 1.0
-_MOST_STEPS = 4.0
+_SLOW_FACTOR = 4.0
 _MOST_IN_A_ROW = 3
 
 
@@ -44,11 +44,11 @@ class Pace:
         """
         if proposing <= 0:
             return
-        limit = max(MOST_SECONDS, _MOST_STEPS * rest)
+        limit = max(MOST_SECONDS, _SLOW_FACTOR * rest)
         self._slow = [*self._slow, proposing] if proposing > limit else []
         if len(self._slow) >= _MOST_IN_A_ROW:
             raise FundamentalFailure(
-                f"at most {MOST_SECONDS:g} s for a call of propose, or {_MOST_STEPS:g} times the target's own step",
+                f"at most {MOST_SECONDS:g} s for a call of propose, or {_SLOW_FACTOR:g} times the target's own step",
                 f"{len(self._slow)} calls in a row took {min(self._slow):.1f} to {max(self._slow):.1f} s, "
                 f"the target's own part of the last step {rest:.2f} s",
             )
