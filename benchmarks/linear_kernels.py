@@ -73,7 +73,7 @@ def load_brgemm() -> bool:
     source.write_text(BRGEMM, encoding="utf-8")
     command = [part for part in compile_command(find_compiler(), ()) if not part.endswith("kernels.cpp")]
     libraries = Path(torch.__file__).parent / "lib"
-    command += [str(source), "-o", str(library), f"-L{libraries}", "-ltorch_cpu", "-lc10"]
+    command += ["-shared", str(source), "-o", str(library), f"-L{libraries}", "-ltorch_cpu", "-lc10"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"brgemm: cannot be compiled: {done.stderr.strip().splitlines()[:1]}", file=sys.stderr)
