@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,18 @@ def default_sampling_params(source: str, revision: str | None = None) -> Samplin
     return SamplingParams(**options)
 
 
-def recommended_options(source: str, revision: str | None = None) -> dict[str, Any]:
+def recommended_options(
+    source: str, revision: str | None = None, *, overridden: Collection[str] = ()
+) -> dict[str, Any]:
     """The sampling parameters in generation_config.json, and no others.
 
     Without a temperature, `do_sample: false` means greedy and `true` a temperature of 1, as in Transformers.
     `suppress_tokens` are banned as words of one token. One warning names the keys that are not supported.
+
+    Args:
+        source: the model.
+        revision: its revision on the hub.
+        overridden: parameters that the caller sets anyway; their recommendations are neither read nor checked.
 
     Raises:
         CheckpointError: the file is not a JSON object, or a value is invalid.
@@ -80,7 +88,7 @@ def recommended_options(source: str, revision: str | None = None) -> dict[str, A
     config = read_generation_config(file.parent)
     options: dict[str, Any] = {}
     for name, own in _SUPPORTED.items():
-        if config.get(name) is not None:
+        if config.get(name) is not None and own not in overridden:
             options[own] = _checked(file, name, own, config[name])
     if config.get("suppress_tokens") is not None:
         suppressed = _checked(file, "suppress_tokens", "allowed_token_ids", config["suppress_tokens"])

@@ -112,7 +112,7 @@ def _params(job: GenerateJob, llm: LLM, err: Terminal) -> list[SamplingParams]:
     from specplug.sampling.defaults import recommended_options
     from specplug.tiny import resolve_model
 
-    recommended = recommended_options(resolve_model(llm.config.model), llm.config.revision)
+    recommended = recommended_options(resolve_model(llm.config.model), llm.config.revision, overridden=job.sampling)
     recommended.pop("max_tokens", None)
     used = {name: value for name, value in recommended.items() if name not in job.sampling}
     if used and not job.quiet:
