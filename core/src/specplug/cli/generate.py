@@ -116,7 +116,7 @@ def _read_prompt(prompt: str) -> PromptLine:
     """Reads the prompt of `--prompt`.
 
     Raises:
-        ConfigurationError: it is not valid text.
+        ConfigurationError: it is not valid text, or standard input is empty.
     """
     where = "--prompt"
     if prompt == "-":
@@ -125,6 +125,8 @@ def _read_prompt(prompt: str) -> PromptLine:
             prompt = sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as error:
             raise ConfigurationError(f"{where}: standard input is not UTF-8 at byte {error.start + 1}") from error
+        if not prompt:
+            raise ConfigurationError(f"{where}: the prompt is empty: standard input has no text")
     return PromptLine(where, checked_text(prompt, where))
 
 

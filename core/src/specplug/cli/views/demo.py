@@ -105,7 +105,7 @@ def show_results(terminal: Terminal, results: Mapping[str, MethodResult]) -> boo
     Table(header, rows, right=(1, 2, 3, last)).show(
         terminal, style=lambda row, column: _STYLES.get(rows[row][last], "") if column == last else ""
     )
-    terminal.line("Acceptance length: tokens per step that verifies a draft, the bonus token included.", "dim")
+    terminal.line("Acceptance length: tokens per step with a draft, the bonus token included.", "dim")
     for name, result in results.items():
         if result.own_verify:
             terminal.paragraph(f"{name} has its own verification, which specplug does not check.")
