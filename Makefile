@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/specplug demo
 
 check: lint
-	$(BIN)/python -m pytest -m "not engine and not slow and not packaging"
+	LONGEST_TEST_SECONDS=2 $(BIN)/python -m pytest -m "not engine and not slow and not packaging"
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not packaging"

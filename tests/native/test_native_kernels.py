@@ -165,8 +165,9 @@ def test_a_range_more_or_less_changes_nothing_for_a_query() -> None:
     assert all(torch.equal(results[0][:, 0], other[:, 0]) for other in results[1:])
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (32, 96), (40, 24), (128, 128)])
-@pytest.mark.parametrize("softcap", [None, pytest.param(5.0, marks=pytest.mark.engine)])
+@pytest.mark.parametrize("softcap", [None, 5.0])
 def test_a_prompt_attends_as_its_tokens_would(key_dim: int, value_dim: int, softcap: float | None) -> None:
     """Bit for bit: whatever is computed together, however it is arranged for that.
 
