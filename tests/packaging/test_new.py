@@ -94,7 +94,7 @@ def test_a_new_package_passes_its_own_tests(fresh: Path, name: str, tmp_path: Pa
     printed = run(
         fresh, "python", "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", str(quick), cwd=tmp_path
     )
-    assert "21 passed" in printed
+    assert "22 passed" in printed
 
 
 def test_a_new_package_is_checked_by_the_command(fresh: Path, tmp_path: Path) -> None:
