@@ -106,7 +106,8 @@ def test_another_packages_wrapper_is_not_blamed_on_the_method(tmp_path: Path) ->
     [
         (
             ["needy"],
-            "needs the key 'model' (give its keys with --speculative-config, and the model that they are for with --target",
+            "needs the key 'model' (give its keys with --speculative-config, and the model that they are for with "
+            "--target",
         ),
         (["needdy"], "no speculator named 'needdy'; did you mean 'needy'?"),
         (["needy", "--only", "budget"], "no check named 'budget'; did you mean 'budgets'? (checks: startup, "),
