@@ -18,8 +18,8 @@ logger = logging.getLogger("specplug")
 SPIN_COUNT = 10_000
 """Iterations of libgomp's wait loop before a thread sleeps, 200 to 500 microseconds on x86; libgomp's default is 300,000.
 
-Measured on two cores (AVX2) with the embedded model in bfloat16. On a quiet machine 10,000 reaches 0.99 of the default speed, 3,000
-0.80 and 1,000 0.76; with two competing busy loops all three decode 33 to 35 tokens per second, 0.3 of the quiet speed.
+Measured on two cores (AVX2) with the embedded model in bfloat16. On a quiet machine 10,000 gives 0.99 of the default speed,
+3,000 gives 0.80 and 1,000 gives 0.76. With two competing busy loops all three decode about 0.3 of the quiet speed.
 """
 _POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
