@@ -128,7 +128,7 @@ def test_check_in_words(installed: Environment) -> None:
     text = installed.specplug("list", "-v", "--check").stdout
     assert "hooks         load_speculator" in text
     assert "hooks         propose (wrapper), verify (wrapper)" in text
-    assert "verify        its own (acme_lossy.Lossy): what it accepts is not verified by core" in text
+    assert "verify        its own (acme_lossy.Lossy): specplug does not check what it accepts" in text
     assert "      Traceback (most recent call last):" in text
 
 
