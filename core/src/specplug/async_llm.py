@@ -231,6 +231,13 @@ class AsyncLLM:
         stream.abort()
         return True
 
+    def abort_all(self) -> None:
+        """Ends all requests."""
+        with self._lock:
+            streams = list(self._streams.values())
+        for stream in streams:
+            stream.abort()
+
     def _stream(self, submission: Submission, kind: OutputKind) -> RequestStream:
         return RequestStream(
             submission,
