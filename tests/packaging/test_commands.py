@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -19,8 +20,10 @@ import pytest
 from click.testing import CliRunner
 
 import specplug_eagle
+from specplug import AsyncLLM
 from support.environment import ROOT
 from support.pages import EXAMPLES, MAKERS, PAGES, TUTORIALS, blocks_of, commands_in
+from support.serving import live
 
 SMALL = {"org/model": "tiny", "org/head": str(Path(specplug_eagle.__file__).parent / "tiny")}
 """What stands for anybody's checkpoints in `python -m` commands, and `FEWER` for what a training may cost here."""
@@ -57,7 +60,7 @@ def kind_of(line: str) -> str:
 
 def test_every_command_is_of_a_kind_that_is_checked() -> None:
     kinds = {kind_of(line) for _, _, line in commands()}
-    assert kinds == {"specplug", "module", "script", "shell", "pip", "make"}
+    assert kinds == {"specplug", "module", "script", "shell", "pip", "make", "curl"}
 
 
 @of_kind("specplug")
@@ -65,12 +68,44 @@ def test_specplug(page: Path, line: str) -> None:
     from specplug.cli.main import cli
 
     arguments = shlex.split(line)[1:]
+    if arguments[0] == "serve":
+        assert_serves(arguments)
+        return
     arguments += [word for word in QUICK.get(arguments[0], ()) if word not in arguments]
     if arguments[0] == "check" and "--target" in arguments:
         arguments += ON_A_TARGET
     result = CliRunner().invoke(cli, arguments, prog_name="specplug")
     assert result.exit_code == 0, result.output
     assert result.output.strip()
+
+
+def assert_serves(arguments: list[str]) -> None:
+    """Starts a server on a free port, and ends it."""
+    command = [sys.executable, "-m", "specplug", *arguments, "--port", "0", "--memory", "256MiB"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        lines = []
+        for line in server.stderr:
+            lines.append(line)
+            if line.startswith("Serving"):
+                server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0, lines
+        assert any(line.startswith("Serving") for line in lines)
+
+
+@of_kind("curl")
+def test_curl(page: Path, line: str) -> None:
+    curl = shutil.which("curl")
+    if curl is None:
+        pytest.skip("needs curl")
+    with (
+        AsyncLLM("tiny", speculative_config={"method": "ngram"}, memory="256MiB") as engine,
+        live(engine) as server,
+    ):
+        command = shlex.split(line.replace("http://127.0.0.1:8000", server.url))
+        done = subprocess.run([curl, "--fail", *command[1:]], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
 
 
 @of_kind("module")
@@ -119,11 +154,15 @@ def test_a_shell_script_is_there_and_can_be_read(page: Path, line: str) -> None:
 @of_kind("pip")
 def test_what_is_installed_is_a_package_of_this_repository(page: Path, line: str) -> None:
     projects = [
-        path for pattern in ("core", "plugins/*", "examples/*") for path in ROOT.glob(f"{pattern}/pyproject.toml")
+        tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+        for pattern in ("core", "plugins/*", "examples/*")
+        for path in ROOT.glob(f"{pattern}/pyproject.toml")
     ]
-    names = {tomllib.loads(path.read_text(encoding="utf-8"))["project"]["name"] for path in projects}
-    assert re.fullmatch(r"pip install( [\w-]+)+", line)
-    assert names >= set(line.split()[2:])
+    names = {project["name"] for project in projects}
+    names |= {f"{each['name']}[{extra}]" for each in projects for extra in each.get("optional-dependencies", ())}
+    words = shlex.split(line)
+    assert words[:2] == ["pip", "install"]
+    assert names >= set(words[2:])
 
 
 @of_kind("make")

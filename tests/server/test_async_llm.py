@@ -207,7 +207,7 @@ def test_an_abort_releases_the_text_that_was_held_back(engine: AsyncLLM, monkeyp
         return text, ids
 
     text, ids = run(collect())
-    assert text == " ".join(f"w{token}." for token in ids)
+    assert text == "".join(f" w{token}." for token in ids)
 
 
 @pytest.mark.parametrize("kind", ["delta", "final_only"])

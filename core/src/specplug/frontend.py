@@ -18,7 +18,7 @@ from specplug.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from specplug.request import Request
 from specplug.sampling.defaults import default_sampling_params
 from specplug.sampling.params import SamplingParams
-from specplug.text.prompts import EncodedPrompt, LazyTokenizer, Message, Prompt, encode_prompts, render_chats
+from specplug.text.prompts import EncodedPrompt, LazyTokenizer, Message, Prompt, encode_prompts, plain_ids, render_chats
 from specplug.text.token_decoder import TokenDecoder
 from specplug.tiny import resolve_model
 from specplug.values import shown
@@ -90,6 +90,28 @@ class Frontend:
         """
         with self._encoding:
             return encode_prompts(prompts, self.tokenizer)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """The ids of a text without the special tokens that the tokenizer adds to prompts; there may be none.
+
+        Raises:
+            RequestError: the text is invalid.
+        """
+        with self._encoding:
+            return plain_ids(text, self.tokenizer)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included.
+
+        Raises:
+            RequestError: an id is outside the vocabulary.
+        """
+        size = self.engine.vocab_size
+        for position, token in enumerate(ids):
+            if not 0 <= token < size:
+                raise RequestError(f"token id {token} at position {position} is outside the vocabulary of {size:,}")
+        with self._encoding:
+            return TokenDecoder.of(self.tokenizer.required("decoding")).decode(ids)
 
     def render(self, messages: Sequence[Message] | Sequence[Sequence[Message]], **options: Any) -> list[EncodedPrompt]:
         """One conversation or several → the texts of the chat template and their ids.

@@ -6,7 +6,7 @@ only specplug has is named `specplug:`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import prometheus_client as prometheus
@@ -156,9 +156,9 @@ class _EngineCollector(Collector):
     def _one(self, family: Any, name: str, text: str, value: float) -> prometheus.Metric:
         metric = family(name, text, labels=self._names)
         metric.add_metric(self._values, value)
-        return metric  # type: ignore[no-any-return]
+        return metric
 
-    def _vector(self, name: str, text: str, label: str, values: dict[Any, float]) -> prometheus.Metric:
+    def _vector(self, name: str, text: str, label: str, values: Mapping[Any, float]) -> prometheus.Metric:
         metric = CounterMetricFamily(name, text, labels=(*self._names, label))
         for key, value in values.items():
             metric.add_metric((*self._values, str(key)), value)

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from specplug.outputs import CompletionOutput, RequestOutput
+from specplug.sampling.logprobs import PositionLogprobs
 from specplug.sampling.params import SamplingParams
 from specplug.server.answers.logprobs import completion_logprobs, join_logprobs, prompt_logprobs
 from specplug.server.answers.serving import serve
@@ -144,7 +145,7 @@ class _CompletionAnswer:
 
 
 def _without_tokens(completion: CompletionOutput) -> CompletionOutput:
-    logprobs = None if completion.logprobs is None else []
+    logprobs: list[PositionLogprobs] | None = None if completion.logprobs is None else []
     return attrs.evolve(
         completion, text="", token_ids=[], token_texts=[], logprobs=logprobs, finish_reason="length", stop_reason=None
     )

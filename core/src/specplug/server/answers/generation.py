@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -48,8 +48,10 @@ async def start(
 
 def _salted(prompt: EncodedPrompt, salt: str | None) -> EncodedPrompt:
     """The prompt with a salt for the prefix cache. An engine without that cache shares no KV between requests anyway."""
-    fields: Mapping[str, Any] = attrs.fields_dict(EncodedPrompt)
-    return attrs.evolve(prompt, **{"cache_salt": salt}) if salt is not None and "cache_salt" in fields else prompt
+    if salt is None or "cache_salt" not in attrs.fields_dict(EncodedPrompt):
+        return prompt
+    changes: dict[str, Any] = {"cache_salt": salt}
+    return attrs.evolve(prompt, **changes)
 
 
 async def collect(streams: Sequence[RequestStream], retry_after: int) -> list[RequestOutput]:
@@ -93,13 +95,13 @@ async def interleave(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[i
         try:
             running = len(streams)
             while running:
-                index, output, error = await arrived.get()
+                index, arrival, error = await arrived.get()
                 if error is not None:
                     raise error
-                if output is None:
+                if arrival is None:
                     running -= 1
                 else:
-                    yield index, output
+                    yield index, arrival
         finally:
             for task in tasks:
                 task.cancel()

@@ -79,7 +79,7 @@ async def serve(
     streams: list[RequestStream] = []
     with ExitStack() as stack:
         request_id, names = stack.enter_context(state.in_work(answer.prefix, body.request_id, num_prompts))
-        stack.callback(lambda: [stream.close() for stream in streams])
+        stack.callback(_close, streams)
 
         async def submit() -> None:
             try:
@@ -114,6 +114,11 @@ async def serve(
             send_timeout=state.settings.send_timeout,
             on_close=stack.pop_all().close,
         )
+
+
+def _close(streams: list[RequestStream]) -> None:
+    for stream in streams:
+        stream.close()
 
 
 def _whole(state: ServerState, header: Header, answer: Answer, outputs: Sequence[RequestOutput]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class CompletionBody(SamplingBody):
     def prompts(self) -> list[str | list[int]]:
         """The prompts, as a list also if there is one."""
         if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
-            return [self.prompt]  # type: ignore[list-item]
+            return [self.prompt]
         return list(self.prompt)  # type: ignore[arg-type]
 
     @model_validator(mode="after")
