@@ -13,7 +13,7 @@ from specplug.server.metrics import ServerMetrics
 from support.serving import Live, live
 
 OPTIONS = {
-    "speculative_config": {"method": "ngram", "num_speculative_tokens": 4},
+    "speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1},
     "memory": "256MiB",
     "max_num_seqs": 4,
     "compile": False,

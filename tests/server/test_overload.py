@@ -158,7 +158,6 @@ def test_a_server_without_an_engine_says_so_and_a_dead_engine_too(monkeypatch: p
             http.post(COMPLETIONS, json={"prompt": "x"}),
             http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]}),
             http.post("/tokenize", json={"prompt": "x"}),
-            http.post("/abort", json={"request_id": "x"}),
         ):
             assert answer.status_code == 503
             assert answer.json()["error"]["code"] == "starting"

@@ -19,8 +19,8 @@ from specplug.server.settings import ServerSettings
 from specplug.server.state import ServerState
 
 TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if not loop.last %}\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}\n<assistant>{{ opening }}{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n<assistant>' }}{{ opening }}{% endif %}"
 )
 
 

@@ -145,7 +145,7 @@ async def _events(
     state: ServerState, header: Header, body: SamplingBody, answer: Answer, streams: list[RequestStream]
 ) -> AsyncGenerator[bytes, None]:
     """The events of a stream. What goes wrong after its beginning is an event too."""
-    usage, opened = Usage(), set[int]()
+    usage, opened, num_finished = Usage(), set[int](), 0
     options = body.stream_options
     counts_last = bool(options and options.include_usage)
     counts_always = bool(options and options.continuous_usage_stats)
@@ -162,12 +162,13 @@ async def _events(
                 part = answer.delta(index, completion) if completion.error is None else None
                 if part is not None:
                     parts.append(part)
+            num_finished += output.finished
             counts = {"usage": usage.as_json()} if counts_always else silent
-            if parts:
-                yield b"".join([event(header.response([part], **counts)) for part in parts])
-    except SpecplugError as error:
-        yield api_error(error, state.settings.retry_after).event
-        yield DONE
+            chunks = [header.response([part], **counts) for part in parts]
+            if num_finished == len(streams) and chunks:
+                if counts_last:
+        yield event(header.response([], usage=usage.as_json()))
+    yield DONE
         return
     metrics = _metrics(state, [each.stats for stream in streams for each in stream.submission.family])
     if counts_last or metrics is not None:
