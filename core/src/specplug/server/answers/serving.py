@@ -166,14 +166,14 @@ async def _events(
             counts = {"usage": usage.as_json()} if counts_always else silent
             chunks = [header.response([part], **counts) for part in parts]
             if num_finished == len(streams) and chunks:
-                if counts_last:
-        yield event(header.response([], usage=usage.as_json()))
-    yield DONE
+                metrics = _metrics(state, [each.stats for stream in streams for each in stream.submission.family])
+                chunks[-1] |= {} if metrics is None else {"metrics": metrics}
+            if chunks:
+                yield b"".join(map(event, chunks))
+    except SpecplugError as error:
+        yield api_error(error, state.settings.retry_after).event
+        yield DONE
         return
-    metrics = _metrics(state, [each.stats for stream in streams for each in stream.submission.family])
-    if counts_last or metrics is not None:
-        more: dict[str, Any] = {} if metrics is None else {"metrics": metrics}
-        if counts_last:
-            more["usage"] = usage.as_json()
-        yield event(header.response([], **more))
+    if counts_last:
+        yield event(header.response([], usage=usage.as_json()))
     yield DONE
