@@ -13,7 +13,7 @@ from specplug.errors import SpecplugError
 from specplug.outputs import CompletionOutput, RequestOutput
 from specplug.sampling.params import SamplingParams
 from specplug.server.answers.accounting import Usage, speculation
-from specplug.server.answers.events import Header, event
+from specplug.server.answers.events import Header
 from specplug.server.answers.generation import collect, interleave, start
 from specplug.server.errors import api_error
 from specplug.server.protocol.sampling import SamplingBody
@@ -163,17 +163,17 @@ async def _events(
                 if part is not None:
                     parts.append(part)
             num_finished += output.finished
-            counts = {"usage": usage.as_json()} if counts_always else silent
-            chunks = [header.response([part], **counts) for part in parts]
-            if num_finished == len(streams) and chunks:
+            more = {"usage": usage.as_json()} if counts_always else silent
+            if parts and num_finished == len(streams):
                 metrics = _metrics(state, [each.stats for stream in streams for each in stream.submission.family])
-                chunks[-1] |= {} if metrics is None else {"metrics": metrics}
-            if chunks:
-                yield b"".join(map(event, chunks))
+                more = more if metrics is None else {**more, "metrics": metrics}
+            if parts:
+                chunks = [header.event([part], **silent) for part in parts[:-1]]
+                yield b"".join([*chunks, header.event(parts[-1:], **more)])
     except SpecplugError as error:
         yield api_error(error, state.settings.retry_after).event
         yield DONE
         return
     if counts_last:
-        yield event(header.response([], usage=usage.as_json()))
+        yield header.event([], usage=usage.as_json())
     yield DONE
