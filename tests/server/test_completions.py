@@ -18,7 +18,7 @@ MESSAGES: list[Any] = [{"role": "user", "content": "def add(a, b):"}]
 @pytest.fixture(scope="module")
 def plain() -> Any:
     """Plain decoding: the words that every response must have."""
-    with LLM("tiny", memory="256MiB", compile=False) as llm:
+    with LLM("tiny", dtype="float32", memory="256MiB", compile=False) as llm:
         yield llm
 
 
