@@ -22,7 +22,7 @@ from support.stepwise import Stepwise, distributions, ruled_scores
 
 V = 16
 PROMPT = [3, 7, 5, 7, 7, 3]
-REQUESTS = 4_000
+REQUESTS = 2_000
 COMMON: dict[str, Any] = {"max_tokens": 4, "ignore_eos": True, "detokenize": False}
 PARAMS = {
     "penalties": SamplingParams(

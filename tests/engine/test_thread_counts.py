@@ -110,9 +110,10 @@ def test_a_process_without_such_files_may_use_what_its_affinity_allows(tmp_path:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libgomp is Linux's")
 def test_threads_wait_for_a_bounded_time_where_specplug_imports_torch() -> None:
-    if not has_libgomp():
+    shown = run(LIBRARY)[1]
+    if not shown and not has_libgomp():
         pytest.skip("this PyTorch has another OpenMP")
-    assert run(LIBRARY)[1] == str(SPIN_COUNT)
+    assert shown == str(SPIN_COUNT)
     assert run("from specplug.cli.process import import_libraries; import_libraries()")[1] == str(SPIN_COUNT)
 
 
