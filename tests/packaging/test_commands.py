@@ -65,7 +65,7 @@ def test_specplug(page: Path, line: str) -> None:
 
     arguments = shlex.split(line)[1:]
     if len(arguments) < 2 or arguments[1] not in ("--help", "--explain"):
-        arguments += [word for word in QUICK.get(arguments[0], ()) if word not in arguments or word == "--only"]
+        arguments += QUICK.get(arguments[0], ())
     result = CliRunner().invoke(cli, arguments, prog_name="specplug")
     assert result.exit_code == 0, result.output
     assert result.output.strip()

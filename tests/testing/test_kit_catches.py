@@ -53,7 +53,8 @@ def check(case: Case, targets: Targets, names: set[str] | None = None) -> list[C
     return run_checks(subject, [c for c in CHECKS if names is None or c.name in names])
 
 
-@pytest.mark.parametrize("name", slow_except(GOOD, "lookup"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GOOD)
 def test_good_speculators_pass_all(targets: Targets, name: str) -> None:
     results = check(GOOD[name], targets)
     assert [(r.check.name, r.text, r.traceback) for r in results if r.verdict == "failed"] == []
