@@ -178,7 +178,7 @@ ANY = settings(
 )
 
 
-@settings(ANY, max_examples=12)
+@settings(ANY, max_examples=8)
 @given(case=cases())
 def test_any_limits_serve_every_request(case: Case, folder: Path, small: Path, alone: Alone) -> None:
     check(case, folder, small, alone)

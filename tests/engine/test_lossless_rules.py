@@ -144,13 +144,19 @@ def complete(world: World, emitted: list[list[int]]) -> np.ndarray:
 @pytest.mark.parametrize(("agreement", "trials"), slow_except([(0.0, TRIALS), (0.7, FEWER_TRIALS)], 0.7))
 @pytest.mark.parametrize(
     ("make", "rule"),
-    [
-        (deterministic_chain, "block"),
+    slow_except(
+        [
+            (deterministic_chain, "block"),
+            (deterministic_tree, "block"),
+            (sampled_chain, "standard"),
+            (sampled_chain, "block"),
+            (sampled_tree, "block"),
+        ],
         (deterministic_tree, "block"),
         (sampled_chain, "standard"),
         (sampled_chain, "block"),
         (sampled_tree, "block"),
-    ],
+    ),
 )
 def test_rule_keeps_the_distribution(make: Maker, rule: str, agreement: float, trials: int) -> None:
     world = World(agreement)
