@@ -30,14 +30,15 @@ QUICK = {"check": ("--quick", "--only", "startup", "--only", "validity"), "demo"
 
 
 def commands() -> list[tuple[str, Path, str]]:
-    """(name, page, command) of every line in a shell fence."""
-    found = []
+    """(name, page, command) of every line in a shell fence; one that several pages have is named by the first."""
+    found: dict[str, tuple[str, Path, str]] = {}
     for page in (*PAGES, *EXAMPLES, *MAKERS):
         for block in blocks_of(page) if page not in TUTORIALS else ():
             if block.language == "sh":
                 lines = (line.partition("  #")[0].strip() for line in commands_in(block))
-                found += [(f"{block.name}: {line}", page, line) for line in lines]
-    return found
+                for line in lines:
+                    found.setdefault(line, (f"{block.name}: {line}", page, line))
+    return list(found.values())
 
 
 def of_kind(*starts: str) -> Any:
