@@ -93,7 +93,7 @@ class LLM:
 
         Args:
             prompts: text, token ids (a list, a NumPy array or a torch tensor), `{"prompt": …}` or `{"prompt_token_ids": …}`,
-                or a list of these.
+                or a list of these. A mapping may have a `cache_salt`: it shares cached KV only with prompts of the same salt.
             sampling_params: one for all prompts, or one for each; None uses the model's generation_config.
             use_tqdm: show a progress bar on a terminal.
             lora_request: not supported.
@@ -230,7 +230,7 @@ class LLM:
             for prompt, param in zip(encoded, params, strict=True):
                 request_id = str(next(self._numbers))
                 try:
-                    family = self.engine.make_request(request_id, prompt.ids, param)
+                    family = self.engine.make_request(request_id, prompt.ids, param, cache_salt=prompt.cache_salt)
                 except RequestError as error:  # callers know their prompts by index, not by request id
                     raise RequestError(prompt.where + str(error).removeprefix(f"request '{request_id}': ")) from error
                 submitted.append(_Submitted(request_id, prompt.text, family))
@@ -307,6 +307,7 @@ class LLM:
                 first_token_time=first.first_token_time,
                 finished_time=max((end for end in ends if end is not None), default=None),
             ),
+            num_cached_tokens=first.num_cached_tokens or 0,
         )
 
     def _completion(self, index: int, request: Request) -> CompletionOutput:
@@ -359,6 +360,11 @@ class LLM:
     def get_default_sampling_params(self) -> SamplingParams:
         """The parameters of `generate` if it is given none: the model's generation_config, then the defaults."""
         return default_sampling_params(resolve_model(self.config.model), self.config.revision)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached KV; requests that run go on with theirs. Returns True, as vLLM does on success."""
+        self.engine.reset_prefix_cache()
+        return True
 
     def get_metrics(self) -> list[Metric]:
         """The engine's current counters, under vLLM's names; never waits for a step."""
