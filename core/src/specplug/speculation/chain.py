@@ -105,6 +105,7 @@ class SpeculatorChain:
             link = self._links[index]
             if count and request.number not in link.banned:
                 link.forked[request.number] = link.stored[request.number] = count
+                link.resumed.add(request.number)
 
     def num_stored(self, index: int, request: Request) -> int:
         """How many of a row's first positions a speculator was given without a gap."""
@@ -115,6 +116,7 @@ class SpeculatorChain:
         for link in self._links:
             link.forked.pop(request.number, None)
             link.stored.pop(request.number, None)
+            link.resumed.discard(request.number)
             link.parents = {c: p for c, p in link.parents.items() if request.number not in (c, p)}
             link.outcomes.pop(request.number, None)
             if link.delivered.pop(request.number, None) is not None:
@@ -257,7 +259,8 @@ class SpeculatorChain:
                 start = kept
             spans.append((request.slot, range(start, request.num_computed)))
             forked.append(parent is not None and 0 < start == shared)
-            cached.append(start if new[-1] and parent is None and start == shared else 0)
+            cached.append(start if request.number in link.resumed and start == shared else 0)
+            link.resumed.discard(request.number)
             if start <= link.stored.get(request.number, 0):
                 link.stored[request.number] = request.num_computed
             link.delivered[request.number] = request.num_computed
