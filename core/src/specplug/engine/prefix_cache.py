@@ -18,7 +18,6 @@ from specplug.request import Request
 from specplug.speculation.target_states.ring_buffer import WINDOW
 
 
-
 @attrs.frozen
 class Sharer:
     """A speculator whose whole KV cache is addressed by the target's block tables.
@@ -67,7 +66,7 @@ class PrefixCache:
         self._sharers = tuple(sharers)
 
     def find(self, request: Request, allocator: BlockAllocator) -> Hit:
-        """What a waiting row finds. Its last token is always computed, and so are tokens that miss a requested log-probability."""
+        """What a waiting row finds. Its last token is always computed, and so is what misses requested log-probabilities."""
         most = len(request.tokens) - 1
         if request.num_missing_prompt_logprobs:
             most = min(most, len(request.prompt_logprobs))
@@ -127,9 +126,7 @@ class PrefixCache:
                 digests.append(last)
         return digests[:count]
 
-    def _count_stored(
-        self, sharer: Sharer, blocks: Sequence[int], request: Request, allocator: BlockAllocator
-    ) -> int:
+    def _count_stored(self, sharer: Sharer, blocks: Sequence[int], request: Request, allocator: BlockAllocator) -> int:
         """How many of the positions of some blocks have a speculator's entries, without a gap.
 
         One that reads target states pairs them with the next token, so that the last entry of a block depends on what followed.
