@@ -99,7 +99,7 @@ def test_a_new_package_passes_its_own_tests(fresh: Path, name: str, tmp_path: Pa
 
 def test_a_new_package_is_checked_by_the_command(fresh: Path, tmp_path: Path) -> None:
     printed = run(fresh, "specplug", "check", "my_lookup", "--quick", "--only", "tokens", cwd=tmp_path)
-    assert printed.splitlines()[-1] == "my_lookup (specplug-my-lookup 0.1.0): only 2 of 22 checks were run; none failed"
+    assert printed.splitlines()[-1] == "my_lookup (specplug-my-lookup 0.1.0): only 2 of 23 checks were run; none failed"
 
 
 def test_a_new_model_package_passes_the_whole_kit_on_its_command(fresh: Path, tmp_path: Path) -> None:
