@@ -273,7 +273,6 @@ def test_options_of_vllm() -> None:
         "quantization": None,
         "enforce_eager": True,
         "swap_space": 4,
-        "enable_prefix_caching": False,
         "load_format": "safetensors",
     }
     assert translate_options({**harmless, "max_num_seqs": 3, "dtype": "float32"}) == {
@@ -283,7 +282,6 @@ def test_options_of_vllm() -> None:
     for name, value, reason in [
         ("tensor_parallel_size", 2, "one device"),
         ("quantization", "awq", "floating dtype"),
-        ("enable_prefix_caching", True, "no prefix cache"),
         ("enable_lora", True, "adapters"),
         ("kv_cache_dtype", "fp8", "model's dtype"),
         ("load_format", "gguf", "safetensors"),

@@ -51,12 +51,12 @@ def test_a_new_package_passes_its_own_tests(fresh: Environment, name: str, tmp_p
         quick.joinpath(file.name).write_text(text, encoding="utf-8")
     options = ("-q", "-p", "no:xdist", "-p", "no:cacheprovider")
     printed = printed_by(fresh.run("python", "-m", "pytest", *options, str(quick)))
-    assert "22 passed" in printed
+    assert "23 passed" in printed
 
 
 def test_a_new_package_is_checked_by_the_command(fresh: Environment) -> None:
     printed = printed_by(fresh.specplug("check", "my_lookup", "--quick", "--only", "tokens"))
-    assert printed.splitlines()[-1] == "my_lookup (specplug-my-lookup 0.1.0): only 2 of 22 checks were run; none failed"
+    assert printed.splitlines()[-1] == "my_lookup (specplug-my-lookup 0.1.0): only 2 of 23 checks were run; none failed"
 
 
 def test_a_new_model_package_is_checked_by_the_command(fresh: Environment, tmp_path: Path) -> None:
