@@ -138,7 +138,7 @@ class EngineConfig:
     max_num_draft_tokens: int | None = attrs.field(default=None, **_POSITIVE_OR_NONE)
     block_size: int = attrs.field(default=16, **_POSITIVE)
     enable_prefix_caching: bool = attrs.field(
-        default=True, converter=attrs.converters.default_if_none(True), validator=_FLAG["validator"]
+        default=True, converter=lambda value: True if value is None else value, validator=_FLAG["validator"]
     )
     memory: int | None = attrs.field(default=None, converter=attrs.converters.optional(parse_bytes))
     seed: int = attrs.field(
