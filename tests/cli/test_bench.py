@@ -101,6 +101,7 @@ def test_a_png_of_several_settings(run: Callable[..., Any], prompts: str, tmp_pa
     assert len(data) > 20_000
 
 
+@pytest.mark.slow
 def test_transformers_beside_it(run: Callable[..., Any], prompts: str) -> None:
     options = ("--dtype", "float32", "--prompts", prompts, "--batch", "1,2", "--peer", "transformers", "--json", "-")
     result = run(*BENCH, *options, CONFIG, NGRAM, CONFIG, DRAFT)

@@ -53,6 +53,11 @@ def test_a_closed_standard_error_does_not_stop_generation(run: Callable[..., Any
     assert "6/6" in expected.stderr
     closed = shell(GENERATE, "2>&- <&-")
     assert (closed.returncode, closed.stdout, closed.stderr) == (0, expected.stdout, "")
+
+
+@pytest.mark.slow
+def test_a_standard_error_that_nobody_reads_does_not_stop_it(run: Callable[..., Any]) -> None:
+    expected = run(*GENERATE)
     unread = shell((*GENERATE, "--stats"), "2> >(head -c 1 >/dev/null)")
     assert (unread.returncode, unread.stdout) == (0, expected.stdout)
 

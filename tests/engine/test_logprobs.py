@@ -16,6 +16,7 @@ from specplug.model.kv_cache import BlockAllocator
 from specplug.outputs import CompletionOutput, RequestOutput
 from specplug.sampling.logprobs import PositionLogprobs
 from specplug.testing.models import save_words, word
+from support.marks import slow_except
 from support.models import VOCABULARY, save_model
 from support.reference import load_reference
 from support.speculators import ModelSpeculator, Oracle, TokenSpeculator, TreeSpeculator, provide
@@ -119,7 +120,7 @@ def check_completion(folder: Path, prompt: list[int], completion: CompletionOutp
     assert completion.cumulative_logprob == pytest.approx(sum(own), abs=TOLERANCE * len(own))
 
 
-@pytest.mark.parametrize("tight", [False, True])
+@pytest.mark.parametrize("tight", slow_except([False, True], True))
 @pytest.mark.parametrize("kind", ["plain", "chain", "tree", "tree with top k", "model"])
 def test_equal_transformers_log_softmax(folder: Path, known: list[list[int]], kind: str, tight: bool) -> None:
     prompts, params = requests()

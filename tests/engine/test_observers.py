@@ -12,6 +12,7 @@ import pytest
 
 from specplug import LLM, Proposal, SamplingParams, Verdict, hookimpl
 from specplug.errors import PluginError, SpecplugError
+from support.marks import slow_except
 from support.models import VOCABULARY, save_model
 from support.speculators import ModelSpeculator, Oracle, TokenSpeculator
 
@@ -130,7 +131,13 @@ def undisturbed(folder: Path, kind: str) -> tuple[list[list[int]], int]:
 CASES = [(hook, act) for hook in HOOKS for act in FAULTS if (hook, act) != ("warmup", returns_nothing)]  # as it should
 
 
-@pytest.mark.parametrize(("hook", "act"), CASES, ids=lambda part: part if isinstance(part, str) else part.__name__)
+@pytest.mark.parametrize(
+    ("hook", "act"),
+    slow_except(
+        CASES, "propose", *((hook, act) for hook in HOOKS for act in (raises_after, leaves_before, returns_a_lie))
+    ),
+    ids=lambda part: part if isinstance(part, str) else part.__name__,
+)
 def test_an_observer_that_faults_costs_itself_alone(
     folder: Path, hook: str, act: Callable[[], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
