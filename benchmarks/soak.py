@@ -28,7 +28,7 @@ import httpx
 
 ROWS, QUEUED, CLIENTS = 8, 6, 20
 LONGEST = 160
-MEMORY = "28MiB"
+MEMORY = "30MiB"
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

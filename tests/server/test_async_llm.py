@@ -355,3 +355,22 @@ def test_a_loop_that_is_closed_in_the_middle_leaves_nothing(engine: AsyncLLM, mo
     loop.close()
     assert_idle(engine)
     assert stream.has_ended
+
+
+def test_many_streams_get_several_steps_in_one_output(
+    engine: AsyncLLM, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = plain.generate([PROMPTS[1]], LONG, use_tqdm=False)[0].outputs[0].token_ids
+    plain_steps = attrs.evolve(LONG, num_speculative_tokens=0)
+
+    async def collect() -> list[list[list[int]]]:
+        async def one() -> list[list[int]]:
+            outputs = engine.generate(PROMPTS[1], plain_steps, output_kind="delta")
+            return [output.outputs[0].token_ids async for output in outputs]
+
+        return await asyncio.gather(*(one() for _ in range(4)))
+
+    monkeypatch.setattr("specplug.async_llm._SECONDS_PER_OUTPUT", 30.0)
+    for parts in run(collect()):
+        assert [token for part in parts for token in part] == expected
+        assert 2 <= len(parts) <= 3, "the first tokens at once, the rest at the end"
