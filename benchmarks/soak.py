@@ -28,7 +28,7 @@ import httpx
 
 ROWS, QUEUED, CLIENTS = 8, 6, 20
 LONGEST = 160
-MEMORY = "32MiB"
+MEMORY = "30MiB"
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -317,7 +317,7 @@ class Soak:
         if code not in HARMLESS:
             self.problems.append(f"{answer.status_code}: {answer.text[:300]}")
         if code == "queue_full":
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(random.uniform(0.2, 1))
         return False
 
 

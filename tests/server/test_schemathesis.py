@@ -26,7 +26,7 @@ def test_no_request_of_the_schema_is_a_server_error(server: Live) -> None:
             operation = result.ok()
 
             @settings(
-                max_examples=80,
+                max_examples=40,
                 deadline=None,
                 derandomize=True,
                 database=None,
