@@ -46,6 +46,11 @@ def _as_path(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
+def _on_by_default(value: Any) -> Any:
+    """None, as vLLM has it, → True."""
+    return True if value is None else value
+
+
 def _as_name(kind: str) -> Callable[[Any], Any]:
     """Makes a converter of one of torch's types to its name; torch is not imported for it."""
 
@@ -137,9 +142,7 @@ class EngineConfig:
     max_num_batched_tokens: int = attrs.field(default=1024, **_POSITIVE)
     max_num_draft_tokens: int | None = attrs.field(default=None, **_POSITIVE_OR_NONE)
     block_size: int = attrs.field(default=16, **_POSITIVE)
-    enable_prefix_caching: bool = attrs.field(
-        default=True, converter=attrs.converters.default_if_none(True), validator=_FLAG["validator"]
-    )
+    enable_prefix_caching: bool = attrs.field(default=True, converter=_on_by_default, validator=_FLAG["validator"])
     memory: int | None = attrs.field(default=None, converter=attrs.converters.optional(parse_bytes))
     seed: int = attrs.field(
         default=0,
