@@ -101,26 +101,34 @@ def no_hits(cached: LLM, plain: LLM, prompts: Prompts, rounds: int, tokens: int)
 
 
 class Stopwatch:
-    """Adds up the processor time of the cache's own calls; waiting for a core does not count."""
+    """Times the cache's own calls; medians, since a call that waits for a core says nothing of the cache."""
 
     def __init__(self, llm: LLM) -> None:
-        self.seconds = 0.0
+        self.seconds: dict[str, list[float]] = {name: [] for name in ("find", "store", "store_entries")}
         cache: Any = llm.engine.prefix_cache
-        for name in ("find", "store", "store_entries"):
-            setattr(cache, name, self._timed(getattr(cache, name)))
+        for name in self.seconds:
+            setattr(cache, name, self._timed(getattr(cache, name), self.seconds[name]))
 
-    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+    @staticmethod
+    def _timed(call: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
-            begin = time.thread_time()
+            begin = time.perf_counter()
             result = call(*arguments)
-            self.seconds += time.thread_time() - begin
+            seconds.append(time.perf_counter() - begin)
             return result
 
         return timed
 
+    def take(self, *names: str) -> float:
+        """The sum of some calls' median microseconds, since the last time."""
+        total = sum(statistics.median(self.seconds[name]) for name in names if self.seconds[name])
+        for seconds in self.seconds.values():
+            seconds.clear()
+        return 1e6 * total
+
 
 def own_time(cached: LLM, prompts: Prompts, rows: int, tokens: int) -> dict[str, float]:
-    """Microseconds of the cache's own calls: for a prompt, and for a step in which a batch decodes."""
+    """Microseconds of the cache's own calls: to look a prompt up, and in a step in which a batch decodes."""
     engine = cached.engine
     watch = Stopwatch(cached)
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
@@ -129,17 +137,12 @@ def own_time(cached: LLM, prompts: Prompts, rows: int, tokens: int) -> dict[str,
         family += engine.add_request(str(number), prompts.ids(prompts.length), params)
     while any(not request.num_output_tokens for request in family):
         engine.step()
-    prompt_seconds, watch.seconds, steps = watch.seconds, 0.0, 0
+    prompt = watch.take("find")
     while len(engine.scheduler.running) == rows:
         engine.step()
-        steps += 1
-    decode_seconds = watch.seconds
+    step = watch.take("store", "store_entries")
     engine.abort(*(request.id for request in family))
-    return {
-        "rows": rows,
-        "us_per_prompt": 1e6 * prompt_seconds / rows,
-        "us_per_decode_step": 1e6 * decode_seconds / max(steps, 1),
-    }
+    return {"rows": rows, "us_per_prompt": prompt, "us_per_decode_step": step}
 
 
 def main() -> None:
