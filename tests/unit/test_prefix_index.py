@@ -37,7 +37,7 @@ def computed(cache: PrefixCache, allocator: BlockAllocator, tokens: list[int], s
     request.table = BlockTable(SIZE)
     request.table.extend(allocator.allocate(-(-len(request.tokens) // SIZE)) or [])
     request.num_computed = len(tokens)
-    cache.store(request, allocator)
+    cache.store([request], allocator)
     return request
 
 
@@ -167,7 +167,7 @@ def test_a_preempted_row_finds_its_own_blocks() -> None:
     request.num_computed = 18
     request.append([5], [None])
     assert scheduler.prefix_cache is not None
-    scheduler.prefix_cache.store(request, scheduler.allocator)
+    scheduler.prefix_cache.store([request], scheduler.allocator)
     assert request.table is not None
     blocks = request.table.blocks[:4]
     scheduler.preempt(request)

@@ -41,14 +41,14 @@ def parse_bytes(value: int | float | str) -> int:
     return int(parsed)
 
 
-def _or_true(value: Any) -> Any:
-    """None → True, the default; anything else as it is."""
-    return True if value is None else value
-
-
 def _as_path(value: Any) -> Any:
     """A path → its text; anything else as it is."""
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _on_by_default(value: Any) -> Any:
+    """None, as vLLM has it, → True."""
+    return True if value is None else value
 
 
 def _as_name(kind: str) -> Callable[[Any], Any]:
@@ -142,7 +142,7 @@ class EngineConfig:
     max_num_batched_tokens: int = attrs.field(default=1024, **_POSITIVE)
     max_num_draft_tokens: int | None = attrs.field(default=None, **_POSITIVE_OR_NONE)
     block_size: int = attrs.field(default=16, **_POSITIVE)
-    enable_prefix_caching: bool = attrs.field(default=True, converter=_or_true, **_FLAG)
+    enable_prefix_caching: bool = attrs.field(default=True, converter=_on_by_default, validator=_FLAG["validator"])
     memory: int | None = attrs.field(default=None, converter=attrs.converters.optional(parse_bytes))
     seed: int = attrs.field(
         default=0,

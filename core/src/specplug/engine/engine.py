@@ -253,9 +253,7 @@ class Engine:
             self.runner.cache.move([source for source, _ in moves], [destination for _, destination in moves])
         self._states.record(target.captured, final, drafted)
         if self.prefix_cache is not None:
-            for row in target.rows:
-                if row.request.error is None:
-                    self.prefix_cache.store(row.request, self.scheduler.allocator)
+            self.prefix_cache.store([row.request for row in target.rows], self.scheduler.allocator)
         for row in target.rows:
             if row.request.is_finished:
                 if row.request.error is None:

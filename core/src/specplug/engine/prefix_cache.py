@@ -86,15 +86,22 @@ class PrefixCache:
             self.num_queried_tokens += len(request.tokens)
             self.num_hit_tokens += request.num_cached_tokens
 
-    def store(self, request: Request, allocator: BlockAllocator) -> None:
-        """Caches a running row's new full blocks of committed tokens."""
-        full = min(request.num_computed, len(request.tokens)) // self._block_size
-        if full > request.num_stored_blocks:
+    def store(self, requests: Sequence[Request], allocator: BlockAllocator) -> None:
+        """Caches the new full blocks of committed tokens of running rows that have not failed."""
+        size = self._block_size
+        for request in requests:
+            begin = request.num_stored_blocks
+            if request.num_computed < (begin + 1) * size or request.error is not None:
+                continue
+            full = (
+                min(request.num_computed, len(request.tokens)) // size
+            )  # the end of a request may cut what was accepted
             assert request.table is not None
-            digests = self._digests(request, full)
-            for index in range(request.num_stored_blocks, full):
-                allocator.cached.add(request.table.blocks[index], digests[index])
-            request.num_stored_blocks = full
+            for block, digest in zip(
+                request.table.blocks[begin:full], self._digests(request, full)[begin:], strict=True
+            ):
+                allocator.cached.add(block, digest)
+            request.num_stored_blocks = max(begin, full)
 
     def store_entries(
         self, requests: Sequence[Request], allocator: BlockAllocator, num_stored: Callable[[int, Request], int]
@@ -106,15 +113,18 @@ class PrefixCache:
             allocator: of their blocks.
             num_stored: (sharer, row) → how many of its first positions have that speculator's entries.
         """
-        for sharer in self._sharers:
+        size = self._block_size
+        for index in [sharer.index for sharer in self._sharers]:
             for request in requests:
-                full, known = num_stored(sharer.index, request) // self._block_size, request.num_followed_blocks
-                for place in range(known.get(sharer.index, 0), full):
-                    assert request.table is not None
+                begin, full = request.num_followed_blocks.get(index, 0), num_stored(index, request) // size
+                if full <= begin:
+                    continue
+                assert request.table is not None
+                for place in range(begin, full):
                     content = allocator.cached.get(request.table.blocks[place])
                     if content is not None:
-                        content.followers[sharer.index] = request.tokens[(place + 1) * self._block_size]
-                    known[sharer.index] = full
+                        content.followers[index] = request.tokens[(place + 1) * size]
+                request.num_followed_blocks[index] = full
 
     def _digests(self, request: Request, count: int) -> list[bytes]:
         """The digests of a row's first full blocks, at least `count`."""
