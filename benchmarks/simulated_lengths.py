@@ -26,8 +26,8 @@ from workloads import WORKLOADS
 
 from specplug import LLM, SamplingParams, SpeculatorTraits, resolve_model
 from specplug.request import Request
-from specplug.speculation.auto import AutoBudget
-from specplug.speculation.policy import FixedBudget
+from specplug.speculation.adaptive import AdaptiveDraftLength
+from specplug.speculation.draft_length import FixedDraftLength
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from support.simulation import Link, Simulation
@@ -83,7 +83,7 @@ class Replayed(Simulation):
     @property
     def num_looks(self) -> int:
         """How often it was looked for the best depths."""
-        return self.policy.num_looks if isinstance(self.policy, AutoBudget) else 0
+        return self.policy.num_looks if isinstance(self.policy, AdaptiveDraftLength) else 0
 
     def _draft(self, request: Request, link: Link, depth: int) -> list[int]:
         drafted, accepted, _ = self._at(request)
@@ -109,7 +109,7 @@ class Replayed(Simulation):
 def record(llm: LLM, prompts: list[list[int]], tokens: int) -> Trace:
     """Drafts at every position of what the target says, and how many tokens of each come true."""
     engine, policy = llm.engine, llm.engine.chain.policy
-    engine.chain.policy = FixedBudget()
+    engine.chain.policy = FixedDraftLength()
     plain = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, num_speculative_tokens=0)
     once = attrs.evolve(plain, max_tokens=_DEEPEST + 4, num_speculative_tokens=_DEEPEST, detokenize=False)
     trace: Trace = []
@@ -138,13 +138,13 @@ def chances_of(scores: Sequence[float]) -> list[float]:
 def costs(llm: LLM, prompts: list[list[int]], rows: int, tokens: int) -> tuple[MeasuredTarget, MeasuredAsking]:
     """What the automatic budget has measured once all prompts were served three times."""
     policy = llm.engine.chain.policy
-    assert isinstance(policy, AutoBudget)
+    assert isinstance(policy, AdaptiveDraftLength)
     for _ in range(3):
         llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), use_tqdm=False)
-    link, curve = policy.links[0], policy.targets[rows]
+    estimate, curve = policy.estimates[0], policy.targets[rows]
     target = [curve.seconds(nodes * rows) for nodes in range(_DEEPEST + 2)]
-    asking = [link.ask_seconds(rows, depth) for depth in range(1, _DEEPEST + 1)]
-    return MeasuredTarget(target, rows), MeasuredAsking(asking, rows, link.feed)
+    asking = [estimate.seconds(rows, depth) for depth in range(1, _DEEPEST + 1)]
+    return MeasuredTarget(target, rows), MeasuredAsking(asking, rows, estimate.catch_up)
 
 
 def replay(

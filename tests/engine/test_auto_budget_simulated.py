@@ -9,7 +9,7 @@ import pytest
 
 from specplug import SpeculatorTraits
 from specplug.request import Request
-from specplug.speculation.auto import AutoBudget
+from specplug.speculation.adaptive import AdaptiveDraftLength
 from support.marks import slow_except
 from support.simulation import Asking, Link, Rate, Simulation, Target
 
@@ -228,13 +228,14 @@ def test_sleeping_rows_are_mostly_left_alone_and_their_steps_are_timed_all_the_s
     simulation = Simulation([USELESS["model at 0.2 of a step a token"]()], target=TARGET, rows=rows, length=400, seed=1)
     simulation.run(1)
     auto = simulation.policy
-    assert isinstance(auto, AutoBudget)
+    assert isinstance(auto, AdaptiveDraftLength)
     planned, begin = 0, auto.begin
 
-    def count(requests: Sequence[Request]) -> None:
+    def count(requests: Sequence[Request]) -> bool:
         nonlocal planned
-        planned += 1
-        begin(requests)
+        begun = begin(requests)
+        planned += begun
+        return begun
 
     auto.begin = count  # type: ignore[method-assign]
     steps, timed = simulation.steps, auto.targets[rows].count

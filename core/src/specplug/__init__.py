@@ -14,7 +14,6 @@ from specplug.version import __version__
 
 if TYPE_CHECKING:
     from specplug.config.engine import EngineConfig
-    from specplug.contract.going_on import worth_another_token
     from specplug.contract.hooks import hookimpl
     from specplug.contract.resources import (
         KVLayer,
@@ -76,7 +75,6 @@ if TYPE_CHECKING:
 # The same names at run time; a test compares the two lists.
 _HOMES = {
     "specplug.config.engine": ("EngineConfig",),
-    "specplug.contract.going_on": ("worth_another_token",),
     "specplug.contract.hooks": ("hookimpl",),
     "specplug.contract.resources": (
         "KVLayer",
