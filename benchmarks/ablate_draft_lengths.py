@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from specplug import SpeculatorTraits
 from specplug.request import Request
 from specplug.speculation.adaptive import AdaptiveSettings
+from specplug.speculation.adaptive.acceptance import RowAcceptance
 from support.simulation import Asking, Link, Simulation
 
 TRACES = Path("build/draft-traces.json")
@@ -378,15 +379,13 @@ def _keep_continuation_empty(self: Any, drafts: Any, refused: int, call: Any) ->
         self.samples = self.samples or draft.probs is not None
 
 
-def _keep_share(self: Any, misses: int) -> None:
-    self.share = 0.015
-
-
 def _forget_without_likeness(self: Any, share: float) -> None:
-    self.run = 1.0
-    self.fade(share)
+    likeness = self.likeness
+    _FORGET(self, share)
+    self.likeness = likeness
 
 
+_FORGET = RowAcceptance._forget
 _NEVER = property(lambda self: False)
 _ALWAYS = property(lambda self: True)
 OFF: dict[str, Callable[[], Any]] = {
@@ -394,10 +393,7 @@ OFF: dict[str, Callable[[], Any]] = {
     "learned trust (6 drafts)": _settings(trusts=(6.0,), trust_handicaps=(1.0,)),
     "change detection": _settings(change_below=0.0),
     "likeness": _set(acceptance__RowAcceptance___forget=_forget_without_likeness),
-    "change of all rows": _settings(all_change_below=0.0),
     "position ranges": _set(acceptance__AcceptanceModel__first_at=lambda self, position: self.first),
-    "fade of sleeping rows": _settings(asleep_memory=1.0),
-    "hopelessness": _set(acceptance__AcceptanceModel__is_hopeless=_NEVER),
     "continuation": _set(estimates__SpeculatorEstimate__observe_drafts=_keep_continuation_empty),
     "score calibration": _set(estimates__SpeculatorEstimate__calibration=property(lambda self: 1.0)),
     "stopping (joint rule)": _set(goodput__StepForecast__min_gains=lambda self, estimate, depths, rate: (0.0, 0.0)),
@@ -415,7 +411,6 @@ OFF: dict[str, Callable[[], Any]] = {
     "slope belief follows noise": _settings(steep=1e9),
     "row classes that borrow": _set(cost_model__CostCurve__borrow=_fresh_curve),
     "variation of depths": _set(controller__vary=lambda settings, depths, *rest: (depths, 1 << 20)),
-    "ledger: shares": _set(exploration__ExplorationBudget__adjust_share=_keep_share),
     "ledger: overdraft": _set(
         exploration__ExplorationBudget__advance=lambda self, steps: 0.0,
         controller__AdaptiveSettings=functools.partial(AdaptiveSettings, advanced_steps=0.0),
@@ -431,7 +426,6 @@ OFF: dict[str, Callable[[], Any]] = {
     "held depths": _set(planner___steps_to_hold=lambda estimate, candidates, depths: 1),
     "held depths follow evidence": _set(planner___steps_to_hold=lambda estimate, candidates, depths: 8),
     "batched feedback": _settings(learn_every=0),
-    "margin": _settings(margin=1.0),
     "pruning of scored nodes": _set(controller__keep_what_pays=lambda drafts, estimates, forecast: list(drafts)),
     "might pay (close)": _set(goodput__StepForecast__might_pay=lambda self, estimate, gains: True),
 }

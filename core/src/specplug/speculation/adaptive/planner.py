@@ -37,13 +37,8 @@ def choose_depths(
     """
     settings = estimate.settings
     least, base = forecast.least_gain, forecast.rate
-    for candidate in candidates:
-        row = candidate.row
-        if not row.depth and row.planned_at >= 0:
-            row.acceptance.fade(settings.asleep_memory ** (step - row.planned_at))
     gains = [estimate.gains(c.row, c.limit, least, c.request.num_output_tokens) for c in candidates]
-    margin = 1.0 if any(c.row.depth for c in candidates) else settings.margin
-    depths, rate = forecast.divide(estimate, gains, margin)
+    depths, rate = forecast.divide(estimate, gains)
     late = {
         number
         for number, (c, depth) in enumerate(zip(candidates, depths, strict=True))
@@ -52,7 +47,7 @@ def choose_depths(
     if late:
         for number in late:
             gains[number] = []
-        depths, rate = forecast.divide(estimate, gains, margin)
+        depths, rate = forecast.divide(estimate, gains)
     if not any(depths):
         depths = _try_out(estimate, candidates, late, forecast, budget, step)
     if (
@@ -108,8 +103,6 @@ def _try_out(
         step: the step's number.
     """
     settings, is_known = estimate.settings, estimate.was_warm(step)
-    if estimate.acceptance.is_hopeless and not any(c.row.acceptance.first_accepted for c in candidates):
-        return [0] * len(candidates)
     view = forecast if is_known else forecast.if_warm()
     least = view.least_gain
     gains = [
