@@ -146,9 +146,7 @@ class Subject:
                 kind = CheckFailure if self._has_started else FundamentalFailure
                 raise kind("that an engine starts with it", describe(error)) from error
             self._has_started = True
-            llm.engine.chain.policy = (
-                FixedDraftLength()
-            )  # automatic budgets follow the clock; a check always sees the same
+            llm.engine.chain.policy = FixedDraftLength()  # automatic lengths follow the clock; a check sees the same
             yield Session(llm, self._pace)
 
     @contextlib.contextmanager

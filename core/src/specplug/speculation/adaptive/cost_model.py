@@ -30,21 +30,32 @@ class CostCurve:
     also answers for sizes that were never seen. Seconds never fall with the size. Old timings fade, so that a size that was
     avoided because of a few slow moments is tried again.
 
+    Of a target, size 0 can be *apart*: verifying any draft may take another path (another kernel, no captured graph), so that
+    the first node costs far more than the next.
+
     Args:
         settings: how fast it learns.
         slope: the assumed slope before anything is known, as a share of the seconds at size 0; or, `proportional`, ignored.
         proportional: whether, before two sizes were seen, seconds are assumed to grow in proportion to the size.
-        least_slope: the least that one more costs, as a share of the seconds at the smallest size.
+        least_slope: the least that one more costs, as a share of the seconds at size 0.
+        zero_is_apart: whether sizes above 0 may cost a jump.
     """
 
     def __init__(
-        self, settings: AdaptiveSettings, slope: float = 0.0, *, proportional: bool = False, least_slope: float = 0.0
+        self,
+        settings: AdaptiveSettings,
+        slope: float = 0.0,
+        *,
+        proportional: bool = False,
+        least_slope: float = 0.0,
+        zero_is_apart: bool = False,
     ) -> None:
         self._settings = settings
         self._count = 0
         self._slope = slope
         self._proportional = proportional
         self._least_slope = least_slope
+        self._zero_is_apart = zero_is_apart
         self._level = 0.0
         self._cells: dict[int, _Cell] = {}
         self._shapes: list[float] = []
@@ -56,13 +67,22 @@ class CostCurve:
     def borrow(self) -> CostCurve:
         """A curve for something similar: of the same shape until it is known better, at a level of its own."""
         settings = self._settings
-        other = CostCurve(settings, self._slope, proportional=self._proportional, least_slope=self._least_slope)
+        other = self._new()
         other._cells = {
             key: _Cell(cell.size, cell.shape, min(cell.weight, settings.borrowed_weight))
             for key, cell in self._cells.items()
         }
         other._until_level = settings.borrowed_level_timings
         return other
+
+    def _new(self) -> CostCurve:
+        return CostCurve(
+            self._settings,
+            self._slope,
+            proportional=self._proportional,
+            least_slope=self._least_slope,
+            zero_is_apart=self._zero_is_apart,
+        )
 
     @property
     def count(self) -> int:
@@ -138,17 +158,32 @@ class CostCurve:
         if not cells:
             self._shapes = [1.0] * self._length
             return
+        shapes = self._table(cells)
+        if self._zero_is_apart and len(cells) > 1 and 0 in self._cells:
+            timings = sum(cell.weight for cell in cells[1:])
+            trust = timings / (timings + self._settings.jump_doubt)
+            apart = self._table(cells[1:])
+            apart[0] = cells[0].shape
+            shapes = [own + trust * (other - own) for own, other in zip(shapes, apart, strict=True)]
+        least = self._least_slope * max(shapes[0], 1e-12)
+        self._shapes = []
+        floor = 1e-9 - least
+        for shape in shapes:
+            floor = max(shape, floor + least)
+            self._shapes.append(floor)
+
+    def _table(self, cells: list[_Cell]) -> list[float]:
+        """The shapes of all sizes by some cells: their line, and each cell's own deviation as far as it is believed."""
         origin, slope = self._line(cells)
         doubt = 1.0 + self._noise / self._settings.fine**2
         rests = [
             (cell.size, (cell.shape - origin - slope * cell.size) * cell.weight / (cell.weight + doubt))
             for cell in cells
         ]
-        least = self._least_slope * max(origin, 1e-12)
-        shapes: list[float] = []
-        index, floor = 0, 0.0
-        for each in range(self._length):
-            while index < len(rests) and rests[index][0] < each:
+        shapes = []
+        index = 0
+        for size in range(self._length):
+            while index < len(rests) and rests[index][0] < size:
                 index += 1
             if index == 0:
                 rest = rests[0][1]
@@ -156,10 +191,9 @@ class CostCurve:
                 rest = rests[-1][1]
             else:
                 (low, before), (high, after) = rests[index - 1], rests[index]
-                rest = before + (after - before) * (each - low) / (high - low)
-            floor = max(origin + slope * each + rest, floor + least if shapes else 1e-9)
-            shapes.append(floor)
-        self._shapes = shapes
+                rest = before + (after - before) * (size - low) / (high - low)
+            shapes.append(origin + slope * size + rest)
+        return shapes
 
     def _line(self, cells: list[_Cell]) -> tuple[float, float]:
         """(shape at size 0, slope) of the line nearest to all cells, and to what was assumed."""
@@ -234,7 +268,7 @@ def target_costs(settings: AdaptiveSettings) -> CostModel:
 
 def target_curve(settings: AdaptiveSettings) -> CostCurve:
     """Seconds of target steps with some number of rows, before anything is known."""
-    return CostCurve(settings, settings.verify_slope, least_slope=settings.least_slope)
+    return CostCurve(settings, settings.verify_slope, least_slope=settings.least_slope, zero_is_apart=True)
 
 
 def _cell_of(size: int) -> int:

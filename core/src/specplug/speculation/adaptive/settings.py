@@ -20,8 +20,8 @@ class AdaptiveSettings:
         verify_slope: start-up: assumed cost of verifying one more token, over a plain step (0.0, +0.3, -2.9).
         first_continuation: start-up: assumed probability that a chain that may stop is extended (-0.9, -1.7, -0.6).
         first_scores: start-up: accepted tokens for which scores are assumed to be right (calibration: -0.4, +0.1, -2.8).
-        first_depth: start-up: the deepest first draft of a speculator with a state; the limit doubles as it is reached (- bounds
-            the cost of the first call).
+        first_depth: start-up: the deepest first draft of a speculator with a state; the limit doubles as it is reached (-
+            bounds the cost of the first call).
         memory: what the acceptance counts of all rows keep per draft (- 100 drafts, some requests).
         row_memory: what a row's counts keep per draft (- 16 drafts, some sentences).
         trusts: as how many drafts of a row all others may count; the best predictor is used (-0.3, -0.3, -1.8).
@@ -42,6 +42,7 @@ class AdaptiveSettings:
         noise_rate: how fast the noise of timings is learned (- 30 timings).
         fine: differences of this share between sizes are believed once they exceed the noise (+0.3, -0.1, +1.6; worst -3.2).
         steep: slopes of this share are (0.0, -0.2, -2.5).
+        jump_doubt: as how many timings with drafts counts the assumption that size 0 is like any other.
         least_slope: the least that one more token costs, over a plain step: drafts never seem free (-0.1, 0.0, +0.5).
         fastest_surprise: a timing counts for no less than this share of the expected; with `slowest_surprise`: single
             timings on a busy machine are far off (- the simulator has 1 in 100 of 2.5 times).
@@ -111,6 +112,7 @@ class AdaptiveSettings:
     noise_rate: float = 0.03
     fine: float = 0.03
     steep: float = 0.015
+    jump_doubt: float = 0.0
     least_slope: float = 0.003
     fastest_surprise: float = 0.6
     slowest_surprise: float = 1.6
