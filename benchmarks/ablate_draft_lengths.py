@@ -33,6 +33,7 @@ from specplug import SpeculatorTraits
 from specplug.request import Request
 from specplug.speculation.adaptive import AdaptiveSettings
 from specplug.speculation.adaptive.acceptance import RowAcceptance
+from specplug.speculation.adaptive.cost_model import CostCurve
 from support.simulation import Asking, Link, Simulation
 
 TRACES = Path("build/draft-traces.json")
@@ -368,10 +369,6 @@ def _settings(**values: Any) -> Callable[[], Iterator[None]]:
     return _set(controller__AdaptiveSettings=functools.partial(AdaptiveSettings, **values))
 
 
-def _fresh_curve(self: Any) -> Any:
-    return self.__class__(self._settings, self._slope, proportional=self._proportional, least_slope=self._least_slope)
-
-
 def _keep_continuation_empty(self: Any, drafts: Any, refused: int, call: Any) -> None:
     if refused or self.fill < 1.0:
         self._observe_fill(len(drafts), refused)
@@ -407,9 +404,10 @@ OFF: dict[str, Callable[[], Any]] = {
     "trying what nearly pays": _set(planner___try_out=lambda estimate, candidates, *rest: [0] * len(candidates)),
     "cost cells (line only)": _settings(fine=1e-9),
     "assumed slope of verification": _settings(verify_slope=0.0),
+    "size 0 apart": _settings(jump_doubt=1e12),
     "least slope": _settings(least_slope=0.0),
     "slope belief follows noise": _settings(steep=1e9),
-    "row classes that borrow": _set(cost_model__CostCurve__borrow=_fresh_curve),
+    "row classes that borrow": _set(cost_model__CostCurve__borrow=CostCurve._new),
     "variation of depths": _set(controller__vary=lambda settings, depths, *rest: (depths, 1 << 20)),
     "ledger: overdraft": _set(
         exploration__ExplorationBudget__advance=lambda self, steps: 0.0,
