@@ -1,4 +1,4 @@
-"""A batch in simulated time: costs and texts are made up, the automatic budget is real."""
+"""A batch in simulated time: costs and texts are made up, the adaptive policy is real."""
 
 from __future__ import annotations
 
@@ -26,19 +26,21 @@ Rate = Callable[[int, int], float]
 
 @attrs.frozen
 class Target:
-    """Seconds of a target step: flat, then bound by computing; rows cost a little each."""
+    """Seconds of a target step: flat, then bound by computing; rows cost a little each, and verifying any draft a jump."""
 
     flat: float = 15e-3
     per_node: float = 0.2e-3
     per_row: float = 0.1e-3
     bound_from: int = 24
     per_bound_node: float = 0.45e-3
+    jump: float = 0.0
     scale: Callable[[int], float] = lambda step: 1.0
 
     def seconds(self, rows: int, nodes: int, step: int = 0) -> float:
         size = rows + nodes
         bound = max(0, size - self.bound_from)
-        return self.scale(step) * (self.flat + self.per_row * rows + self.per_node * size + self.per_bound_node * bound)
+        seconds = self.flat + self.per_row * rows + self.per_node * size + self.per_bound_node * bound
+        return self.scale(step) * seconds * (1.0 + self.jump * (nodes > 0))
 
 
 @attrs.frozen

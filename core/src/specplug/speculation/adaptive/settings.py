@@ -26,7 +26,7 @@ class AdaptiveSettings:
         row_memory: what a row's counts keep per draft (- 16 drafts, some sentences).
         trusts: as how many drafts of a row all others may count; the best predictor is used (-0.3, -0.3, -1.8).
         trust_handicaps: how much better each must predict to be used: rows with bad luck keep their drafts
-            (tests/unit/test_auto_estimates.py).
+            (tests/unit/test_adaptive_models.py).
         depth_trust: as how many drafts the depth before counts for a depth that is rarely reached (- hardly any).
         position_trust: as how many drafts all positions count for a range of positions (0.0, 0.0, -2.1).
         change_below: a run of results of a row less likely than this means that its text changed (-0.3, -0.3, -1.2).

@@ -1,4 +1,4 @@
-"""What the automatic budget learns and how it divides: its parts by themselves, without time or text."""
+"""The acceptance model, the cost model and the allocation of adaptive draft lengths, each by itself."""
 
 from __future__ import annotations
 
