@@ -18,7 +18,7 @@ from specplug.speculation.adaptive.estimates import (
 )
 from specplug.speculation.adaptive.exploration import ExplorationBudget, vary
 from specplug.speculation.adaptive.goodput import StepForecast
-from specplug.speculation.adaptive.planner import choose_depths, is_planned, keep_what_pays
+from specplug.speculation.adaptive.planner import Called, HeldPlan, choose_depths, is_planned, keep_what_pays
 from specplug.speculation.adaptive.settings import AdaptiveSettings
 from specplug.speculation.adaptive.sleeping import (
     Resting,
@@ -31,30 +31,6 @@ from specplug.speculation.adaptive.sleeping import (
 )
 from specplug.speculation.draft import Draft
 from specplug.speculation.draft_length import DraftLengthPolicy, FixedDraftLength, Length, ProposeCall
-
-_Called = tuple[Request, RowEstimate, int]
-"""A row that drafts, and how deep."""
-
-
-@attrs.frozen(eq=False)
-class _HeldPlan:
-    """What a speculator was asked for, to be asked for again in some steps.
-
-    Attributes:
-        numbers: of the requests that it may be asked for.
-        lengths: what each may draft.
-        called: those that draft.
-        until: the step in which it ends.
-    """
-
-    numbers: list[int]
-    lengths: list[Length]
-    called: list[_Called]
-    until: int
-
-    def holds(self, requests: Sequence[Request], step: int) -> bool:
-        """Whether it may still be used for these rows."""
-        return step < self.until and self.numbers == [request.number for request in requests]
 
 
 @attrs.frozen(eq=False)
@@ -97,8 +73,8 @@ class AdaptiveDraftLength(DraftLengthPolicy):
         self._fixed = FixedDraftLength()
         self._forecast = StepForecast(0, self.targets, settings)
         self._resting = Resting(settings)
-        self._called: list[_Called] = []
-        self._held: dict[SpeculatorEstimate, _HeldPlan] = {}
+        self._called: list[Called] = []
+        self._held: dict[SpeculatorEstimate, HeldPlan] = {}
         self._drafts: dict[int, Draft] = {}  # request number → what is being verified
         self._verified: list[_Verified] = []
         self._timings: list[tuple[int, float, bool]] = []  # of skipped steps: rows, seconds, whether all decoded
@@ -217,7 +193,7 @@ class AdaptiveDraftLength(DraftLengthPolicy):
             self._probe(estimate, idle, lengths)
         elif len(candidates) == len(requests):
             until = min(self.step + steps, estimate.planned_until)
-            self._held[estimate] = _HeldPlan([request.number for request in requests], lengths, self._called, until)
+            self._held[estimate] = HeldPlan([request.number for request in requests], lengths, self._called, until)
 
     def _probe(self, estimate: SpeculatorEstimate, idle: list[Candidate], lengths: list[Length]) -> None:
         """Tries some of the rows that sleep."""

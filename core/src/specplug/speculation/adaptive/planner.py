@@ -5,12 +5,39 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterable, Sequence
 
+import attrs
+
 from specplug.plugins.registry import RegisteredSpeculator
-from specplug.speculation.adaptive.estimates import Candidate, SpeculatorEstimate, tokens_left
+from specplug.request import Request
+from specplug.speculation.adaptive.estimates import Candidate, RowEstimate, SpeculatorEstimate, tokens_left
 from specplug.speculation.adaptive.exploration import ExplorationBudget
 from specplug.speculation.adaptive.goodput import StepForecast
 from specplug.speculation.draft import Draft, trim_drafts
-from specplug.speculation.draft_length import SHORT_GAP
+from specplug.speculation.draft_length import SHORT_GAP, Length
+
+Called = tuple[Request, RowEstimate, int]
+"""A row that drafts, and how deep."""
+
+
+@attrs.frozen(eq=False)
+class HeldPlan:
+    """What a speculator was asked for, to be asked for again in some steps.
+
+    Attributes:
+        numbers: of the requests that it may be asked for.
+        lengths: what each may draft.
+        called: those that draft.
+        until: the step in which it ends.
+    """
+
+    numbers: list[int]
+    lengths: list[Length]
+    called: list[Called]
+    until: int
+
+    def holds(self, requests: Sequence[Request], step: int) -> bool:
+        """Whether it may still be used for these rows."""
+        return step < self.until and self.numbers == [request.number for request in requests]
 
 
 def is_planned(estimate: SpeculatorEstimate, candidates: Iterable[Candidate], step: int) -> bool:
