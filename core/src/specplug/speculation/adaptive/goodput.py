@@ -57,9 +57,8 @@ class StepForecast:
     @property
     def least_gain(self) -> float:
         """A probability of being accepted below which no node can pay."""
-        target = self.curve.seconds
-        here = target(self.nodes)
-        return max(0.002, 0.5 * self.tokens * (target(self.nodes + 1) - here) / here)
+        here, one, two = (self.curve.seconds(self.nodes + more) for more in range(3))
+        return max(0.002, 0.5 * self.tokens * min(one - here, two - one) / here)  # the first node may cost a jump
 
     def is_negligible(self, seconds: float) -> bool:
         """Whether a time hardly counts."""
@@ -105,7 +104,7 @@ class StepForecast:
             return 0.0, 0.0
         rows = sum(map(bool, depths))
         nodes = max(1, round(sum(sum(estimate.nodes_at[:own]) for own in depths)))
-        verifying = (self.curve.seconds(self.nodes + nodes) - self.curve.seconds(self.nodes)) / nodes
+        verifying = (self.curve.seconds(self.nodes + nodes + 1) - self.curve.seconds(self.nodes + 1)) / nodes
         worth = rate / min(
             estimate.calibration, 1.0
         )  # who is too modest about all may still be right about the sure ones
