@@ -425,6 +425,7 @@ OFF: dict[str, Callable[[], Any]] = {
     "held depths follow evidence": _set(planner___steps_to_hold=lambda estimate, candidates, depths: 8),
     "batched feedback": _settings(learn_every=0),
     "pruning of scored nodes": _set(controller__keep_what_pays=lambda drafts, estimates, forecast: list(drafts)),
+    "fallback preference": _set(planner___is_better_left=lambda *args: False),
     "might pay (close)": _set(goodput__StepForecast__might_pay=lambda self, estimate, gains: True),
 }
 

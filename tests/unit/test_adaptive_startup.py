@@ -42,11 +42,12 @@ def test_verifying_a_token_is_assumed_to_cost_a_fixed_share_of_a_plain_step() ->
     assert curve.seconds(4) == pytest.approx(2.0 * (1 + 4 * 0.015))
 
 
-def test_a_speculator_of_tokens_drafts_as_deep_as_it_may() -> None:
+def test_a_speculator_of_tokens_may_draft_as_deep_as_pays_by_these_assumptions() -> None:
     policy, simulation = started(Link.tokens(lambda row, at: 0.9))
     length = planned(policy, simulation)
     assert isinstance(length, Budget)
-    assert length.max_depth > 3
+    assert length.max_depth >= 3
+    assert policy.estimates[0].depth_to_try == 8
 
 
 def test_a_speculator_with_a_state_drafts_few_tokens_at_first_and_then_twice_as_many_as_were_timed() -> None:

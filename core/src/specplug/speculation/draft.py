@@ -87,7 +87,7 @@ def trim_drafts(drafts: Sequence[Draft | None], total: int, turn: int = 0) -> li
     Deterministic trees with scores keep the best nodes of all rows together, which are ancestor-closed. Other drafts keep their
     first nodes, up to an equal share of the total; what is left over goes to some of them, beginning at another one every
     `turn`, so that a total below the number of rows is used too. Which nodes go must not depend on the tokens that were
-    sampled, nor on how many came in any row, since a speculator may stop where it is unsure. So beside a sampled draft all
+    sampled, nor on how many came in any row, since a speculator may stop where it is unsure. So next to a sampled draft all
     count for what they were allowed.
     """
     present = [draft for draft in drafts if draft is not None]

@@ -174,7 +174,8 @@ class AdaptiveDraftLength(DraftLengthPolicy):
         forecast = self._forecast
         if not is_planned(estimate, candidates, self.step):
             self.num_looks += 1
-            choose_depths(estimate, candidates, forecast, self.budget, self.step)
+            later = self.estimates[self.estimates.index(estimate) + 1 :]
+            choose_depths(estimate, later, candidates, forecast, self.budget, self.step)
         depths = [min(c.row.depth, c.limit) for c in candidates]
         steps = 0
         if any(depths):

@@ -118,6 +118,14 @@ class StepForecast:
         cheapest = min(estimate.seconds(1, 1), estimate.seconds(len(gains), 1))
         return might_pay(gains, tokens=self.tokens, rate=self.rate, seconds=seconds, cheapest=cheapest)
 
+    def worth(self, estimate: SpeculatorEstimate, gains: Sequence[float]) -> float:
+        """The rate that the best draft of one row adds, where the row bears its share of the call."""
+        rows = self.rows
+        _, rate = self._allocate(
+            estimate, [gains], lambda _: [seconds / rows for seconds in estimate.seconds_by_depth(rows)]
+        )
+        return rate - self.rate
+
     def repays(self, estimate: SpeculatorEstimate, gap: int, tokens_left: int, rate: float) -> bool:
         """Whether a speculator that would bring the batch to this rate is worth catching up with a row."""
         saved = 1.0 / self.rate - 1.0 / rate

@@ -9,7 +9,13 @@ import attrs
 
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
-from specplug.speculation.adaptive.estimates import Candidate, RowEstimate, SpeculatorEstimate, tokens_left
+from specplug.speculation.adaptive.estimates import (
+    Candidate,
+    RowEstimate,
+    SpeculatorEstimate,
+    deepest_useful,
+    tokens_left,
+)
 from specplug.speculation.adaptive.exploration import ExplorationBudget
 from specplug.speculation.adaptive.goodput import StepForecast
 from specplug.speculation.draft import Draft, trim_drafts
@@ -48,6 +54,7 @@ def is_planned(estimate: SpeculatorEstimate, candidates: Iterable[Candidate], st
 
 def choose_depths(
     estimate: SpeculatorEstimate,
+    later: Sequence[SpeculatorEstimate],
     candidates: Sequence[Candidate],
     forecast: StepForecast,
     budget: ExplorationBudget,
@@ -57,6 +64,7 @@ def choose_depths(
 
     Args:
         estimate: the speculator.
+        later: the speculators that are asked after it, for rows without a draft.
         candidates: the rows that may be given a draft.
         forecast: the step that is being prepared.
         budget: what is tried is paid from it.
@@ -65,6 +73,11 @@ def choose_depths(
     settings = estimate.settings
     least, base = forecast.least_gain, forecast.rate
     gains = [estimate.gains(c.row, c.limit, least, c.request.num_output_tokens) for c in candidates]
+    left = {
+        number for number, c in enumerate(candidates) if _is_better_left(estimate, later, c, gains[number], forecast)
+    }
+    for number in left:
+        gains[number] = []
     depths, rate = forecast.divide(estimate, gains)
     late = {
         number
@@ -76,7 +89,7 @@ def choose_depths(
             gains[number] = []
         depths, rate = forecast.divide(estimate, gains)
     if not any(depths):
-        depths = _try_out(estimate, candidates, late, forecast, budget, step)
+        depths = _try_out(estimate, candidates, left | late, forecast, budget, step)
     if (
         estimate.continuation and len(candidates) == 1
     ):  # how deep is left to it, but not wholly: its scores may be wrong
@@ -111,7 +124,7 @@ def _steps_to_hold(estimate: SpeculatorEstimate, candidates: Sequence[Candidate]
 def _try_out(
     estimate: SpeculatorEstimate,
     candidates: Sequence[Candidate],
-    late: Container[int],
+    left: Container[int],
     forecast: StepForecast,
     budget: ExplorationBudget,
     step: int,
@@ -124,7 +137,7 @@ def _try_out(
     Args:
         estimate: the speculator.
         candidates: the rows that may be given a draft.
-        late: the places among them of those that are not tried.
+        left: the places among them of those that are not tried.
         forecast: the step that is being prepared.
         budget: what is paid from.
         step: the step's number.
@@ -133,7 +146,7 @@ def _try_out(
     view = forecast if is_known else forecast.if_warm()
     least = view.least_gain
     gains = [
-        [] if number in late else estimate.gains(c.row, c.limit, least, c.request.num_output_tokens)
+        [] if number in left else estimate.gains(c.row, c.limit, least, c.request.num_output_tokens)
         for number, c in enumerate(candidates)
     ]
     depths, rate = view.divide(estimate, gains, settings.try_from if is_known else settings.try_cold_from)
@@ -147,6 +160,26 @@ def _try_out(
         if budget.affords(seconds + estimate.catch_up * gaps, overdraft):
             return depths
     return [0] * len(candidates)
+
+
+def _is_better_left(
+    estimate: SpeculatorEstimate,
+    later: Sequence[SpeculatorEstimate],
+    candidate: Candidate,
+    gains: Sequence[float],
+    forecast: StepForecast,
+) -> bool:
+    """Whether a row is better drafted for by a speculator that comes later in the chain."""
+    if not gains:
+        return False
+    request, own = candidate.request, 0.0
+    for number, other in enumerate(later):
+        limit = 0 if other.is_retired else deepest_useful(other, request)
+        others = other.gains(other.row(request), limit, 0.002, request.num_output_tokens) if limit > 0 else []
+        own = forecast.worth(estimate, gains) if not number else own
+        if others and forecast.worth(other, others) > estimate.settings.preference * own:
+            return True
+    return False
 
 
 def keep_what_pays(

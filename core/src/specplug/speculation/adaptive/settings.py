@@ -61,6 +61,8 @@ class AdaptiveSettings:
         drafts_per_hold: drafts to be judged by, for each draft until depths are chosen anew (+0.1, -0.2, -4.6).
         least_fill: share of rows with a draft that is assumed at least for that (-).
         leeway: levels above the chosen depth for a single row whose speculator stops by itself (0.0, -0.2, -1.2).
+        preference: how much better a later speculator of the chain must be for a row to be left to it
+            (tests/engine/test_adaptive_simulated.py).
         caution: share of the time that drafts save that catching up with a row may take (- the rest is margin for error).
         try_from: drafts that reach this share of plain goodput are tried if affordable (-0.2, -0.3, +0.8; worst -5.3).
         try_cold_from: the same where only cold calls were timed (-).
@@ -130,6 +132,7 @@ class AdaptiveSettings:
     drafts_per_hold: float = 2.0
     least_fill: float = 0.25
     leeway: int = 2
+    preference: float = 1.1
     caution: float = 0.8
     try_from: float = 0.93
     try_cold_from: float = 0.85
