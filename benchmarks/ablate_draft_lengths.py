@@ -382,6 +382,10 @@ def _forget_without_likeness(self: Any, share: float) -> None:
     self.likeness = likeness
 
 
+def _without_jump(settings: AdaptiveSettings) -> CostCurve:
+    return CostCurve(settings, settings.verify_slope, least_slope=settings.least_slope)
+
+
 _FORGET = RowAcceptance._forget
 _NEVER = property(lambda self: False)
 _ALWAYS = property(lambda self: True)
@@ -390,7 +394,9 @@ OFF: dict[str, Callable[[], Any]] = {
     "learned trust (6 drafts)": _settings(trusts=(6.0,), trust_handicaps=(1.0,)),
     "change detection": _settings(change_below=0.0),
     "likeness": _set(acceptance__RowAcceptance___forget=_forget_without_likeness),
+    "change of all rows": _settings(all_change_below=0.0),
     "position ranges": _set(acceptance__AcceptanceModel__first_at=lambda self, position: self.first),
+    "hopelessness": _set(acceptance__AcceptanceModel__is_hopeless=_NEVER),
     "continuation": _set(estimates__SpeculatorEstimate__observe_drafts=_keep_continuation_empty),
     "score calibration": _set(estimates__SpeculatorEstimate__calibration=property(lambda self: 1.0)),
     "stopping (joint rule)": _set(goodput__StepForecast__min_gains=lambda self, estimate, depths, rate: (0.0, 0.0)),
@@ -404,11 +410,12 @@ OFF: dict[str, Callable[[], Any]] = {
     "trying what nearly pays": _set(planner___try_out=lambda estimate, candidates, *rest: [0] * len(candidates)),
     "cost cells (line only)": _settings(fine=1e-9),
     "assumed slope of verification": _settings(verify_slope=0.0),
-    "size 0 apart": _settings(jump_doubt=1e12),
+    "size 0 apart": _set(cost_model__target_curve=_without_jump, goodput__target_curve=_without_jump),
     "least slope": _settings(least_slope=0.0),
     "slope belief follows noise": _settings(steep=1e9),
     "row classes that borrow": _set(cost_model__CostCurve__borrow=CostCurve._new),
     "variation of depths": _set(controller__vary=lambda settings, depths, *rest: (depths, 1 << 20)),
+    "ledger: shares": _settings(first_share=0.015, hopeless_share=0.015, useless_share=0.015),
     "ledger: overdraft": _set(
         exploration__ExplorationBudget__advance=lambda self, steps: 0.0,
         controller__AdaptiveSettings=functools.partial(AdaptiveSettings, advanced_steps=0.0),

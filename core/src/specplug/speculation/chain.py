@@ -290,9 +290,12 @@ class SpeculatorChain:
             return
         stateful = [link for link in self._links if link.enabled and link.speculator.traits.needs_states]
         unseen = []
-        self._kept_at_rest = [request.slot for request in requests] if stateful else []
+        self._kept_at_rest = []
         for request in requests:
-            if all(link.delivered.get(request.number) == request.num_computed for link in stateful):
+            wanted_by = [link for link in stateful if self.policy.keeps_states(link.speculator, request)]
+            if wanted_by:
+                self._kept_at_rest.append(request.slot)
+            if all(link.delivered.get(request.number) == request.num_computed for link in wanted_by):
                 self._states.drop(request.slot)
             else:
                 unseen.append(request.slot)

@@ -103,6 +103,10 @@ class DraftLengthPolicy:
     def lose_states(self, speculator: RegisteredSpeculator, request: Request) -> None:
         """Target states of a row were gone before a speculator was shown them."""
 
+    def keeps_states(self, speculator: RegisteredSpeculator, request: Request) -> bool:
+        """Whether target states that a speculator was not shown yet are worth storing."""
+        return True
+
 
 class FixedDraftLength(DraftLengthPolicy):
     """Every row may draft as much as was configured; rows that opted out sleep."""

@@ -19,6 +19,7 @@ class AcceptanceModel:
         accepted: for each depth (depth 1 first), drafts accepted there, lately.
         reached: drafts whose node there was decided, its ancestors being accepted.
         trust: as how many drafts of a row the acceptance of all rows counts.
+        misses: drafts in a row of which nothing was accepted.
         at_positions: for each range of output positions (0 to 7, to 31, to 127, to 511, all others) the first nodes that were
             accepted there, and drafts: acceptance right after a prompt differs from acceptance later.
     """
@@ -30,6 +31,7 @@ class AcceptanceModel:
         self.accepted[0] = settings.first_acceptance * settings.first_drafts
         self.reached[0] = settings.first_drafts
         self.trust = settings.trusts[0]
+        self.misses = 0
         self.at_positions = [[0.0, 0.0] for _ in range(_POSITIONS)]
         self._losses = [0.0] * len(settings.trusts)
 
@@ -45,6 +47,16 @@ class AcceptanceModel:
         return (accepted + trust * self.first) / (drafts + trust)
 
     @property
+    def is_hopeless(self) -> bool:
+        """Whether next to nothing was accepted lately."""
+        return self.misses >= self.settings.hopeless_misses and self.first < self.settings.hopeless_below
+
+    @property
+    def hopeless_misses(self) -> int:
+        """How many drafts in a row brought nothing, if it is hopeless; else 0."""
+        return self.misses if self.is_hopeless else 0
+
+    @property
     def drafts(self) -> float:
         """How many drafts were seen, lately."""
         return max(self.reached[0] - self.settings.first_drafts, 0.0)
@@ -53,6 +65,9 @@ class AcceptanceModel:
         self, row: RowAcceptance, accepted: int, *, rejected: bool, stopped: bool = False, position: int = 0
     ) -> bool:
         """Takes in one draft of a row.
+
+        Where next to nothing was accepted and one text becomes predictable, others may: what was seen before counts for less,
+        so that rows of which one alone would not pay are tried.
 
         Args:
             row: the row.
@@ -64,11 +79,16 @@ class AcceptanceModel:
         Returns:
             Whether it made what was seen of the row before count for less.
         """
-        keeps = self.settings.memory
+        settings, keeps = self.settings, self.settings.memory
         first = self.first_at(position)
         if accepted or rejected:
             self._judge(row, first, hit=accepted > 0)
-        changed = row.record(self.settings, first, accepted, rejected=rejected, stopped=stopped)
+            self.misses = 0 if accepted else self.misses + 1
+        changed = row.record(settings, first, accepted, rejected=rejected, stopped=stopped)
+        if changed and accepted and self.first < settings.all_change_below:
+            self.accepted = [count * settings.change_keeps for count in self.accepted]
+            self.reached = [count * settings.change_keeps for count in self.reached]
+            self.at_positions = [[count * settings.change_keeps for count in counts] for counts in self.at_positions]
         if accepted or rejected:
             counts = self.at_positions[_range_of(position)]
             counts[0] = counts[0] * keeps + (accepted > 0)

@@ -105,6 +105,11 @@ class AdaptiveDraftLength(DraftLengthPolicy):
         """See `DraftLengthPolicy.lose_states`."""
         self._of[speculator].row(request).is_blind = True
 
+    def keeps_states(self, speculator: RegisteredSpeculator, request: Request) -> bool:
+        """See `DraftLengthPolicy.keeps_states`: of a row that is lost to it, hardly."""
+        estimate = self._of[speculator]
+        return not (estimate.acceptance.is_hopeless and estimate.row(request).is_blind)
+
     # ---- before the speculators are asked -------------------------------------------------------------------------
 
     def begin(self, requests: Sequence[Request]) -> bool:
@@ -303,6 +308,7 @@ class AdaptiveDraftLength(DraftLengthPolicy):
             v.estimate.learn_draft(v.row, v.draft, v.nodes, v.accepted, step=v.step, position=v.position)
         if any(v.row.planned_at < 0 for v in verified):
             self._held.clear()
+        self.budget.adjust_share(min(estimate.acceptance.hopeless_misses for estimate in self.estimates))
 
     def _compare(self, request: Request, row: RowEstimate, estimate: SpeculatorEstimate) -> None:
         """Takes in whether a guess that was not verified came true."""

@@ -18,14 +18,31 @@ class ExplorationBudget:
 
     Attributes:
         credit: seconds that it holds; below 0 where some was drawn ahead.
+        share: of the time that flows in.
     """
 
     def __init__(self, settings: AdaptiveSettings) -> None:
         self._settings = settings
         self.credit = 0.0
+        self.share = settings.first_share
+        self._steps = 0
         self._drawn = 0.0
         self._wanted = 0.0
         self._step_seconds = 0.0
+
+    def adjust_share(self, misses: int) -> None:
+        """More flows in while little is known, less where next to nothing that was tried lately came true.
+
+        Args:
+            misses: drafts in a row that brought nothing, where that leaves little hope for others; else 0.
+        """
+        settings = self._settings
+        if self._steps < settings.first_share_steps:
+            self.share = settings.first_share
+        elif misses >= settings.useless_misses:
+            self.share = settings.useless_share
+        else:
+            self.share = settings.hopeless_share if misses else settings.share
 
     @property
     def is_sound(self) -> bool:
@@ -38,9 +55,10 @@ class ExplorationBudget:
 
     def earn(self, seconds: float) -> None:
         """A step took so long."""
+        self._steps += 1
         self._step_seconds += 0.1 * (min(seconds, 4 * self._step_seconds or seconds) - self._step_seconds)
         most = max(self._settings.saved_steps * self._step_seconds, self._wanted)
-        self.credit = min(self.credit + self._settings.share * seconds, most)
+        self.credit = min(self.credit + self.share * seconds, most)
 
     def affords(self, cost: float, overdraft: float = 0.0) -> bool:
         """Draws the cost of a trial, if it is there; some may overdraw."""
@@ -58,7 +76,7 @@ class ExplorationBudget:
 
     def advance(self, steps: int) -> float:
         """What may be drawn ahead to keep up with a row that will run for so many steps: half of what they earn."""
-        return 0.5 * self._settings.share * self._step_seconds * min(steps, self._settings.foreseen_steps)
+        return 0.5 * self.share * self._step_seconds * min(steps, self._settings.foreseen_steps)
 
     def charge(self, seconds: float) -> None:
         """So long was looked for something to try, in vain."""
@@ -66,7 +84,7 @@ class ExplorationBudget:
 
     def steps_until(self, cost: float, growth: float) -> int:
         """How many steps like those before earn what a trial costs, which grows with every step."""
-        earned = self._settings.share * self._step_seconds - growth
+        earned = self.share * self._step_seconds - growth
         return max(1, math.ceil((cost - self.credit) / earned)) if earned > 0.0 else _NEVER
 
 

@@ -143,6 +143,8 @@ def _try_out(
         step: the step's number.
     """
     settings, is_known = estimate.settings, estimate.was_warm(step)
+    if estimate.acceptance.is_hopeless and not any(c.row.acceptance.first_accepted for c in candidates):
+        return [0] * len(candidates)
     view = forecast if is_known else forecast.if_warm()
     least = view.least_gain
     gains = [

@@ -31,6 +31,10 @@ class AdaptiveSettings:
         position_trust: as how many drafts all positions count for a range of positions (0.0, 0.0, -2.1).
         change_below: a run of results of a row less likely than this means that its text changed (-0.3, -0.3, -1.2).
         change_keeps: what is then kept of the row's counts (- with 0 one unlucky run would silence a row).
+        all_change_below: where less than this share is accepted, a row whose text became predictable makes the counts of all
+            rows count for less (tests/engine/test_adaptive_simulated.py).
+        hopeless_misses: drafts in a row of which nothing was accepted, and
+        hopeless_below: share that is accepted, where what nearly pays is not tried any more (the same tests).
         likeness_rate: per draft, how fast a changed row is taken for like the others again (-0.3, 0.0, -0.1; worst -5.7).
         score_memory: what calibration and continuation keep per draft (- 33 drafts).
         fill_memory: what the share of rows that get a draft keeps per row asked (+0.1, 0.0, +0.4; worst -0.9).
@@ -42,7 +46,6 @@ class AdaptiveSettings:
         noise_rate: how fast the noise of timings is learned (- 30 timings).
         fine: differences of this share between sizes are believed once they exceed the noise (+0.3, -0.1, +1.6; worst -3.2).
         steep: slopes of this share are (0.0, -0.2, -2.5).
-        jump_doubt: as how many timings with drafts counts the assumption that size 0 is like any other.
         least_slope: the least that one more token costs, over a plain step: drafts never seem free (-0.1, 0.0, +0.5).
         fastest_surprise: a timing counts for no less than this share of the expected; with `slowest_surprise`: single
             timings on a busy machine are far off (- the simulator has 1 in 100 of 2.5 times).
@@ -68,7 +71,12 @@ class AdaptiveSettings:
         try_cold_from: the same where only cold calls were timed (-).
         cold_doubt: share of the time that such a trial is assumed to lose in addition (-).
         advanced_steps: steps that it may overdraw (-0.1, -0.3, +0.5; worst -3.6).
-        share: share of the time that exploration may lose (all affordable: -0.6, -1.0, -1.9).
+        first_share: start-up: share of the time that exploration may lose (all affordable: -0.6, -1.0, -1.9).
+        first_share_steps: start-up: steps for which that holds.
+        share: the same later.
+        hopeless_share: the same where next to nothing is accepted.
+        useless_share: the same after `useless_misses` drafts in a row of which nothing was accepted (the same tests).
+        useless_misses: see `useless_share`.
         saved_steps: steps that can be saved up for it (-).
         foreseen_steps: steps ahead whose earnings can be spent on showing a text to a speculator (-).
         vary_new: in one of so many steps another depth is timed while timings are few (+0.9, +1.0, -0.4).
@@ -104,6 +112,9 @@ class AdaptiveSettings:
     position_trust: float = 12.0
     change_below: float = 0.04
     change_keeps: float = 0.3
+    all_change_below: float = 0.5
+    hopeless_misses: int = 8
+    hopeless_below: float = 0.3
     likeness_rate: float = 0.02
     score_memory: float = 0.97
     fill_memory: float = 0.9
@@ -114,7 +125,6 @@ class AdaptiveSettings:
     noise_rate: float = 0.03
     fine: float = 0.03
     steep: float = 0.015
-    jump_doubt: float = 0.0
     least_slope: float = 0.003
     fastest_surprise: float = 0.6
     slowest_surprise: float = 1.6
@@ -139,7 +149,12 @@ class AdaptiveSettings:
     cold_doubt: float = 0.1
     advanced_steps: float = 3.0
 
+    first_share: float = 0.03
+    first_share_steps: int = 512
     share: float = 0.015
+    hopeless_share: float = 0.012
+    useless_share: float = 0.006
+    useless_misses: int = 12
     saved_steps: float = 4.0
     foreseen_steps: int = 256
     vary_new: int = 2
