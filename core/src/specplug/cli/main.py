@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from specplug import threads
 from specplug.cli.bench import bench
 from specplug.cli.check import check
 from specplug.cli.demo import demo
@@ -166,7 +165,6 @@ for _command in (bench, check, demo, generate, list_command, new, plan):
 def main() -> None:
     """The entry point."""
     open_streams()
-    os.environ.update(threads.waiting_variables())  # for child processes too
     with quick_end():
         cli(prog_name="specplug")
 

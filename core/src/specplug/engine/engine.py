@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 
 from specplug.contract.types import Verdict
 from specplug.engine.commit import commit_tokens, kv_moves, score_output, score_prompts
+from specplug.engine.contention import CoreContention
 from specplug.engine.fair_lock import FairLock
 from specplug.engine.planning import PlannedEngine
 from specplug.engine.requests import RequestFactory
@@ -72,6 +73,7 @@ class Engine:
         self._requests = requests
         self._verification = verification
         self._lock = FairLock()
+        self._contention = CoreContention()
         self._outputs: list[StepOutput] = []
         self._process = os.getpid()
 
@@ -198,6 +200,7 @@ class Engine:
         )
         self._propose(rows)
         self.num_steps += 1
+        self._contention.observe()
 
     def _commit(self, target: TargetStep, verdict: Verdict) -> None:
         """Appends accepted tokens, makes their KV contiguous, and ends rows that are done."""
@@ -299,6 +302,7 @@ class Engine:
                 return
             self._abort({request.id for request in self.scheduler.requests()}, error=CLOSED)
             self.is_closed = True
+            self._contention.close()
             self.runner.close()
             self._facade.close()
             self._shared_caches.clear()
