@@ -158,13 +158,11 @@ class CostCurve:
         if not cells:
             self._shapes = [1.0] * self._length
             return
-        shapes = self._table(cells)
         if self._zero_is_apart and len(cells) > 1 and 0 in self._cells:
-            timings = sum(cell.weight for cell in cells[1:])
-            trust = timings / (timings + self._settings.jump_doubt)
-            apart = self._table(cells[1:])
-            apart[0] = cells[0].shape
-            shapes = [own + trust * (other - own) for own, other in zip(shapes, apart, strict=True)]
+            shapes = self._table(cells[1:])
+            shapes[0] = cells[0].shape
+        else:
+            shapes = self._table(cells)
         least = self._least_slope * max(shapes[0], 1e-12)
         self._shapes = []
         floor = 1e-9 - least
