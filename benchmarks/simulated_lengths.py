@@ -3,9 +3,9 @@
     python benchmarks/simulated_lengths.py --target build/grown-33m --methods ngram draft_model --rows 1 4
 
 At every position of some texts the speculator drafts as deep as it may, once, and it is noted how many of the tokens come true;
-a step's and a proposal's times by size are what the automatic budget itself has measured, on this machine. Then the tests'
-simulated batch (`tests/support/simulation.py`) runs through these texts, with every fixed length and with the real automatic
-budget, which sees the same times with 10 % of noise. What choosing itself costs is not in it: that is Python, and measured by
+a step's and a proposal's times by size are what the adaptive policy itself has measured, on this machine. Then the tests'
+simulated batch (`tests/support/simulation.py`) runs through these texts, with every fixed length and with the real adaptive
+policy, which sees the same times with 10 % of noise. What choosing itself costs is not in it: that is Python, and measured by
 `never_slower.py`. `looked` is the share of steps in which depths were looked for anew.
 """
 
@@ -136,7 +136,7 @@ def chances_of(scores: Sequence[float]) -> list[float]:
 
 
 def costs(llm: LLM, prompts: list[list[int]], rows: int, tokens: int) -> tuple[MeasuredTarget, MeasuredAsking]:
-    """What the automatic budget has measured once all prompts were served three times."""
+    """What the adaptive policy has measured once all prompts were served three times."""
     policy = llm.engine.chain.policy
     assert isinstance(policy, AdaptiveDraftLength)
     for _ in range(3):

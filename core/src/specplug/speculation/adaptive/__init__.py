@@ -26,7 +26,8 @@ varied for their timings; rows that sleep are probed, ever more rarely while tha
 Start-up rule. Before anything is measured, a drafted token is assumed to be accepted with probability 0.6 (worth 3 drafts),
 verifying one to cost 1.5 % of a step, and a proposal to take time in proportion to its depth. A speculator with a state first
 drafts at most 3 tokens; the limit is twice the deepest that was timed. It is shown every prompt until its costs are known.
-Until 24 steps were timed, every other step has a different depth, none included.
+Until 24 steps were timed, every other step has a different depth, none included. In the first 512 steps 3 % of the time flow
+into the ledger, later half of that or less.
 
 Reading order: settings, acceptance, cost_model, estimates, goodput, exploration, planner, sleeping, controller
 (AdaptiveDraftLength, which the chain talks to). All constants are in AdaptiveSettings, with their evidence; the ablation is in
