@@ -30,8 +30,8 @@ class CostCurve:
     also answers for sizes that were never seen. Seconds never fall with the size. Old timings fade, so that a size that was
     avoided because of a few slow moments is tried again.
 
-    Of a target, size 0 can be *apart*: verifying any draft may take another path (another kernel, no captured graph), so that
-    the first node costs far more than the next.
+    Of a target, size 0 is *apart* where size 1 costs a jump: verifying any draft may take another path (another kernel, no
+    captured graph). Without a jump size 0 is on the line like any other, which is less noisy.
 
     Args:
         settings: how fast it learns.
@@ -158,11 +158,11 @@ class CostCurve:
         if not cells:
             self._shapes = [1.0] * self._length
             return
+        shapes = self._table(cells)
         if self._zero_is_apart and len(cells) > 1 and 0 in self._cells:
-            shapes = self._table(cells[1:])
-            shapes[0] = cells[0].shape
-        else:
-            shapes = self._table(cells)
+            apart, plain = self._table(cells[1:]), cells[0].shape
+            if apart[1] > (1.0 + self._settings.least_jump) * plain:
+                shapes = [plain, *apart[1:]]
         least = self._least_slope * max(shapes[0], 1e-12)
         self._shapes = []
         floor = 1e-9 - least

@@ -46,6 +46,8 @@ class AdaptiveSettings:
         noise_rate: how fast the noise of timings is learned (- 30 timings).
         fine: differences of this share between sizes are believed once they exceed the noise (+0.3, -0.1, +1.6; worst -3.2).
         steep: slopes of this share are (0.0, -0.2, -2.5).
+        least_jump: share of a plain step that verifying any draft must cost in addition to be taken for a jump
+            (the table of docs/adaptive-draft-length.md).
         least_slope: the least that one more token costs, over a plain step: drafts never seem free (-0.1, 0.0, +0.5).
         fastest_surprise: a timing counts for no less than this share of the expected; with `slowest_surprise`: single
             timings on a busy machine are far off (- the simulator has 1 in 100 of 2.5 times).
@@ -125,6 +127,7 @@ class AdaptiveSettings:
     noise_rate: float = 0.03
     fine: float = 0.03
     steep: float = 0.015
+    least_jump: float = 0.12
     least_slope: float = 0.003
     fastest_surprise: float = 0.6
     slowest_surprise: float = 1.6
