@@ -14,8 +14,8 @@ from specplug.errors import UnsupportedModelError
 from specplug.model.load import masks
 from specplug.model.load.architecture import inspect_architecture
 from specplug.model.load.masks import learn_mask
+from specplug.model.load.narrow_copy import make_narrow_copy
 from specplug.model.load.parity import measure_attention, measure_difference
-from specplug.model.load.specimen import make_specimen
 from support.models import VOCABULARY, make_config, save_model
 from support.reference import decisive_prompts
 from support.speculators import provide
@@ -67,16 +67,16 @@ def test_every_layer_has_the_window_of_its_own_mask() -> None:
 def test_the_probe_sees_a_wrong_window_in_any_single_layer(architecture: str, options: dict[str, Any]) -> None:
     """Whatever the real window: the narrow copy's rows are longer than every window of its own."""
     config = make_config(architecture, **options)
-    specimen = make_specimen(config, inspect_architecture(config, torch.float32), 12, 4)
-    assert specimen is not None
-    assert measure_difference(specimen, 4) < 1e-5
-    for site in specimen.sites:
+    narrow = make_narrow_copy(config, inspect_architecture(config, torch.float32), 12, 4)
+    assert narrow is not None
+    assert measure_difference(narrow, 4) < 1e-5
+    for site in narrow.sites:
         right = site.window
         for wrong in (right + 1, right - 1, None) if right else (20,):
             site.window = wrong
-            assert measure_difference(specimen, 4) > 0.01, (specimen.sites.index(site), wrong)
+            assert measure_difference(narrow, 4) > 0.01, (narrow.sites.index(site), wrong)
         site.window = right
-    assert measure_difference(specimen, 4) < 1e-5
+    assert measure_difference(narrow, 4) < 1e-5
 
 
 def test_a_model_whose_windows_are_not_learnt_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from specplug import cache
-from specplug.cache import CacheError, check_private, default_cache_folder, new_file, private_folder
+from specplug import cache_folder
+from specplug.cache_folder import CacheError, check_private, default_cache_folder, new_file, private_folder
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def test_users_without_a_home_are_told_what_to_do(monkeypatch: pytest.MonkeyPatc
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(cache.Path, "home", homeless)
+    monkeypatch.setattr(cache_folder.Path, "home", homeless)
     monkeypatch.delenv("SPECPLUG_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache_folder() == tmp_path / "specplug"

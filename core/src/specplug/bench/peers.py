@@ -23,7 +23,7 @@ from specplug.config.speculative import parse_speculative_config
 from specplug.errors import ConfigurationError
 from specplug.model.device import choose_device
 from specplug.model.load.checkpoint import choose_dtype, load_config, resolve_checkpoint
-from specplug.model.load.quiet import quiet_transformers
+from specplug.model.load.library_output import quiet_transformers
 from specplug.plugins.finder import find_plugins
 from specplug.plugins.registry import PluginRegistry
 from specplug.tiny import resolve_model

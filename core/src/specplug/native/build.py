@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from specplug.cache import CacheError, check_private, new_file, private_folder
+from specplug.cache_folder import CacheError, check_private, new_file, private_folder
 
 _SOURCES = Path(__file__).parent / "cpu"
 _FLAGS = (

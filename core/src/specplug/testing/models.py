@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from specplug.model.load.quiet import quiet_transformers
+from specplug.model.load.library_output import quiet_transformers
 
 
 def word(token: int) -> str:

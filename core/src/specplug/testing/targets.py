@@ -10,7 +10,7 @@ import torch
 
 from specplug.errors import ConfigurationError
 from specplug.model.load.checkpoint import resolve_checkpoint
-from specplug.model.load.quiet import quiet_transformers
+from specplug.model.load.library_output import quiet_transformers
 from specplug.testing.models import save_tiny_model, save_words
 from specplug.tiny import resolve_model
 

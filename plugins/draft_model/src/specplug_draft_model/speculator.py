@@ -23,9 +23,9 @@ from specplug import (
     SpeculatorTraits,
     hookimpl,
 )
-from specplug_draft_model.drawing import draw
 from specplug_draft_model.sequence import DraftSequence
 from specplug_draft_model.settings import DraftModelSettings
+from specplug_draft_model.token_selection import draw
 from specplug_draft_model.vocabulary import VocabularyMap, match_vocabularies
 
 if TYPE_CHECKING:

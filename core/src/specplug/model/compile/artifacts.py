@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from specplug.cache import CacheError, check_private, new_file, private_folder
+from specplug.cache_folder import CacheError, check_private, new_file, private_folder
 from specplug.version import __version__
 
 logger = logging.getLogger("specplug")

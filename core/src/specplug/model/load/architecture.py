@@ -18,10 +18,10 @@ from specplug.contract.resources import KVLayer
 from specplug.errors import UnsupportedModelError
 from specplug.model.attention.interface import SITE
 from specplug.model.load import masks
-from specplug.model.load.context import LENGTH_DEPENDENT_ROPE, context_length, context_note, rope_parameters
+from specplug.model.load.library_output import quiet_transformers
 from specplug.model.load.masks import Mask
+from specplug.model.load.max_length import LENGTH_DEPENDENT_ROPE, context_length, context_note, rope_parameters
 from specplug.model.load.packing import can_pack
-from specplug.model.load.quiet import quiet_transformers
 from specplug.model.load.refusal import (
     build_failure,
     check_attention,

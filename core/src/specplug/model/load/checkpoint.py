@@ -17,7 +17,7 @@ import torch
 from specplug.errors import CheckpointError, one_line
 from specplug.model.load import pickled
 from specplug.model.load.formats import check_no_adapter, not_a_folder, without_config
-from specplug.model.load.quiet import quiet_transformers
+from specplug.model.load.library_output import quiet_transformers
 
 _MAX_HEADER = 100_000_000
 _DTYPES = {

@@ -3,7 +3,7 @@
 It runs the first time that an architecture meets these versions of torch and Transformers, and its verdict is kept on disk:
 that is how "any architecture" is checked. Two things are compared:
 
-- the model's code: a narrow float32 copy (see `specimen`) gives the logits of its own eager attention, over prefill, decode
+- the model's code: a narrow float32 copy (see `narrow_copy`) gives the logits of its own eager attention, over prefill, decode
   and verification steps of ragged rows that reach beyond every window;
 - the arithmetic on this device and in this dtype: in every attention layer of the loaded model, the
   result is the formula over the same queries, keys and values in float32. Logits cannot show that: rounding in bfloat16
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from specplug import native
-from specplug.cache import CacheError, check_private, new_file, private_folder
+from specplug.cache_folder import CacheError, check_private, new_file, private_folder
 from specplug.errors import UnsupportedModelError
 from specplug.model.attention.eager import attend_row
 from specplug.model.attention.interface import IMPLEMENTATION, AttentionSite
@@ -28,8 +28,8 @@ from specplug.model.batch import ForwardBatch
 from specplug.model.compile.artifacts import cache_key, config_facts, device_name
 from specplug.model.difference import TOLERANCE, relative_difference
 from specplug.model.kv_cache import BlockTable
+from specplug.model.load.narrow_copy import make_narrow_copy
 from specplug.model.load.packing import PackedLinear
-from specplug.model.load.specimen import make_specimen
 from specplug.model.rows import ForwardRow
 from specplug.model.runner import ModelRunner
 
@@ -39,7 +39,7 @@ _LENGTHS = (9, 23)
 _STEPS = (1, 3, 1)  # tokens of the steps after prefill: decoding, verification
 _BLOCK_SIZE = 4
 # Of a narrow copy's logits. Deep models make up to 1e-3 of float32's rounding, a fault in one layer makes 0.03 and more.
-_SPECIMEN_TOLERANCE = 5e-3
+_NARROW_TOLERANCE = 5e-3
 # Of one attention layer; torch's float32 matmuls may be less exact than float32 on a GPU.
 _ATTENTION_TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-3, torch.bfloat16: 0.02, torch.float16: 0.005}
 
@@ -74,12 +74,14 @@ def check_parity(
     dtype = runner.cache.keys[0].dtype
     name = runner.architecture.name
     num_blocks = 2 * -(-max(_LENGTHS) // _BLOCK_SIZE)
-    specimen = make_specimen(config, runner.architecture, num_blocks, _BLOCK_SIZE, trust_remote_code=trust_remote_code)
-    if specimen is None:  # then compare the logits of the real weights, whose difference includes rounding
+    narrow = make_narrow_copy(
+        config, runner.architecture, num_blocks, _BLOCK_SIZE, trust_remote_code=trust_remote_code
+    )
+    if narrow is None:  # then compare the logits of the real weights, whose difference includes rounding
         logger.debug("no narrow copy of %s can be made: the probe takes the model itself", name)
         difference, limit = measure_difference(runner, block_size), TOLERANCE[dtype]
     else:
-        difference, limit = _measure_specimen(specimen), _SPECIMEN_TOLERANCE
+        difference, limit = _measure_narrow_copy(narrow), _NARROW_TOLERANCE
     if not difference <= limit:
         raise UnsupportedModelError(
             f"{name} gives other logits packed and paged than by its own attention (relative difference "
@@ -96,15 +98,15 @@ def check_parity(
     return True
 
 
-def _measure_specimen(specimen: ModelRunner) -> float:
+def _measure_narrow_copy(narrow: ModelRunner) -> float:
     try:
-        return measure_difference(specimen, _BLOCK_SIZE)
+        return measure_difference(narrow, _BLOCK_SIZE)
     except Exception as error:  # of the model's own code, with its own attention
         raise UnsupportedModelError(
-            f"{specimen.architecture.name} cannot be run with this configuration: {type(error).__name__}: {error}"
+            f"{narrow.architecture.name} cannot be run with this configuration: {type(error).__name__}: {error}"
         ) from error
     finally:
-        specimen.close()
+        narrow.close()
 
 
 @torch.inference_mode()

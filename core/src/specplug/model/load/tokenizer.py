@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from specplug.errors import CheckpointError, one_line
-from specplug.model.load.quiet import quiet_transformers
+from specplug.model.load.library_output import quiet_transformers
 
 _FILES = (
     "tokenizer.json",

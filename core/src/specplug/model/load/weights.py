@@ -16,8 +16,8 @@ from specplug.errors import CheckpointError, one_line
 from specplug.model.attention.interface import IMPLEMENTATION, register
 from specplug.model.load.architecture import Architecture, disable_padding_checks
 from specplug.model.load.checkpoint import TensorHeader, read_headers
+from specplug.model.load.library_output import quiet_transformers
 from specplug.model.load.packing import pack_linears
-from specplug.model.load.quiet import quiet_transformers
 from specplug.native.gpu import cuda
 
 

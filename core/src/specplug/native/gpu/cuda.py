@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from specplug.cache import CacheError, private_folder
+from specplug.cache_folder import CacheError, private_folder
 from specplug.native.gpu.sizes import MOST_SHARES
 
 logger = logging.getLogger("specplug")

@@ -31,7 +31,7 @@ _NARROWEST, _FEWEST_IDS, _ALIGNMENT = 64, 512, 8
 _SMALL_BYTES, _MOST_BYTES = 16 << 20, 1 << 30
 
 
-def make_specimen(
+def make_narrow_copy(
     config: Any, architecture: Architecture, num_blocks: int, block_size: int, *, trust_remote_code: bool = False
 ) -> ModelRunner | None:
     """Builds a narrow copy, bound to its own KV cache.

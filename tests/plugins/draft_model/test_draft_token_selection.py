@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from specplug import Budget, ProposalRow, SamplingParams, TokenView, process
-from specplug_draft_model.drawing import draw
+from specplug_draft_model.token_selection import draw
 from support.statistics import THRESHOLD, p_value
 
 pytestmark = pytest.mark.unit
