@@ -358,6 +358,10 @@ class AsyncLLM:
         """The engine's current counters, under vLLM's names; never waits for a step."""
         return engine_metrics(self.engine)
 
+    def reset_prefix_cache(self) -> None:
+        """Forgets all cached KV before the next step; requests that run go on with theirs."""
+        self._thread.run_soon(self.engine.reset_prefix_cache)
+
     @property
     def is_running(self) -> bool:
         """Whether it serves requests."""
