@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 from pathlib import Path
@@ -119,7 +120,7 @@ class ForwardLog:
         run: tokens run per incarnation.
         catch_ups: per incarnation, the lengths of its runs of committed tokens.
         reruns: runs that overwrote rejected drafts.
-        forks: incarnations that began with the KV of another row.
+        forks: incarnations that began with the KV of another row, a fork's parent or one in the prefix cache.
     """
 
     def __init__(self, llm: LLM) -> None:
@@ -141,7 +142,8 @@ class ForwardLog:
             request, key = requests[id(row.table)], id(row.table)
             assert row.tokens, "an empty row"
             if key not in self.run:
-                assert row.start <= request.num_forked_tokens, "a new row begins in its middle"
+                known = max(request.num_forked_tokens, self._in_prefix_cache(row.table))
+                assert row.start <= known, "a new row begins in its middle"
                 self.run[key] = request.tokens[: row.start]
                 self.catch_ups[key] = []
                 self.forks += row.start > 0
@@ -156,6 +158,12 @@ class ForwardLog:
                 assert run == request.tokens[: len(run)], "something else than the row's own tokens was run"
                 self.catch_ups[key].append(len(row.tokens))
         return self._forward(rows, **options)
+
+    def _in_prefix_cache(self, table: Any) -> int:
+        """Positions at the beginning of a row whose cached blocks are known to hold the draft's KV."""
+        contents = [self.engine.scheduler.allocator.cached.get(block) for block in table.blocks]
+        known = itertools.takewhile(lambda content: content is not None and content.followers, contents)
+        return sum(1 for _ in known) * table.block_size
 
 
 def compare_kv(llm: LLM, draft: Path, atol: float = 3e-4) -> int:

@@ -213,8 +213,8 @@ class ProposalRow:
             call; when the row is reported in `ended`, it holds the row's final tokens.
         num_prompt_tokens: how many of `tokens` are the prompt.
         new_positions: the positions whose target states became final since the last call for this row: a row's calls cover
-            every position once, in order. It is empty if nothing is new. It may start after 0 for a new row: a fork, or a row
-            whose older states are no longer stored.
+            every position once, in order. It is empty if nothing is new. It may start after 0 for a new row: a fork, a row that
+            the prefix cache knows, or a row whose older states are no longer stored.
         new_states: the part of the batch's state tensors that belongs to this row, one entry per position of
             `new_positions`: `batch.hidden_states["final"][row.new_states]`. Empty if no states are declared.
         budget: the most it may draft.
@@ -228,6 +228,8 @@ class ProposalRow:
             `scratch_tokens_per_row`.
         forked_from: for a new row that is a fork, the `row_id` of its parent, if the parent is still running. KV regions with
             `tables="shared"` then hold the parent's entries for the positions before `new_positions`.
+        num_cached_tokens: for a new row, how many of its first positions have this speculator's own entries in KV regions with
+            `tables="shared"`, from earlier rows with the same tokens: all before `new_positions`, or 0.
     """
 
     row_id: int
@@ -242,6 +244,7 @@ class ProposalRow:
     forked_from: int | None = None
     num_prompt_tokens: int = 0
     drafted: slice = slice(0, 0)
+    num_cached_tokens: int = 0
     _generator: Callable[[], torch.Generator] | None = None
 
     @property

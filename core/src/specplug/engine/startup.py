@@ -18,6 +18,7 @@ from specplug.contract.resources import Resources
 from specplug.engine.compilation import compile_forwards, wants_compilation
 from specplug.engine.engine import Engine
 from specplug.engine.planning import PlannedEngine, max_nodes_of, plan_engine, wants_top_k_at_drafts
+from specplug.engine.prefix_cache import PrefixCache, Sharer
 from specplug.engine.requests import RequestFactory
 from specplug.engine.scheduler import Scheduler
 from specplug.errors import SpecplugError, StartupError
@@ -252,8 +253,19 @@ def _assemble(
             config.max_num_batched_tokens,
             lookahead,
             plan.max_model_len,
+            PrefixCache(plan.block_size, _sharers(planned)) if config.enable_prefix_caching else None,
         ),
     )
+
+
+def _sharers(planned: PlannedEngine) -> list[Sharer]:
+    """The speculators whose whole KV cache is addressed by the target's block tables."""
+    tables = [{region.tables for region in own if region.layers} for own in planned.regions]
+    return [
+        Sharer(index, speculator.traits.needs_states)
+        for index, (speculator, kinds) in enumerate(zip(planned.speculators, tables, strict=True))
+        if kinds == {"shared"}
+    ]
 
 
 def _resources(

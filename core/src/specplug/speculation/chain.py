@@ -93,12 +93,28 @@ class SpeculatorChain:
             if parent.number not in link.banned:
                 link.forked[child.number] = min(link.delivered.get(parent.number, 0), child.num_forked_tokens)
                 link.parents[child.number] = parent.number
+                link.stored[child.number] = min(link.stored.get(parent.number, 0), child.num_forked_tokens)
         self.policy.fork(parent, child)
+
+    def resume(self, request: Request) -> None:
+        """Takes in how much of a row each speculator has in the prefix cache."""
+        stored_by, request.stored_by = request.stored_by, {}
+        for index, count in stored_by.items():
+            link = self._links[index]
+            if count and request.number not in link.banned:
+                link.forked[request.number] = link.stored[request.number] = count
+                link.resumed.add(request.number)
+
+    def num_stored(self, index: int, request: Request) -> int:
+        """How many of a row's first positions a speculator was given without a gap."""
+        return self._links[index].stored.get(request.number, 0)
 
     def end(self, request: Request, slot: int, reason: EndReason) -> None:
         """Notes that a row left its slot; every speculator that knew it is told at its next call."""
         for link in self._links:
             link.forked.pop(request.number, None)
+            link.stored.pop(request.number, None)
+            link.resumed.discard(request.number)
             link.parents = {c: p for c, p in link.parents.items() if request.number not in (c, p)}
             link.outcomes.pop(request.number, None)
             if link.delivered.pop(request.number, None) is not None:
@@ -212,6 +228,7 @@ class SpeculatorChain:
         spans: list[tuple[int, range]] = []
         new: list[bool] = []
         forked: list[bool] = []
+        cached: list[int] = []
         for request in requests:
             start = link.delivered.get(request.number)
             new.append(start is None)
@@ -225,6 +242,10 @@ class SpeculatorChain:
                 start = kept
             spans.append((request.slot, range(start, request.num_computed)))
             forked.append(parent is not None and 0 < start == shared)
+            cached.append(start if request.number in link.resumed and start == shared else 0)
+            link.resumed.discard(request.number)
+            if start <= link.stored.get(request.number, 0):
+                link.stored[request.number] = request.num_computed
             link.delivered[request.number] = request.num_computed
         if traits.needs_states:
             channels, places = self._states.deliver(spans)
@@ -247,10 +268,11 @@ class SpeculatorChain:
                 table=request.table,
                 num_prompt_tokens=request.num_prompt_tokens,
                 forked_from=request.forked_from if is_fork else None,
+                num_cached_tokens=num_cached,
                 generator=request.randomness.draft_generator,
             )
-            for request, (_, span), place, budget, is_new, is_fork, outcome, own_nodes in zip(
-                requests, spans, places, budgets, new, forked, outcomes, nodes, strict=True
+            for request, (_, span), place, budget, is_new, is_fork, num_cached, outcome, own_nodes in zip(
+                requests, spans, places, budgets, new, forked, cached, outcomes, nodes, strict=True
             )
         ]
         k = traits.top_k
@@ -319,6 +341,8 @@ class SpeculatorChain:
         method = link.speculator.method
         if self._strict:
             raise PluginError(f"speculator '{method}': {type(error).__name__}: {error}") from error
+        for request in requests:
+            link.stored.pop(request.number, None)
         link.faults += 1
         link.faults_in_a_row += 1
         if link.faults == 1:

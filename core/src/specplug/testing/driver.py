@@ -121,6 +121,8 @@ class Recorder:
             shown = self._shown.get(request.number, range(0, 0))
             self.forks += row.forked_from is not None
             start = shown.start if row.new_positions.start == shown.stop else row.new_positions.start
+            if row.num_cached_tokens:
+                start = 0
             self._shown[request.number] = range(start, row.new_positions.stop)
         budgets = [row.budget for row in batch.rows]
         tokens = [list(row.tokens) for row in batch.rows]

@@ -159,6 +159,7 @@ class Subject:
     def _llm(self, folder: Path, **options: Any) -> Iterator[LLM]:
         fixed = {"dtype": "float32", "check_parity": False, "device": "cpu"}
         defaults = {"skip_tokenizer_init": True, "memory": self.memory(MEMORY), "max_model_len": None, **fixed}
+        defaults["enable_prefix_caching"] = False  # whatever other requests left; one check is about it
         with quiet(), kept_randomness(), one_thread(), LLM(self.source(folder), **{**defaults, **options}) as llm:
             yield llm
 

@@ -170,8 +170,9 @@ class DraftModelSpeculator:
                 self._sequences[row.row_id] = DraftSequence.begin(row)
             sequence = self._sequences[row.row_id]
             sequence.settle(row, self.method)
-            stop = len(row.tokens) if draft.max_tokens else row.new_positions.stop
-            if sequence.num_stored < stop and len(row.tokens) <= self.max_model_len:
+            # A row beyond the draft's context is run up to that too: a shorter row may find its blocks in the prefix cache.
+            stop = len(row.tokens) if draft.max_tokens else min(row.new_positions.stop, self.max_model_len)
+            if sequence.num_stored < stop:
                 waiting.append((index, sequence, stop))
         last: dict[int, torch.Tensor] = {}
         while waiting:
