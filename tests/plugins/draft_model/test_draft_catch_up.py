@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from specplug import LLM, Budget, Outcome, ProposalRow, SamplingParams, TokenView
+from specplug.speculation.draft_length import FixedDraftLength
 from specplug_draft_model.sequence import DraftSequence
 from support.drafting import (
     ForwardLog,
@@ -134,12 +135,12 @@ def test_a_step_costs_one_or_two_tokens_of_catch_up(target: Path, draft: Path, m
 
 
 def test_what_a_row_missed_while_asleep_is_caught_up_at_once(target: Path, draft: Path) -> None:
-    class Alternating:
+    class Alternating(FixedDraftLength):
         """Twenty steps awake, twenty asleep."""
 
         calls = 0
 
-        def wish(self, request: Any, speculator: Any) -> int | None:
+        def length_of(self, request: Any, speculator: Any) -> int | None:
             self.calls += 1
             return 3 if self.calls // 20 % 2 == 0 else None
 

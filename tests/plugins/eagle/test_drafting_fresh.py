@@ -12,6 +12,7 @@ from recorded_drafts import Drafted, RandomWalk, random_walk
 
 from specplug import LLM, SamplingParams
 from specplug.model.kv_cache import BlockAllocator
+from specplug.speculation.draft_length import FixedDraftLength
 from specplug.speculation.target_states.ring_buffer import WINDOW
 from specplug_eagle.drafting.chain import Chain
 from specplug_eagle.drafting.static_tree import StaticTree
@@ -25,7 +26,7 @@ BLOCKS = 70
 COMPARED = 120
 
 
-class SleepyPolicy:
+class SleepyPolicy(FixedDraftLength):
     """Lets rows sleep now and then, some longer than states are kept; a budget of zero only keeps the head up to date."""
 
     def __init__(self, seed: int) -> None:
@@ -33,7 +34,7 @@ class SleepyPolicy:
         self.asleep: dict[int, int] = {}
         self.asked: dict[int, int] = {}
 
-    def wish(self, request: Any, speculator: Any) -> int | None:
+    def length_of(self, request: Any, speculator: Any) -> int | None:
         number = request.number
         self.asked[number] = self.asked.get(number, 0) + 1
         if number % 4 == 1 and self.asked[number] == 4:
@@ -153,14 +154,14 @@ def test_every_path_is_that_of_a_fresh_prefill(target: Path, heads: dict[str, Pa
     compare(walker, target, heads[head])
 
 
-class Schedule:
+class Schedule(FixedDraftLength):
     """Lets each row sleep at the calls it is told to, counted per row."""
 
     def __init__(self, asleep: dict[int, range]) -> None:
         self.asleep = asleep
         self.asked: dict[int, int] = {}
 
-    def wish(self, request: Any, speculator: Any) -> int | None:
+    def length_of(self, request: Any, speculator: Any) -> int | None:
         asked = self.asked.get(request.number, 0)
         self.asked[request.number] = asked + 1
         return None if asked in self.asleep.get(request.number, ()) else 4

@@ -14,6 +14,7 @@ from specplug import LLM, SamplingParams
 from specplug.config.engine import EngineConfig
 from specplug.engine.planning import PlannedEngine, plan_engine
 from specplug.model.load import checkpoint, pickled
+from specplug.speculation.draft_length import FixedDraftLength
 from support.heads import TREES, drafted_by_head, head_speculator_of, save_eagle1, save_eagle3
 from support.marks import slow_except
 from support.models import VOCABULARY, save_model
@@ -150,11 +151,11 @@ def test_a_fallback_behind_ngram_keeps_its_place(root: Path, tree: str) -> None:
     folder = root / "small"
     pairs = decisive_prompts(folder, 8, 40, VOCABULARY)
 
-    class Sleepy:
+    class Sleepy(FixedDraftLength):
         def __init__(self) -> None:
             self.random = random.Random(1)
 
-        def wish(self, request: Any, speculator: Any) -> int | None:
+        def length_of(self, request: Any, speculator: Any) -> int | None:
             return None if self.random.random() < 0.15 else 4
 
     options: dict[str, Any] = {
@@ -187,8 +188,8 @@ def test_two_heads_in_one_chain(root: Path) -> None:
     one = save_eagle1(root / "small-one")
     pairs = decisive_prompts(folder, 4, 20, VOCABULARY)
 
-    class Alternating:
-        def wish(self, request: Any, speculator: Any) -> int | None:
+    class Alternating(FixedDraftLength):
+        def length_of(self, request: Any, speculator: Any) -> int | None:
             return (
                 3 if (request.number + request.num_output_tokens // 5) % 2 == (speculator.method == "eagle") else None
             )
