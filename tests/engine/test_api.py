@@ -238,6 +238,7 @@ def test_metrics_add_up(folder: Path, kind: str) -> None:
     assert {name: type(metric) for name, metric in after.items()} == {
         **{f"vllm:{name}": Gauge for name in gauges},
         **{f"vllm:{name}": Counter for name in counters},
+        **{f"vllm:prefix_cache_{name}": Counter for name in ("queries", "hits")},
         vector: Vector,
     }
     assert [after[f"vllm:{name}"].value for name in gauges] == [0, 0, 0]  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from specplug import LLM, ForwardRow, MemoryBudget, MemoryRegion, Proposal, ProposalBatch, Resources, hookimpl
+from specplug.speculation.draft_length import FixedDraftLength
 from specplug_draft_model import DraftModelSpeculator, load_speculator
 from support.reference import load_reference
 
@@ -89,7 +90,7 @@ def recorded(model: Path | str, gamma: int = 4, **keys: Any) -> tuple[dict[str, 
     return {"plugins": {"recorded": make}, "speculative_config": config}, made
 
 
-class SleepyPolicy:
+class SleepyPolicy(FixedDraftLength):
     """Lets rows sleep now and then, and varies their budgets; a budget of zero only keeps the draft up to date."""
 
     def __init__(self, seed: int, rate: float = 0.06) -> None:
@@ -98,7 +99,7 @@ class SleepyPolicy:
         self.asleep: dict[int, int] = {}
         self.naps = 0
 
-    def wish(self, request: Any, speculator: Any) -> int | None:
+    def length_of(self, request: Any, speculator: Any) -> int | None:
         left = self.asleep.get(request.number, 0)
         if left:
             self.asleep[request.number] = left - 1

@@ -14,11 +14,8 @@ from specplug.testing import CHECKS, CheckResult, Flags, Subject, Targets, run_c
 from support.marks import slow_except
 
 A_FEW = (
-    "ids outside the vocabulary",
     "a lossy sampling verify",
     "stale KV after a rollback",
-    "KV that is not written when it is due",
-    "leaking rows",
     "under-planned memory",
 )
 NEIGHBOURS = {"startup", "validity", "counters"}  # all checks for all of them take minutes
@@ -54,7 +51,8 @@ def check(case: Case, targets: Targets, names: set[str] | None = None) -> list[C
     return run_checks(subject, [c for c in CHECKS if names is None or c.name in names])
 
 
-@pytest.mark.parametrize("name", slow_except(GOOD, "lookup"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GOOD)
 def test_good_speculators_pass_all(targets: Targets, name: str) -> None:
     results = check(GOOD[name], targets)
     assert [(r.check.name, r.text, r.traceback) for r in results if r.verdict == "failed"] == []

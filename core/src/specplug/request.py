@@ -20,7 +20,6 @@ from specplug.text.stream import TextStream
 if TYPE_CHECKING:
     from specplug.model.kv_cache import BlockTable
     from specplug.speculation.draft import Draft
-    from specplug.speculation.estimates import RowEstimate
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -54,8 +53,6 @@ class Request:
         table: its KV blocks while it runs.
         draft: the draft that the next step verifies.
         outcome: the result of its last draft.
-        outcome_link: the index of that draft's speculator in the chain.
-        estimates: the automatic draft length's estimates for it, per speculator of the chain; empty at first.
         forked_from: the row whose blocks it shares, until its first step.
         num_forked_tokens: the computed positions it started with, if it was forked.
         cache_salt: requests with different salts share no cached KV.
@@ -93,8 +90,6 @@ class Request:
     table: BlockTable | None = None
     draft: Draft | None = None
     outcome: Outcome | None = None
-    outcome_link: int = 0
-    estimates: list[RowEstimate] = attrs.field(factory=list)
     forked_from: int | None = None
     num_forked_tokens: int = 0
     cache_salt: str | None = None

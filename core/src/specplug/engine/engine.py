@@ -105,6 +105,11 @@ class Engine:
         """Time spent in `propose` by method."""
         return self.chain.seconds
 
+    @property
+    def vocab_size(self) -> int:
+        """How many token ids the target has."""
+        return self._requests.vocab_size
+
     # ---- requests -------------------------------------------------------------------------------------------------
 
     def add_request(

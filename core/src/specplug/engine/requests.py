@@ -31,6 +31,9 @@ class RequestFactory:
         randomness: the engine's random streams.
         tokenizer: returns the tokenizer, or None.
         device: the device of the logits.
+
+    Attributes:
+        vocab_size: how many token ids the target has.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class RequestFactory:
         device: torch.device,
     ) -> None:
         self._plan = plan
-        self._vocab_size = architecture.vocab_size
+        self.vocab_size = architecture.vocab_size
         self._eos_ids = eos_ids
         self._randomness = randomness
         self._tokenizer = tokenizer
@@ -94,7 +97,7 @@ class RequestFactory:
         scored = params.prompt_logprobs if index == 0 else None  # once for the whole family
         rules = None
         if params.changes_logits:
-            rules = LogitsRules(params, self._vocab_size, stop_ids, words, self._device)
+            rules = LogitsRules(params, self.vocab_size, stop_ids, words, self._device)
         return Request(
             id=request_id,
             number=number,
@@ -139,10 +142,10 @@ class RequestFactory:
         if not ids:
             raise RequestError(f"request '{request_id}': the prompt is empty; it needs at least one token")
         for position, token in enumerate(ids):
-            if not 0 <= token < self._vocab_size:
+            if not 0 <= token < self.vocab_size:
                 raise RequestError(
                     f"request '{request_id}': token id {token} at position {position} is outside the vocabulary of "
-                    f"{self._vocab_size:,}"
+                    f"{self.vocab_size:,}"
                 )
         if len(ids) >= self._plan.max_model_len:
             raise RequestError(
@@ -162,8 +165,8 @@ class RequestFactory:
     def _check_ids(self, request_id: str, params: SamplingParams) -> None:
         for name in ("allowed_token_ids", "logit_bias", "stop_token_ids"):
             for token in getattr(params, name):
-                if token >= self._vocab_size:
+                if token >= self.vocab_size:
                     raise RequestError(
                         f"request '{request_id}': {name} names token id {token}, outside the vocabulary of "
-                        f"{self._vocab_size:,}"
+                        f"{self.vocab_size:,}"
                     )

@@ -35,9 +35,9 @@ from specplug.plugins.target import LazyModel
 from specplug.sampling.defaults import eos_ids
 from specplug.sampling.randomness import EngineRandomness
 from specplug.sampling.workspace import Workspace
-from specplug.speculation.auto import AutoBudget
+from specplug.speculation.adaptive import AdaptiveDraftLength
 from specplug.speculation.chain import SpeculatorChain
-from specplug.speculation.policy import BudgetPolicy, FixedBudget
+from specplug.speculation.draft_length import DraftLengthPolicy, FixedDraftLength
 from specplug.speculation.target_states.store import TargetStateStore
 from specplug.speculation.verification.dispatch import Verification
 from specplug.speculation.verification.verifier import LosslessVerifier
@@ -295,11 +295,11 @@ def _tokenizer_folder(planned: PlannedEngine) -> Path:
     return resolve_checkpoint(resolve_model(config.tokenizer), trust_remote_code=config.trust_remote_code)
 
 
-def choose_policy(speculators: Sequence[RegisteredSpeculator]) -> BudgetPolicy:
+def choose_policy(speculators: Sequence[RegisteredSpeculator]) -> DraftLengthPolicy:
     """Fixed draft lengths, or automatic ones if any speculator asks for them."""
     if any(speculator.config.is_auto for speculator in speculators):
-        return AutoBudget(speculators)
-    return FixedBudget()
+        return AdaptiveDraftLength(speculators)
+    return FixedDraftLength()
 
 
 def _row_buckets(max_num_seqs: int) -> tuple[int, ...]:

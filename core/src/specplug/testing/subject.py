@@ -14,7 +14,7 @@ import torch
 
 from specplug.llm import LLM
 from specplug.plugins.finder import find_plugins
-from specplug.speculation.policy import FixedBudget
+from specplug.speculation.draft_length import FixedDraftLength
 from specplug.testing.failures import CheckFailure, FundamentalFailure, describe
 from specplug.testing.session import Pace, Session
 from specplug.testing.targets import Targets
@@ -146,7 +146,7 @@ class Subject:
                 kind = CheckFailure if self._has_started else FundamentalFailure
                 raise kind("that an engine starts with it", describe(error)) from error
             self._has_started = True
-            llm.engine.chain.policy = FixedBudget()  # automatic budgets follow the clock; a check always sees the same
+            llm.engine.chain.policy = FixedDraftLength()  # automatic lengths follow the clock; a check sees the same
             yield Session(llm, self._pace)
 
     @contextlib.contextmanager

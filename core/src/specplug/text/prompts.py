@@ -159,6 +159,16 @@ def encode_prompt(prompt: Prompt, tokenizer: LazyTokenizer) -> tuple[str | None,
     raise RequestError(f"a prompt is text, a list of token ids or a mapping, not {type(prompt).__name__}")
 
 
+def plain_ids(text: str, tokenizer: LazyTokenizer) -> list[int]:
+    """The ids of a text without the special tokens that the tokenizer adds to prompts; there may be none.
+
+    Raises:
+        RequestError: invalid text, or there is no tokenizer.
+    """
+    _check_text(text, "the text")
+    return list(tokenizer.required("text")(text, add_special_tokens=False)["input_ids"])
+
+
 def check_cache_salt(salt: Any) -> None:
     """Checks a request's `cache_salt`.
 

@@ -14,6 +14,7 @@ import torch
 
 from specplug import (
     BlockTable,
+    Budget,
     ConfigurationError,
     DraftDistributions,
     ForwardRow,
@@ -21,7 +22,6 @@ from specplug import (
     Proposal,
     SpeculatorTraits,
     hookimpl,
-    worth_another_token,
 )
 from specplug_draft_model.drawing import draw
 from specplug_draft_model.sequence import DraftSequence
@@ -222,7 +222,7 @@ class DraftModelSpeculator:
             if len(draft.tokens) < draft.max_tokens:
                 going.append(draft)
         chances = [draft.chances[-1] if draft.chances else None for draft in going]
-        going = list(itertools.compress(going, worth_another_token([draft.row.budget for draft in going], chances)))
+        going = list(itertools.compress(going, Budget.worth_extending([draft.row.budget for draft in going], chances)))
         if not going:
             return [], None
         rows = []
