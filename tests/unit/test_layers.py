@@ -16,7 +16,7 @@ ORDER = [
     "values",
     "threads",
     "contract",
-    "cache",
+    "cache_folder",
     "native",
     "tiny",
     "stats",

@@ -74,9 +74,7 @@ def check_parity(
     dtype = runner.cache.keys[0].dtype
     name = runner.architecture.name
     num_blocks = 2 * -(-max(_LENGTHS) // _BLOCK_SIZE)
-    narrow = make_narrow_copy(
-        config, runner.architecture, num_blocks, _BLOCK_SIZE, trust_remote_code=trust_remote_code
-    )
+    narrow = make_narrow_copy(config, runner.architecture, num_blocks, _BLOCK_SIZE, trust_remote_code=trust_remote_code)
     if narrow is None:  # then compare the logits of the real weights, whose difference includes rounding
         logger.debug("no narrow copy of %s can be made: the probe takes the model itself", name)
         difference, limit = measure_difference(runner, block_size), TOLERANCE[dtype]
