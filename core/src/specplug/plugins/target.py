@@ -144,7 +144,7 @@ class LazyModel:
 
     def materialize(self, progress: Progress) -> None:
         """Loads the weights."""
-        self._model = load_model(self.folder, self.config, self.dtype, self.device)
+        self._model = load_model(self.folder, self.config, self.dtype, self.device, towers=self._architecture.towers)
         progress(1.0)
 
     def bind(self, caches: Mapping[str, KVCache]) -> None:

@@ -18,25 +18,38 @@ from specplug.model.load.architecture import Architecture, disable_padding_check
 from specplug.model.load.checkpoint import TensorHeader, read_headers
 from specplug.model.load.packing import pack_linears
 from specplug.model.load.quiet import quiet_transformers
+from specplug.model.load.wrappers import text_part
 from specplug.native.gpu import cuda
 
 
 def load_model(
-    folder: Path, config: Any, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
+    folder: Path,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    towers: Collection[str] = (),
+    trust_remote_code: bool = False,
 ) -> torch.nn.Module:
     """Loads a causal LM in evaluation mode, with its attention over the paged KV cache.
+
+    Args:
+        folder: the checkpoint.
+        config: its configuration.
+        dtype: of floating weights.
+        device: where the weights go.
+        towers: modules to leave out, see `Architecture.towers`.
+        trust_remote_code: whether the checkpoint's own code may run.
 
     Raises:
         CheckpointError: weights are missing, truncated, of another shape, or not safetensors.
     """
-    from transformers import AutoModelForCausalLM
-
     register()
     cuda.load() if device.type == "cuda" else native.load()
     read_headers(folder)
     try:
         with quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = text_part(config, towers).from_pretrained(
                 folder,
                 config=copy.deepcopy(config),
                 dtype=dtype,
@@ -58,7 +71,8 @@ def load_model(
     missing = sorted(report.get("missing_keys") or ())
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing, first '{missing[0]}'")
-    check_leftovers(folder, report.get("unexpected_keys") or (), config, type(model).__name__)
+    left = [name for name in report.get("unexpected_keys") or () if not _is_of(name, towers)]
+    check_leftovers(folder, left, config, type(model).__name__)
     disable_padding_checks(model)
     model.to(device).eval().requires_grad_(False)
     pack_linears(model)
@@ -124,6 +138,10 @@ def check_leftovers(folder: Path, names: Collection[str], config: Any, model: st
 def is_quantised(config: Any) -> bool:
     """Whether a configuration has a `quantization_config`."""
     return any(getattr(each, "quantization_config", None) for each in (config, config.get_text_config()))
+
+
+def _is_of(name: str, towers: Collection[str]) -> bool:
+    return any(tower.rpartition(".")[2] in name.split(".") for tower in towers)
 
 
 def _is_scale(name: str, config: Any) -> bool:
