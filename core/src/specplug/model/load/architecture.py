@@ -67,6 +67,7 @@ class Architecture:
         tied_head_bytes: of an output layer that shares the embedding's table; 0 if it has its own.
         context_note: why `context_length` is shorter than the configuration says; empty if it is not.
         tensor_kinds: the last parts of its tensors' names, such as `weight`.
+        buffer_bytes: of the buffers that no checkpoint stores, in `weight_bytes`.
         towers: the modules that text never reaches (images, sound); they are not loaded.
     """
 
@@ -81,6 +82,7 @@ class Architecture:
     tied_head_bytes: int = 0
     context_note: str = ""
     tensor_kinds: frozenset[str] = frozenset()
+    buffer_bytes: int = 0
     towers: tuple[str, ...] = ()
 
     def loaded_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
@@ -239,6 +241,7 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
         tied_head_bytes=tied_head_bytes,
         context_note=note,
         tensor_kinds=frozenset(name.rpartition(".")[2] for name in model.state_dict()),
+        buffer_bytes=sum(sizes[name] for name, _ in model.named_buffers() if name not in model.state_dict()),
         towers=towers,
     )
 
