@@ -102,6 +102,13 @@ def test_a_quantised_draft_runs_in_its_own_dtype(root: Path, tmp_path: Path, kin
         assert llm.generate([[5, 6, 7, 8]], GREEDY)[0].outputs[0].token_ids == plain
 
 
+def test_quantised_weights_are_not_compiled(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Tracing tensor subclasses ends the process in PyTorch 2.13."""
+    with LLM(saved(root, "torchao-int8"), skip_tokenizer_init=True, memory="64MiB", compile=True) as llm:
+        assert llm.generate([[5, 6, 7]], GREEDY)[0].outputs[0].token_ids
+    assert "runs uncompiled: its weights are quantised" in caplog.text or "native kernels are not there" in caplog.text
+
+
 def test_another_dtype_than_the_checkpoints_own_is_refused(root: Path) -> None:
     with pytest.raises(CheckpointError, match="quantised by torchao for float32; they do not run in bfloat16"):
         LLM(saved(root, "torchao-int8"), skip_tokenizer_init=True, dtype="bfloat16")

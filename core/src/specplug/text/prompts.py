@@ -196,7 +196,7 @@ def render_chat(messages: Sequence[Message], tokenizer: LazyTokenizer, **options
             f"not {reprlib.repr(messages)}"
         )
     for message in messages:
-        content = message.get("content")
+        content: Any = message.get("content")
         parts = [part for part in content if isinstance(part, Mapping)] if _is_list(content) else []
         _check_no_media(str(part.get("type")) for part in parts)
     loaded = tokenizer.required("chat")

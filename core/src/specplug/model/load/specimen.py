@@ -77,7 +77,7 @@ def _build(config: Any, towers: tuple[str, ...], trust_remote_code: bool) -> tor
     model = make_model(config, torch.float32, IMPLEMENTATION, trust_remote_code=trust_remote_code)
     drop_towers(model, towers)
     disable_padding_checks(model)
-    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+    return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
