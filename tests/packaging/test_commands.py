@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -19,26 +20,28 @@ import pytest
 from click.testing import CliRunner
 
 import specplug_eagle
+from specplug import AsyncLLM
 from support.environment import ROOT
 from support.pages import EXAMPLES, MAKERS, PAGES, TUTORIALS, blocks_of, commands_in
+from support.serving import live
 
 SMALL = {"org/model": "tiny", "org/head": str(Path(specplug_eagle.__file__).parent / "tiny")}
 """What stands for anybody's checkpoints in `python -m` commands, and `FEWER` for what a training may cost here."""
 FEWER = {"specplug_eagle.train": ("--max-steps", "1", "--epochs", "1")}
-QUICK = {"check": ("--quick",)}
-ON_A_TARGET = ("--only", "startup", "--only", "validity")
-"""`specplug check` tries fewer, and on a target fewer things: the isolated plugins run the whole quick kit there."""
+QUICK = {"check": ("--quick", "--only", "startup", "--only", "validity"), "demo": ("--max-tokens", "16")}
+"""What is added to a command: the whole kit runs elsewhere, on every shipped method."""
 
 
 def commands() -> list[tuple[str, Path, str]]:
-    """(name, page, command) of every line in a shell fence."""
-    found = []
+    """(name, page, command) of every line in a shell fence; one that several pages have is named by the first."""
+    found: dict[str, tuple[str, Path, str]] = {}
     for page in (*PAGES, *EXAMPLES, *MAKERS):
         for block in blocks_of(page) if page not in TUTORIALS else ():
             if block.language == "sh":
                 lines = (line.partition("  #")[0].strip() for line in commands_in(block))
-                found += [(f"{block.name}: {line}", page, line) for line in lines]
-    return found
+                for line in lines:
+                    found.setdefault(line, (f"{block.name}: {line}", page, line))
+    return list(found.values())
 
 
 def of_kind(*starts: str) -> Any:
@@ -57,7 +60,7 @@ def kind_of(line: str) -> str:
 
 def test_every_command_is_of_a_kind_that_is_checked() -> None:
     kinds = {kind_of(line) for _, _, line in commands()}
-    assert kinds == {"specplug", "module", "script", "shell", "pip", "make"}
+    assert kinds == {"specplug", "module", "script", "shell", "pip", "make", "curl"}
 
 
 @of_kind("specplug")
@@ -65,12 +68,43 @@ def test_specplug(page: Path, line: str) -> None:
     from specplug.cli.main import cli
 
     arguments = shlex.split(line)[1:]
-    arguments += [word for word in QUICK.get(arguments[0], ()) if word not in arguments]
-    if arguments[0] == "check" and "--target" in arguments:
-        arguments += ON_A_TARGET
+    if arguments[0] == "serve":
+        assert_serves(arguments)
+        return
+    if len(arguments) < 2 or arguments[1] not in ("--help", "--explain"):
+        arguments += QUICK.get(arguments[0], ())
     result = CliRunner().invoke(cli, arguments, prog_name="specplug")
     assert result.exit_code == 0, result.output
     assert result.output.strip()
+
+
+def assert_serves(arguments: list[str]) -> None:
+    """Starts a server on a free port, and ends it."""
+    command = [sys.executable, "-m", "specplug", *arguments, "--port", "0", "--memory", "256MiB"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        lines = []
+        for line in server.stderr:
+            lines.append(line)
+            if line.startswith("Serving"):
+                server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0, lines
+        assert any(line.startswith("Serving") for line in lines)
+
+
+@of_kind("curl")
+def test_curl(page: Path, line: str) -> None:
+    curl = shutil.which("curl")
+    if curl is None:
+        pytest.skip("needs curl")
+    with (
+        AsyncLLM("tiny", speculative_config={"method": "ngram"}, memory="256MiB") as engine,
+        live(engine) as server,
+    ):
+        command = shlex.split(line.replace("http://127.0.0.1:8000", server.url))
+        done = subprocess.run([curl, "--fail", *command[1:]], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
 
 
 @of_kind("module")
@@ -119,11 +153,15 @@ def test_a_shell_script_is_there_and_can_be_read(page: Path, line: str) -> None:
 @of_kind("pip")
 def test_what_is_installed_is_a_package_of_this_repository(page: Path, line: str) -> None:
     projects = [
-        path for pattern in ("core", "plugins/*", "examples/*") for path in ROOT.glob(f"{pattern}/pyproject.toml")
+        tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+        for pattern in ("core", "plugins/*", "examples/*")
+        for path in ROOT.glob(f"{pattern}/pyproject.toml")
     ]
-    names = {tomllib.loads(path.read_text(encoding="utf-8"))["project"]["name"] for path in projects}
-    assert re.fullmatch(r"pip install( [\w-]+)+", line)
-    assert names >= set(line.split()[2:])
+    names = {project["name"] for project in projects}
+    names |= {f"{each['name']}[{extra}]" for each in projects for extra in each.get("optional-dependencies", ())}
+    words = shlex.split(line)
+    assert words[:2] == ["pip", "install"]
+    assert names >= set(words[2:])
 
 
 @of_kind("make")

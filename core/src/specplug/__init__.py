@@ -13,8 +13,8 @@ from specplug import threads
 from specplug.version import __version__
 
 if TYPE_CHECKING:
+    from specplug.async_llm import AsyncLLM
     from specplug.config.engine import EngineConfig
-    from specplug.contract.going_on import worth_another_token
     from specplug.contract.hooks import hookimpl
     from specplug.contract.resources import (
         KVLayer,
@@ -47,10 +47,13 @@ if TYPE_CHECKING:
     from specplug.errors import (
         CheckpointError,
         ConfigurationError,
+        DeadlineExceededError,
+        EngineDeadError,
         GenerationError,
         InsufficientMemoryError,
         ModelOutputError,
         PluginError,
+        QueueFullError,
         RequestError,
         SpecplugError,
         StartupError,
@@ -70,13 +73,14 @@ if TYPE_CHECKING:
     from specplug.sampling.params import SamplingParams
     from specplug.sampling.randomness import RowRandomness, sample
     from specplug.stats import DraftCounts, SpeculationStats
+    from specplug.streams import RequestStream
     from specplug.text.prompts import Message, Prompt
     from specplug.tiny import resolve_model
 
 # The same names at run time; a test compares the two lists.
 _HOMES = {
+    "specplug.async_llm": ("AsyncLLM",),
     "specplug.config.engine": ("EngineConfig",),
-    "specplug.contract.going_on": ("worth_another_token",),
     "specplug.contract.hooks": ("hookimpl",),
     "specplug.contract.resources": (
         "KVLayer",
@@ -109,10 +113,13 @@ _HOMES = {
     "specplug.errors": (
         "CheckpointError",
         "ConfigurationError",
+        "DeadlineExceededError",
+        "EngineDeadError",
         "GenerationError",
         "InsufficientMemoryError",
         "ModelOutputError",
         "PluginError",
+        "QueueFullError",
         "RequestError",
         "SpecplugError",
         "StartupError",
@@ -161,6 +168,7 @@ _HOMES = {
         "DraftCounts",
         "SpeculationStats",
     ),
+    "specplug.streams": ("RequestStream",),
     "specplug.text.prompts": (
         "Message",
         "Prompt",

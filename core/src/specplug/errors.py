@@ -52,6 +52,18 @@ class GenerationError(SpecplugError):
         self.outputs: list[Any] = list(outputs)  # of RequestOutput, whose module imports this one
 
 
+class DeadlineExceededError(GenerationError):
+    """A request did not end within its timeout; `outputs` holds what was generated."""
+
+
+class QueueFullError(SpecplugError):
+    """More requests are waiting than the queue may hold; the same request may be served later."""
+
+
+class EngineDeadError(SpecplugError):
+    """The engine stopped after an error that concerns no single request, and serves no more."""
+
+
 class StartupError(SpecplugError):
     """The engine could not start; the message names the step that failed."""
 

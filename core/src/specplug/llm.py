@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import attrs
-
-from specplug.config.engine import EngineConfig
-from specplug.config.vllm import translate_options
 from specplug.engine.calls import Call, Calls
 from specplug.engine.engine import CLOSED
-from specplug.engine.startup import StepReport, start_engine
-from specplug.errors import ConfigurationError, GenerationError, RequestError
+from specplug.engine.startup import StepReport
+from specplug.errors import GenerationError, RequestError
+from specplug.frontend import Frontend
 from specplug.metrics import Metric, engine_metrics
-from specplug.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamedPiece
+from specplug.outputs import RequestOutput, StreamedPiece
 from specplug.progress import ProgressBar
-from specplug.request import Request
-from specplug.sampling.defaults import default_sampling_params
 from specplug.sampling.params import SamplingParams
-from specplug.text.prompts import EncodedPrompt, LazyTokenizer, Message, Prompt, encode_prompts, render_chats
-from specplug.text.token_decoder import TokenDecoder
-from specplug.tiny import resolve_model
-from specplug.values import shown
+from specplug.text.prompts import EncodedPrompt, Message, Prompt
 
 _MOST_NAMED = 5  # failures that one message names
-
-
-@attrs.frozen(eq=False)
-class _Submitted:
-    """A submitted prompt: its id, its text if it has one, and its completions."""
-
-    id: str
-    prompt: str | None
-    family: list[Request]
 
 
 class LLM:
@@ -60,21 +41,12 @@ class LLM:
         on_step: Callable[[StepReport], None] = lambda report: None,
         **options: Any,
     ) -> None:
-        if not callable(on_step):
-            raise ConfigurationError(f"on_step={shown(on_step)}: expected a function of a StepReport")
-        options = translate_options(options)
-        self.config = EngineConfig.create(model, speculative_config=speculative_config, memory=memory, **options)
-        source = None if self.config.skip_tokenizer_init else resolve_model(self.config.tokenizer or self.config.model)
-        self._tokenizer = LazyTokenizer(
-            source,
-            self.config.revision if self.config.tokenizer is None else None,
-            trust_remote_code=self.config.trust_remote_code,
+        self._frontend = Frontend(
+            model, speculative_config=speculative_config, memory=memory, on_step=on_step, options=options
         )
-        self._numbers = itertools.count()
-        self._encoding = threading.Lock()  # a tokenizer may be used by one thread at a time
-        self.engine = start_engine(self.config, tokenizer=self._tokenizer, on_step=on_step)
+        self.config = self._frontend.config
+        self.engine = self._frontend.engine
         self._calls = Calls(self.engine)
-        self._unverified_methods = self.engine.unverified_methods
 
     # ---- generation -----------------------------------------------------------------------------------------------
 
@@ -93,7 +65,7 @@ class LLM:
 
         Args:
             prompts: text, token ids (a list, a NumPy array or a torch tensor), `{"prompt": …}` or `{"prompt_token_ids": …}`,
-                or a list of these.
+                or a list of these. A mapping may have a `cache_salt`: it shares cached KV only with prompts of the same salt.
             sampling_params: one for all prompts, or one for each; None uses the model's generation_config.
             use_tqdm: show a progress bar on a terminal.
             lora_request: not supported.
@@ -112,8 +84,7 @@ class LLM:
             tokenization_kwargs=tokenization_kwargs,
             mm_processor_kwargs=mm_processor_kwargs,
         )
-        with self._encoding:
-            encoded = encode_prompts(prompts, self._tokenizer)
+        encoded = self._frontend.encode(prompts)
         return self._run(encoded, sampling_params, use_tqdm)
 
     def chat(
@@ -168,9 +139,7 @@ class LLM:
             "tools": tools,
             **(chat_template_kwargs or {}),
         }
-        with self._encoding:
-            encoded = render_chats(messages, self._tokenizer, **options)
-        return self._run(encoded, sampling_params, use_tqdm)
+        return self._run(self._frontend.render(messages, **options), sampling_params, use_tqdm)
 
     def stream(
         self,
@@ -185,9 +154,8 @@ class LLM:
             RequestError: see `generate`.
             GenerationError: see `generate`; raised after the last piece.
         """
-        with self._encoding:
-            encoded = encode_prompts(prompts, self._tokenizer)
-        submitted = self._make(encoded, sampling_params)
+        encoded = self._frontend.encode(prompts)
+        submitted = self._frontend.make(encoded, sampling_params)
         call = Call([request for each in submitted for request in each.family], streams=True)
         index_of = {id(request): index for each in submitted for index, request in enumerate(each.family)}
         try:
@@ -212,29 +180,11 @@ class LLM:
                 )
         finally:  # the garbage collector may run this, so it must not wait
             self.engine.abandon(*(each.id for each in submitted))
-        self._raise_failures([self._output(each) for each in submitted] if _any_failed(call) else [])
+        self._raise_failures([self._frontend.output(each) for each in submitted] if _any_failed(call) else [])
 
     def abort(self, request_id: str) -> bool:
         """Ends a request; returns whether it was unfinished. Its generated tokens are kept."""
         return bool(self.engine.abort(request_id))
-
-    def _make(
-        self,
-        encoded: Sequence[EncodedPrompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-    ) -> list[_Submitted]:
-        """The requests of a call, checked but not queued."""
-        params = self._params_list(sampling_params, len(encoded))
-        submitted: list[_Submitted] = []
-        with self._encoding:  # bad words are tokenized too
-            for prompt, param in zip(encoded, params, strict=True):
-                request_id = str(next(self._numbers))
-                try:
-                    family = self.engine.make_request(request_id, prompt.ids, param)
-                except RequestError as error:  # callers know their prompts by index, not by request id
-                    raise RequestError(prompt.where + str(error).removeprefix(f"request '{request_id}': ")) from error
-                submitted.append(_Submitted(request_id, prompt.text, family))
-        return submitted
 
     def _run(
         self,
@@ -242,7 +192,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool | Callable[..., Any],
     ) -> list[RequestOutput]:
-        submitted = self._make(encoded, sampling_params)
+        submitted = self._frontend.make(encoded, sampling_params)
         call = Call([request for each in submitted for request in each.family], streams=False)
         try:
             self.engine.submit([each.family for each in submitted])
@@ -255,7 +205,7 @@ class LLM:
             self.engine.abandon(*(each.id for each in submitted))
             raise
         _check_not_cut_off(call)
-        outputs = [self._output(each) for each in submitted]
+        outputs = [self._frontend.output(each) for each in submitted]
         self._raise_failures(outputs)
         return outputs
 
@@ -272,80 +222,6 @@ class LLM:
             more = f"; and {len(failed) - _MOST_NAMED} more" if len(failed) > _MOST_NAMED else ""
             raise GenerationError("; ".join(failed[:_MOST_NAMED]) + more, outputs)
 
-    def _params_list(
-        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
-    ) -> Sequence[SamplingParams]:
-        if params is None:
-            params = self.get_default_sampling_params()
-        if isinstance(params, SamplingParams):
-            return [params] * count
-        if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
-            raise RequestError(
-                f"sampling_params={params!r}: expected a SamplingParams, or a list with one for each prompt"
-            )
-        if len(params) != count:
-            raise RequestError(f"{len(params)} sampling_params for {count} prompts; give one for all, or one for each")
-        return params
-
-    def _output(self, submitted: _Submitted) -> RequestOutput:
-        first = submitted.family[0]
-        scores = None if first.params.prompt_logprobs is None else [None, *first.prompt_logprobs]
-        ends = [request.finished_time for request in submitted.family]
-        try:
-            self._with_text(scores)
-        except Exception as error:  # as in `_completion`
-            first.fail(error)
-        return RequestOutput(
-            request_id=submitted.id,
-            prompt=submitted.prompt,
-            prompt_token_ids=first.tokens[: first.num_prompt_tokens],
-            prompt_logprobs=scores,
-            outputs=[self._completion(index, request) for index, request in enumerate(submitted.family)],
-            finished=all(request.is_finished for request in submitted.family),
-            metrics=RequestMetrics(
-                arrival_time=first.arrival_time,
-                first_token_time=first.first_token_time,
-                finished_time=max((end for end in ends if end is not None), default=None),
-            ),
-        )
-
-    def _completion(self, index: int, request: Request) -> CompletionOutput:
-        ids = request.output_ids
-        scored = request.params.logprobs is not None
-        try:
-            logprobs = self._with_text(request.logprobs) if scored else None
-        except Exception as error:  # the tokenizer fails on its own ids
-            request.fail(error)
-            logprobs = request.logprobs
-        is_whole = request.error is None
-        return CompletionOutput(
-            index=index,
-            text="" if request.text is None else request.text.text,
-            token_ids=ids,
-            cumulative_logprob=(
-                sum(position[token].logprob for position, token in zip(request.logprobs, ids, strict=is_whole))
-                if scored
-                else None
-            ),
-            logprobs=logprobs,
-            finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
-            spec_decode_metrics=request.stats,
-            token_sources=request.sources,
-            unverified_methods=[method for method in self._unverified_methods if method in request.stats.by_method],
-            error=request.error if request.finish_reason == "error" else None,
-        )
-
-    def _with_text(self, positions: Any) -> Any:
-        """Fills in the token texts of log-probabilities, decoded as after other text."""
-        tokenizer = self._tokenizer() if positions else None
-        if tokenizer is not None:
-            decoder = TokenDecoder.of(tokenizer)
-            for position in positions:
-                for token, logprob in (position or {}).items():
-                    logprob.decoded_token = decoder.token(token)
-        return positions
-
     # ---- about ----------------------------------------------------------------------------------------------------
 
     def get_tokenizer(self) -> Any:
@@ -354,11 +230,16 @@ class LLM:
         Raises:
             RequestError: the engine takes token ids only.
         """
-        return self._tokenizer.required("get_tokenizer()")
+        return self._frontend.tokenizer.required("get_tokenizer()")
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The parameters of `generate` if it is given none: the model's generation_config, then the defaults."""
-        return default_sampling_params(resolve_model(self.config.model), self.config.revision)
+        return self._frontend.default_sampling_params()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached KV; requests that run go on with theirs. Returns True, as vLLM does on success."""
+        self.engine.reset_prefix_cache()
+        return True
 
     def get_metrics(self) -> list[Metric]:
         """The engine's current counters, under vLLM's names; never waits for a step."""

@@ -1,4 +1,4 @@
-"""The outputs of `LLM`, with vLLM's names."""
+"""The outputs of `LLM` and `AsyncLLM`, with vLLM's names."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class CompletionOutput:
         token_sources: for each id the method that drafted it; None for the target's own.
         unverified_methods: methods with their own `verify` that drafted for it; core does not check their results.
         error: the failure, if `finish_reason` is `error`.
+        token_texts: from `AsyncLLM`, for each id the text that it completes; empty while a character is incomplete.
     """
 
     index: int
@@ -37,6 +38,7 @@ class CompletionOutput:
     token_sources: list[str | None]
     unverified_methods: list[str] = attrs.field(factory=list)
     error: str | None = None
+    token_texts: list[str] = attrs.field(factory=list)
 
     @property
     def metrics(self) -> SpeculationStats:
@@ -75,7 +77,7 @@ class RequestOutput:
         outputs: the completions, by index.
         finished: whether all of them have ended.
         metrics: its times.
-        num_cached_tokens: prompt tokens taken from a prefix cache; always 0, since there is none.
+        num_cached_tokens: prompt tokens whose KV was taken from the prefix cache.
     """
 
     request_id: str

@@ -20,6 +20,7 @@ from specplug.cli.list import list_command
 from specplug.cli.new import new
 from specplug.cli.plan import plan
 from specplug.cli.process import INTERRUPTED, insistent_interrupts, open_streams, quick_end
+from specplug.cli.serve import serve
 from specplug.cli.terminal import Terminal
 from specplug.version import __version__
 
@@ -155,7 +156,7 @@ def _set_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> N
         ctx.find_root().params["debug"] = True
 
 
-for _command in (bench, check, demo, generate, list_command, new, plan):
+for _command in (bench, check, demo, generate, list_command, new, plan, serve):
     _command.params.append(
         click.Option(["--debug"], is_flag=True, hidden=True, expose_value=False, callback=_set_debug)
     )

@@ -17,7 +17,7 @@ from specplug.sampling.params import MAX_SEED, SamplingParams
 from specplug.sampling.randomness import EngineRandomness, RowRandomness
 from specplug.sampling.rules import LogitsRules
 from specplug.text.bad_words import bad_word_ids
-from specplug.text.prompts import token_ids
+from specplug.text.prompts import check_cache_salt, token_ids
 from specplug.text.stream import TextStream
 
 
@@ -31,6 +31,9 @@ class RequestFactory:
         randomness: the engine's random streams.
         tokenizer: returns the tokenizer, or None.
         device: the device of the logits.
+
+    Attributes:
+        vocab_size: how many token ids the target has.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class RequestFactory:
         device: torch.device,
     ) -> None:
         self._plan = plan
-        self._vocab_size = architecture.vocab_size
+        self.vocab_size = architecture.vocab_size
         self._eos_ids = eos_ids
         self._randomness = randomness
         self._tokenizer = tokenizer
@@ -51,7 +54,9 @@ class RequestFactory:
         self._context_note = architecture.context_note
         self._numbers = itertools.count()
 
-    def make(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> list[Request]:
+    def make(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, cache_salt: str | None = None
+    ) -> list[Request]:
         """The sequences of a request, one per completion. All but the first are forked from the first.
 
         Raises:
@@ -63,6 +68,10 @@ class RequestFactory:
             raise RequestError(f"request '{request_id}': {error}") from error
         self._check_prompt(request_id, ids)
         self._check_ids(request_id, params)
+        try:
+            check_cache_salt(cache_salt)
+        except RequestError as error:
+            raise RequestError(f"request '{request_id}': {error}") from error
         room = self._plan.max_model_len - len(ids)
         limit = min(params.max_tokens or room, room)
         params = attrs.evolve(params, max_tokens=limit, min_tokens=min(params.min_tokens, limit))
@@ -70,6 +79,8 @@ class RequestFactory:
         words = self._bad_words(request_id, params)
         family = [self._request(request_id, ids, params, index, stop_ids, words) for index in range(params.n)]
         family[0].fork_group = family[1:]
+        for request in family:
+            request.cache_salt = cache_salt
         return family
 
     def _request(
@@ -86,7 +97,7 @@ class RequestFactory:
         scored = params.prompt_logprobs if index == 0 else None  # once for the whole family
         rules = None
         if params.changes_logits:
-            rules = LogitsRules(params, self._vocab_size, stop_ids, words, self._device)
+            rules = LogitsRules(params, self.vocab_size, stop_ids, words, self._device)
         return Request(
             id=request_id,
             number=number,
@@ -131,10 +142,10 @@ class RequestFactory:
         if not ids:
             raise RequestError(f"request '{request_id}': the prompt is empty; it needs at least one token")
         for position, token in enumerate(ids):
-            if not 0 <= token < self._vocab_size:
+            if not 0 <= token < self.vocab_size:
                 raise RequestError(
                     f"request '{request_id}': token id {token} at position {position} is outside the vocabulary of "
-                    f"{self._vocab_size:,}"
+                    f"{self.vocab_size:,}"
                 )
         if len(ids) >= self._plan.max_model_len:
             raise RequestError(
@@ -154,8 +165,8 @@ class RequestFactory:
     def _check_ids(self, request_id: str, params: SamplingParams) -> None:
         for name in ("allowed_token_ids", "logit_bias", "stop_token_ids"):
             for token in getattr(params, name):
-                if token >= self._vocab_size:
+                if token >= self.vocab_size:
                     raise RequestError(
                         f"request '{request_id}': {name} names token id {token}, outside the vocabulary of "
-                        f"{self._vocab_size:,}"
+                        f"{self.vocab_size:,}"
                     )

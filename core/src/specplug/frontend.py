@@ -1,0 +1,248 @@
+"""From prompts to an engine's requests, and from requests to outputs: what `LLM` and `AsyncLLM` share."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from specplug.config.engine import EngineConfig
+from specplug.config.vllm import translate_options
+from specplug.engine.startup import StepReport, start_engine
+from specplug.errors import ConfigurationError, RequestError
+from specplug.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from specplug.request import Request
+from specplug.sampling.defaults import default_sampling_params
+from specplug.sampling.params import SamplingParams
+from specplug.text.prompts import EncodedPrompt, LazyTokenizer, Message, Prompt, encode_prompts, plain_ids, render_chats
+from specplug.text.token_decoder import TokenDecoder
+from specplug.tiny import resolve_model
+from specplug.values import shown
+
+
+@attrs.frozen(eq=False)
+class Submission:
+    """A prompt as requests of the engine.
+
+    Attributes:
+        id: the request's name.
+        prompt: the prompt's text, if it has one.
+        family: its sequences, one for each completion.
+    """
+
+    id: str
+    prompt: str | None
+    family: list[Request]
+
+
+class Frontend:
+    """A running engine with its tokenizer. Any number of threads may use it.
+
+    Args:
+        model: see `LLM`.
+        speculative_config: see `LLM`.
+        memory: see `LLM`.
+        on_step: see `LLM`.
+        options: see `LLM`.
+
+    Attributes:
+        config: the engine's configuration.
+        engine: the engine.
+        tokenizer: returns the tokenizer, or None.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        speculative_config: Mapping[str, Any] | None,
+        memory: int | float | str | None,
+        on_step: Callable[[StepReport], None],
+        options: Mapping[str, Any],
+    ) -> None:
+        if not callable(on_step):
+            raise ConfigurationError(f"on_step={shown(on_step)}: expected a function of a StepReport")
+        self.config = EngineConfig.create(
+            model, speculative_config=speculative_config, memory=memory, **translate_options(options)
+        )
+        source = None if self.config.skip_tokenizer_init else resolve_model(self.config.tokenizer or self.config.model)
+        self.tokenizer = LazyTokenizer(
+            source,
+            self.config.revision if self.config.tokenizer is None else None,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+        self._numbers = itertools.count()
+        self._encoding = threading.Lock()  # a tokenizer may be used by one thread at a time
+        self.engine = start_engine(self.config, tokenizer=self.tokenizer, on_step=on_step)
+        self._unverified_methods = self.engine.unverified_methods
+
+    # ---- from prompts to requests ---------------------------------------------------------------------------------
+
+    def encode(self, prompts: Prompt | Iterable[Prompt]) -> list[EncodedPrompt]:
+        """One prompt or several → their ids.
+
+        Raises:
+            RequestError: a prompt is invalid; the message names its place.
+        """
+        with self._encoding:
+            return encode_prompts(prompts, self.tokenizer)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """The ids of a text without the special tokens that the tokenizer adds to prompts; there may be none.
+
+        Raises:
+            RequestError: the text is invalid.
+        """
+        with self._encoding:
+            return plain_ids(text, self.tokenizer)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included.
+
+        Raises:
+            RequestError: an id is outside the vocabulary.
+        """
+        size = self.engine.vocab_size
+        for position, token in enumerate(ids):
+            if not 0 <= token < size:
+                raise RequestError(f"token id {token} at position {position} is outside the vocabulary of {size:,}")
+        with self._encoding:
+            return TokenDecoder.of(self.tokenizer.required("decoding")).decode(ids)
+
+    def render(self, messages: Sequence[Message] | Sequence[Sequence[Message]], **options: Any) -> list[EncodedPrompt]:
+        """One conversation or several → the texts of the chat template and their ids.
+
+        Raises:
+            RequestError: there is no template, or it cannot render the messages.
+        """
+        with self._encoding:
+            return render_chats(messages, self.tokenizer, **options)
+
+    def make(
+        self,
+        encoded: Sequence[EncodedPrompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        request_ids: Sequence[str] | None = None,
+    ) -> list[Submission]:
+        """The requests of a call, checked but not queued.
+
+        Args:
+            encoded: the prompts.
+            sampling_params: one for all prompts, or one for each; None uses the model's generation_config.
+            request_ids: a name for each prompt; None numbers them.
+
+        Raises:
+            RequestError: a request can never be served; the message names the place of its prompt.
+        """
+        params = self.params_list(sampling_params, len(encoded))
+        ids = [str(next(self._numbers)) for _ in encoded] if request_ids is None else request_ids
+        submitted: list[Submission] = []
+        with self._encoding:  # bad words are tokenized too
+            for request_id, prompt, param in zip(ids, encoded, params, strict=True):
+                try:
+                    family = self.engine.make_request(request_id, prompt.ids, param, cache_salt=prompt.cache_salt)
+                except RequestError as error:  # callers know their prompts by index, not by request id
+                    raise RequestError(prompt.where + str(error).removeprefix(f"request '{request_id}': ")) from error
+                submitted.append(Submission(request_id, prompt.text, family))
+        return submitted
+
+    def params_list(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> Sequence[SamplingParams]:
+        """The parameters of each of `count` prompts; None is the model's defaults.
+
+        Raises:
+            RequestError: they are no sampling parameters, or not one for each prompt.
+        """
+        if params is None:
+            params = self.default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
+            raise RequestError(
+                f"sampling_params={params!r}: expected a SamplingParams, or a list with one for each prompt"
+            )
+        if len(params) != count:
+            raise RequestError(f"{len(params)} sampling_params for {count} prompts; give one for all, or one for each")
+        return params
+
+    def default_sampling_params(self) -> SamplingParams:
+        """The model's generation_config, then the defaults."""
+        return default_sampling_params(resolve_model(self.config.model), self.config.revision)
+
+    # ---- from requests to outputs ---------------------------------------------------------------------------------
+
+    def output(self, submitted: Submission) -> RequestOutput:
+        """The current output of a submission, all of it."""
+        first = submitted.family[0]
+        scores = None if first.params.prompt_logprobs is None else [None, *first.prompt_logprobs]
+        try:
+            self.with_text(scores)
+        except Exception as error:  # as in `completion`
+            first.fail(error)
+        return RequestOutput(
+            request_id=submitted.id,
+            prompt=submitted.prompt,
+            prompt_token_ids=first.tokens[: first.num_prompt_tokens],
+            prompt_logprobs=scores,
+            outputs=[self.completion(index, request) for index, request in enumerate(submitted.family)],
+            finished=all(request.is_finished for request in submitted.family),
+            metrics=self.times(submitted),
+            num_cached_tokens=first.num_cached_tokens or 0,
+        )
+
+    def times(self, submitted: Submission) -> RequestMetrics:
+        """The times of a submission so far."""
+        first = submitted.family[0]
+        ends = [request.finished_time for request in submitted.family]
+        return RequestMetrics(
+            arrival_time=first.arrival_time,
+            first_token_time=first.first_token_time,
+            finished_time=max((end for end in ends if end is not None), default=None),
+        )
+
+    def completion(self, index: int, request: Request) -> CompletionOutput:
+        """The current output of one sequence, all of it."""
+        ids = request.output_ids
+        scored = request.params.logprobs is not None
+        try:
+            logprobs = self.with_text(request.logprobs) if scored else None
+        except Exception as error:  # the tokenizer fails on its own ids
+            request.fail(error)
+            logprobs = request.logprobs
+        is_whole = request.error is None
+        return CompletionOutput(
+            index=index,
+            text="" if request.text is None else request.text.text,
+            token_ids=ids,
+            cumulative_logprob=(
+                sum(position[token].logprob for position, token in zip(request.logprobs, ids, strict=is_whole))
+                if scored
+                else None
+            ),
+            logprobs=logprobs,
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            spec_decode_metrics=request.stats,
+            token_sources=request.sources,
+            unverified_methods=self.unverified_methods(request),
+            error=request.error if request.finish_reason == "error" else None,
+        )
+
+    def unverified_methods(self, request: Request) -> list[str]:
+        """The methods with their own `verify` that have drafted for a request."""
+        return [method for method in self._unverified_methods if method in request.stats.by_method]
+
+    def with_text(self, positions: Any) -> Any:
+        """Fills in the token texts of log-probabilities, decoded as after other text."""
+        tokenizer = self.tokenizer() if positions else None
+        if tokenizer is not None:
+            decoder = TokenDecoder.of(tokenizer)
+            for position in positions:
+                for token, logprob in (position or {}).items():
+                    logprob.decoded_token = decoder.token(token)
+        return positions

@@ -1,0 +1,56 @@
+"""The JSON of responses: what all of them begin with, and server-sent events."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+
+from specplug.version import __version__
+
+_FINGERPRINT = f"specplug-{__version__}"
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+@attrs.frozen
+class Header:
+    """What all parts of one response have in common.
+
+    Attributes:
+        id: of the response.
+        object: OpenAI's name for what it is.
+        model: the name of the model.
+        created: seconds of the epoch.
+        opening: all of that as the beginning of a JSON object; it is the same in all chunks of a stream.
+    """
+
+    id: str
+    object: str
+    model: str
+    created: int = attrs.field(factory=lambda: int(time.time()))
+    opening: str = attrs.field(
+        init=False,
+        repr=False,
+        default=attrs.Factory(lambda self: f'data: {_encode(self._fields())[:-1]},"choices":[', takes_self=True),
+    )
+
+    def response(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """A whole response."""
+        return {**self._fields(), "choices": choices, **more}
+
+    def event(self, choices: Sequence[dict[str, Any]], **more: Any) -> bytes:
+        """A chunk of a response as a server-sent event."""
+        rest = f",{_encode(more)[1:-1]}" if more else ""
+        return f"{self.opening}{','.join(map(_encode, choices))}]{rest}}}\n\n".encode("utf-8", "replace")
+
+    def _fields(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": self.object,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": _FINGERPRINT,
+        }
