@@ -282,7 +282,7 @@ def test_options_of_vllm() -> None:
     }
     for name, value, reason in [
         ("tensor_parallel_size", 2, "one device"),
-        ("quantization", "awq", "floating dtype"),
+        ("quantization", "awq", "quantization_config"),
         ("enable_lora", True, "adapters"),
         ("kv_cache_dtype", "fp8", "model's dtype"),
         ("load_format", "gguf", "safetensors"),

@@ -77,7 +77,7 @@ def test_a_parameter_of_the_model_itself_is_no_quantisation_scale(tmp_path: Path
     """BERT-like norms apart, some models have parameters that are called scales."""
     from specplug.model.load.architecture import inspect_architecture
     from specplug.model.load.checkpoint import read_headers
-    from specplug.model.load.weights import check_not_quantised
+    from specplug.model.load.weights import count_weights
 
     source = save_model(tmp_path, "llama")
     headers = read_headers(source)
@@ -85,11 +85,11 @@ def test_a_parameter_of_the_model_itself_is_no_quantisation_scale(tmp_path: Path
     config = load_config(source)
     architecture = inspect_architecture(config, torch.float32)
     with pytest.raises(CheckpointError, match="per_expert_scale"):
-        check_not_quantised(source, headers, config, architecture)
+        count_weights(source, headers, config, architecture, torch.float32, CPU)
     import attrs
 
     with_scale = attrs.evolve(architecture, tensor_kinds=architecture.tensor_kinds | {"per_expert_scale"})
-    check_not_quantised(source, headers, config, with_scale)
+    count_weights(source, headers, config, with_scale, torch.float32, CPU)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 MARGIN = 2e-4
 
@@ -14,7 +14,9 @@ MARGIN = 2e-4
 @functools.cache
 def load_reference(folder: Path) -> torch.nn.Module:
     """The model by Transformers alone, float32."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    is_known = type(AutoConfig.from_pretrained(folder)) in AutoModelForCausalLM._model_mapping
+    kind = AutoModelForCausalLM if is_known else AutoModelForMultimodalLM
+    return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def generate(folder: Path, prompt: list[int], max_new_tokens: int) -> tuple[list[int], float]:

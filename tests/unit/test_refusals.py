@@ -63,9 +63,8 @@ def refusal(architecture: str, options: dict[str, Any]) -> str:
         ("bart", DECODER, "ignores position_ids: 'model.decoder.embed_positions' counts positions itself"),
         ("mbart", DECODER, "ignores position_ids"),
         ("musicgen", WRAPPER, "several text models"),
-        ("mistral3", WRAPPER, "not a causal language model of Transformers .*, such as one of type 'mistral'"),
-        ("qwen3_vl", WRAPPER, "not a causal language model of Transformers .*; give a text-only checkpoint"),
-        ("kimi_k25", WRAPPER, "not a causal language model of Transformers"),
+        ("siglip", WRAPPER, "not a causal language model of Transformers .*; give a text-only checkpoint"),
+        ("paligemma", WRAPPER, "its attention is not causal"),
         ("t5", WRAPPER, "not a causal language model of Transformers"),
     ],
 )

@@ -38,7 +38,7 @@ _REASONS = {
     "tensor_parallel_size": "the engine runs on one device",
     "pipeline_parallel_size": "the engine runs on one device",
     "data_parallel_size": "the engine runs on one device",
-    "quantization": "weights are loaded in a floating dtype",
+    "quantization": "the checkpoint's own quantization_config decides how its weights are read",
     "enable_lora": "adapters are not supported; merge them into the weights",
     "kv_cache_dtype": "keys and values are kept in the model's dtype",
     "load_format": "only safetensors are loaded",

@@ -22,7 +22,7 @@ from specplug.model.load.architecture import Architecture, inspect_architecture
 from specplug.model.load.checkpoint import choose_dtype, load_config, read_headers, resolve_checkpoint
 from specplug.model.load.refusal import check_kind
 from specplug.model.load.tokenizer import load_tokenizer
-from specplug.model.load.weights import check_not_quantised
+from specplug.model.load.weights import count_weights
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
 from specplug.plugins.target import LazyModel, TargetFacade
 from specplug.sampling.workspace import Workspace
@@ -163,7 +163,7 @@ def _inspect_target(config: EngineConfig) -> _Target:
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, model_config)
     architecture = inspect_architecture(model_config, dtype, trust_remote_code=config.trust_remote_code)
-    check_not_quantised(folder, headers, model_config, architecture)
+    architecture = count_weights(folder, headers, model_config, architecture, dtype, device)
     if config.max_model_len is not None and config.max_model_len > architecture.context_length:
         note = f" ({architecture.context_note})" if architecture.context_note else ""
         raise ConfigurationError(

@@ -106,6 +106,7 @@ def start_engine(
                 planned.model_config,
                 planned.dtype,
                 planned.device,
+                towers=planned.architecture.towers,
                 trust_remote_code=config.trust_remote_code,
             )
             planned.facade.attach(model)

@@ -23,9 +23,10 @@ from specplug.model.load.checkpoint import (
     read_json_config,
     resolve_checkpoint,
 )
+from specplug.model.load.quantised import is_quantised
 from specplug.model.load.refusal import check_kind
 from specplug.model.load.tokenizer import load_tokenizer
-from specplug.model.load.weights import check_not_quantised, load_model
+from specplug.model.load.weights import count_weights, load_model
 from specplug.model.rows import ForwardRow
 from specplug.model.runner import ModelRunner
 from specplug.values import as_integer, as_tuple, is_integer, shown
@@ -97,7 +98,8 @@ class LazyModel:
         self,
         source: str,
         revision: str | None,
-        dtype: str,
+        dtype: str | None,
+        target_dtype: torch.dtype,
         device: torch.device,
         label: str,
         *,
@@ -107,12 +109,13 @@ class LazyModel:
         self.config = load_config(self.folder)
         check_kind(self.config, trust_remote_code=False)
         headers = read_headers(self.folder)
-        self.dtype = choose_dtype(dtype, self.config)
+        usual: str | torch.dtype = "auto" if is_quantised(self.config) else target_dtype
+        self.dtype = choose_dtype(dtype or usual, self.config)
         self.device = device
         self._label = label
         self._has_own_device = has_own_device
-        self._architecture = inspect_architecture(self.config, self.dtype)
-        check_not_quantised(self.folder, headers, self.config, self._architecture)
+        dense = inspect_architecture(self.config, self.dtype)
+        self._architecture = count_weights(self.folder, headers, self.config, dense, self.dtype, device)
         self.vocab_size = self._architecture.vocab_size
         self.max_model_len = self._architecture.context_length
         self.weight_bytes = self._architecture.loaded_bytes(self.dtype, device)
@@ -144,7 +147,7 @@ class LazyModel:
 
     def materialize(self, progress: Progress) -> None:
         """Loads the weights."""
-        self._model = load_model(self.folder, self.config, self.dtype, self.device)
+        self._model = load_model(self.folder, self.config, self.dtype, self.device, towers=self._architecture.towers)
         progress(1.0)
 
     def bind(self, caches: Mapping[str, KVCache]) -> None:
@@ -266,12 +269,12 @@ class TargetFacade:
         self, source: str, *, revision: str | None = None, dtype: str | None = None, device: str | None = None
     ) -> LazyModel:
         """See `TargetModel.model`."""
-        name = dtype or str(self.dtype).removeprefix("torch.")
         model_device = self.device if device is None else choose_device(device)
         handle = LazyModel(
             source,
             revision,
-            name,
+            dtype,
+            self.dtype,
             model_device,
             f"model {len(self.handles)}",
             has_own_device=model_device != self.device,

@@ -14,6 +14,7 @@ from specplug.model.load.checkpoint import resolve_checkpoint
 from specplug.model.load.tokenizer import required_tokenizer
 from specplug.values import text_fault, to_python
 
+_MEDIA = ("image", "audio", "video", "media", "multi_modal", "multimodal", "pixel")
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
 
@@ -144,6 +145,7 @@ def encode_prompt(prompt: Prompt, tokenizer: LazyTokenizer) -> tuple[str | None,
     if isinstance(prompt, Mapping):
         unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
         if unknown or not set(prompt) - {"cache_salt"}:
+            _check_no_media(map(str, unknown))
             named = f", not '{min(map(str, unknown))}'" if unknown else ""
             raise RequestError(f"a prompt given as a mapping has the key 'prompt' or 'prompt_token_ids'{named}")
         text, ids = prompt.get("prompt"), to_python(prompt.get("prompt_token_ids"))
@@ -202,6 +204,12 @@ def _check_text(text: str, what: str) -> None:
         raise RequestError(f"{what} holds {fault}, so it is not valid text; remove or replace that character")
 
 
+def _check_no_media(names: Iterable[str]) -> None:
+    for name in names:
+        if any(medium in name.lower() for medium in _MEDIA):
+            raise RequestError(f"'{name}' cannot be given: only the text part of a model runs; give text alone")
+
+
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
 
@@ -210,13 +218,18 @@ def render_chat(messages: Sequence[Message], tokenizer: LazyTokenizer, **options
     """Chat messages → (the text of the tokenizer's chat template, its ids).
 
     Raises:
-        RequestError: no template, messages that it cannot render, or a rendered text without tokens.
+        RequestError: no template, messages that it cannot render or that hold more than text, or a rendered text without
+            tokens.
     """
     if not _is_list(messages) or not all(isinstance(message, Mapping) for message in messages):
         raise RequestError(
             "the chat template cannot render the messages: expected a list of mappings with the keys 'role' and 'content', "
             f"not {reprlib.repr(messages)}"
         )
+    for message in messages:
+        content: Any = message.get("content")
+        parts = [part for part in content if isinstance(part, Mapping)] if _is_list(content) else []
+        _check_no_media(str(part.get("type")) for part in parts)
     loaded = tokenizer.required("chat")
     if not options.get("chat_template") and not getattr(loaded, "chat_template", None):
         raise RequestError("the tokenizer has no chat template; give one with chat_template=, or use generate()")

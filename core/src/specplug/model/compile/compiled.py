@@ -37,6 +37,7 @@ from specplug.model.rows import ForwardRow
 
 logger = logging.getLogger("specplug")
 _MOST_CHANGE = 0.5  # a fault would look no different beyond this
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 RowsStep = Callable[[list[ForwardRow]], Sequence[torch.Tensor]]
 
 
@@ -122,6 +123,8 @@ def build_step(
         raise CompileError("the native kernels are not there")
     if any(isinstance(part, PackedLinear) and not part.is_native for part in module.modules()):
         raise CompileError("its weights are packed for a library that compiled code cannot call")
+    if any(type(w) not in _PLAIN or type(w.data) is not torch.Tensor for w in weights_of(module).values()):
+        raise CompileError("its weights are quantised, and their own library computes with them")
     device, caches = cache.keys[0].device, tensors_of(cache)
     fixed = [*(weight.detach() for weight in weights_of(module).values()), *caches]
 

@@ -30,6 +30,7 @@ from specplug.model.load.refusal import (
     check_positions,
     forward_failure,
 )
+from specplug.model.load.wrappers import drop_towers, find_towers, make_model
 
 _LAYER_NAME = re.compile(r"^(.*?\.\d+)\.")
 _TRACE_TOKENS = 6
@@ -66,6 +67,8 @@ class Architecture:
         tied_head_bytes: of an output layer that shares the embedding's table; 0 if it has its own.
         context_note: why `context_length` is shorter than the configuration says; empty if it is not.
         tensor_kinds: the last parts of its tensors' names, such as `weight`.
+        buffer_bytes: of the buffers that no checkpoint stores, in `weight_bytes`.
+        towers: the modules that text never reaches (images, sound); they are not loaded.
     """
 
     name: str
@@ -79,6 +82,8 @@ class Architecture:
     tied_head_bytes: int = 0
     context_note: str = ""
     tensor_kinds: frozenset[str] = frozenset()
+    buffer_bytes: int = 0
+    towers: tuple[str, ...] = ()
 
     def loaded_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
         """Bytes of the weights as they are held: a packed output layer is a second copy of a tied table."""
@@ -119,15 +124,24 @@ def _recording_interface(
 
 
 class _Use(TorchFunctionMode):
-    """Records whether anything is computed from a tensor."""
+    """Records the `id` of the tensors that something is computed from, and that of the modules that run."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self._tensor = tensor
-        self.is_used = False
+        self.used: set[int] = set()
+        self._hooks = [module.register_forward_pre_hook(self._ran) for module in model.modules()]
+
+    def __exit__(self, *failure: Any) -> None:
+        super().__exit__(*failure)
+        for hook in self._hooks:
+            hook.remove()
+
+    def _ran(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        self.used.add(id(module))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.is_used = self.is_used or any(each is self._tensor for each in (*args, *(kwargs or {}).values()))
+        if getattr(func, "__name__", "") != "__get__":  # reading an attribute, such as a dtype
+            self.used.update(id(each) for each in (*args, *(kwargs or {}).values()) if isinstance(each, torch.Tensor))
         return func(*args, **(kwargs or {}))
 
 
@@ -139,12 +153,14 @@ class _Trace:
         calls: of the attention interface.
         modules: the modules that made them.
         vocab_size: the width of the logits.
-        uses_positions: whether anything was computed from `position_ids`.
+        used: `id` of the modules that ran and the tensors that something was computed from.
+        uses_positions: whether `position_ids` are among these.
     """
 
     calls: list[AttentionCall] = attrs.field(factory=list)
     modules: list[torch.nn.Module] = attrs.field(factory=list)
     vocab_size: int = 0
+    used: set[int] = attrs.field(factory=set)
     uses_positions: bool = False
 
 
@@ -176,8 +192,6 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
         UnsupportedModelError: the model does not run every layer's attention through Transformers' attention interface,
             keeps recurrent state, or needs positions that a packed batch cannot give.
     """
-    from transformers import AutoModelForCausalLM
-
     masks.register(_recording_interface)
     config = copy.deepcopy(config)
     model_type = getattr(config, "model_type", "unknown")
@@ -189,16 +203,15 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
             parameters["rope_type"] = "default"
     try:
         with torch.device("meta"), quiet_transformers():
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=masks.RECORDING, trust_remote_code=trust_remote_code
-            )
+            model = make_model(config, dtype, masks.RECORDING, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise build_failure(model_type, error) from error
-    weight_bytes = _unique_bytes(model)
-    tied_head_bytes = _tied_head_bytes(model)
+    sizes, tied_head_bytes = _sizes(model), _tied_head_bytes(model)
     streams = _Streams(model)
     trace = _run(model, model_type, dtype)
     layers = _decoder_layers(trace.calls)
+    towers = find_towers(model, layers, trace.used) if type(model.config) is type(config) else ()
+    drop_towers(model, towers)
     expected = getattr(config.get_text_config(), "num_hidden_layers", len(layers))
     check_attention(model_type, expected, len(layers), len(trace.calls))
     check_causality(model_type, trace.modules)
@@ -222,12 +235,14 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
         layers=layers,
         vocab_size=trace.vocab_size,
         hidden_size=hidden_size,
-        weight_bytes=weight_bytes,
+        weight_bytes=sum(size for name, size in sizes.items() if not name.startswith(tuple(f"{t}." for t in towers))),
         context_length=longest,
         has_plain_stream=streams.are_plain(layers, hidden_size),
         tied_head_bytes=tied_head_bytes,
         context_note=note,
         tensor_kinds=frozenset(name.rpartition(".")[2] for name in model.state_dict()),
+        buffer_bytes=sum(sizes[name] for name, _ in model.named_buffers() if name not in model.state_dict()),
+        towers=towers,
     )
 
 
@@ -257,7 +272,7 @@ def _run(model: torch.nn.Module, model_type: str, dtype: torch.dtype) -> _Trace:
     ids = torch.zeros(1, _TRACE_TOKENS, dtype=torch.long, device="meta")
     positions = torch.arange(_TRACE_TOKENS, device="meta", dtype=torch.long)[None]
     keep = torch.tensor([1, _TRACE_TOKENS - 1], device="meta", dtype=torch.long)
-    use = _Use(positions)
+    use = _Use(model)
     model.eval()
     try:
         with torch.no_grad(), use:
@@ -277,7 +292,7 @@ def _run(model: torch.nn.Module, model_type: str, dtype: torch.dtype) -> _Trace:
             f"model type '{model_type}' ignores logits_to_keep, which a packed batch needs; give a decoder-only model that "
             "takes it"
         )
-    trace.vocab_size, trace.uses_positions = logits.shape[-1], use.is_used
+    trace.vocab_size, trace.used, trace.uses_positions = logits.shape[-1], use.used, id(positions) in use.used
     return trace
 
 
@@ -286,9 +301,9 @@ def _decoder_layers(calls: list[AttentionCall]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _unique_bytes(model: torch.nn.Module) -> int:
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+def _sizes(model: torch.nn.Module) -> dict[str, int]:
+    """Bytes of the parameters and buffers by name, shared ones once."""
+    return {name: t.numel() * t.element_size() for name, t in (*model.named_parameters(), *model.named_buffers())}
 
 
 def _tied_head_bytes(model: Any) -> int:

@@ -20,12 +20,14 @@ from specplug.errors import UnsupportedModelError
 from specplug.model.attention.interface import IMPLEMENTATION, register
 from specplug.model.kv_cache import KVCache
 from specplug.model.load.architecture import Architecture, disable_padding_checks, inspect_architecture
+from specplug.model.load.wrappers import drop_towers, make_model
 from specplug.model.runner import ModelRunner
 
 WINDOW = 4
 _HEADS = re.compile(r"(attention_heads|key_value_heads|kv_heads|^n_heads?)$")
 _WIDTHS = re.compile(r"^(hidden_size|d_model|n_embd)$|(intermediate_size|ffn_dim|n_inner)$")
 _WINDOWS = re.compile(r"window(_size)?$|attention_chunk_size$")
+_DEPTHS = re.compile(r"^(num_hidden_layers|num_layers|n_layers|depth)$")
 _VOCABULARY = re.compile(r"^vocab_size")
 _NARROWEST, _FEWEST_IDS, _ALIGNMENT = 64, 512, 8
 _SMALL_BYTES, _MOST_BYTES = 16 << 20, 1 << 30
@@ -64,19 +66,16 @@ def make_narrow_copy(
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = _build(narrow, trust_remote_code)
+        model = _build(narrow, own.towers, trust_remote_code)
         _shake(model)
     device = torch.device("cpu")
     return ModelRunner(model, own, KVCache(own.kv_layers, num_blocks, block_size, torch.float32, device), device)
 
 
-def _build(config: Any, trust_remote_code: bool) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-
+def _build(config: Any, towers: tuple[str, ...], trust_remote_code: bool) -> torch.nn.Module:
     register()
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=IMPLEMENTATION, trust_remote_code=trust_remote_code
-    )
+    model = make_model(config, torch.float32, IMPLEMENTATION, trust_remote_code=trust_remote_code)
+    drop_towers(model, towers)
     disable_padding_checks(model)
     return model.eval().requires_grad_(False)
 
@@ -109,6 +108,10 @@ def _narrow_configs(config: Any, *, is_small: bool) -> Iterator[Any]:
         narrow = copy.deepcopy(config)
         own = narrow.get_text_config()
         _shorten_windows(narrow)
+        for part in set(getattr(narrow, "sub_configs", None) or ()):
+            tower = getattr(narrow, part, None)
+            if tower is not None and tower is not own:  # it is left out, but built
+                _change(tower, _counts(tower, _DEPTHS), lambda number: 1)
         if not is_small:
             _divide(own, heads, head_divisor)
             _divide(own, widths, width_divisor)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from specplug.errors import UnsupportedModelError, one_line
+from specplug.model.load.wrappers import auto_class
 
 
 def check_kind(config: Any, *, trust_remote_code: bool) -> None:
@@ -16,15 +17,12 @@ def check_kind(config: Any, *, trust_remote_code: bool) -> None:
         UnsupportedModelError: Transformers has no causal LM of this type, or it is an encoder-decoder.
     """
     import transformers
-    from transformers import AutoModelForCausalLM
 
     model_type = getattr(config, "model_type", "unknown")
     own_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if not own_code and type(config) not in AutoModelForCausalLM._model_mapping:
+    if not own_code and auto_class(config) is None:
         text: Any = getattr(config, "text_config", None)
-        instead = (
-            f", such as one of type '{text.model_type}'" if type(text) in AutoModelForCausalLM._model_mapping else ""
-        )
+        instead = f", such as one of type '{text.model_type}'" if text is not None and auto_class(text) else ""
         raise UnsupportedModelError(
             f"model type '{model_type}' is not a causal language model of Transformers {transformers.__version__}; give a "
             f"text-only checkpoint{instead}"

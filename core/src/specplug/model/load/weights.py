@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 
 from specplug import native
@@ -18,33 +18,57 @@ from specplug.model.load.architecture import Architecture, disable_padding_check
 from specplug.model.load.checkpoint import TensorHeader, read_headers
 from specplug.model.load.library_output import quiet_transformers
 from specplug.model.load.packing import pack_linears
+from specplug.model.load.quantised import (
+    COMPANION,
+    becomes_dense,
+    check_quantizer,
+    companion_bytes,
+    is_quantised,
+    prepare,
+    stored_bytes,
+)
+from specplug.model.load.wrappers import text_part
 from specplug.native.gpu import cuda
 
 
 def load_model(
-    folder: Path, config: Any, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
+    folder: Path,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    towers: Collection[str] = (),
+    trust_remote_code: bool = False,
 ) -> torch.nn.Module:
     """Loads a causal LM in evaluation mode, with its attention over the paged KV cache.
+
+    Args:
+        folder: the checkpoint.
+        config: its configuration.
+        dtype: of floating weights.
+        device: where the weights go.
+        towers: modules to leave out, see `Architecture.towers`.
+        trust_remote_code: whether the checkpoint's own code may run.
 
     Raises:
         CheckpointError: weights are missing, truncated, of another shape, or not safetensors.
     """
-    from transformers import AutoModelForCausalLM
-
     register()
     cuda.load() if device.type == "cuda" else native.load()
     read_headers(folder)
+    prepared, options = prepare(config, device)
     try:
         with quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = text_part(config, towers).from_pretrained(
                 folder,
-                config=copy.deepcopy(config),
+                config=prepared,
                 dtype=dtype,
                 attn_implementation=IMPLEMENTATION,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # reported below, with names and shapes
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                **options,
             )
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         raise CheckpointError(f"the weights of {folder} cannot be loaded: {one_line(error, 300)}") from error
@@ -58,20 +82,18 @@ def load_model(
     missing = sorted(report.get("missing_keys") or ())
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing, first '{missing[0]}'")
-    check_leftovers(folder, report.get("unexpected_keys") or (), config, type(model).__name__)
+    left = [name for name in report.get("unexpected_keys") or () if not _is_of(name, towers)]
+    check_leftovers(folder, left, config, type(model).__name__)
     disable_padding_checks(model)
-    model.to(device).eval().requires_grad_(False)
+    if not options:
+        model.to(device)
+    model.eval().requires_grad_(False)
     pack_linears(model)
     return model
 
 
 logger = logging.getLogger("specplug")
 
-# Tensors of quantised weights: scales, zero points, packed integers, of all common formats.
-_QUANTISED = re.compile(
-    r"(^|[._])(scales?|scale_inv|scale_\d|zero_points?|qzeros|qweight|g_idx|weight_packed|weight_shape|absmax|quant_map|SCB)$"
-    r"|\.quant_state\."
-)
 # Rotary frequencies, masks and positions that old models stored; towers and heads that text generation does not run.
 _HARMLESS = re.compile(
     r"(^|\.)inv_freq$|(^|\.)position_ids$|\.(attn|attention|self_attn)\.(masked_)?bias$"
@@ -82,16 +104,46 @@ _HARMLESS = re.compile(
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
-def check_not_quantised(
-    folder: Path, headers: Mapping[str, TensorHeader], config: Any, architecture: Architecture
-) -> None:
-    """Refuses quantised weights without a `quantization_config`, from headers alone.
+def count_weights(
+    folder: Path,
+    headers: Mapping[str, TensorHeader],
+    config: Any,
+    architecture: Architecture,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Architecture:
+    """The architecture with the bytes that its weights take as they are stored, from headers alone.
+
+    Args:
+        folder: the checkpoint.
+        headers: of its tensors.
+        config: the model's configuration.
+        architecture: with the bytes of dense weights.
+        dtype: of floating weights.
+        device: where they go.
 
     Raises:
-        CheckpointError: there are scales or integers as weights, and no `quantization_config`.
+        CheckpointError: there are scales or integers as weights, and no `quantization_config`; or there is one, and what it
+            needs is missing.
     """
-    if is_quantised(config):
-        return
+    if not is_quantised(config):
+        _check_not_quantised(folder, headers, config, architecture)
+        return architecture
+    used = {
+        name: header
+        for name, header in headers.items()
+        if not _is_harmless(name, config) and not _is_of(name, architecture.towers)
+    }
+    if check_quantizer(folder, config, dtype, device):
+        return architecture
+    if becomes_dense(config):
+        return attrs.evolve(architecture, weight_bytes=architecture.weight_bytes + companion_bytes(used))
+    return attrs.evolve(architecture, weight_bytes=architecture.buffer_bytes + stored_bytes(used, dtype))
+
+
+def _check_not_quantised(
+    folder: Path, headers: Mapping[str, TensorHeader], config: Any, architecture: Architecture
+) -> None:
     known = architecture.tensor_kinds
     scales = [name for name in headers if name.rpartition(".")[2] not in known and _is_scale(name, config)]
     integers = [
@@ -114,20 +166,19 @@ def check_leftovers(folder: Path, names: Collection[str], config: Any, model: st
         CheckpointError: they are the scales of quantised weights.
     """
     odd = sorted(name for name in names if not _is_harmless(name, config))
-    scales = [name for name in odd if _QUANTISED.search(name)]
+    scales = [name for name in odd if COMPANION.search(name)]
     if scales and not is_quantised(config):
         raise _raw_numbers(folder, scales, model)
     if odd:
         logger.warning("%s: %s does not use %s of the checkpoint: %s", folder, model, _count(odd), _first(odd))
 
 
-def is_quantised(config: Any) -> bool:
-    """Whether a configuration has a `quantization_config`."""
-    return any(getattr(each, "quantization_config", None) for each in (config, config.get_text_config()))
+def _is_of(name: str, towers: Collection[str]) -> bool:
+    return any(tower.rpartition(".")[2] in name.split(".") for tower in towers)
 
 
 def _is_scale(name: str, config: Any) -> bool:
-    return bool(_QUANTISED.search(name)) and not _is_harmless(name, config)
+    return bool(COMPANION.search(name)) and not _is_harmless(name, config)
 
 
 def _is_harmless(name: str, config: Any) -> bool:

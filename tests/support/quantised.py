@@ -1,0 +1,132 @@
+"""Tiny quantised checkpoints, written by the library of each format; without it, the test is skipped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from support.models import save_model
+
+GROUP = 32
+_SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_hidden_layers": 2}
+
+
+def save_quantised(folder: Path, kind: str, dtype: str) -> Path:
+    """Writes a tiny model of a kind in `KINDS`, its other weights in a dtype; returns its folder."""
+    plain = save_model(folder / "plain", "llama", **_SIZES)
+    AutoModelForCausalLM.from_pretrained(plain, dtype=dtype).save_pretrained(plain)
+    KINDS[kind](plain, folder / kind)
+    return folder / kind
+
+
+def _by_transformers(plain: Path, folder: Path, config: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype="auto", quantization_config=config)
+    model.save_pretrained(folder)
+
+
+def _torchao(plain: Path, folder: Path) -> None:
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    _by_transformers(plain, folder, TorchAoConfig(Int8WeightOnlyConfig(version=2)))
+
+
+def _torchao_int4(plain: Path, folder: Path) -> None:
+    pytest.importorskip("torchao")
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup
+    from transformers import TorchAoConfig
+
+    _by_transformers(plain, folder, TorchAoConfig(IntxWeightOnlyConfig(torch.int4, PerGroup(GROUP))))
+
+
+def _bitsandbytes(plain: Path, folder: Path, **how: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    from transformers import BitsAndBytesConfig
+
+    _by_transformers(plain, folder, BitsAndBytesConfig(**how))
+
+
+def _compressed(plain: Path, folder: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import pack_to_int32
+
+    def quantise(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        groups = weight.unflatten(1, (-1, GROUP)).float()
+        scale = groups.abs().amax(2) / 7
+        values = (groups / scale[..., None]).round().clamp(-8, 7).flatten(1).to(torch.int8)
+        return {
+            f"{name}_packed": pack_to_int32(values, 4),
+            f"{name}_scale": scale.to(weight.dtype),
+            f"{name}_shape": torch.tensor(weight.shape),
+        }
+
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
+    _by_hand(
+        plain,
+        folder,
+        quantise,
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "ignore": ["lm_head"],
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        },
+    )
+
+
+def _fp8(plain: Path, folder: Path) -> None:
+    pytest.importorskip("accelerate")
+
+    def quantise(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        scale = weight.float().abs().amax() / 448
+        blocks = [-(-size // 128) for size in weight.shape]
+        return {
+            name: (weight.float() / scale).to(torch.float8_e4m3fn),
+            f"{name}_scale_inv": scale.expand(blocks).contiguous(),
+        }
+
+    how = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    _by_hand(plain, folder, quantise, how)
+
+
+def _by_hand(
+    plain: Path, folder: Path, quantise: Callable[[str, torch.Tensor], dict[str, torch.Tensor]], how: dict[str, Any]
+) -> None:
+    folder.mkdir()
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(plain / "model.safetensors").items():
+        is_quantised = name.endswith("_proj.weight")
+        tensors |= quantise(name, weight) if is_quantised else {name: weight}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((plain / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": how}))
+
+
+KINDS: dict[str, Callable[[Path, Path], None]] = {
+    "torchao-int8": _torchao,
+    "torchao-int4": _torchao_int4,
+    "bitsandbytes-8bit": lambda plain, folder: _bitsandbytes(plain, folder, load_in_8bit=True),
+    "bitsandbytes-4bit": lambda plain, folder: _bitsandbytes(
+        plain, folder, load_in_4bit=True, bnb_4bit_quant_type="nf4"
+    ),
+    "compressed-tensors-int4": _compressed,
+    "fp8": _fp8,
+}
+
+
+def save_with_settings(folder: Path, settings: dict[str, Any]) -> Path:
+    """Gives a model's config.json a `quantization_config`; returns its folder."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**config, "quantization_config": settings}), encoding="utf-8")
+    return folder

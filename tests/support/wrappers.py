@@ -1,0 +1,78 @@
+"""Tiny models that join a text model with others, and what Transformers generates with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForMultimodalLM
+
+from support.models import VOCABULARY, WINDOW
+
+_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 160,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": {
+            **_TEXT,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "query_pre_attn_scalar": 8,
+        },
+        "vision_config": _TOWER,
+        "mm_tokens_per_image": 4,
+    },
+    "mistral3": {
+        "text_config": {"model_type": "mistral", **_TEXT},
+        "vision_config": {"model_type": "pixtral", **_TOWER},
+        "spatial_merge_size": 2,
+    },
+    "qwen3_vl": {
+        "text_config": {**_TEXT, "rope_parameters": _ROPE},
+        "vision_config": {
+            "hidden_size": 32,
+            "depth": 2,
+            "num_heads": 4,
+            "intermediate_size": 48,
+            "out_hidden_size": 32,
+        },
+    },
+    "voxtral": {
+        "text_config": {"model_type": "llama", **_TEXT},
+        "audio_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+    },
+}
+
+
+def save_wrapper(folder: Path, kind: str) -> Path:
+    """Writes a random float32 model of a kind in `WRAPPERS`; returns its folder."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **WRAPPERS[kind])
+    model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and parameter.std() < 0.1:
+                parameter.normal_(0, 0.4)
+    model.save_pretrained(folder)
+    return folder
