@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, Self, get_args
 
 import attrs
 
+from specplug.engine.trace import StepTrace
 from specplug.errors import DeadlineExceededError, GenerationError, RequestError, SpecplugError, one_line
 from specplug.frontend import Frontend, Submission
 from specplug.outputs import CompletionOutput, RequestOutput
@@ -65,6 +66,7 @@ class _Progress:
     num_characters: int = 0
     text: str = ""
     texts: list[str] = attrs.field(factory=list)
+    steps: list[StepTrace] = attrs.field(factory=list)
     cumulative_logprob: float = 0.0
     finish_reason: str | None = None
     last_time: float = 0.0
@@ -289,6 +291,7 @@ class RequestStream:
         request, begin = progress.request, progress.num_tokens
         ids = [token for step in steps for token in step.new_tokens]
         texts = [text for step in steps for text in step.texts]
+        traces = [step.trace for step in steps if step.trace is not None]
         text = "".join(texts)
         if progress.finish_reason is not None and request.text is not None:
             rest = request.text.text[progress.num_characters + len(text) :]  # held back when the request was aborted
@@ -300,6 +303,7 @@ class RequestStream:
         if self._kind != "delta":
             progress.text += text
             progress.texts += texts
+            progress.steps += traces
         logprobs = None
         if request.params.logprobs is not None:
             logprobs = self._with_text(request.logprobs[begin : progress.num_tokens])
@@ -319,6 +323,7 @@ class RequestStream:
             unverified_methods=self._frontend.unverified_methods(request),
             error=request.error if progress.finish_reason == "error" else None,
             token_texts=texts,
+            steps=traces,
         )
 
     def _whole(self, index: int, progress: _Progress) -> CompletionOutput:
@@ -338,4 +343,5 @@ class RequestStream:
             unverified_methods=self._frontend.unverified_methods(request),
             error=request.error if progress.finish_reason == "error" else None,
             token_texts=list(progress.texts),
+            steps=list(progress.steps),
         )

@@ -34,6 +34,7 @@ _SERVER = (
     "request_timeout",
     "drain_timeout",
     "per_request_spec_decode_metrics",
+    "playground",
     "access_log",
     "quiet",
 )
@@ -90,6 +91,7 @@ _request_options = option_group(
         show_default=True,
         help="Report speculation in each response.",
     ),
+    named("--playground/--no-playground", default=True, show_default=True, help="Serve the playground at /."),
     named("--access-log", is_flag=True, help="Log each request on standard error."),
     named("-q", "--quiet", is_flag=True, help="Hide startup steps."),
 )
@@ -148,6 +150,7 @@ def serve(target: str, **given: Any) -> None:
         max_body_bytes=max_body_bytes,
         request_timeout=server["request_timeout"],
         speculative_metrics=server["per_request_spec_decode_metrics"],
+        playground=server["playground"],
     )
     endpoint = {
         "host": server["host"],
