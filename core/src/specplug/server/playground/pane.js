@@ -36,7 +36,7 @@ export class Pane {
     this.length = figure("acceptance length");
     this.speed = figure("tokens per second");
     this.stepTime = figure("mean step");
-    this.plainTime = figure("plain would have taken");
+    this.plainTime = figure("plain instead");
     this.gain = figure("versus plain");
     const bar = (label, kind) => {
       const fill = element("span", { class: `bar ${kind}` });

@@ -3,7 +3,7 @@
 import { probability, visible } from "./format.js";
 
 const SPACE = "http://www.w3.org/2000/svg";
-const WIDTH = 104, HEIGHT = 46, GAP_X = 26, GAP_Y = 10, LONGEST = 11;
+const WIDTH = 82, HEIGHT = 56, GAP_X = 14, GAP_Y = 8, LONGEST = 8;
 
 function shape(name, attributes, text) {
   const made = document.createElementNS(SPACE, name);
@@ -39,14 +39,14 @@ function layout(nodes) {
   return { places, lines };
 }
 
-function box(x, y, kind, name, small, mark) {
+function box(x, y, kind, name, lines, mark) {
   const group = shape("g", { class: kind, transform: `translate(${x} ${y})` });
   group.append(
     shape("rect", { x: 0.5, y: 0.5, width: WIDTH, height: HEIGHT, rx: 7 }),
-    shape("text", { class: "name", x: 8, y: 18 }, name),
-    shape("text", { class: "small", x: 8, y: 36 }, small),
+    shape("text", { class: "name", x: 7, y: 17 }, name),
+    ...lines.map((text, place) => shape("text", { class: "small", x: 7, y: 33 + 14 * place }, text)),
   );
-  if (mark) group.append(shape("text", { class: "mark", x: WIDTH - 16, y: 18 }, mark));
+  if (mark) group.append(shape("text", { class: "mark", x: WIDTH - 15, y: 17 }, mark));
   return group;
 }
 
@@ -72,18 +72,19 @@ export function drawTree(step, before) {
   nodes.forEach((node, index) => edge(places.get(node.parent), places.get(index), node.accepted ? "accepted" : ""));
   if (nextPlace) edge(places.get(end), nextPlace, "accepted");
   const root = at(places.get(-1));
-  svg.append(box(root.x, root.y, "root", short(before), "before"));
+  svg.append(box(root.x, root.y, "root", short(before), ["before"]));
   nodes.forEach((node, index) => {
     const { x, y } = at(places.get(index));
-    const draft = node.draft_prob === null ? "" : `d ${probability(node.draft_prob)} `;
+    const draft = node.draft_prob === null ? [] : [`draft ${probability(node.draft_prob)}`];
+    const chances = [`target ${probability(node.target_prob)}`, ...draft];
     const kind = node.accepted ? "accepted" : "rejected";
-    const group = box(x, y, kind, short(node.text), `${draft}t ${probability(node.target_prob)}`, node.accepted ? "✓" : "✗");
+    const group = box(x, y, kind, short(node.text), chances, node.accepted ? "✓" : "✗");
     group.append(shape("title", {}, `${visible(node.text)}, ${kind}`));
     svg.append(group);
   });
   if (nextPlace) {
     const { x, y } = at(nextPlace);
-    svg.append(box(x, y, "next", short(next.text), `target ${probability(next.prob)}`));
+    svg.append(box(x, y, "next", short(next.text), [`target ${probability(next.prob)}`, "next"]));
   }
   return svg;
 }
