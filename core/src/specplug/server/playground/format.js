@@ -12,9 +12,9 @@ export function element(name, attributes = {}, ...children) {
 
 export function probability(value) {
   if (value === null || value === undefined) return "unknown";
-  if (value >= 0.9995) return "100 %";
-  if (value < 0.0005) return "< 0.1 %";
-  return `${(100 * value).toFixed(value < 0.1 ? 1 : 0)} %`;
+  if (value >= 0.9995) return "100%";
+  if (value < 0.0005) return "<0.1%";
+  return `${(100 * value).toFixed(value < 0.1 ? 1 : 0)}%`;
 }
 
 export function milliseconds(seconds) {
