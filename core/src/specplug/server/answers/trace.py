@@ -15,7 +15,7 @@ from specplug.errors import RequestError, SpecplugError
 from specplug.outputs import CompletionOutput
 from specplug.server.answers.accounting import Usage, speculation
 from specplug.server.answers.events import encode_json
-from specplug.server.answers.generation import start
+from specplug.server.answers.generation import close_all, start
 from specplug.server.answers.rendering import render
 from specplug.server.errors import api_error
 from specplug.server.protocol.trace import TraceBody
@@ -63,7 +63,7 @@ async def create_trace(state: ServerState, body: TraceBody, request: Request) ->
     with ExitStack() as stack:
         request_id, names = stack.enter_context(state.in_work("trace", body.request_id, 1))
         streams: list[RequestStream] = []
-        stack.callback(lambda: [stream.close() for stream in streams])
+        stack.callback(close_all, streams)
 
         async def submit() -> None:
             try:
@@ -181,7 +181,8 @@ class _Texts:
 
 def _steps(completion: CompletionOutput, texts: _Texts, number: int) -> list[dict[str, Any]]:
     """The events of the steps of an output, the first of which has the given number."""
-    events, begin = [], 0
+    events: list[dict[str, Any]] = []
+    begin = 0
     for trace in completion.steps:
         end = begin + len(trace.tokens)
         events.append(_step(number + len(events), trace, completion.token_texts[begin:end], texts))
