@@ -5,7 +5,8 @@
 The server is `specplug serve`, the offline engine is `LLM.generate` in a process of its own; both have the same options and
 are idle while the other is measured. Rounds alternate, so that what else the machine does meets both alike; a ratio is of one
 round, and the median of the rounds is shown. Requests are greedy completions of a fixed length. The client is a bare socket
-that reads server-sent events, on the same cores. `--method ngram` measures with drafts.
+that reads server-sent events, on the same cores. `--method ngram` measures with drafts. Processor time per token of either
+process is shown too: other load on the machine does not count in it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -97,6 +99,12 @@ async def first_tokens(port: int, long: int, shorts: int) -> list[float]:
     return found
 
 
+def processor_seconds(pid: int) -> float:
+    """Processor time of all threads of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def start(command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -155,14 +163,18 @@ def main() -> None:
 
         for count in options.streams:
             seconds: dict[str, list[float]] = {"offline": [], "streams": [], "whole": []}
+            used = dict.fromkeys(seconds, 0.0)
             for turn in range(options.rounds + 1):
                 for name in seconds if turn % 2 else reversed(list(seconds)):
+                    pid = worker.pid if name == "offline" else server.pid
+                    before = processor_seconds(pid)
                     if name == "offline":
                         taken = generate(count)
                     else:
                         taken = asyncio.run(burst(port, count, options.tokens, stream=name == "streams"))
                     if turn:  # the first round warms up
                         seconds[name].append(taken)
+                        used[name] += processor_seconds(pid) - before
             tokens = count * options.tokens
             row = {
                 "streams": count,
@@ -174,11 +186,14 @@ def main() -> None:
                     a / b for a, b in zip(seconds["offline"], seconds["whole"], strict=True)
                 ),
                 "seconds": seconds,
+                "processor_us_per_token": {k: 1e6 * v / tokens / options.rounds for k, v in used.items()},
             }
             report["rows"].append(row)
             print(
                 f"{count:3} streams: offline {row['offline_tokens_per_second']:7.0f} tokens/s, "
-                f"HTTP streams {row['ratio_streams']:.3f}, whole responses {row['ratio_whole']:.3f}",
+                f"HTTP streams {row['ratio_streams']:.3f}, whole responses {row['ratio_whole']:.3f}; "
+                + "processor time per token "
+                + ", ".join(f"{name} {us:.0f} µs" for name, us in row["processor_us_per_token"].items()),
                 flush=True,
             )
         if options.first_tokens:

@@ -1,10 +1,9 @@
-"""On a machine that others use too, PyTorch's threads wait for a bounded time, and are as many as there are cores for them."""
+"""PyTorch has as many threads as there are cores for them."""
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from specplug import threads
-from specplug.threads import SPIN_COUNT, cpu_quota, usable_cores
+from specplug.threads import cpu_quota, usable_cores
 
 LIBRARY = "import os; before = dict(os.environ); from specplug import pack_linears; assert before == dict(os.environ)"
 SHOW = "import torch; print(torch.get_num_threads())"
@@ -22,12 +21,12 @@ V1 = "30 20 0:27 {root} {point} rw,relatime - cgroup cgroup rw,cpu,cpuacct"
 V2 = "30 20 0:27 {root} {point} rw,relatime shared:4 - cgroup2 cgroup2 rw,nsdelegate"
 
 
-def run(script: str, *, cores: set[int] | None = None, **variables: str) -> tuple[str, str]:
-    """What a process of its own prints, and the wait policy that libgomp shows when it is loaded."""
+def run(script: str, *, cores: set[int] | None = None, **variables: str) -> str:
+    """What a process of its own prints."""
     kept = {name: value for name, value in os.environ.items() if name not in CHOICES}
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env=kept | {"OMP_DISPLAY_ENV": "verbose"} | variables,
+        env=kept | variables,
         preexec_fn=None if cores is None else lambda: os.sched_setaffinity(0, cores),
         capture_output=True,
         text=True,
@@ -35,12 +34,7 @@ def run(script: str, *, cores: set[int] | None = None, **variables: str) -> tupl
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    spins = re.search(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
-    return done.stdout, spins[1] if spins else ""
-
-
-def has_libgomp() -> bool:
-    return run("import torch")[1] != ""
+    return done.stdout
 
 
 def machine(folder: Path, cgroup: str, mounts: str) -> Path:
@@ -108,23 +102,6 @@ def test_a_process_without_such_files_may_use_what_its_affinity_allows(tmp_path:
     assert usable_cores(tmp_path) == len(os.sched_getaffinity(0))
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libgomp is Linux's")
-def test_threads_wait_for_a_bounded_time_where_specplug_imports_torch() -> None:
-    if not has_libgomp():
-        pytest.skip("this PyTorch has another OpenMP")
-    assert run(LIBRARY)[1] == str(SPIN_COUNT)
-    assert run("from specplug.cli.process import import_libraries; import_libraries()")[1] == str(SPIN_COUNT)
-
-
-@pytest.mark.parametrize(("name", "value"), [("GOMP_SPINCOUNT", "7"), ("OMP_WAIT_POLICY", "passive")])
-def test_how_the_user_lets_threads_wait_is_kept(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in CHOICES:
-        monkeypatch.delenv(variable, raising=False)
-    assert threads.waiting_variables() == {"GOMP_SPINCOUNT": str(SPIN_COUNT)}
-    monkeypatch.setenv(name, value)
-    assert threads.waiting_variables() == {}
-
-
 LIMITED = f"""
 from specplug import threads
 threads.cpu_quota = lambda process=None: 1.5
@@ -134,13 +111,13 @@ threads.cpu_quota = lambda process=None: 1.5
 
 
 def test_a_quota_limits_the_threads_unless_the_user_has_said_how_many() -> None:
-    assert run(LIMITED)[0] == "1\n"
-    assert run(LIMITED, OMP_NUM_THREADS="2")[0] == "2\n"
-    assert run(f"import torch; torch.set_num_threads(3); {LIBRARY}; {SHOW}")[0] == "3\n"
+    assert run(LIMITED) == "1\n"
+    assert run(LIMITED, OMP_NUM_THREADS="2") == "2\n"
+    assert run(f"import torch; torch.set_num_threads(3); {LIBRARY}; {SHOW}") == "3\n"
 
 
 def test_one_core_of_the_affinity_has_one_thread() -> None:
-    assert run(f"{LIBRARY}; {SHOW}", cores={min(os.sched_getaffinity(0))})[0] == "1\n"
+    assert run(f"{LIBRARY}; {SHOW}", cores={min(os.sched_getaffinity(0))}) == "1\n"
 
 
 def test_more_threads_than_cores_that_somebody_else_has_started_are_named(

@@ -15,6 +15,7 @@ from support.serving import Live, live
 OPTIONS = {
     "speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1},
     "memory": "256MiB",
+    "dtype": "float32",
     "max_num_seqs": 4,
     "compile": False,
 }

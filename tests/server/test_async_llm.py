@@ -78,6 +78,12 @@ async def last(engine: AsyncLLM, prompt: Any, params: SamplingParams = GREEDY, *
     return [output async for output in engine.generate(prompt, params, **options)][-1]
 
 
+async def running(engine: AsyncLLM, count: int) -> None:
+    """Waits until so many rows run."""
+    while len(engine.engine.scheduler.running) < count:
+        await asyncio.sleep(0.005)
+
+
 def slow_steps(engine: AsyncLLM, patch: pytest.MonkeyPatch, seconds: float = 0.01) -> None:
     import time
 
@@ -283,8 +289,8 @@ def test_draining_lets_requests_end(folder: Path, monkeypatch: pytest.MonkeyPatc
     async def drain() -> None:
         async with AsyncLLM(folder, **OPTIONS) as engine:
             slow_steps(engine, monkeypatch)
-            task = asyncio.create_task(last(engine, PROMPTS[0]))
-            await asyncio.sleep(0.03)
+            task = asyncio.create_task(last(engine, PROMPTS[0], LONG))
+            await running(engine, 1)
             assert not await engine.drain(0.01)
             with pytest.raises(QueueFullError, match="shutting down"):
                 await last(engine, PROMPTS[1])
@@ -299,7 +305,7 @@ def test_closing_ends_open_streams_with_an_error(folder: Path, monkeypatch: pyte
         engine = AsyncLLM(folder, **OPTIONS)
         slow_steps(engine, monkeypatch)
         tasks = [asyncio.create_task(last(engine, prompt, LONG)) for prompt in PROMPTS]
-        await asyncio.sleep(0.05)
+        await running(engine, 4)
         await asyncio.to_thread(engine.close)
         for result in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(result, RequestError)
@@ -320,7 +326,7 @@ def test_a_fatal_error_ends_every_stream_and_the_health(
         engine.check_health()
         slow_steps(engine, monkeypatch)
         tasks = [asyncio.create_task(last(engine, prompt, LONG)) for prompt in PROMPTS]
-        await asyncio.sleep(0.05)
+        await running(engine, 4)
 
         def fail(*arguments: Any, **options: Any) -> Any:
             raise RuntimeError("the device is gone")
@@ -355,3 +361,22 @@ def test_a_loop_that_is_closed_in_the_middle_leaves_nothing(engine: AsyncLLM, mo
     loop.close()
     assert_idle(engine)
     assert stream.has_ended
+
+
+def test_many_streams_get_several_steps_in_one_output(
+    engine: AsyncLLM, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = plain.generate([PROMPTS[1]], LONG, use_tqdm=False)[0].outputs[0].token_ids
+    plain_steps = attrs.evolve(LONG, num_speculative_tokens=0)
+
+    async def collect() -> list[list[list[int]]]:
+        async def one() -> list[list[int]]:
+            outputs = engine.generate(PROMPTS[1], plain_steps, output_kind="delta")
+            return [output.outputs[0].token_ids async for output in outputs]
+
+        return await asyncio.gather(*(one() for _ in range(4)))
+
+    monkeypatch.setattr("specplug.async_llm._SECONDS_PER_OUTPUT", 30.0)
+    for parts in run(collect()):
+        assert [token for part in parts for token in part] == expected
+        assert 2 <= len(parts) <= 3, "the first tokens at once, the rest at the end"

@@ -27,5 +27,5 @@ def test_two_minutes_at_full_load(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(report.read_text())["counts"]["greedy"] > 50
+    assert json.loads(report.read_text())["counts"]["greedy"] > 20
     assert "<svg" in (tmp_path / "soak.svg").read_text()

@@ -34,6 +34,8 @@ from specplug.text.prompts import EncodedPrompt, Message, Prompt
 from specplug.values import is_integer, shown
 
 logger = logging.getLogger("specplug")
+_POLL_SECONDS = 0.02
+_SECONDS_PER_OUTPUT = 0.001  # of all streams together; passing one on through HTTP takes a fifth of that
 
 
 class AsyncLLM:
@@ -316,13 +318,20 @@ class AsyncLLM:
         self._touched[stream] = None
 
     def _wake_touched(self) -> None:
-        """Tells every event loop once that outputs have arrived."""
+        """Tells every event loop once that outputs have arrived.
+
+        Streams that were told too recently wait for a later step: otherwise many streams would spend more time on passing
+        outputs on than the engine spends on a step. The first output and the last one never wait.
+        """
         if not self._touched:
             return
+        now, gap = time.monotonic(), _SECONDS_PER_OUTPUT * len(self._streams)
+        due = [stream for stream in self._touched if stream.has_ended or now - stream.woken_at >= gap]
         by_loop: dict[asyncio.AbstractEventLoop, list[RequestStream]] = defaultdict(list)
-        for stream in self._touched:
+        for stream in due:
+            stream.woken_at = now
+            del self._touched[stream]
             by_loop[stream.loop].append(stream)
-        self._touched.clear()
         for loop, streams in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_notify, streams)
@@ -423,9 +432,6 @@ class AsyncLLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await asyncio.to_thread(self.close)
-
-
-_POLL_SECONDS = 0.02
 
 
 def _notify(streams: list[RequestStream]) -> None:

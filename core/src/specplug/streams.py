@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -90,6 +91,7 @@ class RequestStream:
     Attributes:
         submission: the prompt's requests.
         loop: the event loop of the consumer.
+        woken_at: when the consumer was last told of outputs, in seconds of a monotonic clock.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class RequestStream:
     ) -> None:
         self.submission = submission
         self.loop = asyncio.get_running_loop()
+        self.woken_at = -math.inf
         self._frontend = frontend
         self._kind = kind
         self._touch = touch

@@ -1,7 +1,7 @@
-"""The number of PyTorch's threads, and how they wait for each other.
+"""The number of PyTorch's threads: if specplug imports PyTorch, no more than cores that this process may use.
 
-Both stay unchanged if the user has chosen them, or has imported PyTorch first. If specplug imports PyTorch, its threads spin
-only briefly, and there are no more of them than cores that this process may use.
+The number stays unchanged if the user has chosen it, or has imported PyTorch first. How threads wait for each other is decided
+at run time, see `specplug.engine.contention`.
 """
 
 from __future__ import annotations
@@ -15,38 +15,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 logger = logging.getLogger("specplug")
-SPIN_COUNT = 10_000
-"""Iterations of libgomp's wait loop before a thread sleeps, 200 to 500 microseconds on x86; libgomp's default is 300,000.
-
-Measured on two cores (AVX2) with the embedded model in bfloat16. On a quiet machine 10,000 gives 0.99 of the default speed,
-3,000 gives 0.80 and 1,000 gives 0.76. With two competing busy loops all three decode about 0.3 of the quiet speed.
-"""
-_POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-
-
-def waiting_variables() -> dict[str, str]:
-    """Returns environment variables for loading libgomp; none if the user has chosen how threads wait."""
-    return {} if any(map(os.environ.get, _POLICIES)) else {"GOMP_SPINCOUNT": str(SPIN_COUNT)}
 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Configures PyTorch's threads if PyTorch is first imported inside the block.
-
-    The environment is restored afterwards: libgomp has read it, and child processes of the caller do not inherit it.
-    """
-    if "torch" in sys.modules:
-        yield
-        return
-    added = waiting_variables()
-    os.environ.update(added)
+    """Limits PyTorch's threads if PyTorch is first imported inside the block."""
+    is_first = "torch" not in sys.modules
     try:
         yield
     finally:
-        for name in added:
-            os.environ.pop(name, None)
-        if "torch" in sys.modules:
+        if is_first and "torch" in sys.modules:
             _limit()
 
 

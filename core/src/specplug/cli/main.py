@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from specplug import threads
 from specplug.cli.bench import bench
 from specplug.cli.chat import chat
 from specplug.cli.check import check
@@ -168,7 +167,6 @@ for _command in (bench, chat, check, demo, generate, list_command, new, plan, se
 def main() -> None:
     """The entry point."""
     open_streams()
-    os.environ.update(threads.waiting_variables())  # for child processes too
     with quick_end():
         cli(prog_name="specplug")
 

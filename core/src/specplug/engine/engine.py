@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 
 from specplug.contract.types import Verdict
 from specplug.engine.commit import commit_tokens, kv_moves, score_output, score_prompts
+from specplug.engine.contention import CoreContention
 from specplug.engine.fair_lock import FairLock
 from specplug.engine.planning import PlannedEngine
 from specplug.engine.requests import RequestFactory
@@ -74,6 +75,7 @@ class Engine:
         self._verification = verification
         self._tracer = Tracer(chain.policy)
         self._lock = FairLock()
+        self._contention = CoreContention()
         self._outputs: list[StepOutput] = []
         self._process = os.getpid()
 
@@ -211,6 +213,7 @@ class Engine:
                 propose_seconds=time.perf_counter() - started - seconds,
             )
         self.num_steps += 1
+        self._contention.observe()
 
     def _commit(self, target: TargetStep, verdict: Verdict) -> None:
         """Appends accepted tokens, makes their KV contiguous, and ends rows that are done."""
@@ -317,6 +320,7 @@ class Engine:
                 return
             self._abort({request.id for request in self.scheduler.requests()}, error=CLOSED)
             self.is_closed = True
+            self._contention.close()
             self.runner.close()
             self._facade.close()
             self._shared_caches.clear()

@@ -21,7 +21,7 @@ _TUNING = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_d
 
 
 def read_rope(config: DraftConfig, head_dim: int, theta: float | None = None) -> RopeSpec:
-    """Reads the rotary settings. The base is the head's own: 10000 where nothing is said, whatever the target's is.
+    """Reads the rotary settings. The base is the head's own: 10000 by default, independent of the target's.
 
     Args:
         config: the draft's configuration.
@@ -38,7 +38,7 @@ def read_rope(config: DraftConfig, head_dim: int, theta: float | None = None) ->
     base = check_number("rope_theta", next(value for value in stated if value is not None))
     kind_of = [str(block.get("rope_type") or block.get("type") or "default") for block in (modern, legacy)]
     scaling, kind = (modern, kind_of[0]) if kind_of[0] != "default" or not legacy else (legacy, kind_of[1])
-    if kind == "mrope":  # on text alone all its sections count the same positions
+    if kind == "mrope":  # for text, all its sections have the same positions
         kind = "default"
     if kind not in ("default", *_NEEDED):
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The sizes of a draft head, from the shapes of its tensors, and compared with what its configuration says."""
+"""The sizes of a draft head from the shapes of its tensors, compared with its configuration."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def feature_sizes(config: DraftConfig, shapes: Shapes, family: Family, hidden: i
 
 
 def count_layers(shapes: Shapes) -> int:
-    """How many draft layers the tensors make, whatever the configuration says."""
+    """The number of draft layers, from the tensors."""
     numbers = {int(part[1]) for name in shapes if (part := name.split("."))[0] == "layers" and part[1].isdigit()}
     count = max(numbers) + 1
     if len(numbers) < count:
@@ -135,7 +135,7 @@ def check_agreement(config: DraftConfig, name: str, value: int, evidence: str) -
 
 
 def _same(values: Mapping[str, int]) -> int:
-    """The one value that all evidence names; `{}` in a description stands for it."""
+    """The value that all sources agree on; `{}` in a description is replaced by it."""
     (first, size), *others = values.items()
     for text, other in others:
         if other != size:

@@ -1,4 +1,4 @@
-"""Does a head fit a target?"""
+"""Whether a head fits a target."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from specplug_eagle.head.spec import HeadSpec
 
 
 class TargetFacts(Protocol):
-    """What must be known of the target; `specplug.TargetModel` knows it."""
+    """The properties of the target that are needed; `specplug.TargetModel` has them."""
 
     @property
     def hidden_size(self) -> int:

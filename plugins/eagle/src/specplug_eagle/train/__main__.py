@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _fast_products() -> Iterator[None]:
-    """TensorFloat-32 while training, and only then: what else runs in the process is to stay exact."""
+    """Uses TensorFloat-32 during training only; other code in the process stays exact."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
@@ -147,7 +147,7 @@ def _members(training: Sequence[Sample], size: int, target: Target, reporter: Re
 
 
 def _options(args: argparse.Namespace, kind: Any) -> Any:
-    """The attrs class of the arguments that have its fields' names."""
+    """Makes an attrs instance from the arguments that have its fields' names."""
     return kind(**{field.name: getattr(args, field.name) for field in attrs.fields(kind)})
 
 

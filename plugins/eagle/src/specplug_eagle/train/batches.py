@@ -1,4 +1,4 @@
-"""Which texts are trained on together, and in which order: a function of the seed and the epoch, so that it can be resumed."""
+"""Micro-batches of texts and their order, a function of seed and epoch, so that a run can be resumed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Batch:
     Attributes:
         indices: of the samples.
         ids: int64 [B, T].
-        labels: int64 [M], indices among B · T of the positions whose next token is to be learned.
+        labels: int64 [M], indices among B · T, of the positions whose next token is a label.
     """
 
     indices: tuple[int, ...]

@@ -14,10 +14,10 @@ DEFAULT_STATES = 3
 
 
 def head_spec(options: HeadOptions, target: Target) -> HeadSpec:
-    """Fills in from the target what the user left open.
+    """Fills in options that the user did not set from the target.
 
     Raises:
-        ConfigurationError: sizes that cannot be, or that the target does not fit.
+        ConfigurationError: invalid sizes, or sizes that do not fit the target.
     """
     config = target.config
     hidden = options.hidden_size or target.hidden_size
@@ -75,12 +75,12 @@ def boundaries_of(spec: HeadSpec, target: Target) -> tuple[int, ...]:
 def new_head(
     spec: HeadSpec, options: HeadOptions, target: Target, members: torch.Tensor | None, seed: int
 ) -> DraftHead:
-    """Makes a head in float32 that starts as a reader of the deepest target state.
+    """Makes a head in float32. Its `fc` starts as a copy of the deepest target state.
 
     Args:
         spec: what to make.
         options: how its output layer is treated.
-        target: lends its embedding, and the start of output layer and final norm.
+        target: gives its embedding, and initial values of output layer and final norm.
         members: int64 [draft vocabulary], target ids; None for all.
         seed: of the weights.
     """
@@ -105,7 +105,7 @@ def new_head(
 
 
 def write_head(folder: str, head: DraftHead, target: Target, boundaries: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Writes the head in the speculators format, in another dtype than it is trained in."""
+    """Writes the head in the speculators format, cast to another dtype than that of training."""
     tensors = {name: value.detach().to(dtype) for name, value in head.state_dict().items()}
     copied = DraftHead.from_tensors(head.spec, tensors, draft_to_target=head.draft_to_target)
     write_speculators_checkpoint(
@@ -118,7 +118,7 @@ def write_head(folder: str, head: DraftHead, target: Target, boundaries: tuple[i
 
 
 def _rope(options: HeadOptions, target: Target) -> RopeSpec:
-    """The target's base, without its scaling: draft chains look back over what the target has digested already."""
+    """The target's RoPE base without its scaling."""
     stated = getattr(target.config, "rope_parameters", None) or {}
     theta = options.rope_theta or stated.get("rope_theta") or 10000.0
     longest = getattr(target.config, "max_position_embeddings", None) or 2048

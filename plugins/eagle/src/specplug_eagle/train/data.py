@@ -24,7 +24,7 @@ class Sample:
 
     Attributes:
         ids: int32 [T].
-        learned: bool [T]: the tokens whose prediction counts.
+        learned: bool [T]: the tokens that count in the loss.
     """
 
     ids: torch.Tensor
@@ -35,7 +35,7 @@ class Sample:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yields (line number, object) of a JSON lines file; empty lines are passed over.
+    """Yields (line number, object) of a JSON lines file; empty lines are skipped.
 
     Raises:
         ConfigurationError: the file cannot be read, or a line is not an object of one known kind.
@@ -50,7 +50,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def read_samples(path: Path, tokenizer: Any, vocab_size: int, max_length: int) -> list[Sample]:
-    """Reads and tokenises texts. What is longer than `max_length` is cut; what nothing can be learned from is left out.
+    """Reads and tokenises texts. Texts over `max_length` tokens are cut; texts without a label are left out.
 
     Args:
         path: JSON lines of `{"text"}`, `{"messages"}` (loss on the assistant's tokens), `{"prompt", "completion"}` (loss
@@ -60,7 +60,7 @@ def read_samples(path: Path, tokenizer: Any, vocab_size: int, max_length: int) -
         max_length: tokens.
 
     Raises:
-        ConfigurationError: a bad line, by number, or nothing is left.
+        ConfigurationError: an invalid line, named by its number, or no text is left.
     """
     samples = []
     for number, entry in read_lines(path):
@@ -81,13 +81,13 @@ def read_samples(path: Path, tokenizer: Any, vocab_size: int, max_length: int) -
 
 
 def read_prompts(path: Path, tokenizer: Any, prompt_tokens: int) -> list[list[int]]:
-    """Reads what the target shall continue.
+    """Reads prompts for the target to continue.
 
     Messages are cut before the last answer, completions are dropped, and of a text without a prompt the first
     `prompt_tokens` tokens are taken.
 
     Raises:
-        ConfigurationError: a bad line, by number, or no prompt at all.
+        ConfigurationError: an invalid line, named by its number, or no prompt.
     """
     prompts = []
     for number, entry in read_lines(path):
@@ -112,7 +112,7 @@ def fingerprint(samples: Sequence[Sample]) -> str:
 
 
 def count_tokens(samples: Sequence[Sample], vocab_size: int) -> torch.Tensor:
-    """How often each token is to be predicted: int64 [vocabulary]."""
+    """How often each token is a label: int64 [vocabulary]."""
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for start in range(0, len(samples), 4096):
         learned = torch.cat([sample.ids[sample.learned] for sample in samples[start : start + 4096]])
@@ -172,7 +172,7 @@ def _tokens(entry: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[b
 
 
 def _conversation(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Masks each answer from where it departs from its own prompt; templates may drop parts of earlier answers."""
+    """Masks each answer, beginning where its text differs from its prompt; templates may drop parts of earlier answers."""
     ids = _render(tokenizer, messages, False)
     learned = [False] * len(ids)
     for turn, message in enumerate(messages):

@@ -1,4 +1,4 @@
-"""Held-out acceptance: how far the head's own chains follow the target along texts."""
+"""Held-out acceptance: the acceptance length of the head's chains on held-out texts."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from specplug_eagle.train.unroll import unroll
 
 @attrs.frozen
 class Acceptance:
-    """Means over all rows whose chain of γ steps lies in the learned part of its text.
+    """Means over all rows whose chain of γ steps lies within labels.
 
     The chain is teacher forced: each step reads the text's token, and the head's own hidden state. On texts that the target
     wrote greedily, `greedy_length` is exactly the mean acceptance length of greedy decoding; elsewhere both are estimates.
 
     Attributes:
-        agreement: per step, how often draft and target have the same most likely token.
-        overlap: per step, Σ min(p, q): the chance that a sampled draft token is accepted.
+        agreement: per step, how often draft and target have the same argmax.
+        overlap: per step, Σ min(p, q): the probability that a sampled draft token is accepted.
         greedy_length: tokens per target forward with γ greedy drafts, bonus token included.
         sampled_length: the same with drafts sampled from q, from the product of overlaps.
         rows: how many chains were measured.

@@ -47,7 +47,7 @@ class HeadFolder:
         """Makes the head, in the target's dtype and on its device.
 
         Args:
-            target: lends what the head does not hold.
+            target: gives the layers that the head has not.
             **overrides: of `EagleCheckpoint.open`.
 
         Raises:

@@ -95,7 +95,7 @@ class Trainer:
         return total if self.options.max_steps is None else min(total, self.options.max_steps)
 
     def _progress(self, total: int) -> float:
-        """How much of the schedule is over, by steps or by time."""
+        """The completed fraction of the schedule, by steps or by time."""
         limit = self.options.max_minutes
         spent = 0.0 if limit is None else self.position.seconds / (60 * limit)
         return min(1.0, max(self.position.step / total, spent))
@@ -212,7 +212,7 @@ class Trainer:
 
     @contextmanager
     def _stoppable(self) -> Iterator[None]:
-        """The first interrupt ends the run after the step under way, with its state saved; a second one at once."""
+        """The first interrupt ends the run after the current step and saves its state; the second ends it at once."""
 
         def stop(number: int, frame: Any) -> None:
             if self.interrupted:
@@ -229,7 +229,7 @@ class Trainer:
 
 
 def schedule(progress: float, warmup: float) -> float:
-    """Linear warm-up, then a cosine to zero: the learning rate as a part of the peak, where `progress` of the run is over."""
+    """The learning rate as a fraction of the peak: linear warm-up, then a cosine to zero over the `progress` of the run."""
     if progress < warmup:
         return progress / warmup
     return 0.5 + 0.5 * math.cos(math.pi * (progress - warmup) / (1 - warmup))

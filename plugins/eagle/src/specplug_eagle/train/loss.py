@@ -1,4 +1,4 @@
-"""The loss of an unroll, computed in pieces: logits over the vocabulary never live for all positions and steps at once."""
+"""The loss of an unroll in pieces, so that logits over the vocabulary never exist for all positions and steps at once."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def pieces(
 def piece_loss(head: DraftHead, piece: Piece, decay: float) -> torch.Tensor:
     """Σ over a piece of decay^s · cross entropy with the target's distribution over the draft vocabulary.
 
-    Positions whose most likely token cannot be drafted teach nothing, and count as zero.
+    Positions whose argmax is not in the draft vocabulary count as zero.
     """
     members, counted = head.draft_to_target, piece.exists
     if members is None:
@@ -88,7 +88,7 @@ def backward(
 ) -> torch.Tensor:
     """Adds the gradient of `scale` × the mean loss of all labels to the head's parameters.
 
-    Each piece is led back to the outputs by itself, and then all outputs at once through the unroll.
+    Gradients go from each piece to the outputs separately, and from all outputs through the unroll at once.
 
     Returns:
         The mean loss of a label, summed over steps with their weights; without gradient.

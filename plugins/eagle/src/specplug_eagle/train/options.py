@@ -1,4 +1,4 @@
-"""What a head and a run are made of. Defaults follow the published recipes; see each attribute."""
+"""Options of a head and of a training run. Defaults follow the published recipes; see each attribute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a long run shows itself: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a long run: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _EVERY = 20.0
 
 
 class Reporter:
-    """Shows one task at a time on standard error, and lasting lines between."""
+    """Shows one task at a time on standard error, and permanent lines between."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -41,14 +41,14 @@ class Reporter:
         self._progress.stop()
 
     def line(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a permanent line."""
         if self._console.is_terminal:
             self._console.print(text, highlight=False, markup=False)
         else:
             print(text, file=sys.stderr, flush=True)
 
     def update(self, name: str, done: int, total: int, note: str = "") -> None:
-        """Shows how far a task is."""
+        """Updates a task's progress."""
         if (name, total) != self._task:
             self._task = name, total
             self._progress.reset(self._id, total=total, completed=done, visible=True)

@@ -1,4 +1,4 @@
-"""What an interrupted run is continued from: one file, replaced only by a complete one."""
+"""The state that an interrupted run continues from: one file, replaced only by a complete one."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ NAME = "state.pt"
 
 @attrs.define
 class Position:
-    """Where a run stands.
+    """The position of a run.
 
     Attributes:
-        epoch: the epoch under way.
+        epoch: the current epoch.
         group: the next optimiser step within it.
         step: optimiser steps done in all.
-        seconds: what they took.
+        seconds: the time they took.
     """
 
     epoch: int = 0
@@ -40,7 +40,7 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     history: list[dict[str, Any]],
 ) -> None:
-    """Writes everything that the rest of a run depends on."""
+    """Saves the state of a run."""
     state = {
         "run": dict(run),
         "position": attrs.asdict(position),
@@ -63,7 +63,7 @@ def load_state(
 
     Args:
         folder: where it was saved.
-        run: fingerprints of everything that must be as it was, by its name.
+        run: fingerprints, by name, of everything that must be unchanged.
         head: receives the parameters.
         optimizer: receives its state.
 
@@ -71,7 +71,7 @@ def load_state(
         The position and the history; None if nothing was saved.
 
     Raises:
-        ConfigurationError: the file is damaged, or belongs to another run; what differs is named.
+        ConfigurationError: the file is damaged, or belongs to another run; the message names the difference.
     """
     file = folder / NAME
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""Where the target's states come from: a forward each time, or a cache on disk."""
+"""Sources of the target's states: a forward each time, or a cache on disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StateSource(Protocol):
     """Gives the target's states of a batch."""
 
     def __call__(self, batch: Batch) -> States:
-        """States [B, T, …] of a batch; whatever lies in padding."""
+        """States [B, T, …] of a batch; entries in padding are undefined."""
         ...
 
 
@@ -44,13 +44,13 @@ class CachedStates:
 
     Args:
         folder: of the cache; an interrupted one is completed.
-        target: what to fill it with.
+        target: the target.
         boundaries: of the states.
         samples: all texts, in order.
         data: their fingerprint.
         batch_tokens: tokens that the target runs at once.
-        shard_bytes: when a shard is full.
-        progress: told how many of all samples are stored.
+        shard_bytes: size of a shard.
+        progress: called with the number of samples stored.
 
     Raises:
         ConfigurationError: the cache was made for another target, other data or other states, or is damaged.

@@ -16,7 +16,7 @@ from specplug import CheckpointError, ConfigurationError, resolve_model
 
 @attrs.frozen(eq=False)
 class States:
-    """What the head learns from.
+    """Inputs and labels of the head.
 
     Attributes:
         features: [B, T, n · hidden], the target states at the boundaries, ascending by depth.
@@ -28,14 +28,14 @@ class States:
 
 
 class _Output(list[Any]):
-    """A base model's output that holds states; whatever else a forward looks for in it is None."""
+    """A base model's output with given states; every other field is None."""
 
     def __getattr__(self, name: str) -> Any:
         return self[0] if name == "last_hidden_state" else None
 
 
 class _Given(torch.nn.Module):
-    """Stands where the base model was, and returns given states."""
+    """Replaces the base model and returns given states."""
 
     states: torch.Tensor
 
@@ -75,7 +75,7 @@ class Target:
 
     @classmethod
     def load(cls, source: str, *, dtype: str | None = None, device: str | None = None) -> Target:
-        """Loads a target from safetensors, without code of its own.
+        """Loads a target from safetensors; code from the checkpoint never runs.
 
         Args:
             source: a folder, a hub name, or `tiny`.
