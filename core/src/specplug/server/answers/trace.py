@@ -15,7 +15,7 @@ from specplug.errors import RequestError, SpecplugError
 from specplug.outputs import CompletionOutput
 from specplug.server.answers.accounting import Usage, speculation
 from specplug.server.answers.events import encode_json
-from specplug.server.answers.generation import close_all, start
+from specplug.server.answers.generation import start
 from specplug.server.answers.rendering import render
 from specplug.server.errors import api_error
 from specplug.server.protocol.trace import TraceBody
@@ -63,7 +63,7 @@ async def create_trace(state: ServerState, body: TraceBody, request: Request) ->
     with ExitStack() as stack:
         request_id, names = stack.enter_context(state.in_work("trace", body.request_id, 1))
         streams: list[RequestStream] = []
-        stack.callback(close_all, streams)
+        stack.callback(_close, streams)
 
         async def submit() -> None:
             try:
@@ -92,6 +92,11 @@ async def create_trace(state: ServerState, body: TraceBody, request: Request) ->
             on_close=stack.pop_all().close,
             media_type=_LINES[0] if as_lines else EventStream.media_type,
         )
+
+
+def _close(streams: list[RequestStream]) -> None:
+    for stream in streams:
+        stream.close()
 
 
 async def _encode(state: ServerState, body: TraceBody) -> list[EncodedPrompt]:
