@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     )
     from specplug.engine.engine import Engine
     from specplug.engine.startup import StepReport
+    from specplug.engine.trace import StepTrace, TracedNode
     from specplug.errors import (
         CheckpointError,
         ConfigurationError,
@@ -112,6 +113,10 @@ _HOMES = {
     ),
     "specplug.engine.engine": ("Engine",),
     "specplug.engine.startup": ("StepReport",),
+    "specplug.engine.trace": (
+        "StepTrace",
+        "TracedNode",
+    ),
     "specplug.errors": (
         "CheckpointError",
         "ConfigurationError",

@@ -79,7 +79,7 @@ function request() {
 }
 
 function titleOf(drafts) {
-  if (drafts === 0) return "Plain decoding";
+  if (drafts === 0 || server?.methods.length === 0) return "Plain decoding";
   return drafts === undefined ? "Speculative" : `Speculative, up to ${drafts} draft tokens`;
 }
 
@@ -107,6 +107,7 @@ async function run() {
   } catch (error) {
     const stopped = error.name === "AbortError";
     say(stopped ? "Stopped." : error.message, !stopped);
+    for (const pane of made) pane.cut();
     if (error instanceof ServerError && error.status === 401) $("key-row").hidden = false;
   } finally {
     running = null;

@@ -84,6 +84,11 @@ export class Pane {
     }
   }
 
+  // Notes that the run was stopped, or failed.
+  cut() {
+    if (!this.note.textContent) this.note.textContent = this.steps.length ? `${this.totals.tokens} tokens, cut off` : "no tokens";
+  }
+
   #append(text) {
     this.answer += text;
     this.text.append(document.createTextNode(text));
