@@ -144,7 +144,7 @@ def test_a_step_is_shown_as_a_tree_and_as_a_table(open_page: Callable[..., Page]
 def test_pointing_at_a_token_shows_its_step(open_page: Callable[..., Page], server: Live) -> None:
     page = open_page(server.url)
     run(page, REPEATS, max_tokens="24")
-    token = page.locator(".token.m0").last
+    token = page.locator(".text .token.m0").last
     token.hover()
     wait_for(page, ".step h3", "drafted by ngram")
     assert "drafted by ngram and accepted" in page.locator(".step p").first.inner_text()
@@ -157,11 +157,11 @@ def test_stop_aborts_the_request(open_page: Callable[..., Page], server: Live) -
     page.fill("#max-tokens", "1500")
     page.fill("#draft-a", "0")
     page.press("#text", "Control+Enter")
-    page.locator(".token").first.wait_for()
+    page.locator(".text .token").first.wait_for()
     page.click("#stop")
     wait_for(page, "#status", "Stopped")
     server.wait_idle()
-    assert 0 < page.locator(".token").count() < 1500
+    assert 0 < page.locator(".text .token").count() < 1500
 
 
 def test_a_conversation_goes_on(open_page: Callable[..., Page], server: Live) -> None:
@@ -194,7 +194,7 @@ def test_a_key_is_asked_for(open_page: Callable[..., Page], engine: AsyncLLM) ->
         page.get_by_role("button", name="Use it").click()
         wait_for(page, "#about", "tiny with")
         run(page, REPEATS, max_tokens="4")
-        assert page.locator(".token").count() == 4
+        assert page.locator(".text .token").count() == 4
 
 
 def test_themes(open_page: Callable[..., Page], server: Live) -> None:
@@ -219,5 +219,6 @@ def test_everything_has_a_name_and_can_be_reached_by_key(open_page: Callable[...
     reached = set()
     for _ in range(20):
         page.keyboard.press("Tab")
-        reached.add(page.locator(":focus").evaluate("each => each.id || each.name || each.className"))
+        focus = "() => document.activeElement.id || document.activeElement.name || document.activeElement.className"
+        reached.add(page.evaluate(focus))
     assert {"theme", "mode", "text", "draft-a", "temperature", "max-tokens", "compare", "run"} <= reached
