@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import re
@@ -9,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,12 @@ DRAFTS = ("--speculative-config", '{"method": "draft_model", "model": "tiny", "n
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 
 
+def take_terminal() -> None:
+    """Makes standard input the terminal that Ctrl-C interrupts this process from."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Chat:
     """A chat in a pseudo-terminal."""
 
@@ -37,7 +45,7 @@ class Chat:
             stdout=other,
             stderr=other,
             env={**kept, "TERM": "xterm-256color", **environment},
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            preexec_fn=take_terminal,
             start_new_session=True,
         )
         os.close(other)
@@ -61,9 +69,6 @@ class Chat:
 
     def say(self, text: str) -> None:
         self.type(f"{text}\n")
-
-    def interrupt(self) -> None:
-        os.killpg(self.process.pid, signal.SIGINT)
 
     def end(self) -> int:
         """The exit status, once the rest is read."""
@@ -106,7 +111,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat() -> None:
     chat.say("x = [0, 1, 0, 1,")
     chat.until(r"\r\n.{8}")  # the answer has begun
     started = time.monotonic()
-    chat.interrupt()
+    chat.type("\x03")
     stopped = chat.until(r"Stopped\.")
     assert time.monotonic() - started < 10
     assert "\x1b[32m" not in stopped
