@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 PACKAGES := core $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 STAMP := $(VENV)/.installed
 
+# Hundreds of modules would be compiled anew in every process that a test starts.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo check test test-all lint docs setup clean
 
 help:

@@ -31,6 +31,9 @@ import attrs
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from specplug import SpeculatorTraits
 from specplug.request import Request
+from specplug.speculation.adaptive import AdaptiveSettings
+from specplug.speculation.adaptive.acceptance import RowAcceptance
+from specplug.speculation.adaptive.cost_model import CostCurve
 from support.simulation import Asking, Link, Simulation
 
 TRACES = Path("build/draft-traces.json")
@@ -191,7 +194,7 @@ class Load(Simulation):
             links, target=profile, rows=scenario.rows, fixed=fixed, length=scenario.length, seed=seed, noise=0.1
         )  # type: ignore[arg-type]
         if fixed is None:
-            for name in ("rests", "begin", "plan", "proposed", "trim", "end", "observe"):
+            for name in ("begin", "plan", "proposed", "trim", "end", "observe"):
                 setattr(self.policy, name, self._timed(getattr(self.policy, name)))
 
     def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -211,6 +214,8 @@ class Load(Simulation):
     def resize(self, rows: int) -> None:
         """Ends rows, or starts some."""
         self.rows = rows
+        for request in self.requests[rows:]:
+            self.policy.finish(request)
         self.requests = self.requests[:rows]
         while len(self.requests) < rows:
             self.requests.append(self._new())
@@ -350,7 +355,7 @@ def _set(**values: Any) -> Callable[[], Iterator[None]]:
         with ExitStack() as stack:
             for path, value in values.items():
                 module, *names = path.split("__")
-                home: Any = sys.modules[f"specplug.speculation.{module}"]
+                home: Any = sys.modules[f"specplug.speculation.adaptive.{module}"]
                 for name in names[:-1]:
                     home = getattr(home, name)
                 stack.enter_context(mock.patch.object(home, names[-1], value))
@@ -359,72 +364,76 @@ def _set(**values: Any) -> Callable[[], Iterator[None]]:
     return switch
 
 
-def _fresh_curve(self: Any) -> Any:
-    return self.__class__(self._slope, proportional=self._proportional, least_slope=self._least_slope)
+def _settings(**values: Any) -> Callable[[], Iterator[None]]:
+    """Other `AdaptiveSettings` while it lasts."""
+    return _set(controller__AdaptiveSettings=functools.partial(AdaptiveSettings, **values))
 
 
-def _keep_going_empty(self: Any, drafts: Any, refused: int, asked: Any) -> None:
+def _keep_continuation_empty(self: Any, drafts: Any, refused: int, call: Any) -> None:
     if refused or self.fill < 1.0:
         self._observe_fill(len(drafts), refused)
     for draft in drafts:
         self.samples = self.samples or draft.probs is not None
 
 
-def _doubt_without_likeness(self: Any) -> None:
-    self.run = 1.0
-    self._keep(0.3)
+def _forget_without_likeness(self: Any, share: float) -> None:
+    likeness = self.likeness
+    _FORGET(self, share)
+    self.likeness = likeness
 
 
+def _without_jump(settings: AdaptiveSettings) -> CostCurve:
+    return CostCurve(settings, settings.verify_slope, least_slope=settings.least_slope)
+
+
+_FORGET = RowAcceptance._forget
 _NEVER = property(lambda self: False)
 _ALWAYS = property(lambda self: True)
 OFF: dict[str, Callable[[], Any]] = {
-    "learned trust (24 drafts)": _set(acceptance__EngineAcceptance___judge=lambda self, row, first, hit: None),
-    "learned trust (6 drafts)": _set(
-        acceptance__EngineAcceptance___judge=lambda self, row, first, hit: setattr(self, "trust", 6.0)
-    ),
-    "change detection": _set(acceptance___UNLIKELY=0.0),
-    "likeness": _set(acceptance__RowAcceptance___doubt=_doubt_without_likeness),
-    "doubt of all rows": _set(acceptance___DOUBTED_BELOW=0.0),
-    "position buckets": _set(acceptance__EngineAcceptance__first_at=lambda self, position: self.first),
-    "fade of sleeping rows": _set(acceptance__RowAcceptance__fade=lambda self, steps: None),
-    "hopelessness": _set(acceptance__EngineAcceptance__is_hopeless=_NEVER),
-    "continuation chances": _set(estimates__LinkEstimate__observe_drafts=_keep_going_empty),
-    "score calibration": _set(estimates__LinkEstimate__calibration=property(lambda self: 1.0)),
-    "stopping (least chances)": _set(prospect__Prospect__least_chances=lambda self, link, depths, rate: (0.0, 0.0)),
-    "leeway 2": _set(settling___LEEWAY=0),
-    "fill rate": _set(estimates__LinkEstimate___observe_fill=lambda self, given, refused: None),
-    "catch-up cost": _set(estimates__LinkEstimate__observe_feed=lambda self, tokens, seconds: None),
-    "blind rows": _set(auto__has_lost_states=lambda link, candidate, seen: False),
+    "learned trust (24 drafts)": _settings(trusts=(24.0,), trust_handicaps=(1.0,)),
+    "learned trust (6 drafts)": _settings(trusts=(6.0,), trust_handicaps=(1.0,)),
+    "change detection": _settings(change_below=0.0),
+    "likeness": _set(acceptance__RowAcceptance___forget=_forget_without_likeness),
+    "change of all rows": _settings(all_change_below=0.0),
+    "position ranges": _set(acceptance__AcceptanceModel__first_at=lambda self, position: self.first),
+    "hopelessness": _set(acceptance__AcceptanceModel__is_hopeless=_NEVER),
+    "continuation": _set(estimates__SpeculatorEstimate__observe_drafts=_keep_continuation_empty),
+    "score calibration": _set(estimates__SpeculatorEstimate__calibration=property(lambda self: 1.0)),
+    "stopping (joint rule)": _set(goodput__StepForecast__min_gains=lambda self, estimate, depths, rate: (0.0, 0.0)),
+    "leeway": _settings(leeway=0),
+    "fill rate": _set(estimates__SpeculatorEstimate___observe_fill=lambda self, given, refused: None),
+    "catch-up cost": _set(estimates__SpeculatorEstimate___observe_catch_up=lambda self, tokens, seconds: None),
+    "blind rows": _set(controller__has_lost_states=lambda estimate, candidate, seen: False),
     "cold/warm split": _set(
-        estimates__LinkEstimate__is_warm=_ALWAYS, estimates__LinkEstimate__was_warm=lambda self, step: True
+        estimates__SpeculatorEstimate__is_warm=_ALWAYS, estimates__SpeculatorEstimate__was_warm=lambda self, step: True
     ),
-    "trying what nearly pays": _set(settling___try_out=lambda link, candidates, *rest: [0] * len(candidates)),
-    "cost cells (line only)": _set(curve___FINE=1e-9),
-    "prior slope of verification": _set(prospect___VERIFY_SLOPE=0.0),
-    "least slope": _set(prospect___LEAST_SLOPE=0.0),
-    "line prior follows noise": _set(curve___STEEP=1e9),
-    "spikes": _set(curve___SPIKE=1e9),
-    "row classes that borrow": _set(curve__CostCurve__begin_another=_fresh_curve),
-    "timings taken in late": _set(curve___MOST_WAITING=1),
-    "jitter": _set(auto__vary=lambda depths, limits, step, timings, gain: (depths, 1 << 20)),
-    "ledger: shares": _set(probing__Probing__be_thrifty=lambda self, misses: setattr(self, "share", 0.015)),
-    "ledger: overdraft": _set(probing__Probing__advance=lambda self, steps: 0.0, settling___ADVANCED_STEPS=0.0),
-    "ledger: all is affordable": _set(probing__Probing__affords=lambda self, cost, overdraft=0.0: True),
-    "first look by golden ratio": _set(waking___first_look=lambda candidate: 0),
-    "probes together": _set(waking___TOGETHER=0),
-    "reserve for blind rows": _set(waking___reserve=lambda link, candidate, step: 0.0),
-    "back-off": _set(estimates__LinkEstimate__rest=lambda self, misses: 8),
-    "guesses that are compared": _set(estimates__LinkEstimate__compares=_NEVER),
-    "resting": _set(resting__Resting__holds=lambda self, requests, step: False),
-    "held plans": _set(held_plan__HeldPlan__holds=lambda self, requests, step: False),
-    "settled steps": _set(settling___steps_to_hold=lambda link, candidates, depths: 1),
-    "settled steps follow patience": _set(settling___steps_to_hold=lambda link, candidates, depths: 8),
-    "batched feedback": _set(auto___MOST_STEPS_LATE=0),
-    "margin": _set(settling___MARGIN=1.0),
-    "pruning of scored nodes": _set(auto__keep_what_pays=lambda drafts, links, prospect: list(drafts)),
-    "fallback preference": _set(settling___is_better_left=lambda *args: False),
-    "fallback preference 1.1": _set(settling___PREFERENCE=1.0),
-    "might pay (close)": _set(prospect__Prospect__might_pay=lambda self, link, gains: True),
+    "trying what nearly pays": _set(planner___try_out=lambda estimate, candidates, *rest: [0] * len(candidates)),
+    "cost cells (line only)": _settings(fine=1e-9),
+    "assumed slope of verification": _settings(verify_slope=0.0),
+    "size 0 apart": _set(cost_model__target_curve=_without_jump, goodput__target_curve=_without_jump),
+    "least slope": _settings(least_slope=0.0),
+    "slope belief follows noise": _settings(steep=1e9),
+    "row classes that borrow": _set(cost_model__CostCurve__borrow=CostCurve._new),
+    "variation of depths": _set(controller__vary=lambda settings, depths, *rest: (depths, 1 << 20)),
+    "ledger: shares": _settings(first_share=0.015, hopeless_share=0.015, useless_share=0.015),
+    "ledger: overdraft": _set(
+        exploration__ExplorationBudget__advance=lambda self, steps: 0.0,
+        controller__AdaptiveSettings=functools.partial(AdaptiveSettings, advanced_steps=0.0),
+    ),
+    "ledger: all is affordable": _set(exploration__ExplorationBudget__affords=lambda self, cost, overdraft=0.0: True),
+    "first look by golden ratio": _set(sleeping___first_look=lambda settings, candidate: 0),
+    "probes together": _settings(probed_together=0),
+    "reserve for blind rows": _settings(most_reserved=0.0),
+    "longer pauses": _set(estimates__SpeculatorEstimate__pause=lambda self, misses: 8),
+    "guesses that are compared": _set(estimates__SpeculatorEstimate__compares=_NEVER),
+    "resting": _set(sleeping__Resting__holds=lambda self, requests, step: False),
+    "held plans": _set(planner__HeldPlan__holds=lambda self, requests, step: False),
+    "held depths": _set(planner___steps_to_hold=lambda estimate, candidates, depths: 1),
+    "held depths follow evidence": _set(planner___steps_to_hold=lambda estimate, candidates, depths: 8),
+    "batched feedback": _settings(learn_every=0),
+    "pruning of scored nodes": _set(controller__keep_what_pays=lambda drafts, estimates, forecast: list(drafts)),
+    "fallback preference": _set(planner___is_better_left=lambda *args: False),
+    "might pay (close)": _set(goodput__StepForecast__might_pay=lambda self, estimate, gains: True),
 }
 
 

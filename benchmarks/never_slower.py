@@ -42,7 +42,7 @@ from workloads import WORKLOADS
 from specplug import LLM, SamplingParams, SpeculativeConfig, __version__, hookimpl, resolve_model
 from specplug.plugins.registry import PluginRegistry
 from specplug.speculation.chain import SpeculatorChain
-from specplug.speculation.policy import FixedBudget
+from specplug.speculation.draft_length import FixedDraftLength
 from specplug.stats import SpeculationStats
 
 PLAIN, BARE, AUTO = "plain", "bare", "auto"
@@ -102,7 +102,7 @@ def without_speculators(llm: LLM) -> SpeculatorChain:
     return SpeculatorChain(
         [],
         engine.chain._states,
-        FixedBudget(),
+        FixedDraftLength(),
         vocab_size=engine.runner.architecture.vocab_size,
         max_model_len=engine.plan.max_model_len,
         max_num_batched_tokens=engine.config.max_num_batched_tokens,
@@ -158,7 +158,7 @@ def take_turns(
     asked = requests(args, prompts)
     groups = [[request] for request in asked] if batch == 1 else [asked]
     chain = drafting.engine.chain
-    auto, fixed = chain.policy, FixedBudget()
+    auto, fixed = chain.policy, FixedDraftLength()
     chains = {PLAIN: plain.engine.chain, BARE: without_speculators(drafting)}
     contestants: dict[str, tuple[LLM, Any, int | None]] = {
         PLAIN: (plain, fixed, None),

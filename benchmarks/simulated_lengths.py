@@ -3,9 +3,9 @@
     python benchmarks/simulated_lengths.py --target build/grown-33m --methods ngram draft_model --rows 1 4
 
 At every position of some texts the speculator drafts as deep as it may, once, and it is noted how many of the tokens come true;
-a step's and a proposal's times by size are what the automatic budget itself has measured, on this machine. Then the tests'
-simulated batch (`tests/support/simulation.py`) runs through these texts, with every fixed length and with the real automatic
-budget, which sees the same times with 10 % of noise. What choosing itself costs is not in it: that is Python, and measured by
+a step's and a proposal's times by size are what the adaptive policy itself has measured, on this machine. Then the tests'
+simulated batch (`tests/support/simulation.py`) runs through these texts, with every fixed length and with the real adaptive
+policy, which sees the same times with 10 % of noise. What choosing itself costs is not in it: that is Python, and measured by
 `never_slower.py`. `looked` is the share of steps in which depths were looked for anew.
 """
 
@@ -26,8 +26,8 @@ from workloads import WORKLOADS
 
 from specplug import LLM, SamplingParams, SpeculatorTraits, resolve_model
 from specplug.request import Request
-from specplug.speculation.auto import AutoBudget
-from specplug.speculation.policy import FixedBudget
+from specplug.speculation.adaptive import AdaptiveDraftLength
+from specplug.speculation.draft_length import FixedDraftLength
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from support.simulation import Link, Simulation
@@ -83,7 +83,7 @@ class Replayed(Simulation):
     @property
     def num_looks(self) -> int:
         """How often it was looked for the best depths."""
-        return self.policy.num_looks if isinstance(self.policy, AutoBudget) else 0
+        return self.policy.num_looks if isinstance(self.policy, AdaptiveDraftLength) else 0
 
     def _draft(self, request: Request, link: Link, depth: int) -> list[int]:
         drafted, accepted, _ = self._at(request)
@@ -109,7 +109,7 @@ class Replayed(Simulation):
 def record(llm: LLM, prompts: list[list[int]], tokens: int) -> Trace:
     """Drafts at every position of what the target says, and how many tokens of each come true."""
     engine, policy = llm.engine, llm.engine.chain.policy
-    engine.chain.policy = FixedBudget()
+    engine.chain.policy = FixedDraftLength()
     plain = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, num_speculative_tokens=0)
     once = attrs.evolve(plain, max_tokens=_DEEPEST + 4, num_speculative_tokens=_DEEPEST, detokenize=False)
     trace: Trace = []
@@ -136,15 +136,15 @@ def chances_of(scores: Sequence[float]) -> list[float]:
 
 
 def costs(llm: LLM, prompts: list[list[int]], rows: int, tokens: int) -> tuple[MeasuredTarget, MeasuredAsking]:
-    """What the automatic budget has measured once all prompts were served three times."""
+    """What the adaptive policy has measured once all prompts were served three times."""
     policy = llm.engine.chain.policy
-    assert isinstance(policy, AutoBudget)
+    assert isinstance(policy, AdaptiveDraftLength)
     for _ in range(3):
         llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), use_tqdm=False)
-    link, curve = policy.links[0], policy.targets[rows]
+    estimate, curve = policy.estimates[0], policy.targets[rows]
     target = [curve.seconds(nodes * rows) for nodes in range(_DEEPEST + 2)]
-    asking = [link.ask_seconds(rows, depth) for depth in range(1, _DEEPEST + 1)]
-    return MeasuredTarget(target, rows), MeasuredAsking(asking, rows, link.feed)
+    asking = [estimate.seconds(rows, depth) for depth in range(1, _DEEPEST + 1)]
+    return MeasuredTarget(target, rows), MeasuredAsking(asking, rows, estimate.catch_up)
 
 
 def replay(

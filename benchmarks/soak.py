@@ -231,11 +231,11 @@ class Soak:
         body |= {name: value for name, value in options if dice.random() < 0.3}
         if dice.random() < 0.5:
             path = "/v1/chat/completions"
-            body["messages"] = [{"role": "user", "content": dice.choice(SNIPPETS) * dice.randint(1, 8)}]
+            body["messages"] = [{"role": "user", "content": long_prompt(dice)}]
             body |= {"logprobs": True, "top_logprobs": 2} if dice.random() < 0.3 else {}
         else:
             path = "/v1/completions"
-            body["prompt"] = [dice.choice(SNIPPETS) * dice.randint(1, 10) for _ in range(dice.randint(1, 2))]
+            body["prompt"] = [long_prompt(dice) for _ in range(dice.randint(1, 2))]
             body |= {"logprobs": 2, "prompt_logprobs": 1} if dice.random() < 0.3 else {}
         if dice.random() < 0.5 and "prompt_logprobs" not in body:
             async with http.stream("POST", path, json={**body, "stream": True}) as answer:
@@ -319,6 +319,11 @@ class Soak:
         if code == "queue_full":
             await asyncio.sleep(random.uniform(0.2, 1))
         return False
+
+
+def long_prompt(dice: random.Random) -> str:
+    """A prompt of up to 600 characters; several of them fill the KV cache."""
+    return (dice.choice(SNIPPETS) * 60)[: dice.randint(20, 600)]
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------

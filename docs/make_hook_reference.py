@@ -87,7 +87,6 @@ GROUPS = {
         "sample",
         "process",
         "argmax_with_prob",
-        "worth_another_token",
     ),
     "What verify sees and returns": ("VerificationBatch", "VerificationRow", "TargetDistributions", "Verdict"),
     "The speculator and its settings": ("Speculator", "SpeculatorTraits", "SpeculativeConfig", "ConfigurationError"),

@@ -47,7 +47,7 @@ def measure(cells: list[Cell], *, one_at_a_time: bool) -> Comparison:
 
 @pytest.mark.parametrize("one_at_a_time", slow_except([False, True], True))
 def test_a_memoriser_gains_nothing(one_at_a_time: bool) -> None:
-    cells = [Cell(1, 0.0), Cell(1, 0.5)]
+    cells = [Cell(1, 0.0)] if one_at_a_time else [Cell(1, 0.0), Cell(1, 0.5)]
     comparison = measure(cells, one_at_a_time=one_at_a_time)
     for cell in cells:
         runs = comparison.runs[cell, "memoriser"]
@@ -56,7 +56,7 @@ def test_a_memoriser_gains_nothing(one_at_a_time: bool) -> None:
             assert run.stats is not None
             assert run.stats.num_accepted_draft_tokens == 0
             assert run.stats.num_steps == run.tokens == WORKLOAD.num_tokens(1)
-    assert [summary.learns for summary in summarize(comparison)] == [False, True] * 2
+    assert [summary.learns for summary in summarize(comparison)] == [False, True] * len(cells)
 
 
 def test_a_memoriser_shows_nothing_where_prompts_repeat_within_a_run() -> None:

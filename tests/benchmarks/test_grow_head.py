@@ -27,7 +27,13 @@ HEAD = Path(method_model("eagle3", "tiny"))
 
 def generated(target: str, head: str) -> list[Any]:
     config = {"method": "eagle3", "model": head, "num_speculative_tokens": 3, "draft_sample_method": "greedy"}
-    options: dict[str, Any] = {"dtype": "float32", "device": "cpu", "memory": "512MiB", "max_num_seqs": 2}
+    options: dict[str, Any] = {
+        "dtype": "float32",
+        "device": "cpu",
+        "memory": "512MiB",
+        "max_num_seqs": 2,
+        "compile": False,
+    }
     with LLM(target, speculative_config=config, **options) as llm:
         params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
         outputs = [output.outputs[0] for output in llm.generate(PROMPTS, params, use_tqdm=False)]

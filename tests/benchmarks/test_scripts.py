@@ -95,6 +95,7 @@ def test_a_picture_of_the_comparison_with_vllm(run: Run, tmp_path: Path) -> None
     assert "<svg" in picture.read_text()
 
 
+@pytest.mark.slow
 def test_a_busy_machine(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = save_model(tmp_path / "target", "llama"), tmp_path / "busy.json"
     small = ("--tokens", 4, "--repetitions", 1, "--competitors", 0, 1, "--peers", "transformers")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-if TYPE_CHECKING:
-    from pathlib import Path
+from support.commands import CommandServer
 
 LOOKUP = """
 from specplug import Proposal, SpeculatorTraits, hookimpl
@@ -72,15 +73,25 @@ def install(
 
 
 def specplug(*arguments: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command in a process of its own."""
+    """Runs the command in a process of its own; `check`, which needs PyTorch, in one where it is imported already."""
     full = {name: value for name, value in os.environ.items() if not name.startswith(("SPECPLUG_", "FORCE_COLOR"))}
     if path is not None:
         full["PYTHONPATH"] = str(path)
+    full |= {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"} | environment
+    if arguments[0] == "check":
+        return _server().run(*arguments, environment=full, cwd=Path.cwd())
     return subprocess.run(
         [sys.executable, "-m", "specplug.cli.main", *arguments],
         capture_output=True,
         encoding="utf-8",
-        env=full | {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"} | environment,
+        env=full,
         timeout=120,
         check=False,
     )
+
+
+@functools.cache
+def _server() -> CommandServer:
+    server = CommandServer(sys.executable, os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"})
+    atexit.register(server.close)
+    return server

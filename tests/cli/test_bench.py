@@ -91,6 +91,7 @@ def test_a_table_a_report_and_a_picture(run: Callable[..., Any], prompts: str, t
     assert len(list(root.iter())) > 100
 
 
+@pytest.mark.slow
 def test_a_png_of_several_settings(run: Callable[..., Any], prompts: str, tmp_path: Path) -> None:
     plot = tmp_path / "plot.png"
     result = run(*BENCH, "--prompts", prompts, CONFIG, NGRAM, "--batch", "1,2", "--plot", str(plot))
@@ -100,6 +101,7 @@ def test_a_png_of_several_settings(run: Callable[..., Any], prompts: str, tmp_pa
     assert len(data) > 20_000
 
 
+@pytest.mark.slow
 def test_transformers_beside_it(run: Callable[..., Any], prompts: str) -> None:
     options = ("--dtype", "float32", "--prompts", prompts, "--batch", "1,2", "--peer", "transformers", "--json", "-")
     result = run(*BENCH, *options, CONFIG, NGRAM, CONFIG, DRAFT)
@@ -117,6 +119,7 @@ def test_transformers_beside_it(run: Callable[..., Any], prompts: str) -> None:
     assert lines[2, "transformers prompt lookup"]["not_available"] == "one sequence at a time only"
 
 
+@pytest.mark.slow
 def test_the_peer_alone(run: Callable[..., Any], prompts: str) -> None:
     result = run(*BENCH, "--prompts", prompts, "--peer", "transformers", "--json", "-", "--temperature", "0.5")
     assert result.exit_code == 0, result.output

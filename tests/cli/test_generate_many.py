@@ -63,6 +63,7 @@ def test_json_is_what_the_python_api_gives(run: Callable[..., Any], file: str, l
             "token_ids": completion.token_ids,
             "finish_reason": "length",
             "stop_reason": None,
+            "num_cached_tokens": 0,
             "unverified_methods": [],
         }
         for output in outputs

@@ -66,6 +66,7 @@ def test_an_interrupt_ends_a_stream() -> None:
     assert all(re.search(r"\d\.\d\d s$", line) for line in steps), errors
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_a_batch(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('"import"\n' * 8)

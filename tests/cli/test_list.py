@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -15,8 +16,9 @@ from fake_plugins import install, specplug
 from specplug.cli import plugin_report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
+    from subprocess import CompletedProcess
 
 BROKEN = 'print("noise")\nimport a_module_that_is_missing\n'
 NO_HOOKS = "x = 1\n"
@@ -46,6 +48,12 @@ def listed(*arguments: str, path: Path, **environment: str) -> dict[str, dict[st
     return {f"{item['package']}/{item['method']}": item for item in json.loads(result.stdout)}
 
 
+@pytest.fixture(scope="module")
+def checked(site: Path) -> CompletedProcess[str]:
+    """`list --json --check`: the plugins' imports take seconds."""
+    return specplug("list", "--json", "--check", path=site)
+
+
 def test_metadata_alone_tells_four_statuses(site: Path) -> None:
     found = listed("--deny", "lookup2", path=site)
     statuses = {name: item["status"] for name, item in found.items() if not name.startswith("specplug")}
@@ -66,10 +74,9 @@ def test_metadata_alone_tells_four_statuses(site: Path) -> None:
     assert all(item["hooks"] is None for item in found.values())
 
 
-def test_check_finds_what_fails_and_shows_hooks(site: Path) -> None:
-    result = specplug("list", "--json", "--check", path=site)
-    assert result.returncode == 1
-    found = {item["method"]: item for item in json.loads(result.stdout)}
+def test_check_finds_what_fails_and_shows_hooks(checked: CompletedProcess[str]) -> None:
+    assert checked.returncode == 1
+    found = {item["method"]: item for item in json.loads(checked.stdout)}
     assert found["lookup"]["status"] == "ok"
     assert found["lookup"]["hooks"] == ["load_speculator"]
     assert found["lookup2"]["hooks"] == ["load_speculator"]
@@ -82,12 +89,12 @@ def test_check_finds_what_fails_and_shows_hooks(site: Path) -> None:
     assert found["wrong"]["reason"].startswith("plugin 'acme-wrong'")
     assert "no hook" in found["empty"]["reason"]
     assert found["future"]["hooks"] is None
-    assert "noise" in result.stderr
+    assert "noise" in checked.stderr
 
 
-def test_json_keys_are_stable(site: Path) -> None:
-    for arguments in ((), ("--check",)):
-        for item in listed(*arguments, path=site).values():
+def test_json_keys_are_stable(site: Path, checked: CompletedProcess[str]) -> None:
+    for items in (listed(path=site).values(), json.loads(checked.stdout)):
+        for item in items:
             assert list(item) == [
                 "method",
                 "package",
@@ -129,12 +136,21 @@ def test_verbose_adds_where_it_comes_from_and_why_not(site: Path) -> None:
     assert "ambiguous     2 packages provide 'twin'" in text
 
 
-def test_verbose_check_shows_tracebacks(site: Path) -> None:
-    text = specplug("list", "--check", path=site).stdout
+def test_verbose_check_shows_tracebacks(site: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(site)
+    import_once = functools.cache(lambda names, own=plugin_report._import: own([records[name] for name in names]))
+    records: dict[str, Any] = {}
+
+    def remember(asked: Sequence[Any]) -> list[dict[str, Any]]:
+        records.update((each.method, each) for each in asked)
+        return import_once(tuple(each.method for each in asked))
+
+    monkeypatch.setattr(plugin_report, "_import", remember)
+    text = run("list", "--check").stdout
     assert "failed        ModuleNotFoundError" in text
     assert "Traceback" not in text
     assert "specplug list -v --check" in text
-    verbose = specplug("list", "-v", "--check", path=site).stdout
+    verbose = run("list", "-v", "--check").stdout
     assert "Traceback" in verbose
     assert "hooks         propose (wrapper)" in verbose
 

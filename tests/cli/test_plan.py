@@ -125,6 +125,7 @@ def test_json_keys_are_stable(run: Callable[..., Any], folder: Path, drafter: st
         "target_bytes_per_kv_token",
         "draft_bytes_per_kv_token",
         "scratch_tokens_per_sequence",
+        "enable_prefix_caching",
         "other_devices",
         "sequences",
     ]
@@ -152,6 +153,7 @@ def test_it_reads_well(run: Callable[..., Any], folder: Path, drafter: str) -> N
         in lines
     )
     assert re.search(r"^Scratch +9 tokens per sequence", text, re.MULTILINE)
+    assert re.search(r"^Prefix cache +on$", text, re.MULTILINE)
     assert re.search(
         r"^Longest sequence +100 tokens \(max_model_len; the target has 160 positions\)$", text, re.MULTILINE
     )

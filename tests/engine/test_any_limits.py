@@ -178,14 +178,14 @@ ANY = settings(
 )
 
 
-@settings(ANY, max_examples=12)
+@settings(ANY, max_examples=8)
 @given(case=cases())
 def test_any_limits_serve_every_request(case: Case, folder: Path, small: Path, alone: Alone) -> None:
     check(case, folder, small, alone)
 
 
 @pytest.mark.slow
-@settings(ANY, max_examples=400)
+@settings(ANY, max_examples=120)
 @given(case=cases())
 def test_many_limits_serve_every_request(case: Case, folder: Path, small: Path, alone: Alone) -> None:
     check(case, folder, small, alone)

@@ -238,6 +238,7 @@ def test_metrics_add_up(folder: Path, kind: str) -> None:
     assert {name: type(metric) for name, metric in after.items()} == {
         **{f"vllm:{name}": Gauge for name in gauges},
         **{f"vllm:{name}": Counter for name in counters},
+        **{f"vllm:prefix_cache_{name}": Counter for name in ("queries", "hits")},
         vector: Vector,
     }
     assert [after[f"vllm:{name}"].value for name in gauges] == [0, 0, 0]  # type: ignore[attr-defined]
@@ -273,7 +274,6 @@ def test_options_of_vllm() -> None:
         "quantization": None,
         "enforce_eager": True,
         "swap_space": 4,
-        "enable_prefix_caching": False,
         "load_format": "safetensors",
     }
     assert translate_options({**harmless, "max_num_seqs": 3, "dtype": "float32"}) == {
@@ -283,7 +283,6 @@ def test_options_of_vllm() -> None:
     for name, value, reason in [
         ("tensor_parallel_size", 2, "one device"),
         ("quantization", "awq", "floating dtype"),
-        ("enable_prefix_caching", True, "no prefix cache"),
         ("enable_lora", True, "adapters"),
         ("kv_cache_dtype", "fp8", "model's dtype"),
         ("load_format", "gguf", "safetensors"),

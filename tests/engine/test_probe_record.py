@@ -18,6 +18,7 @@ from support.models import save_model
 
 @pytest.fixture
 def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelRunner]:
+    native.load()  # from the usual cache
     monkeypatch.setenv("SPECPLUG_CACHE", str(tmp_path / "cache"))
     folder = save_model(tmp_path / "model", "llama")
     with LLM(folder, skip_tokenizer_init=True, memory="64MiB", check_parity=False) as llm:

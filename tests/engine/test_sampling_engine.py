@@ -18,7 +18,9 @@ from support.statistics import THRESHOLD, worst_p_value
 
 V = 16
 PROMPT = [3, 7, 5, 11]
-REQUESTS = 20_000
+REQUESTS = 10_000
+FEWER_REQUESTS = 4_000
+"""Whether rows, drafts and verdicts belong together; `test_lossless_rules` sees a bias of one percent in the rule itself."""
 SAMPLING = SamplingParams(temperature=0.7, top_k=9, top_p=0.95, max_tokens=4, ignore_eos=True)
 
 
@@ -72,21 +74,25 @@ def speculators(folder: Path, draft_folder: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "rule"),
+    ("name", "rule", "requests"),
     slow_except(
         [
-            ("plain", "block"),
-            ("token", "block"),
-            ("tree", "block"),
-            ("model", "block"),
-            ("model", "standard"),
-            ("mixed", "block"),
+            ("model", "standard", FEWER_REQUESTS),
+            ("mixed", "block", FEWER_REQUESTS),
+            ("plain", "block", REQUESTS),
+            ("token", "block", REQUESTS),
+            ("tree", "block", REQUESTS),
+            ("model", "block", REQUESTS),
+            ("model", "standard", REQUESTS),
+            ("mixed", "block", REQUESTS),
         ],
-        ("model", "standard"),
-        "mixed",
+        ("model", "standard", FEWER_REQUESTS),
+        ("mixed", "block", FEWER_REQUESTS),
     ),
 )
-def test_joint_of_three_tokens(folder: Path, draft_folder: Path, joint: np.ndarray, name: str, rule: str) -> None:
+def test_joint_of_three_tokens(
+    folder: Path, draft_folder: Path, joint: np.ndarray, name: str, rule: str, requests: int
+) -> None:
     options = speculators(folder, draft_folder)[name]
     with LLM(
         folder,
@@ -98,7 +104,7 @@ def test_joint_of_three_tokens(folder: Path, draft_folder: Path, joint: np.ndarr
         chain_verification=rule,
         **options,
     ) as llm:
-        outputs = llm.generate([PROMPT] * REQUESTS, SAMPLING)
+        outputs = llm.generate([PROMPT] * requests, SAMPLING)
         if name != "plain":
             assert 0 < llm.engine.stats.num_accepted_draft_tokens < llm.engine.stats.num_draft_tokens
     samples = np.array([output.outputs[0].token_ids[:3] for output in outputs])

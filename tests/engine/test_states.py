@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from specplug import LLM, SamplingParams
+from specplug.speculation.draft_length import FixedDraftLength
 from specplug.speculation.target_states.ring_buffer import WINDOW
 from support.marks import slow_except
 from support.models import VOCABULARY, save_model
@@ -20,7 +21,7 @@ from support.speculators import ModelSpeculator, Oracle, TreeSpeculator, provide
 BOUNDARIES = (0, 1, 3, "final")
 
 
-class RandomPolicy:
+class RandomPolicy(FixedDraftLength):
     """Lets rows sleep for a while, wakes them, and varies their budgets."""
 
     def __init__(self, seed: int) -> None:
@@ -28,7 +29,7 @@ class RandomPolicy:
         self.asleep: dict[int, int] = {}
         self.asked: dict[int, int] = {}
 
-    def wish(self, request: Any, speculator: Any) -> int | None:
+    def length_of(self, request: Any, speculator: Any) -> int | None:
         self.asked[request.number] = self.asked.get(request.number, 0) + 1
         if request.number % 3 == 1 and self.asked[request.number] == 4:
             self.asleep[request.number] = WINDOW + 5  # longer than states are kept

@@ -110,6 +110,7 @@ threads.cpu_quota = lambda process=None: 1.5
 """
 
 
+@pytest.mark.slow
 def test_a_quota_limits_the_threads_unless_the_user_has_said_how_many() -> None:
     assert run(LIMITED) == "1\n"
     assert run(LIMITED, OMP_NUM_THREADS="2") == "2\n"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from specplug import LLM, Proposal, SamplingParams, SpecplugError, SpeculatorTraits, hookimpl
+from specplug import LLM, Proposal, SamplingParams, SpecplugError, SpeculatorTraits, hookimpl, native
 from specplug.errors import UnsupportedModelError
 from specplug.model.load import masks
 from specplug.model.load.architecture import inspect_architecture
@@ -80,6 +80,7 @@ def test_the_probe_sees_a_wrong_window_in_any_single_layer(architecture: str, op
 
 
 def test_a_model_whose_windows_are_not_learnt_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    native.load()  # from the usual cache
     monkeypatch.setenv("SPECPLUG_CACHE", str(tmp_path / "cache"))
     folder = save_model(tmp_path / "model", "qwen2_moe", **{**SILENT["qwen2_moe"], "sliding_window": 4096})
     monkeypatch.setattr(masks, "read_mask", lambda mask: masks.Mask())
@@ -95,6 +96,7 @@ def test_masks_that_depend_on_keys_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_rounding_in_bfloat16_refuses_no_correct_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A token that rounding routes to other experts changes logits by more than 8 %; attention itself does not change."""
+    native.load()  # from the usual cache
     monkeypatch.setenv("SPECPLUG_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(0)
     config = make_config("gpt_oss", num_hidden_layers=8, num_local_experts=16, initializer_range=0.02)

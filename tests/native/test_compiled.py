@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
-from specplug import LLM, SamplingParams
+from specplug import LLM, SamplingParams, native
 from specplug.engine import compilation, startup
 from specplug.model.compile import compiled
 from specplug.model.compile.forwards import measure_forward_change, over_rows
@@ -27,6 +28,7 @@ NEW_TOKENS = 14
 
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    native.load()  # from the usual cache: a new one holds no kernels
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPECPLUG_CACHE", str(folder))
@@ -106,12 +108,34 @@ def test_draft_models_are_compiled_too_and_weights_are_there_once(
     assert held[True] <= held[False] * 1.01
 
 
-def written_by(cache: Path, folder: Path, **options: Any) -> Path:
-    """The file that compiling a model leaves."""
-    before = set((cache / "forwards").glob("*.bin"))
-    LLM(folder, **options).close()
-    (written,) = set((cache / "forwards").glob("*.bin")) - before
-    return written
+@attrs.frozen
+class Compiled:
+    """A model that was compiled once.
+
+    Attributes:
+        folder: of the model.
+        options: with which an engine compiles it.
+        written: the file that compiling it left.
+        elsewhere: the folder that the environment names to the compiler.
+    """
+
+    folder: Path
+    options: dict[str, Any]
+    written: Path
+    elsewhere: Path
+
+
+@pytest.fixture(scope="module")
+def once(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    folder = save_model(tmp_path_factory.mktemp("small"), "llama", hidden_size=36, num_hidden_layers=1)
+    options = {"skip_tokenizer_init": True, "device": "cpu", "memory": "64MiB", "compile": True}
+    before = set((own_cache / "forwards").glob("*.bin"))
+    elsewhere = folder / "elsewhere"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(elsewhere))
+        LLM(folder, **options).close()
+    (written,) = set((own_cache / "forwards").glob("*.bin")) - before
+    return Compiled(folder, options, written, elsewhere)
 
 
 def raising(*inputs: Any) -> Any:
@@ -129,32 +153,28 @@ def wrong(artifact: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["cut off", "raises", "other results"])
 def test_a_file_that_does_not_work_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path, fault: str, caplog: pytest.LogCaptureFixture
+    once: Compiled, monkeypatch: pytest.MonkeyPatch, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Compiled anew, once, without a word; the next start finds what works."""
     from torch._inductor import CompiledArtifact
 
-    sizes = {"cut off": 36, "raises": 40, "other results": 44}
-    folder = save_model(tmp_path, "llama", hidden_size=sizes[fault])
-    options = {"skip_tokenizer_init": True, "memory": "64MiB", "compile": True}
     made = count_compilations(monkeypatch)
-    written = written_by(own_cache, folder, **options)
-    good = written.read_bytes()
+    good = once.written.read_bytes()
     with monkeypatch.context() as patch:
         if fault == "cut off":
-            written.write_bytes(good[:1000])
+            once.written.write_bytes(good[:1000])
         else:
             load = CompiledArtifact.load
             patch.setattr(CompiledArtifact, "load", lambda **how: wrong(load(**how)) if fault != "raises" else raising)
-        with caplog.at_level(logging.WARNING), LLM(folder, **options) as llm:
+        with caplog.at_level(logging.WARNING), LLM(once.folder, **once.options) as llm:
             assert llm.engine.runner.compiled is not None
             assert change_by_compiling(llm.engine.runner) < 1e-5
     assert not [record for record in caplog.records if record.name == "specplug" and record.levelno > logging.INFO]
-    assert len(made) == 2
-    assert written.is_file()
-    with LLM(folder, **options) as llm:
+    assert len(made) == 1
+    assert once.written.is_file()
+    with LLM(once.folder, **once.options) as llm:
         assert llm.engine.runner.compiled is not None
-    assert len(made) == 2
+    assert len(made) == 1
 
 
 @pytest.mark.slow
@@ -171,7 +191,7 @@ def test_what_does_not_work_when_new_is_not_used(
     own = compiled.compile_graph
     monkeypatch.setattr(compiled, "compile_graph", lambda *graph: raising if fault == "raises" else wrong(own(*graph)))
     before = set((own_cache / "forwards").glob("*.bin"))
-    folder = save_model(tmp_path, "llama", hidden_size=28)
+    folder = save_model(tmp_path, "llama", hidden_size=28, num_hidden_layers=1)
     with caplog.at_level(logging.WARNING):
         llm = LLM(folder, skip_tokenizer_init=True, memory="64MiB", compile=True)
     assert llm.engine.runner.compiled is None
@@ -185,24 +205,20 @@ def test_what_does_not_work_when_new_is_not_used(
 
 
 @pytest.mark.slow
-def test_the_compiler_works_in_our_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+def test_the_compiler_works_in_our_own_folder(monkeypatch: pytest.MonkeyPatch, own_cache: Path, once: Compiled) -> None:
     """Not in a predictable one below /tmp, neither when it compiles nor when what it made is loaded."""
-    elsewhere = tmp_path / "elsewhere"
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(elsewhere))
-    folder = save_model(tmp_path, "llama", hidden_size=56)
-    options = {"skip_tokenizer_init": True, "device": "cpu", "memory": "64MiB", "compile": True}
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(once.elsewhere))
     made = count_compilations(monkeypatch)
-    written = written_by(own_cache, folder, **options)
-    work = own_cache / "forwards" / "inductor" / written.stem
+    work = own_cache / "forwards" / "inductor" / once.written.stem
     assert list(work.rglob("*.so"))
     assert sum(file.stat().st_size for file in work.rglob("*")) < 16 << 20, "precompiled headers are not kept"
     shutil.rmtree(work)
-    with LLM(folder, **options) as llm:
+    with LLM(once.folder, **once.options) as llm:
         assert llm.engine.runner.compiled is not None
-    assert len(made) == 1
+    assert not made
     assert list(work.rglob("*.so"))
-    assert not elsewhere.exists()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(elsewhere)
+    assert not once.elsewhere.exists()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(once.elsewhere)
 
 
 def test_a_cache_that_others_may_write_to_is_not_used(

@@ -28,20 +28,20 @@ from support.serving import live
 SMALL = {"org/model": "tiny", "org/head": str(Path(specplug_eagle.__file__).parent / "tiny")}
 """What stands for anybody's checkpoints in `python -m` commands, and `FEWER` for what a training may cost here."""
 FEWER = {"specplug_eagle.train": ("--max-steps", "1", "--epochs", "1")}
-QUICK = {"check": ("--quick",)}
-ON_A_TARGET = ("--only", "startup", "--only", "validity")
-"""`specplug check` tries fewer, and on a target fewer things: the isolated plugins run the whole quick kit there."""
+QUICK = {"check": ("--quick", "--only", "startup", "--only", "validity"), "demo": ("--max-tokens", "16")}
+"""What is added to a command: the whole kit runs elsewhere, on every shipped method."""
 
 
 def commands() -> list[tuple[str, Path, str]]:
-    """(name, page, command) of every line in a shell fence."""
-    found = []
+    """(name, page, command) of every line in a shell fence; one that several pages have is named by the first."""
+    found: dict[str, tuple[str, Path, str]] = {}
     for page in (*PAGES, *EXAMPLES, *MAKERS):
         for block in blocks_of(page) if page not in TUTORIALS else ():
             if block.language == "sh":
                 lines = (line.partition("  #")[0].strip() for line in commands_in(block))
-                found += [(f"{block.name}: {line}", page, line) for line in lines]
-    return found
+                for line in lines:
+                    found.setdefault(line, (f"{block.name}: {line}", page, line))
+    return list(found.values())
 
 
 def of_kind(*starts: str) -> Any:
@@ -71,9 +71,8 @@ def test_specplug(page: Path, line: str) -> None:
     if arguments[0] == "serve":
         assert_serves(arguments)
         return
-    arguments += [word for word in QUICK.get(arguments[0], ()) if word not in arguments]
-    if arguments[0] == "check" and "--target" in arguments:
-        arguments += ON_A_TARGET
+    if len(arguments) < 2 or arguments[1] not in ("--help", "--explain"):
+        arguments += QUICK.get(arguments[0], ())
     result = CliRunner().invoke(cli, arguments, prog_name="specplug")
     assert result.exit_code == 0, result.output
     assert result.output.strip()

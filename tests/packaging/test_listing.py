@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 from packages import PACKAGES
 
-from support.environment import ROOT, Environment, build
+from support.environment import ROOT, Environment, build, build_wheels
 
 PROMPT = "x = [0, 1, 0, 1, 0, 1,"
 GENERATE = ("generate", "tiny", "--prompt", PROMPT, "--max-tokens", "16", "--temperature", "0")
@@ -20,12 +18,9 @@ GENERATE = ("generate", "tiny", "--prompt", PROMPT, "--max-tokens", "16", "--tem
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     """Core and all packages, from wheels; of one, an installed file is damaged afterwards."""
     environment = Environment(tmp_path_factory.mktemp("listing"))
-    wheels = environment.root / "wheels"
-    projects = [str(package.write(environment.root / "src")) for package in PACKAGES]
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
-    subprocess.run([*command, str(wheels), *projects], check=True, timeout=180, env=environment.environment)
-    core = build(ROOT / "core", environment.root)
-    environment.pip("install", "--quiet", "--no-deps", str(core), *map(str, wheels.glob("*.whl")))
+    projects = [package.write(environment.root / "src") for package in PACKAGES]
+    wheels = [build(ROOT / "core"), *build_wheels(environment.root / "wheels", *projects)]
+    environment.pip("install", "--quiet", "--no-deps", *map(str, wheels))
     (environment.site / "acme_damaged-1.0.dist-info/METADATA").unlink()
     return environment
 

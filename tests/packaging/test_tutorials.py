@@ -22,7 +22,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     wheels = environment.root / "found"
     wheels.mkdir()
     for project in ("core", "plugins/ngram", "plugins/draft_model"):
-        shutil.copy(build(ROOT / project, environment.root), wheels)
+        shutil.copy(build(ROOT / project), wheels)
     binaries = environment.root / "env/bin"
     pip = binaries / "pip"
     pip.write_text(f'#!/bin/sh\nexec {sys.executable} -m pip --python {binaries}/python "$@"\n', encoding="utf-8")

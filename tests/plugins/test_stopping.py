@@ -11,10 +11,10 @@ import torch
 import transformers
 
 import specplug_draft_model
-from specplug import LLM, Budget, SamplingParams, resolve_model, worth_another_token
+from specplug import LLM, Budget, SamplingParams, resolve_model
 from specplug.request import Request
 from specplug.speculation.draft import Draft
-from specplug.speculation.policy import FixedBudget
+from specplug.speculation.draft_length import FixedDraftLength
 
 DEPTH = 6
 PROMPTS = [
@@ -26,17 +26,17 @@ GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 METHODS = ["draft_model", "eagle3"]
 
 
-class Hinted(FixedBudget):
+class Hinted(FixedDraftLength):
     """Names the same chances at every step."""
 
-    def __init__(self, least_chance: float, least_sum: float) -> None:
-        self.budget = Budget(DEPTH, DEPTH, least_chance, least_sum)
+    def __init__(self, min_probability: float, min_surplus: float) -> None:
+        self.budget = Budget(DEPTH, DEPTH, min_probability, min_surplus)
 
-    def wish(self, request: Request, speculator: Any) -> Any:
+    def length_of(self, request: Request, speculator: Any) -> Any:
         return self.budget
 
 
-def run(method: str, policy: FixedBudget, params: Any = GREEDY) -> tuple[list[list[int]], list[list[Draft]]]:
+def run(method: str, policy: FixedDraftLength, params: Any = GREEDY) -> tuple[list[list[int]], list[list[Draft]]]:
     """Outputs, and the drafts of every step in which all of them could be of full length."""
     config = {"method": method, "num_speculative_tokens": DEPTH}
     drafts: list[list[Draft]] = []
@@ -83,7 +83,7 @@ def test_all_rows_stop_where_together_they_are_not_worth_a_forward(method: str, 
         for length in range(1, DEPTH):
             before = [d for d in drafts if len(d) >= length]
             chances = [math.exp(d.scores[length - 1]) for d in before if d.scores is not None]
-            goes = worth_another_token([Budget(DEPTH, DEPTH, 0.2, 1.0)] * len(before), chances)
+            goes = Budget.worth_extending([Budget(DEPTH, DEPTH, 0.2, 1.0)] * len(before), chances)
             assert [len(d) > length for d in before] == goes
             stopped += sum(goes) == 0 and max(chances, default=0.0) >= 0.4
     assert outputs == plain
@@ -93,7 +93,7 @@ def test_all_rows_stop_where_together_they_are_not_worth_a_forward(method: str, 
 @pytest.mark.parametrize("method", METHODS)
 def test_without_a_hint_and_where_drafts_are_sampled_no_row_stops(method: str) -> None:
     sampled = SamplingParams(temperature=1.0, max_tokens=24, ignore_eos=True)
-    for policy, params in ((FixedBudget(), GREEDY), (Hinted(0.5, 1e-9), sampled)):
+    for policy, params in ((FixedDraftLength(), GREEDY), (Hinted(0.5, 1e-9), sampled)):
         drafts = [draft for step in run(method, policy, params)[1] for draft in step]
         assert len(drafts) > 20
         assert all(len(draft) == DEPTH for draft in drafts)
@@ -143,5 +143,5 @@ def test_a_draft_models_scores_are_its_log_probabilities() -> None:
         ([], []),
     ],
 )
-def test_what_is_worth_another_token(chances: list[float | None], expected: list[bool]) -> None:
-    assert worth_another_token([Budget(4, 4, 0.3, 0.5)] * len(chances), chances) == expected
+def test_which_chains_are_worth_extending(chances: list[float | None], expected: list[bool]) -> None:
+    assert Budget.worth_extending([Budget(4, 4, 0.3, 0.5)] * len(chances), chances) == expected

@@ -10,15 +10,7 @@ import pytest
 
 from specplug import AsyncLLM
 from specplug.server.metrics import ServerMetrics
-from support.serving import Live, live
-
-OPTIONS = {
-    "speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1},
-    "memory": "256MiB",
-    "dtype": "float32",
-    "max_num_seqs": 4,
-    "compile": False,
-}
+from support.serving import OPTIONS, Live, live
 
 
 @pytest.fixture(scope="module")

@@ -262,3 +262,28 @@ def test_models_tokens_and_versions_are_told(client: openai.OpenAI, server: Live
     assert set(http.get("/version").json()) == {"version"}
     assert http.get("/load").json() == {"server_load": 0}
     server.wait_idle()
+
+
+def test_cached_prompts_are_counted_and_salts_keep_them_apart(client: openai.OpenAI) -> None:
+    prompt = "# a prompt that no other test has\n" + PROMPT * 8
+
+    def cached(stream: bool, **extra: Any) -> tuple[str, int]:
+        if not stream:
+            made = client.completions.create(prompt=prompt, extra_body=extra, **GREEDY)
+            return made.choices[0].text, made.usage.prompt_tokens_details.cached_tokens
+        chunks = list(
+            client.completions.create(
+                prompt=prompt, stream=True, stream_options={"include_usage": True}, extra_body=extra, **GREEDY
+            )
+        )
+        text = "".join(chunk.choices[0].text for chunk in chunks[:-1])
+        return text, chunks[-1].usage.prompt_tokens_details.cached_tokens
+
+    text, first = cached(False)
+    assert first == 0
+    for stream in (False, True):
+        again = cached(stream)
+        assert again[0] == text
+        assert again[1] >= 32
+    assert cached(False, cache_salt="tenant") == (text, 0)
+    assert cached(True, cache_salt="tenant")[1] >= 32

@@ -15,9 +15,8 @@ import httpx
 import openai
 import pytest
 
-from conftest import OPTIONS
 from specplug import AsyncLLM
-from support.serving import Live, live, wait_until
+from support.serving import OPTIONS, Live, live, wait_until
 
 LONG = {"prompt": "import os", "max_tokens": 1500, "ignore_eos": True, "temperature": 0}
 COMPLETIONS = "/v1/completions"

@@ -26,7 +26,7 @@ def test_no_request_of_the_schema_is_a_server_error(server: Live) -> None:
             operation = result.ok()
 
             @settings(
-                max_examples=80,
+                max_examples=40,
                 deadline=None,
                 derandomize=True,
                 database=None,
@@ -42,6 +42,7 @@ def test_no_request_of_the_schema_is_a_server_error(server: Live) -> None:
                     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
             check()
-        assert {200, 400} <= seen["/v1/completions"]
+        assert 400 in seen["/v1/completions"]
+        assert seen["/v1/completions"] & {200, TIMEOUT}
         assert 200 in seen["/tokenize"]
         running.wait_idle()

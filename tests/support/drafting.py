@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from specplug import LLM, ForwardRow, MemoryBudget, MemoryRegion, Proposal, ProposalBatch, Resources, hookimpl
+from specplug.speculation.draft_length import FixedDraftLength
 from specplug_draft_model import DraftModelSpeculator, load_speculator
 from support.reference import load_reference
 
@@ -88,7 +90,7 @@ def recorded(model: Path | str, gamma: int = 4, **keys: Any) -> tuple[dict[str, 
     return {"plugins": {"recorded": make}, "speculative_config": config}, made
 
 
-class SleepyPolicy:
+class SleepyPolicy(FixedDraftLength):
     """Lets rows sleep now and then, and varies their budgets; a budget of zero only keeps the draft up to date."""
 
     def __init__(self, seed: int, rate: float = 0.06) -> None:
@@ -97,7 +99,7 @@ class SleepyPolicy:
         self.asleep: dict[int, int] = {}
         self.naps = 0
 
-    def wish(self, request: Any, speculator: Any) -> int | None:
+    def length_of(self, request: Any, speculator: Any) -> int | None:
         left = self.asleep.get(request.number, 0)
         if left:
             self.asleep[request.number] = left - 1
@@ -118,7 +120,7 @@ class ForwardLog:
         run: tokens run per incarnation.
         catch_ups: per incarnation, the lengths of its runs of committed tokens.
         reruns: runs that overwrote rejected drafts.
-        forks: incarnations that began with the KV of another row.
+        forks: incarnations that began with the KV of another row, a fork's parent or one in the prefix cache.
     """
 
     def __init__(self, llm: LLM) -> None:
@@ -140,7 +142,8 @@ class ForwardLog:
             request, key = requests[id(row.table)], id(row.table)
             assert row.tokens, "an empty row"
             if key not in self.run:
-                assert row.start <= request.num_forked_tokens, "a new row begins in its middle"
+                known = max(request.num_forked_tokens, self._in_prefix_cache(row.table))
+                assert row.start <= known, "a new row begins in its middle"
                 self.run[key] = request.tokens[: row.start]
                 self.catch_ups[key] = []
                 self.forks += row.start > 0
@@ -155,6 +158,12 @@ class ForwardLog:
                 assert run == request.tokens[: len(run)], "something else than the row's own tokens was run"
                 self.catch_ups[key].append(len(row.tokens))
         return self._forward(rows, **options)
+
+    def _in_prefix_cache(self, table: Any) -> int:
+        """Positions at the beginning of a row whose cached blocks are known to hold the draft's KV."""
+        contents = [self.engine.scheduler.allocator.cached.get(block) for block in table.blocks]
+        known = itertools.takewhile(lambda content: content is not None and content.followers, contents)
+        return sum(1 for _ in known) * table.block_size
 
 
 def compare_kv(llm: LLM, draft: Path, atol: float = 3e-4) -> int:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import venv
 from pathlib import Path
 from typing import Any
+
+from support.commands import CommandServer
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,6 +40,7 @@ class Environment:
             "PIP_NO_INDEX": "1",
             "PYTHONUTF8": "1",
         }
+        self._server: CommandServer | None = None
 
     def pip(self, *arguments: str) -> None:
         """Runs the tests' pip on this environment."""
@@ -59,8 +65,13 @@ class Environment:
         )
 
     def specplug(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Runs the installed command."""
-        return self.run("specplug", *arguments, **variables)
+        """Runs the installed command; those that need PyTorch in a process where it is imported already."""
+        if arguments[0] not in ("generate", "check"):
+            return self.run("specplug", *arguments, **variables)
+        if self._server is None:
+            self._server = CommandServer(str(self.root / "env/bin/python"), self.environment)
+            atexit.register(self._server.close)
+        return self._server.run(*arguments, environment=self.environment | variables, cwd=self.root)
 
     def listed(self, *arguments: str, **variables: str) -> list[dict[str, Any]]:
         """What `specplug list --json` shows."""
@@ -72,11 +83,18 @@ class Environment:
         return {plugin["method"] for plugin in self.listed(*arguments, **variables) if plugin["status"] == "ok"}
 
 
-def build(project: Path, root: Path) -> Path:
-    """Builds a wheel from a copy of the sources."""
+@functools.cache
+def build(project: Path) -> Path:
+    """Builds a wheel from a copy of the sources, once in a process."""
+    root = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, root)
     copy = root / "src" / project.name
     shutil.copytree(project, copy, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "tests"))
-    wheels = root / "wheels" / project.name
+    return build_wheels(root / "wheels", copy)[0]
+
+
+def build_wheels(folder: Path, *projects: Path) -> list[Path]:
+    """Builds wheels of projects into a folder."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", str(wheels), str(copy)], check=True, timeout=180)
-    return next(wheels.glob("*.whl"))
+    subprocess.run([*command, "--wheel-dir", str(folder), *map(str, projects)], check=True, timeout=180)
+    return sorted(folder.glob("*.whl"))

@@ -18,6 +18,14 @@ from specplug.server.metrics import ServerMetrics
 from specplug.server.settings import ServerSettings
 from specplug.server.state import ServerState
 
+OPTIONS = {
+    "speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1},
+    "memory": "256MiB",
+    "dtype": "float32",
+    "max_num_seqs": 4,
+    "compile": False,
+}
+"""The engine's options in tests of the server."""
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n<assistant>' }}{{ opening }}{% endif %}"

@@ -1,4 +1,4 @@
-"""A batch in simulated time: costs and texts are made up, the automatic budget is real."""
+"""A batch in simulated time: costs and texts are made up, the adaptive policy is real."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from typing import Any
 
 import attrs
 
-from specplug import SamplingParams, SpeculatorTraits, worth_another_token
+from specplug import SamplingParams, SpeculatorTraits
 from specplug.contract.settings import SpeculativeConfig
 from specplug.contract.types import Budget, Outcome
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
-from specplug.speculation.asked import SHORT_GAP, Asked
-from specplug.speculation.auto import AutoBudget
+from specplug.speculation.adaptive import AdaptiveDraftLength
 from specplug.speculation.draft import Draft
-from specplug.speculation.policy import FixedBudget
+from specplug.speculation.draft_length import SHORT_GAP, DraftLengthPolicy, FixedDraftLength, ProposeCall
 from specplug.speculation.target_states.ring_buffer import WINDOW
 
 Rate = Callable[[int, int], float]
@@ -27,19 +26,21 @@ Rate = Callable[[int, int], float]
 
 @attrs.frozen
 class Target:
-    """Seconds of a target step: flat, then bound by computing; rows cost a little each."""
+    """Seconds of a target step: flat, then bound by computing; rows cost a little each, and verifying any draft a jump."""
 
     flat: float = 15e-3
     per_node: float = 0.2e-3
     per_row: float = 0.1e-3
     bound_from: int = 24
     per_bound_node: float = 0.45e-3
+    jump: float = 0.0
     scale: Callable[[int], float] = lambda step: 1.0
 
     def seconds(self, rows: int, nodes: int, step: int = 0) -> float:
         size = rows + nodes
         bound = max(0, size - self.bound_from)
-        return self.scale(step) * (self.flat + self.per_row * rows + self.per_node * size + self.per_bound_node * bound)
+        seconds = self.flat + self.per_row * rows + self.per_node * size + self.per_bound_node * bound
+        return self.scale(step) * seconds * (1.0 + self.jump * (nodes > 0))
 
 
 @attrs.frozen
@@ -128,7 +129,7 @@ class Simulation:
             for index, link in enumerate(links)
         ]
         self.speculators = speculators
-        self.policy = AutoBudget(speculators) if fixed is None else FixedBudget()
+        self.policy: DraftLengthPolicy = FixedDraftLength() if fixed is not None else AdaptiveDraftLength(speculators)
         self.seconds = 0.0
         self.tokens = 0
         self.steps = 0
@@ -154,17 +155,16 @@ class Simulation:
         spent = self.target.seconds(self.rows, nodes, self.steps)
         for request in self.requests:
             self._commit(request)
-        auto = self.policy if isinstance(self.policy, AutoBudget) else None
-        if auto is not None:
-            auto.observe(self.requests, self._jitter(spent), decoding=True)
+        self.policy.observe(self.requests, self._jitter(spent), decoding=True)
         self.steps += 1
         self.seconds += spent
         for place, request in enumerate(self.requests):
             if request.num_output_tokens >= self.length:
                 for link in self.links:
                     link.seen.pop(request.number, None)
+                self.policy.finish(request)
                 self.requests[place] = self._new()
-        self._propose(auto)
+        self._propose()
 
     def _commit(self, request: Request) -> None:
         draft = request.draft
@@ -174,7 +174,6 @@ class Simulation:
             while taken < len(draft) and draft.tokens[taken] == at + taken:
                 taken += 1
             request.outcome = Outcome(draft.method, len(draft), tuple(range(taken)))
-            request.outcome_link = draft.link
         else:
             request.outcome = None
         request.draft = None
@@ -183,29 +182,26 @@ class Simulation:
             self.tokens += 1
         request.num_computed = len(request.tokens) - 1
 
-    def _propose(self, auto: AutoBudget | None) -> None:
-        if auto is not None:
-            if auto.rests(self.requests):
-                return
-            auto.begin(self.requests)
-        for index, link in enumerate(self.links):
+    def _propose(self) -> None:
+        if not self.policy.begin(self.requests):
+            return
+        for index, (link, speculator) in enumerate(zip(self.links, self.speculators, strict=True)):
             left = [request for request in self.requests if request.draft is None]
-            if auto is not None:
-                wishes = auto.plan(index, left, link.seen, lambda request: request.num_output_tokens == 1)
-            else:
-                wishes = [self.policy.wish(request, self.speculators[index]) for request in left]
-            asked = [(r, w) for r, w in zip(left, wishes, strict=True) if w or (w == 0 and not link.traits.token_only)]
-            spent, answer = self._ask(index, link, asked) if asked else (0.0, None)
+            lengths = self.policy.plan(speculator, left, link.seen, lambda request: request.num_output_tokens == 1)
+            asked = [
+                (request, length)
+                for request, length in zip(left, lengths, strict=True)
+                if length or (length == 0 and not link.traits.token_only)
+            ]
+            spent, call = self._ask(index, link, asked) if asked else (0.0, None)
             self.seconds += spent
-            if auto is not None:
-                auto.proposed(index, self._jitter(spent), answer)
-        if auto is not None:
-            drafts = auto.trim([request.draft for request in self.requests])
-            for request, draft in zip(self.requests, drafts, strict=True):
-                request.draft = draft
-            auto.end(self.requests)
+            self.policy.proposed(speculator, self._jitter(spent), call)
+        drafts = self.policy.trim([request.draft for request in self.requests])
+        for request, draft in zip(self.requests, drafts, strict=True):
+            request.draft = draft
+        self.policy.end(self.requests)
 
-    def _ask(self, index: int, link: Link, asked: list[tuple[Request, int | Budget]]) -> tuple[float, Asked]:
+    def _ask(self, index: int, link: Link, asked: list[tuple[Request, int | Budget]]) -> tuple[float, ProposeCall]:
         gap = fed = 0
         depths: dict[int, int] = {}
         drafting: list[tuple[Request, int, Budget]] = []
@@ -232,14 +228,19 @@ class Simulation:
         for (request, depth, _), length, own in zip(drafting, lengths, scores, strict=True):
             tokens = self._draft(request, link, length)
             request.draft = Draft(
-                f"link {index}", tokens, scores=own or None, link=index, allowed=depth, proposed=length
+                f"link {index}",
+                tokens,
+                scores=own or None,
+                speculator=self.speculators[index],
+                allowed=depth,
+                proposed=length,
             )
             depths[request.number] = length
         deepest = max(depths.values(), default=0)
         link.calls += 1
         link.rows_asked += len(asked)
         allowed = max((depth for _, depth, _ in drafting), default=0)
-        answer = Asked(depths, 0 if link.traits.token_only else fed, allowed)
+        answer = ProposeCall(depths, 0 if link.traits.token_only else fed, allowed)
         slower = 1.0 if link.asked_at == self.steps - 1 else link.asking.cold
         link.asked_at = self.steps
         return slower * link.asking.seconds(len(asked), deepest, gap, self.steps), answer
@@ -254,7 +255,7 @@ class Simulation:
                 own.append((own[-1] if own else 0.0) + math.log(self._chance(drafting[place][0], link, len(own))))
             going = [place for place in going if len(scores[place]) < drafting[place][1]]
             known = [math.exp(scores[place][-1]) for place in going]
-            going = list(itertools.compress(going, worth_another_token([drafting[p][2] for p in going], known)))
+            going = list(itertools.compress(going, Budget.worth_extending([drafting[p][2] for p in going], known)))
         return [len(own) for own in scores], scores
 
     def _chance(self, request: Request, link: Link, ahead: int) -> float:

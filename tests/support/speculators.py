@@ -81,9 +81,9 @@ class ModelSpeculator:
         catch_up = []
         for row, drafts in zip(batch.rows, drafting, strict=True):
             if row.is_new:
-                self.seen[row.row_id] = 0 if row.forked_from is None else row.new_positions.start
-            stop = len(row.tokens) if drafts else row.new_positions.stop
+                self.seen[row.row_id] = self.begin(row)
             start = self.seen[row.row_id]
+            stop = len(row.tokens) if drafts else self.stop_without_draft(row, start)
             catch_up.append(ForwardRow(row.tokens[start:stop], start, row.table))
             self.seen[row.row_id] = stop
         run = [index for index, forward in enumerate(catch_up) if forward.tokens]
@@ -103,6 +103,14 @@ class ModelSpeculator:
                 ]
                 logits = dict(zip(active, self.model.forward(rows), strict=True))
         return Proposal(tokens, probs=[DraftDistributions(torch.stack(p)) if p else None for p in probs])
+
+    def begin(self, row: ProposalRow) -> int:
+        """How many entries a new row has. It knows of forks, and nothing of the prefix cache."""
+        return 0 if row.forked_from is None else row.new_positions.start
+
+    def stop_without_draft(self, row: ProposalRow, start: int) -> int:
+        """How many a row has after a call in which it may not draft."""
+        return row.new_positions.stop
 
     @staticmethod
     def _draw(row: ProposalRow, logits: torch.Tensor, probs: list[torch.Tensor]) -> int:

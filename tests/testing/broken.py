@@ -107,6 +107,16 @@ class StaleKV(ModelSpeculator):
         return proposal
 
 
+class LazyEntries(ModelSpeculator):
+    """Stores nothing until a row may draft, and takes for stored what it was shown of earlier rows."""
+
+    def begin(self, row: Any) -> int:
+        return row.num_cached_tokens
+
+    def stop_without_draft(self, row: Any, start: int) -> int:
+        return start
+
+
 class OffByOne(Reader):
     def newest_state(self, row: Any, batch: Any) -> torch.Tensor:
         return batch.hidden_states["final"][max(row.new_states.stop - 2, 0)]
@@ -372,7 +382,7 @@ BROKEN: dict[str, Case] = {
     "weights read at load": Case(_of_target(ReadsWeightsAtLoad), {"loading"}),
     "raising sometimes": Case(_plain(RaisesSometimes), {"validity"}),
     "ids outside the vocabulary": Case(_plain(UnknownToken), {"validity"}),
-    "learning without saying so": Case(_plain(LearnsInSecret), {"rollback", "rows", "leftovers"}),
+    "learning without saying so": Case(_plain(LearnsInSecret), {"rollback", "rows", "prefixes", "leftovers"}),
     "NaN": Case(_of_target(NotANumber), {"validity"}),
     "ignoring budgets": Case(_plain(OverBudget), {"budgets"}),
     "drafting without a budget": Case(_of_target(DraftsWithoutBudget), {"budgets"}),
@@ -391,6 +401,7 @@ BROKEN: dict[str, Case] = {
     "touching committed tokens": Case(_plain(TouchesTokens), {"counters", "greedy", "seeds", "parameters", "endings"}),
     "global randomness in a token-only speculator": Case(_plain(GlobalRandomness), {"tokens"}),
     "stale KV after a rollback": Case(_model(StaleKV), {"rollback", "rows"}),
+    "KV that is not written when it is due": Case(_model(LazyEntries), {"prefixes"}),
     "hidden states off by one": Case(_of_target(OffByOne), {"rollback", "rows"}),
     "rows kept after their end": Case(_of_target(KeepsOldRows), {"rows"}),
     "leaking rows": Case(_plain(LeakingRows), {"leftovers"}),

@@ -14,10 +14,8 @@ from specplug.testing import CHECKS, CheckResult, Flags, Subject, Targets, run_c
 from support.marks import slow_except
 
 A_FEW = (
-    "ids outside the vocabulary",
     "a lossy sampling verify",
     "stale KV after a rollback",
-    "leaking rows",
     "under-planned memory",
 )
 NEIGHBOURS = {"startup", "validity", "counters"}  # all checks for all of them take minutes
@@ -53,7 +51,8 @@ def check(case: Case, targets: Targets, names: set[str] | None = None) -> list[C
     return run_checks(subject, [c for c in CHECKS if names is None or c.name in names])
 
 
-@pytest.mark.parametrize("name", slow_except(GOOD, "lookup"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GOOD)
 def test_good_speculators_pass_all(targets: Targets, name: str) -> None:
     results = check(GOOD[name], targets)
     assert [(r.check.name, r.text, r.traceback) for r in results if r.verdict == "failed"] == []
@@ -91,7 +90,7 @@ def test_a_check_that_saw_no_draft_says_so(targets: Targets) -> None:
     silent = Case(lambda config, target: Silent(), set())
     results = {result.check.name: result for result in check(silent, targets)}
     unseen = {name for name, result in results.items() if result.verdict == "nothing seen"}
-    assert unseen == _NEED_DRAFTS | {"rollback", "rows", "progress"}
+    assert unseen == _NEED_DRAFTS | {"rollback", "rows", "prefixes", "progress"}
     assert all("drafted nothing" in results[name].text for name in unseen)
 
 

@@ -66,12 +66,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"speculative_config": {"method": "x", "max_num_speculative_tokens": "8"}},
         "max_num_speculative_tokens='8': expected an integer of at least 1",
     ),
+    ({"enable_prefix_caching": 0}, "enable_prefix_caching=0: expected True or False"),
     ({"speculative_config": {"method": "x", "fallback": "ngram"}}, "expected a mapping, got 'ngram'"),
 ]
 WRONG_FOR_VLLM: list[tuple[dict[str, Any], str]] = [
     ({"tensor_parallel_size": True}, "tensor_parallel_size=True is not supported: the engine runs on one device"),
     ({"tensor_parallel_size": [1]}, "tensor_parallel_size=[1] is not supported"),
-    ({"enable_prefix_caching": 0}, "enable_prefix_caching=0 is not supported"),
+    ({"enable_lora": 0}, "enable_lora=0 is not supported"),
     ({"enforce_eager": "no"}, "vLLM's option enforce_eager='no': expected True or False"),
     ({"disable_log_stats": np.ones(2)}, "vLLM's option disable_log_stats=array([1., 1.]): expected True or False"),
 ]

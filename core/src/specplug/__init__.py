@@ -15,7 +15,6 @@ from specplug.version import __version__
 if TYPE_CHECKING:
     from specplug.async_llm import AsyncLLM
     from specplug.config.engine import EngineConfig
-    from specplug.contract.going_on import worth_another_token
     from specplug.contract.hooks import hookimpl
     from specplug.contract.resources import (
         KVLayer,
@@ -83,7 +82,6 @@ if TYPE_CHECKING:
 _HOMES = {
     "specplug.async_llm": ("AsyncLLM",),
     "specplug.config.engine": ("EngineConfig",),
-    "specplug.contract.going_on": ("worth_another_token",),
     "specplug.contract.hooks": ("hookimpl",),
     "specplug.contract.resources": (
         "KVLayer",

@@ -144,7 +144,7 @@ class Frontend:
         with self._encoding:  # bad words are tokenized too
             for request_id, prompt, param in zip(ids, encoded, params, strict=True):
                 try:
-                    family = self.engine.make_request(request_id, prompt.ids, param)
+                    family = self.engine.make_request(request_id, prompt.ids, param, cache_salt=prompt.cache_salt)
                 except RequestError as error:  # callers know their prompts by index, not by request id
                     raise RequestError(prompt.where + str(error).removeprefix(f"request '{request_id}': ")) from error
                 submitted.append(Submission(request_id, prompt.text, family))
@@ -192,6 +192,7 @@ class Frontend:
             outputs=[self.completion(index, request) for index, request in enumerate(submitted.family)],
             finished=all(request.is_finished for request in submitted.family),
             metrics=self.times(submitted),
+            num_cached_tokens=first.num_cached_tokens or 0,
         )
 
     def times(self, submitted: Submission) -> RequestMetrics:

@@ -65,7 +65,7 @@ class LLM:
 
         Args:
             prompts: text, token ids (a list, a NumPy array or a torch tensor), `{"prompt": …}` or `{"prompt_token_ids": …}`,
-                or a list of these.
+                or a list of these. A mapping may have a `cache_salt`: it shares cached KV only with prompts of the same salt.
             sampling_params: one for all prompts, or one for each; None uses the model's generation_config.
             use_tqdm: show a progress bar on a terminal.
             lora_request: not supported.
@@ -235,6 +235,11 @@ class LLM:
     def get_default_sampling_params(self) -> SamplingParams:
         """The parameters of `generate` if it is given none: the model's generation_config, then the defaults."""
         return self._frontend.default_sampling_params()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached KV; requests that run go on with theirs. Returns True, as vLLM does on success."""
+        self.engine.reset_prefix_cache()
+        return True
 
     def get_metrics(self) -> list[Metric]:
         """The engine's current counters, under vLLM's names; never waits for a step."""

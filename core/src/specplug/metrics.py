@@ -43,10 +43,13 @@ def engine_metrics(engine: Engine) -> list[Metric]:
     stats, scheduler = engine.stats, engine.scheduler
     allocator = scheduler.allocator
     histogram = stats.acceptance_histogram
+    prefixes = engine.prefix_cache
     return [
         Gauge("vllm:num_requests_running", len(scheduler.running)),
         Gauge("vllm:num_requests_waiting", len(scheduler.waiting)),
         Gauge("vllm:kv_cache_usage_perc", 1 - allocator.num_free / allocator.num_blocks),
+        Counter("vllm:prefix_cache_queries", 0 if prefixes is None else prefixes.num_queried_tokens),
+        Counter("vllm:prefix_cache_hits", 0 if prefixes is None else prefixes.num_hit_tokens),
         Counter("vllm:num_preemptions", scheduler.num_preemptions),
         Counter("vllm:prompt_tokens", engine.num_prompt_tokens),
         Counter("vllm:generation_tokens", engine.num_generated_tokens),

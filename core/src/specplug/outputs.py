@@ -80,7 +80,7 @@ class RequestOutput:
         outputs: the completions, by index.
         finished: whether all of them have ended.
         metrics: its times.
-        num_cached_tokens: prompt tokens taken from a prefix cache; always 0, since there is none.
+        num_cached_tokens: prompt tokens whose KV was taken from the prefix cache.
     """
 
     request_id: str

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from specplug.engine.trace import StepTrace
     from specplug.model.kv_cache import BlockTable
     from specplug.speculation.draft import Draft
-    from specplug.speculation.estimates import RowEstimate
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -55,10 +54,15 @@ class Request:
         table: its KV blocks while it runs.
         draft: the draft that the next step verifies.
         outcome: the result of its last draft.
-        outcome_link: the index of that draft's speculator in the chain.
-        estimates: the automatic draft length's estimates for it, per speculator of the chain; empty at first.
         forked_from: the row whose blocks it shares, until its first step.
         num_forked_tokens: the computed positions it started with, if it was forked.
+        cache_salt: requests with different salts share no cached KV.
+        block_digests: names of its first full KV blocks, as far as they were needed.
+        num_cached_tokens: its first tokens that the prefix cache had when it first started; None before that, or without one.
+        num_stored_blocks: its first blocks that need not be added to the prefix cache any more.
+        num_followed_blocks: speculator of the chain → first blocks of which the prefix cache knows that it wrote them.
+        stored_by: speculator of the chain → its first positions that have that speculator's entries from the prefix cache;
+            until the chain is told.
         fork_group: sequences to fork from this one once its prompt is computed.
         finish_reason: why it ended; None before that.
         stop_reason: the stop string, or the id of `stop_token_ids`, that ended it.
@@ -88,10 +92,14 @@ class Request:
     table: BlockTable | None = None
     draft: Draft | None = None
     outcome: Outcome | None = None
-    outcome_link: int = 0
-    estimates: list[RowEstimate] = attrs.field(factory=list)
     forked_from: int | None = None
     num_forked_tokens: int = 0
+    cache_salt: str | None = None
+    block_digests: list[bytes] = attrs.field(factory=list)
+    num_cached_tokens: int | None = None
+    num_stored_blocks: int = 0
+    num_followed_blocks: dict[int, int] = attrs.field(factory=dict)
+    stored_by: dict[int, int] = attrs.field(factory=dict)
     fork_group: list[Request] = attrs.field(factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None

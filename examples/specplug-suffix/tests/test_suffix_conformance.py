@@ -11,6 +11,7 @@ from specplug_suffix import load_speculator
 
 
 class TestSuffix(SpeculatorConformance):
+    quick = True
     plugins: ClassVar[Mapping[str, Any]] = {"suffix": load_speculator}
     samples = False
     proposes_trees = True

@@ -58,7 +58,6 @@ def workload(llm: LLM, chooser: random.Random, temperatures: tuple[float, ...]) 
     ("seed", "method", "chain"),
     slow_except(
         [(0, "greedy", "alone"), (1, "probabilistic", "alone"), (2, "greedy", "ngram"), (3, "probabilistic", "ngram")],
-        0,
         3,
     ),
 )

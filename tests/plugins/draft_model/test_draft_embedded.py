@@ -9,6 +9,7 @@ import torch
 
 import specplug_draft_model
 from specplug import LLM, SamplingParams
+from support.marks import slow_except
 
 PACKAGE = Path(specplug_draft_model.__file__).parent
 MEGABYTES = 2 * 1024 * 1024
@@ -29,7 +30,9 @@ def expected() -> list[list[int]]:
         return [output.outputs[0].token_ids for output in plain.generate(PROMPTS, GREEDY)]
 
 
-@pytest.mark.parametrize("keys", [{}, {"model": "tiny"}], ids=["no model", "model tiny"])
+@pytest.mark.parametrize(
+    "keys", [{}, pytest.param({"model": "tiny"}, marks=pytest.mark.slow)], ids=["no model", "model tiny"]
+)
 def test_its_drafts_are_worth_their_while_and_cost_no_token(expected: list[list[int]], keys: dict[str, str]) -> None:
     config = {"method": "draft_model", "num_speculative_tokens": 4, **keys}
     with LLM("tiny", dtype="float32", strict=True, speculative_config=config) as llm:
@@ -41,7 +44,7 @@ def test_its_drafts_are_worth_their_while_and_cost_no_token(expected: list[list[
     assert stats.num_steps < 0.45 * sum(map(len, expected))
 
 
-@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+@pytest.mark.parametrize("method", slow_except(["greedy", "probabilistic"], "probabilistic"))
 def test_it_also_helps_at_temperature_one(method: str) -> None:
     config = {"method": "draft_model", "num_speculative_tokens": 4, "draft_sample_method": method}
     with LLM("tiny", dtype="float32", strict=True, speculative_config=config) as llm:

@@ -68,6 +68,7 @@ class RandomWalk:
         self._engine: Any = None
         self._shown: dict[int, range] = {}
         self._parents: dict[int, int] = {}
+        self.cached = 0
 
     def watch(self, llm: LLM) -> None:
         """Learns from the engine which request is behind a slot, and when one forks or ends."""
@@ -108,6 +109,10 @@ class RandomWalk:
             shown = self._shown.get(number, range(0, 0))
             self._parents.pop(number, None)
             self.forks += row.forked_from is not None
+            if row.num_cached_tokens:
+                assert row.num_cached_tokens == row.new_positions.start
+                shown = range(row.num_cached_tokens)
+                self.cached += 1
             if row.new_positions.start != shown.stop:
                 shown = range(row.new_positions.start, row.new_positions.start)
                 self.gaps += 1

@@ -141,7 +141,6 @@ def check_limits(drafted: Drafted) -> None:
             ("EAGLE-1", "dynamic"),
             ("EAGLE-3", "authors"),
         ],
-        ("reduced", "chain"),
         ("reduced", "dynamic"),
         ("EAGLE-1", "authors"),
     ),

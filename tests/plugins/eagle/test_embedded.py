@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,22 @@ def test_the_package_data_is_small() -> None:
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 3_000_000
 
 
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32",
+    "strict": True,
+    "memory": "512MiB",
+    "max_num_seqs": 4,
+    "max_model_len": 512,
+}
+PARAMS = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    with LLM("tiny", **SETTINGS) as plain:
+        return [output.outputs[0].token_ids for output in plain.generate(list(PROMPTS), PARAMS, use_tqdm=False)]
+
+
 @pytest.mark.parametrize(
     ("options", "floor"),
     [
@@ -31,15 +48,11 @@ def test_the_package_data_is_small() -> None:
         ({"tree_depth": 4, "tree_top_k": 6, "tree_total_tokens": 30}, 3.0),
     ],
 )
-def test_acceptance_stays_what_it_was(options: dict[str, object], floor: float) -> None:
-    params = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
-    settings = {"dtype": "float32", "strict": True, "memory": "512MiB", "max_num_seqs": 4, "max_model_len": 512}
-    with LLM("tiny", **settings) as plain:
-        expected = [output.outputs[0].token_ids for output in plain.generate(list(PROMPTS), params, use_tqdm=False)]
+def test_acceptance_stays_what_it_was(expected: list[list[int]], options: dict[str, object], floor: float) -> None:
     with LLM(
-        "tiny", speculative_config={"method": "eagle3", "num_speculative_tokens": 4, **options}, **settings
+        "tiny", speculative_config={"method": "eagle3", "num_speculative_tokens": 4, **options}, **SETTINGS
     ) as llm:
-        outputs = llm.generate(list(PROMPTS), params, use_tqdm=False)
+        outputs = llm.generate(list(PROMPTS), PARAMS, use_tqdm=False)
         stats = llm.engine.stats
     assert [output.outputs[0].token_ids for output in outputs] == expected
     assert 1 + stats.num_accepted_draft_tokens / stats.num_spec_steps >= floor

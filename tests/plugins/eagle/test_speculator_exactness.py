@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 from recorded_drafts import paths_of
 
-from specplug import LLM, MemoryBudget, MemoryRegion, Proposal, ProposalBatch, Resources, SamplingParams, hookimpl
+from specplug import (
+    LLM,
+    MemoryBudget,
+    MemoryRegion,
+    Proposal,
+    ProposalBatch,
+    Resources,
+    SamplingParams,
+    hookimpl,
+    native,
+)
 from specplug.model.kv_cache import BlockAllocator
 from specplug_eagle import EagleSpeculator, load_speculator
 from support.heads import TREES, drafted_by_head, save_eagle1, save_eagle3
@@ -131,6 +141,7 @@ def test_every_head_and_tree_equals_transformers_generate(root: Path, architectu
 def test_compiled_heads_and_targets_draft_the_same(
     root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    native.load()  # from the usual cache: a new one holds no kernels
     monkeypatch.setenv("SPECPLUG_CACHE", str(tmp_path))
     check(root, "llama", "reduced", "dynamic", compile=True)
     assert len(list((tmp_path / "forwards").glob("*.bin"))) == 2

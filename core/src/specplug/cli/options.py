@@ -102,6 +102,11 @@ _engine = option_group(
         help="Maximum number of draft tokens in a step, over all sequences.",
     ),
     named("--block-size", type=int, metavar="N", help="Number of tokens in a KV block."),
+    named(
+        "--enable-prefix-caching/--no-enable-prefix-caching",
+        default=None,
+        help="Keep the KV of prompts for requests that begin alike. [default: yes]",
+    ),
     named("--dtype", default="auto", metavar="NAME", help="float32, bfloat16, ... [default: the checkpoint's own]"),
     named("--device", default="auto", metavar="NAME", help="cpu, cuda or cuda:N. [default: a GPU if there is one]"),
     named(

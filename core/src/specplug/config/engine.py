@@ -46,6 +46,11 @@ def _as_path(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
+def _on_by_default(value: Any) -> Any:
+    """None, as vLLM has it, → True."""
+    return True if value is None else value
+
+
 def _as_name(kind: str) -> Callable[[Any], Any]:
     """Makes a converter of one of torch's types to its name; torch is not imported for it."""
 
@@ -106,6 +111,7 @@ class EngineConfig:
         max_num_draft_tokens: the most draft tokens that one step verifies, over all rows; None sets no limit of its own. A
             large batch is bound by computing: scored trees then keep the best nodes of all rows together.
         block_size: tokens of a KV block.
+        enable_prefix_caching: whether KV is kept for later requests that begin with the same tokens.
         memory: bytes that everything together may use; None takes a share of what is free.
         seed: of the engine's random streams.
         speculative: the chain of speculators, or None for plain decoding.
@@ -136,6 +142,7 @@ class EngineConfig:
     max_num_batched_tokens: int = attrs.field(default=1024, **_POSITIVE)
     max_num_draft_tokens: int | None = attrs.field(default=None, **_POSITIVE_OR_NONE)
     block_size: int = attrs.field(default=16, **_POSITIVE)
+    enable_prefix_caching: bool = attrs.field(default=True, converter=_on_by_default, validator=_FLAG["validator"])
     memory: int | None = attrs.field(default=None, converter=attrs.converters.optional(parse_bytes))
     seed: int = attrs.field(
         default=0,

@@ -71,6 +71,9 @@ class MemoryRegion:
         scratch_tokens_per_row: KV entries that `propose` writes after a row's committed tokens. Core reserves slots for them
             in the row's block table. A drafter of trees may write more of them than are verified.
         tables: `shared`: the target's block tables (`row.table`) address the region; `own`: the speculator's own tables do.
+            Rows that begin with the same tokens share blocks, and with them the entries of `shared` regions. So the entries of
+            all positions that a row was shown must be written when `propose` returns, and an entry may depend only on the
+            tokens up to its position; for a speculator that reads target states, also on the token after it.
         device: None means the target's device. Another device has a memory budget of its own.
 
     Raises:

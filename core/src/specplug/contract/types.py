@@ -132,22 +132,56 @@ class Budget:
     Attributes:
         max_nodes: draft tokens of the row.
         max_depth: draft tokens on one path from the root.
-        least_chance: a hint for speculators that draft token after token and know how likely each is: a token of a
-            deterministic chain that is less likely than this to be accepted, with all before it, costs more to verify than it
-            is expected to save. Whoever stops for it gives `Proposal.scores`. 0 never stops. `worth_another_token` applies
-            this and the next.
-        least_sum: how much more than that the chances of all rows that go on must come to, for drafting to pay as well.
+        min_probability: what `worth_extending` compares each row's chain with; 0 never stops one.
+        min_surplus: what it compares all rows together with.
     """
 
     max_nodes: int
     max_depth: int
-    least_chance: float = 0.0
-    least_sum: float = 0.0
+    min_probability: float = 0.0
+    min_surplus: float = 0.0
 
     @property
     def may_stop(self) -> bool:
-        """Whether it names chances."""
-        return self.least_chance > 0.0 or self.least_sum > 0.0
+        """Whether `worth_extending` can answer False."""
+        return self.min_probability > 0.0 or self.min_surplus > 0.0
+
+    @staticmethod
+    def worth_extending(budgets: Sequence[Budget], probabilities: Sequence[float | None]) -> list[bool]:
+        """Which rows' chains to draft another token for: for speculators that draft token after token, all rows at once.
+
+        A row's chain is extended where verifying the token costs less time than it is expected to save; and any are only if
+        together they save more than drafting takes, which is about the same for one row and for many. The next token's
+        probability is estimated from the chain: after a sure chain it is likely as well, after a doubtful one half as likely.
+        Whoever stops for it gives `Proposal.scores`.
+
+        Args:
+            budgets: of the rows whose chains may be extended.
+            probabilities: for each, that all tokens so far are accepted: the product of the probabilities that the speculator
+                gave them. None where that is not known, as for sampled tokens: such a row goes on, and so do the others
+                whose own token is worth it.
+
+        Returns:
+            For each row whether to draft another token.
+        """
+        if len(budgets) == 1 and probabilities[0] is not None:  # the usual case, once for every token
+            return [_extended(probabilities[0]) >= budgets[0].min_probability + budgets[0].min_surplus]
+        gains = [None if probability is None else _extended(probability) for probability in probabilities]
+        extended = [gain is None or gain >= budget.min_probability for budget, gain in zip(budgets, gains, strict=True)]
+        if None in gains:
+            return extended
+        surplus = sum(
+            gain - budget.min_probability
+            for budget, gain, own in zip(budgets, gains, extended, strict=True)
+            if own and gain is not None
+        )
+        wanted = max((budget.min_surplus for budget in budgets), default=0.0)
+        return extended if surplus >= wanted else [False] * len(extended)
+
+
+def _extended(probability: float) -> float:
+    """The estimated probability of a chain with one more token."""
+    return probability * (0.5 + 0.5 * probability)
 
 
 @attrs.frozen
@@ -179,8 +213,8 @@ class ProposalRow:
             call; when the row is reported in `ended`, it holds the row's final tokens.
         num_prompt_tokens: how many of `tokens` are the prompt.
         new_positions: the positions whose target states became final since the last call for this row: a row's calls cover
-            every position once, in order. It is empty if nothing is new. It may start after 0 for a new row: a fork, or a row
-            whose older states are no longer stored.
+            every position once, in order. It is empty if nothing is new. It may start after 0 for a new row: a fork, a row that
+            the prefix cache knows, or a row whose older states are no longer stored.
         new_states: the part of the batch's state tensors that belongs to this row, one entry per position of
             `new_positions`: `batch.hidden_states["final"][row.new_states]`. Empty if no states are declared.
         budget: the most it may draft.
@@ -194,6 +228,8 @@ class ProposalRow:
             `scratch_tokens_per_row`.
         forked_from: for a new row that is a fork, the `row_id` of its parent, if the parent is still running. KV regions with
             `tables="shared"` then hold the parent's entries for the positions before `new_positions`.
+        num_cached_tokens: for a new row, how many of its first positions have this speculator's own entries in KV regions with
+            `tables="shared"`, from earlier rows with the same tokens: all before `new_positions`, or 0.
     """
 
     row_id: int
@@ -208,6 +244,7 @@ class ProposalRow:
     forked_from: int | None = None
     num_prompt_tokens: int = 0
     drafted: slice = slice(0, 0)
+    num_cached_tokens: int = 0
     _generator: Callable[[], torch.Generator] | None = None
 
     @property

@@ -35,7 +35,6 @@ def commit_tokens(request: Request, path: Sequence[int], next_token: int, total:
     for stats in (request.stats, total):
         stats.record(len(draft) if draft else 0, num_accepted, draft.method if draft else "")
     request.outcome = Outcome(draft.method, len(draft), tuple(path), tuple(draft.tokens)) if draft else None
-    request.outcome_link = draft.link if draft else 0
     request.draft = None
     texts = [] if request.text is None or request.error else request.text.take(taken)
     return StepOutput(request, request.tokens[before:], [*sources, None][:taken], texts)

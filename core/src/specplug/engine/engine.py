@@ -63,6 +63,7 @@ class Engine:
         self.runner = runner
         self.chain = chain
         self.scheduler = scheduler
+        self.prefix_cache = scheduler.prefix_cache
         self.stats = SpeculationStats()
         self.num_steps = 0
         self.num_prompt_tokens = 0
@@ -113,17 +114,27 @@ class Engine:
 
     # ---- requests -------------------------------------------------------------------------------------------------
 
-    def add_request(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> list[Request]:
+    def add_request(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, cache_salt: str | None = None
+    ) -> list[Request]:
         """Queues a request. With `n` completions, the others are forked from the first once its prompt is computed.
+
+        Args:
+            request_id: the caller's name for it.
+            prompt_ids: the prompt.
+            params: sampling parameters.
+            cache_salt: it shares cached KV only with requests of the same salt.
 
         Raises:
             RequestError: the request can never be served; the message says why.
         """
-        family = self.make_request(request_id, prompt_ids, params)
+        family = self.make_request(request_id, prompt_ids, params, cache_salt=cache_salt)
         self.submit([family])
         return family
 
-    def make_request(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> list[Request]:
+    def make_request(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, cache_salt: str | None = None
+    ) -> list[Request]:
         """The sequences of a request, checked but not queued; never waits for a step.
 
         Raises:
@@ -131,7 +142,7 @@ class Engine:
         """
         self._check_open()
         with own_torch_state():
-            return self._requests.make(request_id, prompt_ids, params)
+            return self._requests.make(request_id, prompt_ids, params, cache_salt)
 
     def submit(self, families: Sequence[list[Request]]) -> None:
         """Queues requests, all at once."""
@@ -164,6 +175,12 @@ class Engine:
             request.fork_group = []
             self.scheduler.finish(request, "aborted")
         return ended
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets all cached KV; requests that run go on with theirs."""
+        with self._lock:
+            allocator = self.scheduler.allocator
+            allocator.forget(allocator.cached.all())
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -247,6 +264,8 @@ class Engine:
         if moves:
             self.runner.cache.move([source for source, _ in moves], [destination for _, destination in moves])
         self._states.record(target.captured, final, drafted)
+        if self.prefix_cache is not None:
+            self.prefix_cache.store([row.request for row in target.rows], self.scheduler.allocator)
         for row in target.rows:
             if row.request.is_finished:
                 if row.request.error is None:
@@ -259,8 +278,13 @@ class Engine:
             self.chain.end(request, slot, reason)
         self.scheduler.ended.clear()
         alive = [row.request for row in rows if row.request.slot >= 0]
+        for request in alive:
+            if request.stored_by:
+                self.chain.resume(request)
         contended = bool(self.scheduler.waiting) or any(request.num_pending > 1 for request in alive)
         self.chain.propose(alive, self.scheduler.reserve, contended)
+        if self.prefix_cache is not None:
+            self.prefix_cache.store_entries(alive, self.scheduler.allocator, self.chain.num_stored)
         for request in alive:
             request.outcome = None
             if request.num_output_tokens:  # only now, so that children share the speculators' KV of the prompt too
@@ -286,9 +310,10 @@ class Engine:
         if request.error is not None and request.table is not None:
             # Masked entries are multiplied by zero, and NaN times zero is NaN: a failed request may leave none behind.
             size, allocator = self.plan.block_size, self.scheduler.allocator
-            own = [block * size for block in request.table.blocks if not allocator.is_shared(block)]
+            own = [block for block in request.table.blocks if not allocator.is_shared(block)]
+            allocator.forget(own)
             for cache in self._shared_caches:
-                cache.clear([slot for begin in own for slot in range(begin, begin + size)])
+                cache.clear([slot for block in own for slot in range(block * size, (block + 1) * size)])
         self.scheduler.finish(request, "finished" if request.error is None else "aborted")
 
     def _recover(self) -> None:

@@ -17,7 +17,7 @@ from specplug.sampling.params import MAX_SEED, SamplingParams
 from specplug.sampling.randomness import EngineRandomness, RowRandomness
 from specplug.sampling.rules import LogitsRules
 from specplug.text.bad_words import bad_word_ids
-from specplug.text.prompts import token_ids
+from specplug.text.prompts import check_cache_salt, token_ids
 from specplug.text.stream import TextStream
 
 
@@ -54,7 +54,9 @@ class RequestFactory:
         self._context_note = architecture.context_note
         self._numbers = itertools.count()
 
-    def make(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> list[Request]:
+    def make(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, cache_salt: str | None = None
+    ) -> list[Request]:
         """The sequences of a request, one per completion. All but the first are forked from the first.
 
         Raises:
@@ -66,6 +68,10 @@ class RequestFactory:
             raise RequestError(f"request '{request_id}': {error}") from error
         self._check_prompt(request_id, ids)
         self._check_ids(request_id, params)
+        try:
+            check_cache_salt(cache_salt)
+        except RequestError as error:
+            raise RequestError(f"request '{request_id}': {error}") from error
         room = self._plan.max_model_len - len(ids)
         limit = min(params.max_tokens or room, room)
         params = attrs.evolve(params, max_tokens=limit, min_tokens=min(params.min_tokens, limit))
@@ -73,6 +79,8 @@ class RequestFactory:
         words = self._bad_words(request_id, params)
         family = [self._request(request_id, ids, params, index, stop_ids, words) for index in range(params.n)]
         family[0].fork_group = family[1:]
+        for request in family:
+            request.cache_salt = cache_salt
         return family
 
     def _request(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from specplug.contract.types import EndReason
+from specplug.engine.prefix_cache import NO_HIT, PrefixCache
 from specplug.model.kv_cache import BlockAllocator, BlockTable
 from specplug.request import Request
 
@@ -38,7 +39,17 @@ class ScheduledRow:
 
 
 class Scheduler:
-    """The waiting queue, the running rows, their slots and blocks."""
+    """The waiting queue, the running rows, their slots and blocks.
+
+    Args:
+        num_blocks: KV blocks.
+        block_size: tokens of a block.
+        max_num_seqs: the most rows in a batch.
+        max_num_batched_tokens: the most tokens in a step.
+        lookahead: KV entries of a row after its tokens.
+        max_model_len: the longest sequence, if it is known.
+        prefix_cache: where new rows look for the KV of their first tokens; None computes all of them.
+    """
 
     def __init__(
         self,
@@ -48,7 +59,9 @@ class Scheduler:
         max_num_batched_tokens: int,
         lookahead: int,
         max_model_len: int | None = None,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
+        self.prefix_cache = prefix_cache
         self.allocator = BlockAllocator(num_blocks)
         self.block_size = block_size
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -108,17 +121,27 @@ class Scheduler:
     def _admit(self, rows: list[ScheduledRow], budget: int) -> None:
         while self.waiting and self._free_slots and budget > 0:
             request = self.waiting[0]
-            table = BlockTable(self.block_size)
-            needed = self._blocks_for(len(request.tokens) + 1)
-            if needed > self.allocator.num_free:
+            hit = NO_HIT if self.prefix_cache is None else self.prefix_cache.find(request, self.allocator)
+            found = len(hit.blocks)
+            needed = self._blocks_for(len(request.tokens) + 1) - found
+            if needed > self.allocator.num_free - self.allocator.count_free(hit.blocks):
                 break
+            self.allocator.share(hit.blocks)
+            request.num_computed = found * self.block_size
             count = min(request.num_pending, budget)
             blocks = self.allocator.allocate(
-                self._blocks_for(count), expected=max(needed, self._expected_blocks(request))
+                self._blocks_for(request.num_computed + count) - found,
+                after=hit.blocks[-1] if found else None,
+                expected=max(needed, self._expected_blocks(request) - found),
             )
             assert blocks is not None
-            table.extend(blocks)
+            table = BlockTable(self.block_size)
+            table.extend([*hit.blocks, *blocks])
             self.waiting.popleft()
+            request.num_stored_blocks = found
+            request.stored_by = dict(hit.starts)
+            if self.prefix_cache is not None:
+                self.prefix_cache.count(request, hit)
             self._start(request, table)
             rows.append(ScheduledRow(request, count, count == request.num_pending))
             budget -= count
@@ -189,6 +212,9 @@ class Scheduler:
         request.table = None
         request.forked_from = None
         request.num_forked_tokens = 0
+        request.num_stored_blocks = 0
+        request.num_followed_blocks = {}
+        request.stored_by = {}
 
     def fork(self, parent: Request, child: Request) -> list[tuple[int, int]] | None:
         """Starts a sequence on the computed prompt of another one. Full blocks are shared, the last one is copied.
@@ -212,6 +238,8 @@ class Scheduler:
         forked.extend([*table.blocks[:shared], *own])
         child.num_computed = child.num_forked_tokens = computed
         child.forked_from = parent.slot
+        child.num_stored_blocks = min(shared, parent.num_stored_blocks)
+        child.block_digests = parent.block_digests[:shared]
         self._start(child, forked)
         first = shared * self.block_size
         return list(zip(table.slots(first, computed), forked.slots(first, computed), strict=True))

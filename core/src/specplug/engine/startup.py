@@ -18,6 +18,7 @@ from specplug.contract.resources import Resources
 from specplug.engine.compilation import compile_forwards, wants_compilation
 from specplug.engine.engine import Engine
 from specplug.engine.planning import PlannedEngine, max_nodes_of, plan_engine, wants_top_k_at_drafts
+from specplug.engine.prefix_cache import PrefixCache, Sharer
 from specplug.engine.requests import RequestFactory
 from specplug.engine.scheduler import Scheduler
 from specplug.errors import SpecplugError, StartupError
@@ -34,9 +35,9 @@ from specplug.plugins.target import LazyModel
 from specplug.sampling.defaults import eos_ids
 from specplug.sampling.randomness import EngineRandomness
 from specplug.sampling.workspace import Workspace
-from specplug.speculation.auto import AutoBudget
+from specplug.speculation.adaptive import AdaptiveDraftLength
 from specplug.speculation.chain import SpeculatorChain
-from specplug.speculation.policy import BudgetPolicy, FixedBudget
+from specplug.speculation.draft_length import DraftLengthPolicy, FixedDraftLength
 from specplug.speculation.target_states.store import TargetStateStore
 from specplug.speculation.verification.dispatch import Verification
 from specplug.speculation.verification.verifier import LosslessVerifier
@@ -252,8 +253,19 @@ def _assemble(
             config.max_num_batched_tokens,
             lookahead,
             plan.max_model_len,
+            PrefixCache(plan.block_size, _sharers(planned)) if config.enable_prefix_caching else None,
         ),
     )
+
+
+def _sharers(planned: PlannedEngine) -> list[Sharer]:
+    """The speculators whose whole KV cache is addressed by the target's block tables."""
+    tables = [{region.tables for region in own if region.layers} for own in planned.regions]
+    return [
+        Sharer(index, speculator.traits.needs_states)
+        for index, (speculator, kinds) in enumerate(zip(planned.speculators, tables, strict=True))
+        if kinds == {"shared"}
+    ]
 
 
 def _resources(
@@ -283,11 +295,11 @@ def _tokenizer_folder(planned: PlannedEngine) -> Path:
     return resolve_checkpoint(resolve_model(config.tokenizer), trust_remote_code=config.trust_remote_code)
 
 
-def choose_policy(speculators: Sequence[RegisteredSpeculator]) -> BudgetPolicy:
+def choose_policy(speculators: Sequence[RegisteredSpeculator]) -> DraftLengthPolicy:
     """Fixed draft lengths, or automatic ones if any speculator asks for them."""
     if any(speculator.config.is_auto for speculator in speculators):
-        return AutoBudget(speculators)
-    return FixedBudget()
+        return AdaptiveDraftLength(speculators)
+    return FixedDraftLength()
 
 
 def _row_buckets(max_num_seqs: int) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from specplug.contract.resources import KVLayer
 from specplug.errors import PluginError
 from specplug.model.device import to_device
 from specplug.model.huge_pages import allocate
+from specplug.model.prefix_index import PrefixIndex
 from specplug.native.gpu import cuda
 
 
@@ -83,13 +84,22 @@ class BlockAllocator:
 
     A row announces how many blocks it may need. The allocator starts it where that many blocks are free, and gives them to
     other rows only when no others are free, so that a row usually stays one contiguous slice.
+
+    A block whose tokens are cached stays as it is when its last row releases it. It counts as free, and is evicted when no
+    other block is free, the least recently used first.
+
+    Attributes:
+        num_blocks: all blocks.
+        num_free: those that no row holds.
+        cached: those that can be found by their tokens.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.num_free = num_blocks
+        self.cached = PrefixIndex()
         self._references = [0] * num_blocks
-        self._free = np.ones(num_blocks, dtype=bool)
+        self._free = np.ones(num_blocks, dtype=bool)  # no row holds it, and it is not cached
         self._unclaimed = np.ones(num_blocks, dtype=bool)  # free, and in no row's expected run
 
     def allocate(self, count: int, *, after: int | None = None, expected: int = 0) -> list[int] | None:
@@ -102,9 +112,13 @@ class BlockAllocator:
         """
         if count > self.num_free:
             return None
+        shortage = count - (self.num_free - self.cached.num_idle)
+        if shortage > 0:
+            self.forget(self.cached.oldest(shortage))
         if after is not None:
             run = self._free[after + 1 : after + 1 + count]
             if len(run) == count and run.all():
+                self._unclaimed[after + 1 : after + 1 + expected] = False
                 return self._take(range(after + 1, after + 1 + count))
         start = self._find_run(self._unclaimed, max(count, expected))
         if start is None:
@@ -134,27 +148,42 @@ class BlockAllocator:
         return taken
 
     def share(self, blocks: Sequence[int]) -> None:
-        """Adds one holder to each block."""
+        """Adds one holder to each block: blocks that a row holds, or cached ones."""
         for block in blocks:
+            if self._references[block] == 0:
+                self.cached.wake(block)
+                self.num_free -= 1
             self._references[block] += 1
 
     def is_shared(self, block: int) -> bool:
         """Whether more than one row holds the block."""
         return self._references[block] > 1
 
+    def count_free(self, blocks: Sequence[int]) -> int:
+        """How many of some blocks no row holds."""
+        return sum(self._references[block] == 0 for block in blocks)
+
+    def forget(self, blocks: Sequence[int]) -> None:
+        """Blocks are not found by their tokens any more."""
+        for block in blocks:
+            if self.cached.remove(block):
+                self._free[block] = True
+                self._unclaimed[block] = True
+
     def release(self, blocks: Sequence[int], *, claimed: int = 0) -> None:
-        """Drops one holder of each block; blocks without a holder become free.
+        """Drops one holder of each block; blocks without a holder become free, the last ones of a row to be evicted first.
 
         Args:
             blocks: the blocks, in table order.
             claimed: how many blocks the row had announced; the part of its run that it never used becomes unclaimed.
         """
-        for block in blocks:
+        for block in reversed(blocks):
             self._references[block] -= 1
             if self._references[block] == 0:
-                self._free[block] = True
-                self._unclaimed[block] = True
                 self.num_free += 1
+                if not self.cached.rest(block):
+                    self._free[block] = True
+                    self._unclaimed[block] = True
         if blocks and claimed > len(blocks):
             tail = slice(blocks[-1] + 1, blocks[-1] + 1 + claimed - len(blocks))
             self._unclaimed[tail] = self._free[tail]

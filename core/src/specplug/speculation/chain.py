@@ -16,11 +16,9 @@ from specplug.contract.types import Budget, EndReason, Outcome, ProposalBatch, P
 from specplug.errors import PluginError, SpecplugError
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
-from specplug.speculation.asked import Asked, fed_tokens
-from specplug.speculation.auto import AutoBudget
 from specplug.speculation.draft import trim_drafts
+from specplug.speculation.draft_length import NO_BUDGET, DraftLengthPolicy, ProposeCall, catch_up_tokens, plan_budgets
 from specplug.speculation.link import ChainLink
-from specplug.speculation.policy import NO_BUDGET, BudgetPolicy, plan_budgets
 from specplug.speculation.target_states.ring_buffer import Captured
 from specplug.speculation.target_states.store import TOP_IDS, TOP_PROBS, TargetStateStore
 from specplug.speculation.validation import check_proposal
@@ -37,7 +35,7 @@ class SpeculatorChain:
         self,
         speculators: Sequence[RegisteredSpeculator],
         states: TargetStateStore,
-        policy: BudgetPolicy,
+        policy: DraftLengthPolicy,
         *,
         vocab_size: int,
         max_model_len: int,
@@ -55,6 +53,7 @@ class SpeculatorChain:
         self._strict = strict
         self._turn = 0  # which row comes first where not all get a draft
         self._target_seconds = 0.0  # of the latest step, without proposing
+        self._proposers: dict[int, ChainLink] = {}  # request number → who proposed what is being verified
         self._kept_at_rest: list[int] = []  # slots whose states are kept in steps without budgets
 
     @property
@@ -94,21 +93,39 @@ class SpeculatorChain:
             if parent.number not in link.banned:
                 link.forked[child.number] = min(link.delivered.get(parent.number, 0), child.num_forked_tokens)
                 link.parents[child.number] = parent.number
-        if self._auto is not None:
-            self._auto.fork(parent, child)
+                link.stored[child.number] = min(link.stored.get(parent.number, 0), child.num_forked_tokens)
+        self.policy.fork(parent, child)
+
+    def resume(self, request: Request) -> None:
+        """Takes in how much of a row each speculator has in the prefix cache."""
+        stored_by, request.stored_by = request.stored_by, {}
+        for index, count in stored_by.items():
+            link = self._links[index]
+            if count and request.number not in link.banned:
+                link.forked[request.number] = link.stored[request.number] = count
+                link.resumed.add(request.number)
+
+    def num_stored(self, index: int, request: Request) -> int:
+        """How many of a row's first positions a speculator was given without a gap."""
+        return self._links[index].stored.get(request.number, 0)
 
     def end(self, request: Request, slot: int, reason: EndReason) -> None:
         """Notes that a row left its slot; every speculator that knew it is told at its next call."""
         for link in self._links:
             link.forked.pop(request.number, None)
+            link.stored.pop(request.number, None)
+            link.resumed.discard(request.number)
             link.parents = {c: p for c, p in link.parents.items() if request.number not in (c, p)}
             link.outcomes.pop(request.number, None)
             if link.delivered.pop(request.number, None) is not None:
                 link.ended.append((slot, reason))
             if reason != "preempted":
                 link.banned.discard(request.number)
-        if reason == "preempted" and self._auto is not None:
-            self._auto.restart(request)
+        self._proposers.pop(request.number, None)
+        if reason == "preempted":
+            self.policy.restart(request)
+        else:
+            self.policy.finish(request)
         self._states.drop(slot)
 
     def propose(self, requests: Sequence[Request], reserve: Any, contended: bool) -> None:
@@ -119,71 +136,53 @@ class SpeculatorChain:
             reserve: `(request, tokens) -> bool`, grows a row's blocks.
             contended: whether other requests wait for a share of the next step's tokens.
         """
-        auto = self._auto
-        if auto is not None and auto.rests(requests):
+        if not self.policy.begin(requests):
             self._states.keep(self._kept_at_rest)
             self._states.end_step()
             return
         decoding = max(1, sum(request.num_pending == 1 for request in requests))
         tokens = self._max_num_batched_tokens // (2 if contended else 1)
         node_limit = max(0, tokens // decoding - 1)  # rows may outnumber the tokens of half a step
-        if auto is not None:
-            auto.begin(requests)
-        for index, link in enumerate(self._links):
+        for request in requests:
+            if request.outcome is not None and request.number in self._proposers:
+                self._proposers[request.number].outcomes[request.number] = request.outcome
+        self._proposers = {}
+        for link in self._links:
             if not link.enabled:
                 continue
-            for request in requests:
-                if request.outcome is not None and self._links[request.outcome_link] is link:
-                    link.outcomes[request.number] = request.outcome
             started = time.perf_counter()
-            asked = self._ask(link, *self._wishes(index, requests), node_limit, reserve)
-            if auto is not None:
-                auto.proposed(index, time.perf_counter() - started, asked)
+            call = self._ask(link, *self._lengths(link, requests), node_limit, reserve)
+            self.policy.proposed(link.speculator, time.perf_counter() - started, call)
         self._keep_unseen_states(requests)
         total = node_limit * decoding
         if self._max_num_draft_tokens is not None:
             total = min(total, self._max_num_draft_tokens)
-        drafts = [request.draft for request in requests]
-        drafts = trim_drafts(drafts if auto is None else auto.trim(drafts), total, self._turn)
+        drafts = trim_drafts(self.policy.trim([request.draft for request in requests]), total, self._turn)
         self._turn += 1
         for request, draft in zip(requests, drafts, strict=True):
             request.draft = draft if draft is not None and len(draft) else None
-        if auto is not None:
-            auto.end(requests)
+        self.policy.end(requests)
 
     def observe(self, requests: Sequence[Request], seconds: float, *, decoding: bool) -> None:
-        """Tells what a step took without proposing, and to the automatic budget what it brought; see `AutoBudget.observe`."""
+        """Tells the policy what a step took and brought; see `DraftLengthPolicy.observe`."""
         self._target_seconds = seconds
-        if self._auto is not None:
-            self._auto.observe(requests, seconds, decoding=decoding)
+        self.policy.observe(requests, seconds, decoding=decoding)
 
-    @property
-    def _auto(self) -> AutoBudget | None:
-        return self.policy if isinstance(self.policy, AutoBudget) else None
-
-    def _wishes(self, index: int, requests: Sequence[Request]) -> tuple[list[Request], list[int | Budget]]:
+    def _lengths(self, link: ChainLink, requests: Sequence[Request]) -> tuple[list[Request], list[int | Budget]]:
         """The rows that a speculator is shown, and what each may draft."""
-        link = self._links[index]
-        if self._auto is not None:
-            requests = [r for r in requests if r.draft is None and r.number not in link.banned]
-            seen = {**link.delivered, **link.forked} if link.forked else link.delivered
-            wishes = self._auto.plan(index, requests, seen, self._has_all_states)
-        else:
-            wishes = [self.policy.wish(request, link.speculator) for request in requests]
-        chosen = [
-            (request, wish)
-            for request, wish in zip(requests, wishes, strict=True)
-            if wish is not None and request.draft is None and request.number not in link.banned
-        ]
-        return [request for request, _ in chosen], [wish for _, wish in chosen]
+        requests = [r for r in requests if r.draft is None and r.number not in link.banned]
+        seen = {**link.delivered, **link.forked} if link.forked else link.delivered
+        lengths = self.policy.plan(link.speculator, requests, seen, self._has_all_states)
+        chosen = [(request, length) for request, length in zip(requests, lengths, strict=True) if length is not None]
+        return [request for request, _ in chosen], [length for _, length in chosen]
 
     def _ask(
-        self, link: ChainLink, requests: list[Request], wishes: list[int | Budget], node_limit: int, reserve: Any
-    ) -> Asked | None:
+        self, link: ChainLink, requests: list[Request], lengths: list[int | Budget], node_limit: int, reserve: Any
+    ) -> ProposeCall | None:
         """Asks a speculator for drafts; returns what was asked, or None where there was nothing to ask or it failed."""
         traits = link.speculator.traits
-        wishes = [0 if r.num_pending > 1 else w for r, w in zip(requests, wishes, strict=True)]
-        budgets = plan_budgets(requests, wishes, traits, self._max_model_len, node_limit)
+        lengths = [0 if r.num_pending > 1 else length for r, length in zip(requests, lengths, strict=True)]
+        budgets = plan_budgets(requests, lengths, traits, self._max_model_len, node_limit)
         scratch = link.speculator.scratch_tokens_per_row
         for index, (request, budget) in enumerate(zip(requests, budgets, strict=True)):
             wanted = max(scratch, budget.max_nodes)
@@ -208,11 +207,11 @@ class SpeculatorChain:
         if elapsed > _SLOW_SECONDS and not link.is_told_slow:
             self._warn_of_slowness(link, elapsed, budgets)
         link.faults_in_a_row = 0
-        place = self._links.index(link)
         for request, draft, budget in zip(requests, drafts, budgets, strict=True):
             request.draft = draft
             if draft is not None:
-                draft.link, draft.proposed = place, len(draft)
+                self._proposers[request.number] = link
+                draft.speculator, draft.proposed = link.speculator, len(draft)
                 draft.allowed = (
                     budget.max_nodes if draft.parents is not None else min(budget.max_nodes, budget.max_depth)
                 )
@@ -222,13 +221,14 @@ class SpeculatorChain:
             if budget.max_nodes
         }
         allowed = max((min(b.max_nodes, b.max_depth) for b in budgets), default=0)
-        return Asked(depths, 0 if traits.token_only else fed_tokens(batch), allowed)
+        return ProposeCall(depths, 0 if traits.token_only else catch_up_tokens(batch), allowed)
 
     def _build_batch(self, link: ChainLink, requests: Sequence[Request], budgets: Sequence[Budget]) -> ProposalBatch:
         traits = link.speculator.traits
         spans: list[tuple[int, range]] = []
         new: list[bool] = []
         forked: list[bool] = []
+        cached: list[int] = []
         for request in requests:
             start = link.delivered.get(request.number)
             new.append(start is None)
@@ -237,11 +237,15 @@ class SpeculatorChain:
             shared, parent = start, link.parents.pop(request.number, None)
             if traits.needs_states:
                 kept = min(self._states.available_from(request.slot, start), request.num_computed)
-                if kept > start and self._auto is not None:
-                    self._auto.lose(request, self._links.index(link))
+                if kept > start:
+                    self.policy.lose_states(link.speculator, request)
                 start = kept
             spans.append((request.slot, range(start, request.num_computed)))
             forked.append(parent is not None and 0 < start == shared)
+            cached.append(start if request.number in link.resumed and start == shared else 0)
+            link.resumed.discard(request.number)
+            if start <= link.stored.get(request.number, 0):
+                link.stored[request.number] = request.num_computed
             link.delivered[request.number] = request.num_computed
         if traits.needs_states:
             channels, places = self._states.deliver(spans)
@@ -264,10 +268,11 @@ class SpeculatorChain:
                 table=request.table,
                 num_prompt_tokens=request.num_prompt_tokens,
                 forked_from=request.forked_from if is_fork else None,
+                num_cached_tokens=num_cached,
                 generator=request.randomness.draft_generator,
             )
-            for request, (_, span), place, budget, is_new, is_fork, outcome, own_nodes in zip(
-                requests, spans, places, budgets, new, forked, outcomes, nodes, strict=True
+            for request, (_, span), place, budget, is_new, is_fork, num_cached, outcome, own_nodes in zip(
+                requests, spans, places, budgets, new, forked, cached, outcomes, nodes, strict=True
             )
         ]
         k = traits.top_k
@@ -305,23 +310,19 @@ class SpeculatorChain:
         """Rows that some speculator has not seen up to date keep their states for a while."""
         if not self._states.specs:
             return
-        stateful = [index for index, link in enumerate(self._links) if self._is_shown_states(link)]
+        stateful = [link for link in self._links if link.enabled and link.speculator.traits.needs_states]
         unseen = []
         self._kept_at_rest = []
         for request in requests:
-            wanted_by = [index for index in stateful if self._auto is None or self._auto.keeps_states(index, request)]
+            wanted_by = [link for link in stateful if self.policy.keeps_states(link.speculator, request)]
             if wanted_by:
                 self._kept_at_rest.append(request.slot)
-            if all(self._links[index].delivered.get(request.number) == request.num_computed for index in wanted_by):
+            if all(link.delivered.get(request.number) == request.num_computed for link in wanted_by):
                 self._states.drop(request.slot)
             else:
                 unseen.append(request.slot)
         self._states.keep(unseen)
         self._states.end_step()
-
-    @staticmethod
-    def _is_shown_states(link: ChainLink) -> bool:
-        return link.enabled and link.speculator.traits.needs_states
 
     def _warn_of_slowness(self, link: ChainLink, elapsed: float, budgets: Sequence[Budget]) -> None:
         """Warns, once, of a call that took longer than plain decoding of all that it may draft."""
@@ -340,6 +341,8 @@ class SpeculatorChain:
         method = link.speculator.method
         if self._strict:
             raise PluginError(f"speculator '{method}': {type(error).__name__}: {error}") from error
+        for request in requests:
+            link.stored.pop(request.number, None)
         link.faults += 1
         link.faults_in_a_row += 1
         if link.faults == 1:
@@ -354,6 +357,5 @@ class SpeculatorChain:
             link.banned.update(request.number for request in requests)
         if link.faults_in_a_row >= _FAULTS_TO_STOP:
             link.enabled = False
-            if self._auto is not None:
-                self._auto.retire(self._links.index(link))
+            self.policy.retire(link.speculator)
             logger.warning("speculator '%s' failed %d times in a row and is switched off", method, link.faults_in_a_row)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import attrs
 
 from specplug.contract.types import DraftDistributions
+from specplug.plugins.registry import RegisteredSpeculator
 
 
 @attrs.define(eq=False)
@@ -19,7 +20,7 @@ class Draft:
         parents: each node's parent, -1 for the root; None for a chain.
         scores: scores of a deterministic tree's nodes, or None.
         probs: what the nodes were drawn from, or None for a deterministic draft.
-        link: the proposer's place in the chain of speculators; a method may occur in it twice.
+        speculator: the proposer in the chain of speculators; a method may occur in it twice.
         allowed: the most nodes that it was asked for.
         proposed: the nodes that it had before any were cut.
     """
@@ -29,7 +30,7 @@ class Draft:
     parents: list[int] | None = None
     scores: list[float] | None = None
     probs: DraftDistributions | None = None
-    link: int = 0
+    speculator: RegisteredSpeculator | None = None
     allowed: int = 0
     proposed: int = 0
 
@@ -66,7 +67,7 @@ class Draft:
             parents=None if self.parents is None else [new_index[parents[node]] for node in nodes],
             scores=None if self.scores is None else [self.scores[node] for node in nodes],
             probs=probs,
-            link=self.link,
+            speculator=self.speculator,
             allowed=self.allowed,
             proposed=self.proposed,
         )
@@ -86,7 +87,7 @@ def trim_drafts(drafts: Sequence[Draft | None], total: int, turn: int = 0) -> li
     Deterministic trees with scores keep the best nodes of all rows together, which are ancestor-closed. Other drafts keep their
     first nodes, up to an equal share of the total; what is left over goes to some of them, beginning at another one every
     `turn`, so that a total below the number of rows is used too. Which nodes go must not depend on the tokens that were
-    sampled, nor on how many came in any row, since a speculator may stop where it is unsure. So beside a sampled draft all
+    sampled, nor on how many came in any row, since a speculator may stop where it is unsure. So next to a sampled draft all
     count for what they were allowed.
     """
     present = [draft for draft in drafts if draft is not None]

@@ -11,8 +11,10 @@ import attrs
 import torch
 
 from specplug.contract.types import Proposal, ProposalBatch, Verdict
+from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
 from specplug.sampling.params import SamplingParams
+from specplug.speculation.draft_length import FixedDraftLength
 from specplug.speculation.target_states.ring_buffer import WINDOW
 from specplug.testing.reference import DraftRecord, row_drafts
 from specplug.testing.session import Session
@@ -65,7 +67,7 @@ class RandomAcceptance:
         return self.random.choice([*tokens[-9:], *(self.random.randrange(self.vocabulary) for _ in range(6))])
 
 
-class RestlessPolicy:
+class RestlessPolicy(FixedDraftLength):
     """Varies budgets, and lets rows sleep for a while, some longer than target states are kept."""
 
     def __init__(self, seed: int, limit: int, sleep: float = 0.05) -> None:
@@ -75,8 +77,8 @@ class RestlessPolicy:
         self.asleep: dict[int, int] = {}
         self.naps = 0
 
-    def wish(self, request: Any, speculator: Any) -> int | None:
-        """See `BudgetPolicy.wish`."""
+    def length_of(self, request: Request, speculator: RegisteredSpeculator) -> int | None:
+        """See `FixedDraftLength.length_of`."""
         left = self.asleep.get(request.number, 0)
         if left:
             self.asleep[request.number] = left - 1
@@ -119,6 +121,8 @@ class Recorder:
             shown = self._shown.get(request.number, range(0, 0))
             self.forks += row.forked_from is not None
             start = shown.start if row.new_positions.start == shown.stop else row.new_positions.start
+            if row.num_cached_tokens:
+                start = 0
             self._shown[request.number] = range(start, row.new_positions.stop)
         budgets = [row.budget for row in batch.rows]
         tokens = [list(row.tokens) for row in batch.rows]

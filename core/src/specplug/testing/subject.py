@@ -14,7 +14,7 @@ import torch
 
 from specplug.llm import LLM
 from specplug.plugins.finder import find_plugins
-from specplug.speculation.policy import FixedBudget
+from specplug.speculation.draft_length import FixedDraftLength
 from specplug.testing.failures import CheckFailure, FundamentalFailure, describe
 from specplug.testing.session import Pace, Session
 from specplug.testing.targets import Targets
@@ -146,7 +146,7 @@ class Subject:
                 kind = CheckFailure if self._has_started else FundamentalFailure
                 raise kind("that an engine starts with it", describe(error)) from error
             self._has_started = True
-            llm.engine.chain.policy = FixedBudget()  # automatic budgets follow the clock; a check always sees the same
+            llm.engine.chain.policy = FixedDraftLength()  # automatic lengths follow the clock; a check sees the same
             yield Session(llm, self._pace)
 
     @contextlib.contextmanager
@@ -159,6 +159,7 @@ class Subject:
     def _llm(self, folder: Path, **options: Any) -> Iterator[LLM]:
         fixed = {"dtype": "float32", "check_parity": False, "device": "cpu"}
         defaults = {"skip_tokenizer_init": True, "memory": self.memory(MEMORY), "max_model_len": None, **fixed}
+        defaults["enable_prefix_caching"] = False  # whatever other requests left; one check is about it
         with quiet(), kept_randomness(), one_thread(), LLM(self.source(folder), **{**defaults, **options}) as llm:
             yield llm
 

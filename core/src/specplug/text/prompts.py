@@ -65,11 +65,13 @@ class EncodedPrompt:
         where: its place in the call, for messages, such as `prompts[2]: `; empty for a single prompt.
         text: its text, if it was given as text or rendered from messages.
         ids: its token ids.
+        cache_salt: with which prompts it shares cached KV, if it says so: those with the same salt.
     """
 
     where: str
     text: str | None
     ids: list[int]
+    cache_salt: str | None = None
 
 
 def encode_prompts(prompts: Prompt | Iterable[Prompt], tokenizer: LazyTokenizer) -> list[EncodedPrompt]:
@@ -82,11 +84,17 @@ def encode_prompts(prompts: Prompt | Iterable[Prompt], tokenizer: LazyTokenizer)
     """
     prompts = to_python(prompts)
     if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
-        return [EncodedPrompt("", *encode_prompt(prompts, tokenizer))]
+        return [_encode("", prompts, tokenizer)]
     listed: list[Any] = [to_python(prompt) for prompt in prompts]
     if listed and all(isinstance(item, Integral) for item in listed):
-        return [EncodedPrompt("", *encode_prompt(listed, tokenizer))]
-    return _each("prompts", listed, lambda prompt: encode_prompt(prompt, tokenizer))
+        return [_encode("", listed, tokenizer)]
+    return _each("prompts", listed, lambda where, prompt: _encode(where, prompt, tokenizer))
+
+
+def _encode(where: str, prompt: Any, tokenizer: LazyTokenizer) -> EncodedPrompt:
+    salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
+    check_cache_salt(salt)
+    return EncodedPrompt(where, *encode_prompt(prompt, tokenizer), salt)
 
 
 def render_chats(
@@ -101,17 +109,17 @@ def render_chats(
         raise RequestError(f"messages={messages!r}: expected a list of messages, or a list of conversations")
     if messages and isinstance(messages[0], Mapping):
         return [EncodedPrompt("", *render_chat(messages, tokenizer, **options))]  # type: ignore[arg-type]
-    return _each("messages", messages, lambda each: render_chat(each, tokenizer, **options))
+    return _each(
+        "messages", messages, lambda where, each: EncodedPrompt(where, *render_chat(each, tokenizer, **options))
+    )
 
 
-def _each(
-    name: str, values: Sequence[Any], encode: Callable[[Any], tuple[str | None, list[int]]]
-) -> list[EncodedPrompt]:
+def _each(name: str, values: Sequence[Any], encode: Callable[[str, Any], EncodedPrompt]) -> list[EncodedPrompt]:
     encoded = []
     for index, value in enumerate(values):
         where = f"{name}[{index}]: "
         try:
-            encoded.append(EncodedPrompt(where, *encode(value)))
+            encoded.append(encode(where, value))
         except RequestError as error:
             raise RequestError(f"{where}{error}") from error
     return encoded
@@ -134,8 +142,8 @@ def encode_prompt(prompt: Prompt, tokenizer: LazyTokenizer) -> tuple[str | None,
             )
         return prompt, ids
     if isinstance(prompt, Mapping):
-        unknown = set(prompt) - {"prompt", "prompt_token_ids"}
-        if unknown or not prompt:
+        unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
+        if unknown or not set(prompt) - {"cache_salt"}:
             named = f", not '{min(map(str, unknown))}'" if unknown else ""
             raise RequestError(f"a prompt given as a mapping has the key 'prompt' or 'prompt_token_ids'{named}")
         text, ids = prompt.get("prompt"), to_python(prompt.get("prompt_token_ids"))
@@ -159,6 +167,19 @@ def plain_ids(text: str, tokenizer: LazyTokenizer) -> list[int]:
     """
     _check_text(text, "the text")
     return list(tokenizer.required("text")(text, add_special_tokens=False)["input_ids"])
+
+
+def check_cache_salt(salt: Any) -> None:
+    """Checks a request's `cache_salt`.
+
+    Raises:
+        RequestError: it is not a text, or empty.
+    """
+    if salt is None:
+        return
+    if not isinstance(salt, str) or not salt:
+        raise RequestError(f"cache_salt={reprlib.repr(salt)}: expected a text that is not empty, or None")
+    _check_text(salt, "cache_salt")
 
 
 def token_ids(values: Iterable[Any]) -> list[int]:

@@ -24,8 +24,8 @@ class DraftSequence:
 
     @classmethod
     def begin(cls, row: ProposalRow) -> DraftSequence:
-        """The state of a new row: a fork shares its parent's KV, another row has none."""
-        return cls(0 if row.forked_from is None else row.new_positions.start)
+        """The state of a new row: a fork shares its parent's KV, a row may have some in the prefix cache, another has none."""
+        return cls(row.num_cached_tokens if row.forked_from is None else row.new_positions.start)
 
     def settle(self, row: ProposalRow, method: str) -> None:
         """Counts the draft tokens that were accepted: their KV is valid."""

@@ -14,6 +14,7 @@ import torch
 
 from specplug import (
     BlockTable,
+    Budget,
     ConfigurationError,
     DraftDistributions,
     ForwardRow,
@@ -21,7 +22,6 @@ from specplug import (
     Proposal,
     SpeculatorTraits,
     hookimpl,
-    worth_another_token,
 )
 from specplug_draft_model.drawing import draw
 from specplug_draft_model.sequence import DraftSequence
@@ -170,8 +170,9 @@ class DraftModelSpeculator:
                 self._sequences[row.row_id] = DraftSequence.begin(row)
             sequence = self._sequences[row.row_id]
             sequence.settle(row, self.method)
-            stop = len(row.tokens) if draft.max_tokens else row.new_positions.stop
-            if sequence.num_stored < stop and len(row.tokens) <= self.max_model_len:
+            # A row beyond the draft's context is run up to that too: a shorter row may find its blocks in the prefix cache.
+            stop = len(row.tokens) if draft.max_tokens else min(row.new_positions.stop, self.max_model_len)
+            if sequence.num_stored < stop:
                 waiting.append((index, sequence, stop))
         last: dict[int, torch.Tensor] = {}
         while waiting:
@@ -221,7 +222,7 @@ class DraftModelSpeculator:
             if len(draft.tokens) < draft.max_tokens:
                 going.append(draft)
         chances = [draft.chances[-1] if draft.chances else None for draft in going]
-        going = list(itertools.compress(going, worth_another_token([draft.row.budget for draft in going], chances)))
+        going = list(itertools.compress(going, Budget.worth_extending([draft.row.budget for draft in going], chances)))
         if not going:
             return [], None
         rows = []

@@ -175,7 +175,7 @@ class EagleSpeculator:
         """Updates a row's record. After a gap in its states, the row begins anew: earlier positions are masked."""
         if row.is_new:
             parent = None if row.forked_from is None else self._sequences.get(row.forked_from)
-            begin = row.new_positions.start if parent is None else parent.begin
+            begin = row.new_positions.start - row.num_cached_tokens if parent is None else parent.begin
             self._sequences[row.row_id] = HeadSequence(begin, row.new_positions.start)
         sequence = self._sequences[row.row_id]
         if row.new_positions.start != sequence.end:

@@ -173,7 +173,7 @@ def _contestants(job: BenchJob) -> list[Contestant]:
     from specplug.engine.memory_plan import default_budget
     from specplug.model.device import choose_device
 
-    options = dict(job.engine)
+    options = {"enable_prefix_caching": False, **job.engine}  # prompts are repeated, and would be measured once
     count = 1 + len(job.configs)
     if options.get("memory") is None and not job.one_at_a_time:
         num_models = count + (job.peer is not None)

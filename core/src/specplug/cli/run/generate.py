@@ -203,6 +203,7 @@ def completion_line(request: RequestOutput, completion: CompletionOutput) -> str
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
+        "num_cached_tokens": request.num_cached_tokens,
         "metrics": _metrics(completion.metrics),
         "unverified_methods": completion.unverified_methods,
     }

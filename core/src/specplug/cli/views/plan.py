@@ -102,6 +102,7 @@ class PlanReport:
             "target_bytes_per_kv_token": self.target_bytes_per_token,
             "draft_bytes_per_kv_token": self.draft_bytes_per_token,
             "scratch_tokens_per_sequence": plan.scratch_tokens_per_row,
+            "enable_prefix_caching": self.config.enable_prefix_caching,
             "other_devices": [
                 {
                     "device": other.device,
@@ -150,6 +151,7 @@ class PlanReport:
             ("A cached token", f"{format_bytes(target + draft)}{both}"),
             ("Scratch", f"{_count(plan.scratch_tokens_per_row, 'token')} per sequence, {scratch}"),
             *((f"On {other.device}", f"{self._elsewhere(other)} for drafts") for other in plan.elsewhere),
+            ("Prefix cache", "on" if self.config.enable_prefix_caching else "off"),
             ("Longest sequence", f"{plan.max_model_len:,} tokens{limit}"),
             *((f"Of {length:,} tokens", self._fitting(plan.num_sequences(length))) for length in self.lengths),
         ]

@@ -90,6 +90,9 @@ def show_totals(terminal: Terminal, outputs: Sequence[RequestOutput], seconds: f
         ("tokens", f"{tokens}"),
         ("speed", f"{tokens / seconds:.1f} tokens/s over {seconds:.3f} s, prompts included"),
     ]
+    if cached := sum(output.num_cached_tokens for output in outputs):
+        prompt = sum(len(output.prompt_token_ids) for output in outputs)
+        rows.append(("prefix cache", f"{cached} of {prompt} prompt tokens ({cached / prompt:.0%})"))
     _show(terminal, rows + _speculation(llm.engine.stats, llm, llm.engine.num_steps, "sequence steps"))
 
 

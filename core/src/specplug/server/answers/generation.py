@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
-from typing import Any
 
 import attrs
 
@@ -37,7 +36,7 @@ async def start(
     limits = [each for each in (timeout, state.settings.request_timeout) if each is not None]
     try:
         return await state.ready_engine.submit(
-            [_salted(prompt, cache_salt) for prompt in prompts],
+            [attrs.evolve(prompt, cache_salt=cache_salt) for prompt in prompts],
             params,
             names,
             output_kind=kind,
@@ -46,14 +45,6 @@ async def start(
         )
     except SpecplugError as error:
         raise api_error(error, state.settings.retry_after) from error
-
-
-def _salted(prompt: EncodedPrompt, salt: str | None) -> EncodedPrompt:
-    """The prompt with a salt for the prefix cache. An engine without that cache shares no KV between requests anyway."""
-    if salt is None or "cache_salt" not in attrs.fields_dict(EncodedPrompt):
-        return prompt
-    changes: dict[str, Any] = {"cache_salt": salt}
-    return attrs.evolve(prompt, **changes)
 
 
 async def collect(streams: Sequence[RequestStream], retry_after: int) -> list[RequestOutput]:

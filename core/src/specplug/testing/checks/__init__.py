@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from specplug.testing.check import Check
-from specplug.testing.checks import drafts, observers, output, requests, resources, sampling, startup, state
+from specplug.testing.checks import drafts, observers, output, prefixes, requests, resources, sampling, startup, state
 
 CHECKS: tuple[Check, ...] = (
     startup.STARTUP,
@@ -22,6 +22,7 @@ CHECKS: tuple[Check, ...] = (
     drafts.TOKENS,
     state.ROLLBACK,
     state.ROWS,
+    prefixes.PREFIXES,
     state.LEARNING,
     resources.MEMORY,
     resources.LEFTOVERS,

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from specplug.contract.types import Proposal, ProposalBatch, Verdict
+from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
 from specplug.sampling.params import SamplingParams
+from specplug.speculation.draft_length import FixedDraftLength
 from specplug.testing.check import Check
 from specplug.testing.driver import Drive, drive_rollbacks, drive_rows
 from specplug.testing.failures import CheckFailure, NotApplicable, expect_drafts
@@ -121,7 +123,7 @@ def learning(subject: Subject) -> str:
     return f"{len(common)} drafts alike in two engines, one of them with {disturbances} naps and preemptions"
 
 
-class _Naps:
+class _Naps(FixedDraftLength):
     """Lets a row sleep now and then, never for longer than target states are kept."""
 
     def __init__(self, seed: int, limit: int, may_rest: Callable[[Request], bool]) -> None:
@@ -131,8 +133,8 @@ class _Naps:
         self._left = 0
         self.count = 0
 
-    def wish(self, request: Any, speculator: Any) -> int | None:
-        """See `BudgetPolicy.wish`."""
+    def length_of(self, request: Request, speculator: RegisteredSpeculator) -> int | None:
+        """See `FixedDraftLength.length_of`."""
         if self._left:
             self._left -= 1
             return None

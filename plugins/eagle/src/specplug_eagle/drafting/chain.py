@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import attrs
 import torch
 
-from specplug import DraftDistributions, ForwardRow, argmax_with_prob, process, sample, worth_another_token
+from specplug import Budget, DraftDistributions, ForwardRow, argmax_with_prob, process, sample
 from specplug_eagle.drafting.runner import HeadRunner, Roots
 from specplug_eagle.drafting.tree_draft import TreeDraft
 
@@ -119,7 +119,7 @@ def _promising(going: list[int], level: _Level, roots: Roots, sampled: set[int])
         return going
     chances = dict(zip(level.members, level.scores.exp().tolist(), strict=True))
     known = [None if member in sampled else chances[member] for member in going]
-    return list(itertools.compress(going, worth_another_token(budgets, known)))
+    return list(itertools.compress(going, Budget.worth_extending(budgets, known)))
 
 
 def _finish(levels: Sequence[_Level], roots: Roots, runner: HeadRunner, sampled: set[int]) -> list[TreeDraft]:

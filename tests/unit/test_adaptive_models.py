@@ -1,4 +1,4 @@
-"""What the automatic budget learns and how it divides: its parts by themselves, without time or text."""
+"""The acceptance model, the cost model and the allocation of adaptive draft lengths, each by itself."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import random
 
 import pytest
 
-from specplug.speculation.acceptance import EngineAcceptance, RowAcceptance
-from specplug.speculation.allocation import allocate
-from specplug.speculation.curve import CostCurve
+from specplug.speculation.adaptive import AdaptiveSettings
+from specplug.speculation.adaptive.acceptance import AcceptanceModel, RowAcceptance
+from specplug.speculation.adaptive.cost_model import target_curve
+from specplug.speculation.adaptive.goodput import allocate
 
 
 def trusts(rates: list[float], *, drafts: int = 40, seed: int = 0) -> list[float]:
     """How far other rows are trusted after each row of these rates, in turn, has had so many drafts of one token."""
     chooser = random.Random(seed)
-    engine = EngineAcceptance(8)
+    engine = AcceptanceModel(8, AdaptiveSettings())
     seen = []
     for rate in rates:
         row = RowAcceptance()
@@ -52,7 +53,7 @@ def test_one_rows_depth_is_the_best_of_all() -> None:
             nodes=0,
             width=[1.0] * 64,
             target=[step + each * nodes for nodes in range(64)],
-            ask=lambda rows, ask=ask: [0.1 + ask * depth for depth in range(1, 9)],
+            call=lambda rows, ask=ask: [0.1 + ask * depth for depth in range(1, 9)],
         )
         assert rate == pytest.approx(max(rates))
         assert rates[depths[0]] == pytest.approx(rate)
@@ -76,28 +77,18 @@ def test_two_rows_share_about_as_well_as_any_two_depths_would() -> None:
             nodes=0,
             width=[1.0] * 64,
             target=[3 + 0.2 * nodes for nodes in range(64)],
-            ask=lambda rows, ask=ask: [0.1 * rows + ask * depth for depth in range(1, 5)],
+            call=lambda rows, ask=ask: [0.1 * rows + ask * depth for depth in range(1, 5)],
         )
         assert rate == pytest.approx(rate_of(tuple(depths)))
         assert rate >= 0.97 * best
 
 
-def test_timings_that_are_taken_in_together_count_as_those_taken_in_one_by_one() -> None:
-    together, each = CostCurve(0.015, least_slope=0.003), CostCurve(0.015, least_slope=0.003)
+def test_a_cost_curve_finds_the_line_in_noisy_timings() -> None:
+    curve = target_curve(AdaptiveSettings())
     chooser = random.Random(3)
-    for number in range(300):
+    for _ in range(300):
         size, noise = chooser.randrange(20), chooser.lognormvariate(0, 0.1)
-        for curve in (together, each):
-            curve.observe(size, (3 + 0.1 * size) * noise)
-        each.seconds(0)
-        assert together.count == each.count == number + 1
-    assert together.table(0, 30) == pytest.approx([each.seconds(size) for size in range(30)])
-    assert together.table(3, 5) == pytest.approx([3.3, 3.4], rel=0.1)
-
-
-def test_timings_that_nobody_asks_for_do_not_pile_up() -> None:
-    curve = CostCurve()
-    for _ in range(1000):
-        curve.observe(1, 1.0)
-    assert len(curve._waiting) < 32
-    assert curve.count == 1000
+        curve.observe(size, (3 + 0.1 * size) * noise)
+    assert curve.count == 300
+    assert curve.table(3, 5) == pytest.approx([3.3, 3.4], rel=0.1)
+    assert curve.table(0, 30) == [curve.seconds(size) for size in range(30)]

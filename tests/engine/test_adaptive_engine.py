@@ -12,9 +12,8 @@ import torch
 from specplug import LLM, Proposal, SamplingParams, SpeculatorTraits, hookimpl
 from specplug.config.speculative import DEFAULT_MAX_SPECULATIVE_TOKENS, parse_speculative_config
 from specplug.errors import ConfigurationError, PluginError
-from specplug.speculation.asked import Asked
-from specplug.speculation.auto import AutoBudget
-from specplug.speculation.policy import FixedBudget
+from specplug.speculation.adaptive import AdaptiveDraftLength
+from specplug.speculation.draft_length import FixedDraftLength, ProposeCall
 from support.marks import slow_except
 from support.models import VOCABULARY, save_model
 from support.speculators import ModelSpeculator, Oracle, TokenSpeculator, TreeSpeculator
@@ -91,7 +90,7 @@ def test_output_is_plain_decodings(
     options = speculators(folder, small, plain[kind])[name]
     got, llm = run(folder, GREEDY if kind == "greedy" else SEEDED, repeats=3, **options)
     stats = llm.engine.stats
-    assert isinstance(llm.engine.chain.policy, AutoBudget)
+    assert isinstance(llm.engine.chain.policy, AdaptiveDraftLength)
     llm.close()
     assert got == plain[kind]
     assert stats.num_draft_tokens > 0
@@ -250,7 +249,7 @@ def test_a_plugin_names_its_own_bound(folder: Path) -> None:
 def test_a_number_is_taken_as_it_is(folder: Path) -> None:
     useless = Useless(SpeculatorTraits(token_only=True))
     _, llm = run(folder, **auto(lambda c, t: useless, num_speculative_tokens=4))
-    assert isinstance(llm.engine.chain.policy, FixedBudget)
+    assert isinstance(llm.engine.chain.policy, FixedDraftLength)
     llm.close()
     assert useless.rows >= len(PROMPTS) * (LENGTH - 2)
 
@@ -295,25 +294,25 @@ def test_what_was_not_asked_teaches_nothing(folder: Path, small: Path) -> None:
     """Prompts that are taken in beside drafts, rows that were given no room, and failed calls are no prices of drafts."""
     _, llm = run(folder, **auto(lambda c, t: ModelSpeculator(t, small, c.num_speculative_tokens)))
     policy = llm.engine.chain.policy
-    assert isinstance(policy, AutoBudget)
-    (link,) = policy.links
-    price, tokens = link.ask_seconds(1, 1), link.feed
+    assert isinstance(policy, AdaptiveDraftLength)
+    (estimate,) = policy.estimates
+    price, tokens = estimate.seconds(1, 1), estimate.catch_up
     assert price > 0
     for _ in range(10):
-        policy.proposed(0, 100 * price, Asked({7: 1}, fed=512))
-    assert link.ask_seconds(1, 1) == price
-    assert link.feed > tokens
-    for asked in (None, Asked({})):
-        policy.proposed(0, 0.0, asked)
-    assert link.ask_seconds(1, 1) == price
+        policy.proposed(estimate.speculator, 100 * price, ProposeCall({7: 1}, catch_up=512))
+    assert estimate.seconds(1, 1) == price
+    assert estimate.catch_up > tokens
+    for call in (None, ProposeCall({})):
+        policy.proposed(estimate.speculator, 0.0, call)
+    assert estimate.seconds(1, 1) == price
     llm.close()
 
 
 def test_taking_in_prompts_alone_teaches_what_it_takes(folder: Path) -> None:
     """Else a speculator that is only ever shown prompts would seem to take them in for nothing, and be shown all of them."""
     _, llm = run(folder, **auto(lambda c, t: Useless(SpeculatorTraits(hidden_states=(1,)))))
-    policy = AutoBudget(llm.engine.chain.speculators)
+    policy = AdaptiveDraftLength(llm.engine.chain.speculators)
     policy.begin([])
-    policy.proposed(0, 0.5, Asked({}, fed=500))
+    policy.proposed(llm.engine.chain.speculators[0], 0.5, ProposeCall({}, catch_up=500))
     llm.close()
-    assert policy.links[0].feed == pytest.approx(1e-3)
+    assert policy.estimates[0].catch_up == pytest.approx(1e-3)
