@@ -333,11 +333,10 @@ class RequestStream:
     def _whole(self, index: int, progress: _Progress) -> CompletionOutput:
         """All that has been taken of one sequence."""
         request, count = progress.request, progress.num_tokens
-        begin = request.num_prompt_tokens
         return CompletionOutput(
             index=index,
             text=progress.text,
-            token_ids=request.tokens[begin : begin + count],
+            token_ids=request.output_ids[:count],
             cumulative_logprob=None if request.params.logprobs is None else progress.cumulative_logprob,
             logprobs=None if request.params.logprobs is None else request.logprobs[:count],
             finish_reason=progress.finish_reason,

@@ -222,13 +222,7 @@ class Engine:
         self.chain.observe([row.request for row in rows], seconds, decoding=decoding)
         self._propose(rows)
         if self._tracer.is_tracing:
-            self._tracer.end_step(
-                num_rows=len(rows),
-                num_nodes=target.offsets[-1] - len(target.requests),
-                decoding=decoding,
-                target_seconds=seconds,
-                propose_seconds=time.perf_counter() - started - seconds,
-            )
+            self._tracer.end_step(target, decoding, seconds, time.perf_counter() - started)
         self.num_steps += 1
         self._contention.observe()
 

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import attrs
 import torch
 
+from specplug.engine.target_step import TargetStep
 from specplug.model.device import to_device
 from specplug.request import StepOutput
-from specplug.speculation.auto import AutoBudget
-from specplug.speculation.curve import CostCurve
+from specplug.speculation.adaptive.controller import AdaptiveDraftLength
+from specplug.speculation.adaptive.cost_model import target_costs
+from specplug.speculation.adaptive.settings import AdaptiveSettings
 from specplug.speculation.draft import Draft
-from specplug.speculation.policy import BudgetPolicy
-from specplug.speculation.row_costs import RowCosts
+from specplug.speculation.draft_length import DraftLengthPolicy
 
 _FEWEST_TIMINGS = 8
 """Timings after which the automatic draft length's costs of a step are believed."""
@@ -76,9 +77,9 @@ class Tracer:
         policy: whose costs of a step are used, if it has learned them; else traced steps without drafts are timed.
     """
 
-    def __init__(self, policy: BudgetPolicy) -> None:
-        self._costs = policy.targets if isinstance(policy, AutoBudget) else None
-        self._measured = RowCosts(CostCurve)
+    def __init__(self, policy: DraftLengthPolicy) -> None:
+        self._costs = policy.targets if isinstance(policy, AdaptiveDraftLength) else None
+        self._measured = target_costs(AdaptiveSettings())
         self._open: list[StepTrace] = []
 
     @property
@@ -108,25 +109,23 @@ class Tracer:
         self._open.append(trace)
         return attrs.evolve(output, trace=trace)
 
-    def end_step(
-        self, *, num_rows: int, num_nodes: int, decoding: bool, target_seconds: float, propose_seconds: float
-    ) -> None:
+    def end_step(self, step: TargetStep, decoding: bool, target_seconds: float, seconds: float) -> None:
         """Completes the traces of a step.
 
         Args:
-            num_rows: how many rows it had.
-            num_nodes: how many draft nodes it verified.
-            decoding: whether every row ran one pending token and nothing else than its draft.
+            step: its target forward.
+            decoding: whether every row ran one pending token and nothing other than its draft.
             target_seconds: what it took until its tokens were known.
-            propose_seconds: what proposing took after that.
+            seconds: what it took, the next proposals included.
         """
+        num_rows, num_nodes = len(step.rows), step.offsets[-1] - len(step.requests)
         traces, self._open = self._open, []
         if decoding and not num_nodes:
             self._measured.observe(num_rows, 0, target_seconds)
         for trace in traces:
             trace.num_rows = num_rows
-            trace.seconds = target_seconds + propose_seconds
-            trace.propose_seconds = propose_seconds
+            trace.seconds = seconds
+            trace.propose_seconds = seconds - target_seconds
             if not num_nodes:
                 trace.plain_seconds = target_seconds
             elif decoding and (each := self._plain_step(num_rows)) is not None:
