@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     )
     from specplug.engine.engine import Engine
     from specplug.engine.startup import StepReport
-    from specplug.engine.trace import StepTrace, TracedNode
     from specplug.errors import (
         CheckpointError,
         ConfigurationError,
@@ -77,6 +76,7 @@ if TYPE_CHECKING:
     from specplug.streams import RequestStream
     from specplug.text.prompts import Message, Prompt
     from specplug.tiny import resolve_model
+    from specplug.trace import StepTrace, TracedNode
 
 # The same names at run time; a test compares the two lists.
 _HOMES = {
@@ -111,7 +111,7 @@ _HOMES = {
     ),
     "specplug.engine.engine": ("Engine",),
     "specplug.engine.startup": ("StepReport",),
-    "specplug.engine.trace": (
+    "specplug.trace": (
         "StepTrace",
         "TracedNode",
     ),

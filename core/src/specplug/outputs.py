@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import attrs
 
-from specplug.engine.trace import StepTrace
 from specplug.sampling.logprobs import PositionLogprobs
 from specplug.stats import SpeculationStats
+from specplug.trace import StepTrace
 
 
 @attrs.define

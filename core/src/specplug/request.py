@@ -18,9 +18,9 @@ from specplug.stats import SpeculationStats
 from specplug.text.stream import TextStream
 
 if TYPE_CHECKING:
-    from specplug.engine.trace import StepTrace
     from specplug.model.kv_cache import BlockTable
     from specplug.speculation.draft import Draft
+    from specplug.trace import StepTrace
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 

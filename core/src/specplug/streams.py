@@ -11,12 +11,12 @@ from typing import Any, Literal, Protocol, Self, get_args
 
 import attrs
 
-from specplug.engine.trace import StepTrace
 from specplug.errors import DeadlineExceededError, GenerationError, RequestError, SpecplugError, one_line
 from specplug.frontend import Frontend, Submission
 from specplug.outputs import CompletionOutput, RequestOutput
 from specplug.request import Request, StepOutput
 from specplug.sampling.logprobs import PositionLogprobs
+from specplug.trace import StepTrace
 from specplug.values import shown
 
 OutputKind = Literal["cumulative", "delta", "final_only"]

@@ -10,7 +10,6 @@ import attrs
 from starlette.requests import Request
 from starlette.responses import Response
 
-from specplug.engine.trace import StepTrace
 from specplug.errors import RequestError, SpecplugError
 from specplug.outputs import CompletionOutput
 from specplug.server.answers.accounting import Usage, speculation
@@ -24,6 +23,7 @@ from specplug.server.streaming import EventStream, unless_gone
 from specplug.streams import RequestStream
 from specplug.text.prompts import EncodedPrompt
 from specplug.text.token_decoder import TokenDecoder
+from specplug.trace import StepTrace
 
 _LINES = ("application/jsonl", "application/x-ndjson", "application/jsonlines")
 _DIGITS = 6
