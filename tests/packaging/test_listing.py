@@ -42,6 +42,14 @@ def speculative(method: str) -> tuple[str, ...]:
     return (*GENERATE, "--stats", "--speculative-config", json.dumps({"method": method, "num_speculative_tokens": 3}))
 
 
+def test_core_brings_the_playground(installed: Environment) -> None:
+    """Files that are not Python are in the wheel too."""
+    folder = "specplug/server/playground"
+    brought = {path.name: path.read_bytes() for path in (installed.site / folder).iterdir()}
+    assert brought == {path.name: path.read_bytes() for path in (ROOT / "core/src" / folder).iterdir()}
+    assert "index.html" in brought
+
+
 def test_metadata_alone_tells_what_can_be_loaded(installed: Environment) -> None:
     done = installed.specplug("list")
     assert (done.returncode, done.stderr) == (0, "")

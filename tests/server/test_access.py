@@ -37,9 +37,19 @@ def with_key(key: str) -> dict[str, str]:
 
 def test_every_path_but_those_of_monitoring_needs_a_key() -> None:
     keys = ("secret-1", "secret-2")
-    closed = ["/v1/models", "/v1/models/tiny", "/openapi.json", "/nothing", "/", "//health", "/health/", "/V1/models"]
-    assert statuses(*(("GET", path, {}) for path in closed), api_keys=keys) == [401] * len(closed)
-    posts = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/abort"]
+    closed = [
+        "/v1/models",
+        "/v1/models/tiny",
+        "/openapi.json",
+        "/nothing",
+        "/v1/specplug/info",
+        "/playground/",
+        "//health",
+        "/health/",
+        "/V1/models",
+    ]
+    assert statuses(*(("GET", path, {}) for path in closed), api_keys=keys, playground=False) == [401] * len(closed)
+    posts = ["/v1/completions", "/v1/chat/completions", "/v1/specplug/trace", "/tokenize", "/detokenize", "/abort"]
     assert statuses(*(("POST", path, {}) for path in posts), api_keys=keys) == [401] * len(posts)
     opened = ["/version", "/load", "/metrics"]
     assert statuses(*(("GET", path, {}) for path in opened), api_keys=keys) == [200] * 3

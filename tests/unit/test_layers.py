@@ -20,6 +20,7 @@ ORDER = [
     "native",
     "tiny",
     "stats",
+    "trace",
     "sampling",
     "model",
     "text",

@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from specplug.streams import RequestStream
     from specplug.text.prompts import Message, Prompt
     from specplug.tiny import resolve_model
+    from specplug.trace import StepTrace, TracedNode
 
 # The same names at run time; a test compares the two lists.
 _HOMES = {
@@ -110,6 +111,10 @@ _HOMES = {
     ),
     "specplug.engine.engine": ("Engine",),
     "specplug.engine.startup": ("StepReport",),
+    "specplug.trace": (
+        "StepTrace",
+        "TracedNode",
+    ),
     "specplug.errors": (
         "CheckpointError",
         "ConfigurationError",

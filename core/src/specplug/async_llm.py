@@ -100,6 +100,7 @@ class AsyncLLM:
         *,
         output_kind: OutputKind = "cumulative",
         timeout: float | None = None,
+        trace: bool = False,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Generates the completions of one prompt, and yields outputs as tokens are committed.
 
@@ -112,6 +113,7 @@ class AsyncLLM:
             output_kind: each output holds everything so far (`cumulative`), what is new (`delta`), or there is a single
                 output at the end (`final_only`). A delta holds only the completions with new tokens.
             timeout: seconds after which the request is aborted.
+            trace: fill in `CompletionOutput.steps`: in each step the draft, what became of it, probabilities and times.
 
         Raises:
             RequestError: the request can never be served, or the engine was closed.
@@ -125,7 +127,9 @@ class AsyncLLM:
         if len(encoded) != 1:
             raise RequestError(f"generate takes one prompt, not {len(encoded)}; call it once for each, concurrently")
         request_ids = None if request_id is None else [request_id]
-        streams = await self.submit(encoded, sampling_params, request_ids, output_kind=output_kind, timeout=timeout)
+        streams = await self.submit(
+            encoded, sampling_params, request_ids, output_kind=output_kind, timeout=timeout, trace=trace
+        )
         try:
             async for output in streams[0]:
                 yield output
@@ -180,6 +184,7 @@ class AsyncLLM:
         *,
         output_kind: OutputKind = "cumulative",
         timeout: float | None = None,
+        trace: bool = False,
     ) -> list[RequestStream]:
         """Queues prompts, all of them or none. Whoever does not take all outputs of a stream calls its `close`.
 
@@ -189,6 +194,7 @@ class AsyncLLM:
             request_ids: a name for each; None makes them.
             output_kind: see `generate`.
             timeout: see `generate`.
+            trace: see `generate`.
 
         Returns:
             A stream for each prompt.
@@ -210,6 +216,7 @@ class AsyncLLM:
             for submission in submissions:
                 for request in submission.family:
                     request.arrival_time = arrival_time
+                    request.is_traced = trace
                 streams.append(self._stream(submission, output_kind))
             with self._lock:
                 self._streams.update({stream.request_id: stream for stream in streams})

@@ -6,6 +6,7 @@ import attrs
 
 from specplug.sampling.logprobs import PositionLogprobs
 from specplug.stats import SpeculationStats
+from specplug.trace import StepTrace
 
 
 @attrs.define
@@ -25,6 +26,7 @@ class CompletionOutput:
         unverified_methods: methods with their own `verify` that drafted for it; core does not check their results.
         error: the failure, if `finish_reason` is `error`.
         token_texts: from `AsyncLLM`, for each id the text that it completes; empty while a character is incomplete.
+        steps: from `AsyncLLM`, if the request is traced: what each step did.
     """
 
     index: int
@@ -39,6 +41,7 @@ class CompletionOutput:
     unverified_methods: list[str] = attrs.field(factory=list)
     error: str | None = None
     token_texts: list[str] = attrs.field(factory=list)
+    steps: list[StepTrace] = attrs.field(factory=list)
 
     @property
     def metrics(self) -> SpeculationStats:

@@ -20,6 +20,7 @@ from specplug.text.stream import TextStream
 if TYPE_CHECKING:
     from specplug.model.kv_cache import BlockTable
     from specplug.speculation.draft import Draft
+    from specplug.trace import StepTrace
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -67,6 +68,7 @@ class Request:
         stop_reason: the stop string, or the id of `stop_token_ids`, that ended it.
         error: the failure of this request, or that the engine was closed; else None.
         listener: receives its outputs; None if only the caller of `Engine.step` sees them.
+        is_traced: whether its outputs say in detail what each step did.
         sources: for each output token, the method that drafted it; None for the target's own.
         logprobs: per output token, if they were requested.
         prompt_logprobs: per prompt token except the first, as far as they are computed.
@@ -103,6 +105,7 @@ class Request:
     stop_reason: int | str | None = None
     error: str | None = None
     listener: OutputListener | None = None
+    is_traced: bool = False
     sources: list[str | None] = attrs.field(factory=list)
     logprobs: list[PositionLogprobs] = attrs.field(factory=list)
     prompt_logprobs: list[PositionLogprobs] = attrs.field(factory=list)
@@ -193,9 +196,11 @@ class StepOutput:
         new_tokens: the committed ids.
         sources: for each id the method that drafted it; None for the target's own.
         texts: for each id the text that it completes.
+        trace: the details; None unless the request is traced.
     """
 
     request: Request
     new_tokens: list[int]
     sources: list[str | None]
     texts: list[str]
+    trace: StepTrace | None = None

@@ -16,6 +16,7 @@ from specplug.frontend import Frontend, Submission
 from specplug.outputs import CompletionOutput, RequestOutput
 from specplug.request import Request, StepOutput
 from specplug.sampling.logprobs import PositionLogprobs
+from specplug.trace import StepTrace
 from specplug.values import shown
 
 OutputKind = Literal["cumulative", "delta", "final_only"]
@@ -66,6 +67,7 @@ class _Progress:
     num_characters: int = 0
     text: str = ""
     texts: list[str] = attrs.field(factory=list)
+    steps: list[StepTrace] = attrs.field(factory=list)
     cumulative_logprob: float = 0.0
     finish_reason: str | None = None
     last_time: float = 0.0
@@ -293,6 +295,7 @@ class RequestStream:
         request, begin = progress.request, progress.num_tokens
         ids = [token for step in steps for token in step.new_tokens]
         texts = [text for step in steps for text in step.texts]
+        traces = [step.trace for step in steps if step.trace is not None]
         text = "".join(texts)
         if progress.finish_reason is not None and request.text is not None:
             rest = request.text.text[progress.num_characters + len(text) :]  # held back when the request was aborted
@@ -304,6 +307,7 @@ class RequestStream:
         if self._kind != "delta":
             progress.text += text
             progress.texts += texts
+            progress.steps += traces
         logprobs = None
         if request.params.logprobs is not None:
             logprobs = self._with_text(request.logprobs[begin : progress.num_tokens])
@@ -323,16 +327,16 @@ class RequestStream:
             unverified_methods=self._frontend.unverified_methods(request),
             error=request.error if progress.finish_reason == "error" else None,
             token_texts=texts,
+            steps=traces,
         )
 
     def _whole(self, index: int, progress: _Progress) -> CompletionOutput:
         """All that has been taken of one sequence."""
         request, count = progress.request, progress.num_tokens
-        begin = request.num_prompt_tokens
         return CompletionOutput(
             index=index,
             text=progress.text,
-            token_ids=request.tokens[begin : begin + count],
+            token_ids=request.output_ids[:count],
             cumulative_logprob=None if request.params.logprobs is None else progress.cumulative_logprob,
             logprobs=None if request.params.logprobs is None else request.logprobs[:count],
             finish_reason=progress.finish_reason,
@@ -342,4 +346,5 @@ class RequestStream:
             unverified_methods=self._frontend.unverified_methods(request),
             error=request.error if progress.finish_reason == "error" else None,
             token_texts=list(progress.texts),
+            steps=list(progress.steps),
         )

@@ -166,3 +166,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise _RepeatedKeyError(f"the key '{key}' is given twice")
         members[key] = value
     return members
+
+
+def read_template(name: str) -> str:
+    """The text of a file with a chat template.
+
+    Raises:
+        ConfigurationError: it cannot be read.
+    """
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigurationError(f"--chat-template {name!r} cannot be read: {reason}") from error

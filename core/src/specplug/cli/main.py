@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from specplug.cli.bench import bench
+from specplug.cli.chat import chat
 from specplug.cli.check import check
 from specplug.cli.demo import demo
 from specplug.cli.error_text import describe_error, hint_at_details
@@ -156,7 +157,7 @@ def _set_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> N
         ctx.find_root().params["debug"] = True
 
 
-for _command in (bench, check, demo, generate, list_command, new, plan, serve):
+for _command in (bench, chat, check, demo, generate, list_command, new, plan, serve):
     _command.params.append(
         click.Option(["--debug"], is_flag=True, hidden=True, expose_value=False, callback=_set_debug)
     )

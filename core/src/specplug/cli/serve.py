@@ -6,11 +6,11 @@ import contextlib
 import importlib.util
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
 
+from specplug.cli.inputs import read_template
 from specplug.cli.options import GroupedCommand, engine_options, named, option_group, read_engine_options
 from specplug.cli.process import check_plugins
 from specplug.cli.terminal import Terminal
@@ -34,6 +34,7 @@ _SERVER = (
     "request_timeout",
     "drain_timeout",
     "per_request_spec_decode_metrics",
+    "playground",
     "access_log",
     "quiet",
 )
@@ -90,6 +91,7 @@ _request_options = option_group(
         show_default=True,
         help="Report speculation in each response.",
     ),
+    named("--playground/--no-playground", default=True, show_default=True, help="Serve the playground at /."),
     named("--access-log", is_flag=True, help="Log each request on standard error."),
     named("-q", "--quiet", is_flag=True, help="Hide startup steps."),
 )
@@ -144,10 +146,11 @@ def serve(target: str, **given: Any) -> None:
         api_keys=tuple(keys),
         allowed_origins=server["allowed_origin"],
         root_path=root_path,
-        chat_template=None if template is None else _read_template(template),
+        chat_template=None if template is None else read_template(template),
         max_body_bytes=max_body_bytes,
         request_timeout=server["request_timeout"],
         speculative_metrics=server["per_request_spec_decode_metrics"],
+        playground=server["playground"],
     )
     endpoint = {
         "host": server["host"],
@@ -172,11 +175,3 @@ def _check_extra() -> None:
         raise ConfigurationError(
             f"specplug serve needs {', '.join(missing)}, not installed here: pip install 'specplug[serve]'"
         )
-
-
-def _read_template(name: str) -> str:
-    try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigurationError(f"--chat-template {name!r} cannot be read: {reason}") from error

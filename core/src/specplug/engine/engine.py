@@ -14,6 +14,7 @@ from specplug.engine.planning import PlannedEngine
 from specplug.engine.requests import RequestFactory
 from specplug.engine.scheduler import ScheduledRow, Scheduler
 from specplug.engine.target_step import TargetStep, run_target
+from specplug.engine.trace import Tracer
 from specplug.errors import RequestError
 from specplug.model.kv_cache import KVCache
 from specplug.model.runner import ModelRunner
@@ -73,6 +74,7 @@ class Engine:
         self._states = states
         self._requests = requests
         self._verification = verification
+        self._tracer = Tracer(chain.policy)
         self._lock = FairLock()
         self._contention = CoreContention()
         self._outputs: list[StepOutput] = []
@@ -215,12 +217,12 @@ class Engine:
         target = run_target(self.runner, self._states, rows)
         verdict = self._verification.verify(target.requests, target.offsets, target.logits[: target.offsets[-1]])
         self._commit(target, verdict)
-        self.chain.observe(
-            [row.request for row in rows],
-            time.perf_counter() - started,
-            decoding=all(row.samples and row.num_tokens == 1 for row in rows),
-        )
+        seconds = time.perf_counter() - started
+        decoding = all(row.samples and row.num_tokens == 1 for row in rows)
+        self.chain.observe([row.request for row in rows], seconds, decoding=decoding)
         self._propose(rows)
+        if self._tracer.is_tracing:
+            self._tracer.end_step(target, decoding, seconds, time.perf_counter() - started)
         self.num_steps += 1
         self._contention.observe()
 
@@ -243,7 +245,11 @@ class Engine:
                 if self._states.at_drafts and request.draft is not None:
                     drafted[request.slot] = range(first + row.num_tokens, first + row.num_tokens + len(request.draft))
                 moves += kv_moves(request, start + row.num_tokens, path)
+                draft = request.draft
                 output = commit_tokens(request, path, next_token, self.stats)
+                if request.is_traced:
+                    entries = target.logits[entry : entry + 1 + (0 if draft is None else len(draft))]
+                    output = self._tracer.record(output, draft, path, entries, row.num_tokens)
                 self.num_generated_tokens += len(output.new_tokens)
                 self._outputs.append(output)
                 score_output(output, target.logits, [entry, *(entry + 1 + node for node in path)])
@@ -306,6 +312,7 @@ class Engine:
 
     def _recover(self) -> None:
         """After an interrupted step: the KV of all running rows is recomputed, and no committed token is lost."""
+        self._tracer.abandon()
         for request in reversed(list(self.scheduler.running)):  # each goes to the head of the queue
             if not request.is_finished:
                 self.scheduler.preempt(request)

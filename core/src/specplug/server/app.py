@@ -12,11 +12,14 @@ from specplug.errors import SpecplugError
 from specplug.server.answers.chat import create_chat_completion
 from specplug.server.answers.completions import create_completion
 from specplug.server.answers.tokenization import detokenize, tokenize
+from specplug.server.answers.trace import create_trace, describe
 from specplug.server.errors import ApiError, install_handlers
-from specplug.server.middleware import Authentication, BodyLimits, ResponseCounter
+from specplug.server.middleware import OPEN_PATHS, Authentication, BodyLimits, ResponseCounter
+from specplug.server.pages import PAGE_PATHS, add_pages
 from specplug.server.protocol.chat import ChatBody
 from specplug.server.protocol.completions import CompletionBody
 from specplug.server.protocol.tokens import AbortBody, DetokenizeBody, TokenizeBody
+from specplug.server.protocol.trace import TraceBody
 from specplug.server.state import ServerState
 from specplug.server.streaming import ClientGoneError
 from specplug.version import __version__
@@ -37,10 +40,15 @@ def create_app(state: ServerState) -> FastAPI:
     _add_generation(app, state)
     _add_tokens(app, state)
     _add_status(app, state)
+    _add_trace(app, state)
     settings = state.settings
+    open_paths = OPEN_PATHS
+    if settings.playground:
+        add_pages(app)
+        open_paths |= PAGE_PATHS
     # The last one added is the first to see a request.
     app.add_middleware(BodyLimits, settings=settings)
-    app.add_middleware(Authentication, keys=settings.api_keys)
+    app.add_middleware(Authentication, keys=settings.api_keys, open_paths=open_paths)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]
@@ -80,6 +88,18 @@ def _add_tokens(app: FastAPI, state: ServerState) -> None:
     async def text_of_tokens(body: DetokenizeBody) -> dict[str, Any]:
         """Turn token ids into a text."""
         return await detokenize(state, body)
+
+
+def _add_trace(app: FastAPI, state: ServerState) -> None:
+    @app.post("/v1/specplug/trace", response_class=JSONResponse)
+    async def trace(body: TraceBody, request: Request) -> Response:
+        """Continue a text or reply to a conversation, and tell what every step did. Always a stream."""
+        return await create_trace(state, body, request)
+
+    @app.get("/v1/specplug/info")
+    async def info() -> dict[str, Any]:
+        """Say what the playground must know: the model, its speculators, whether it has a chat template."""
+        return describe(state)
 
 
 def _add_status(app: FastAPI, state: ServerState) -> None:

@@ -28,6 +28,7 @@ class ServerSettings:
         request_timeout: until a request is aborted; None lets it run.
         speculative_metrics: what responses say about speculation, as `metrics.speculative_decoding`.
         retry_after: what refused clients are told to wait.
+        playground: whether the playground is served at `/`.
     """
 
     model_names: tuple[str, ...]
@@ -41,3 +42,4 @@ class ServerSettings:
     request_timeout: float | None = None
     speculative_metrics: SpeculativeMetrics = "none"
     retry_after: int = 1
+    playground: bool = True

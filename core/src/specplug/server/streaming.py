@@ -59,6 +59,7 @@ class EventStream(Response):
         events: encoded events; what it yields is sent at once.
         send_timeout: seconds after which a client that does not read is given up.
         on_close: called at the end, also if nothing was sent.
+        media_type: of what they are encoded as.
     """
 
     media_type = "text/event-stream"
@@ -69,7 +70,9 @@ class EventStream(Response):
         *,
         send_timeout: float,
         on_close: Callable[[], object] = lambda: None,
+        media_type: str = media_type,
     ) -> None:
+        self.media_type = media_type
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})

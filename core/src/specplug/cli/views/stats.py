@@ -10,9 +10,10 @@ import attrs
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from specplug.async_llm import AsyncLLM
     from specplug.cli.terminal import Terminal
-    from specplug.llm import LLM, StreamedPiece
-    from specplug.outputs import RequestOutput
+    from specplug.llm import LLM
+    from specplug.outputs import RequestOutput, StreamedPiece
     from specplug.stats import SpeculationStats
 
 
@@ -68,7 +69,7 @@ class Meter:
 Rows = list[tuple[str, str]]
 
 
-def show_meter(terminal: Terminal, meter: Meter, llm: LLM) -> None:
+def show_meter(terminal: Terminal, meter: Meter, llm: LLM | AsyncLLM) -> None:
     """Prints the statistics of one streamed completion."""
     metrics = meter.metrics
     assert metrics is not None
@@ -95,7 +96,7 @@ def show_totals(terminal: Terminal, outputs: Sequence[RequestOutput], seconds: f
     _show(terminal, rows + _speculation(llm.engine.stats, llm, llm.engine.num_steps, "sequence steps"))
 
 
-def _speculation(stats: SpeculationStats, llm: LLM, num_forwards: int, steps: str) -> Rows:
+def _speculation(stats: SpeculationStats, llm: LLM | AsyncLLM, num_forwards: int, steps: str) -> Rows:
     rows = [("target steps", f"{num_forwards}")]
     if stats.mean_acceptance_length is not None:
         explained = f"tokens per step that verified a draft, in {stats.num_spec_steps} of {stats.num_steps} {steps}"

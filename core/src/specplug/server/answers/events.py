@@ -15,6 +15,11 @@ _FINGERPRINT = f"specplug-{__version__}"
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
+def encode_json(value: Any) -> bytes:
+    """JSON in one line; what is not valid UTF-8 is replaced."""
+    return _encode(value).encode("utf-8", "replace")
+
+
 @attrs.frozen
 class Header:
     """What all parts of one response have in common.

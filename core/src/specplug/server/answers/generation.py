@@ -26,8 +26,9 @@ async def start(
     kind: OutputKind,
     timeout: float | None,
     cache_salt: str | None,
+    trace: bool = False,
 ) -> list[RequestStream]:
-    """Queues the prompts of a request.
+    """Queues the prompts of a request; `trace` asks for the details of each step.
 
     Raises:
         ApiError: it cannot be served, or not now.
@@ -40,6 +41,7 @@ async def start(
             names,
             output_kind=kind,
             timeout=min(limits, default=None),
+            trace=trace,
         )
     except SpecplugError as error:
         raise api_error(error, state.settings.retry_after) from error
