@@ -17,7 +17,16 @@ from specplug.server.settings import ServerSettings
 OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/metrics", "/load"})
 """Those that need no API key: they are read by load balancers and monitoring, and reveal no text."""
 _COUNTED = frozenset(
-    {"/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize", "/abort", *OPEN_PATHS}
+    {
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/specplug/trace",
+        "/v1/models",
+        "/tokenize",
+        "/detokenize",
+        "/abort",
+        *OPEN_PATHS,
+    }
 )
 
 
