@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import attrs
@@ -134,14 +135,13 @@ def _draft_probs(draft: Draft) -> list[float | None]:
     probs, scores = draft.probs, draft.scores
     if probs is not None:
         values = torch.as_tensor(probs.values)
-        columns = torch.tensor(draft.tokens, device=values.device)
+        columns = to_device(draft.tokens, values.device)
         if probs.token_ids is not None:
             known = torch.as_tensor(probs.token_ids, device=values.device)
             columns = (known[None, :] == columns[:, None]).int().argmax(dim=-1)
-        rows = torch.tensor(list(probs.index or range(len(draft))), device=values.device)
+        rows = to_device(list(probs.index or range(len(draft))), values.device)
         return [float(value) for value in values[rows, columns].tolist()]
     if scores is not None:  # cumulative log-probabilities
         before = [0.0 if parent < 0 else scores[parent] for parent in draft.parent_list()]
-        differences = torch.tensor(scores, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
-        return [float(value) for value in differences.clamp(max=0.0).exp().tolist()]
+        return [math.exp(min(0.0, own - base)) for own, base in zip(scores, before, strict=True)]
     return [None] * len(draft)
