@@ -11,15 +11,11 @@ import torch
 from specplug.engine.target_step import TargetStep
 from specplug.model.device import to_device
 from specplug.request import StepOutput
-from specplug.speculation.adaptive.controller import AdaptiveDraftLength
 from specplug.speculation.adaptive.cost_model import target_costs
 from specplug.speculation.adaptive.settings import AdaptiveSettings
 from specplug.speculation.draft import Draft
 from specplug.speculation.draft_length import DraftLengthPolicy
 from specplug.trace import StepTrace, TracedNode
-
-_FEWEST_TIMINGS = 8
-"""Timings after which the automatic draft length's costs of a step are believed."""
 
 
 class Tracer:
@@ -30,7 +26,7 @@ class Tracer:
     """
 
     def __init__(self, policy: DraftLengthPolicy) -> None:
-        self._costs = policy.targets if isinstance(policy, AdaptiveDraftLength) else None
+        self._policy = policy
         self._measured = target_costs(AdaptiveSettings())
         self._open: list[StepTrace] = []
 
@@ -89,10 +85,10 @@ class Tracer:
 
     def _plain_step(self, num_rows: int) -> float | None:
         """The expected seconds of a step of so many rows without drafts."""
-        curve = None if self._costs is None else self._costs.of(num_rows)
-        if curve is None or curve.count < _FEWEST_TIMINGS:
-            curve = self._measured.of(num_rows) or curve
-        return None if curve is None else curve.seconds(0)
+        expected = self._policy.plain_seconds(num_rows)
+        if expected is None and (curve := self._measured.of(num_rows)) is not None:
+            expected = curve.seconds(0)
+        return expected
 
 
 def _trace(

@@ -107,6 +107,10 @@ class DraftLengthPolicy:
         """Whether target states that a speculator was not shown yet are worth storing."""
         return True
 
+    def plain_seconds(self, num_rows: int) -> float | None:
+        """The expected seconds of a target step of so many rows without drafts; None where the policy does not know."""
+        return None
+
 
 class FixedDraftLength(DraftLengthPolicy):
     """Every row may draft as much as was configured; rows that opted out sleep."""

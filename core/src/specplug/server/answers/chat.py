@@ -26,14 +26,7 @@ async def create_chat_completion(state: ServerState, body: ChatBody, request: Re
     """
 
     async def encode() -> list[EncodedPrompt]:
-        prompt = await render(
-            state,
-            body.messages,
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message,
-            variables=body.chat_template_kwargs,
-        )
-        return [prompt]
+        return [await render(state, body.messages, body)]
 
     return await serve(
         state,

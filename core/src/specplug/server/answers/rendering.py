@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from specplug.errors import RequestError
 from specplug.server.errors import ApiError
@@ -15,36 +15,43 @@ from specplug.text.prompts import EncodedPrompt
 _FROM_LLM = "give one with chat_template=, or use generate()"
 
 
-async def render(
-    state: ServerState,
-    messages: list[Message],
-    *,
-    add_generation_prompt: bool | None,
-    continue_final_message: bool | None,
-    variables: Mapping[str, Any] | None,
-) -> EncodedPrompt:
+class Conversation(Protocol):
+    """The fields of a request that make its prompt.
+
+    Attributes:
+        add_generation_prompt: None adds it unless the last message is continued.
+        continue_final_message: whether the last message is continued.
+        chat_template_kwargs: more variables of the template.
+    """
+
+    add_generation_prompt: bool | None
+    continue_final_message: bool | None
+    chat_template_kwargs: dict[str, Any] | None
+
+
+async def render(state: ServerState, messages: list[Message], options: Conversation) -> EncodedPrompt:
     """Renders a conversation with the chat template.
 
     Args:
         state: the server's.
         messages: the conversation.
-        add_generation_prompt: None adds it unless the last message is continued.
-        continue_final_message: whether the last message is continued.
-        variables: more variables of the template.
+        options: the request.
 
     Raises:
         ApiError: there is no template, or it cannot render the messages.
     """
     engine = state.engine
-    continues = bool(continue_final_message)
+    continues = bool(options.continue_final_message)
+    opens = options.add_generation_prompt
+    variables = options.chat_template_kwargs or {}
     try:
-        _check_variables(engine.get_tokenizer(), variables or {})
+        _check_variables(engine.get_tokenizer(), variables)
         rendered = await engine.render(
             [message.for_template() for message in messages],
             chat_template=state.settings.chat_template,
-            add_generation_prompt=not continues if add_generation_prompt is None else add_generation_prompt,
+            add_generation_prompt=not continues if opens is None else opens,
             continue_final_message=continues,
-            **(variables or {}),
+            **variables,
         )
     except RequestError as error:
         message = str(error).replace(_FROM_LLM, "start the server with --chat-template")

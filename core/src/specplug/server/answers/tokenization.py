@@ -22,13 +22,7 @@ async def tokenize(state: ServerState, body: TokenizeBody) -> dict[str, Any]:
     engine = state.engine
     try:
         if body.messages is not None:
-            prompt = await render(
-                state,
-                body.messages,
-                add_generation_prompt=body.add_generation_prompt,
-                continue_final_message=body.continue_final_message,
-                variables=body.chat_template_kwargs,
-            )
+            prompt = await render(state, body.messages, body)
             ids = prompt.ids
         elif body.add_special_tokens is False:
             ids = await engine.encode_plain(body.prompt or "")

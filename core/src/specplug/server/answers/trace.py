@@ -102,14 +102,7 @@ def _close(streams: list[RequestStream]) -> None:
 async def _encode(state: ServerState, body: TraceBody) -> list[EncodedPrompt]:
     if body.messages is None:
         return await state.engine.encode(body.prompt or "")
-    prompt = await render(
-        state,
-        body.messages,
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-        variables=body.chat_template_kwargs,
-    )
-    return [prompt]
+    return [await render(state, body.messages, body)]
 
 
 def _event(fields: dict[str, Any]) -> bytes:

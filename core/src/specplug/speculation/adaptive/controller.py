@@ -32,6 +32,8 @@ from specplug.speculation.adaptive.sleeping import (
 from specplug.speculation.draft import Draft
 from specplug.speculation.draft_length import DraftLengthPolicy, FixedDraftLength, Length, ProposeCall
 
+_FEWEST_TIMINGS = 8  # before the expected seconds of a plain step are told to others
+
 
 @attrs.frozen(eq=False)
 class _Verified:
@@ -104,6 +106,11 @@ class AdaptiveDraftLength(DraftLengthPolicy):
     def lose_states(self, speculator: RegisteredSpeculator, request: Request) -> None:
         """See `DraftLengthPolicy.lose_states`."""
         self._of[speculator].row(request).is_blind = True
+
+    def plain_seconds(self, num_rows: int) -> float | None:
+        """See `DraftLengthPolicy.plain_seconds`."""
+        curve = self.targets.of(num_rows)
+        return None if curve is None or curve.count < _FEWEST_TIMINGS else curve.seconds(0)
 
     def keeps_states(self, speculator: RegisteredSpeculator, request: Request) -> bool:
         """See `DraftLengthPolicy.keeps_states`: of a row that is lost to it, hardly."""
