@@ -121,7 +121,7 @@ def test_bodies_are_limited_in_size_and_time(server: Live) -> None:
 
 
 def test_a_client_that_does_not_read_is_given_up(server: Live) -> None:
-    with live(server.engine, send_timeout=0.4) as impatient:
+    with live(server.engine, send_buffer=4096, send_timeout=0.4) as impatient:
         body = {**LONG, "stream": True, "logprobs": 20, "n": 4}
         parts = urlsplit(impatient.url)
         connection = socket.socket()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -67,8 +68,10 @@ def wait_until(holds: Callable[[], Any], seconds: float = 30) -> None:
 
 
 @contextmanager
-def live(engine: AsyncLLM | None, metrics: ServerMetrics | None = None, **settings: Any) -> Iterator[Live]:
-    """Serves an engine on a free port."""
+def live(
+    engine: AsyncLLM | None, metrics: ServerMetrics | None = None, *, send_buffer: int | None = None, **settings: Any
+) -> Iterator[Live]:
+    """Serves an engine on a free port; `send_buffer` limits what the system takes for a client that does not read."""
     options = {"model_names": ("tiny",), "chat_template": TEMPLATE, **settings}
     state = ServerState(ServerSettings(**options), engine, metrics)
     config = uvicorn.Config(create_app(state), port=0, log_config=None, lifespan="off", ws="none", log_level="error")
@@ -77,7 +80,10 @@ def live(engine: AsyncLLM | None, metrics: ServerMetrics | None = None, **settin
     thread.start()
     try:
         wait_until(lambda: server.started)
-        port = server.servers[0].sockets[0].getsockname()[1]
+        listening = server.servers[0].sockets[0]
+        if send_buffer is not None:  # connections have that of the socket that accepts them
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+        port = listening.getsockname()[1]
         yield Live(f"http://127.0.0.1:{port}", state)
     finally:
         server.should_exit = True
