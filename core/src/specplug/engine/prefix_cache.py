@@ -93,9 +93,7 @@ class PrefixCache:
             begin = request.num_stored_blocks
             if request.num_computed < (begin + 1) * size or request.error is not None:
                 continue
-            full = (
-                min(request.num_computed, len(request.tokens)) // size
-            )  # the end of a request may cut what was accepted
+            full = min(request.num_computed, len(request.tokens)) // size  # a request's end may cut accepted tokens
             assert request.table is not None
             for block, digest in zip(
                 request.table.blocks[begin:full], self._digests(request, full)[begin:], strict=True
