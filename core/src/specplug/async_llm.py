@@ -25,8 +25,7 @@ from specplug.errors import (
     SpecplugError,
     one_line,
 )
-from specplug.frontend import Frontend, Submission
-from specplug.metrics import Metric, engine_metrics
+from specplug.frontend import Frontend, FrontendOwner, Submission
 from specplug.outputs import RequestOutput
 from specplug.sampling.params import SamplingParams
 from specplug.streams import OutputKind, RequestStream, StreamObserver, check_output_kind
@@ -38,7 +37,7 @@ _POLL_SECONDS = 0.02
 _SECONDS_PER_OUTPUT = 0.001  # of all streams together; passing one on through HTTP takes 0.2 to 0.5 ms
 
 
-class AsyncLLM:
+class AsyncLLM(FrontendOwner):
     """A target model with its speculators, for servers. Tasks of any number of event loops and threads may use it.
 
     One thread runs the engine; another one encodes prompts. Methods that are not coroutines never wait, except `close`.
@@ -348,22 +347,6 @@ class AsyncLLM:
             stream.fail(self._error)
 
     # ---- about ----------------------------------------------------------------------------------------------------
-
-    def get_tokenizer(self) -> Any:
-        """The tokenizer.
-
-        Raises:
-            RequestError: the engine takes token ids only.
-        """
-        return self._frontend.tokenizer.required("get_tokenizer()")
-
-    def get_default_sampling_params(self) -> SamplingParams:
-        """The parameters of `generate` if it is given none: the model's generation_config, then the defaults."""
-        return self._frontend.default_sampling_params()
-
-    def get_metrics(self) -> list[Metric]:
-        """The engine's current counters, under vLLM's names; never waits for a step."""
-        return engine_metrics(self.engine)
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached KV before the next step; requests that run go on with theirs."""

@@ -12,8 +12,10 @@ import attrs
 
 from specplug.config.engine import EngineConfig
 from specplug.config.vllm import translate_options
+from specplug.engine.engine import Engine
 from specplug.engine.startup import StepReport, start_engine
 from specplug.errors import ConfigurationError, RequestError
+from specplug.metrics import Metric, engine_metrics
 from specplug.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from specplug.request import Request
 from specplug.sampling.defaults import default_sampling_params
@@ -246,3 +248,26 @@ class Frontend:
                 for token, logprob in (position or {}).items():
                     logprob.decoded_token = decoder.token(token)
         return positions
+
+
+class FrontendOwner:
+    """What `LLM` and `AsyncLLM` tell about their engine."""
+
+    _frontend: Frontend
+    engine: Engine
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer.
+
+        Raises:
+            RequestError: the engine takes token ids only.
+        """
+        return self._frontend.tokenizer.required("get_tokenizer()")
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The parameters of `generate` if it is given none: the model's generation_config, then the defaults."""
+        return self._frontend.default_sampling_params()
+
+    def get_metrics(self) -> list[Metric]:
+        """The engine's current counters, under vLLM's names; never waits for a step."""
+        return engine_metrics(self.engine)

@@ -11,8 +11,7 @@ from specplug.engine.calls import Call, Calls
 from specplug.engine.engine import CLOSED
 from specplug.engine.startup import StepReport
 from specplug.errors import GenerationError, RequestError
-from specplug.frontend import Frontend
-from specplug.metrics import Metric, engine_metrics
+from specplug.frontend import Frontend, FrontendOwner
 from specplug.outputs import RequestOutput, StreamedPiece
 from specplug.progress import ProgressBar
 from specplug.sampling.params import SamplingParams
@@ -21,7 +20,7 @@ from specplug.text.prompts import EncodedPrompt, Message, Prompt
 _MOST_NAMED = 5  # failures that one message names
 
 
-class LLM:
+class LLM(FrontendOwner):
     """A target model with its speculators. Any number of threads may use it; their prompts are batched together.
 
     Args:
@@ -224,26 +223,10 @@ class LLM:
 
     # ---- about ----------------------------------------------------------------------------------------------------
 
-    def get_tokenizer(self) -> Any:
-        """The tokenizer.
-
-        Raises:
-            RequestError: the engine takes token ids only.
-        """
-        return self._frontend.tokenizer.required("get_tokenizer()")
-
-    def get_default_sampling_params(self) -> SamplingParams:
-        """The parameters of `generate` if it is given none: the model's generation_config, then the defaults."""
-        return self._frontend.default_sampling_params()
-
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached KV; requests that run go on with theirs. Returns True, as vLLM does on success."""
         self.engine.reset_prefix_cache()
         return True
-
-    def get_metrics(self) -> list[Metric]:
-        """The engine's current counters, under vLLM's names; never waits for a step."""
-        return engine_metrics(self.engine)
 
     # ---- the end --------------------------------------------------------------------------------------------------
 
