@@ -101,7 +101,7 @@ def test_output_is_the_same_with_and_without(models: dict[str, Path], speculator
         continued = outputs(plain, turns, params)
     tight = {"max_num_seqs": 5, "max_num_batched_tokens": 41, "block_size": block_size, "max_model_len": 140}
     with engine(models, speculator, **tight) as llm:
-        squeeze_blocks(llm, -(-170 // block_size))
+        squeeze_blocks(llm, -(-156 // block_size))
         assert outputs(llm, prompts, params) == expected
         assert outputs(llm, turns, params) == continued
         assert outputs(llm, prompts[::-1], params[::-1]) == expected[::-1]

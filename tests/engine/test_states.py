@@ -31,7 +31,7 @@ class RandomPolicy(FixedDraftLength):
 
     def length_of(self, request: Any, speculator: Any) -> int | None:
         self.asked[request.number] = self.asked.get(request.number, 0) + 1
-        if request.number % 3 == 1 and self.asked[request.number] == 4:
+        if request.number % 2 and self.asked[request.number] == 4:
             self.asleep[request.number] = WINDOW + 5  # longer than states are kept
         left = self.asleep.get(request.number, 0)
         if left:
