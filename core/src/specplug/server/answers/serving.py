@@ -20,7 +20,7 @@ from specplug.server.protocol.sampling import SamplingBody
 from specplug.server.state import ServerState
 from specplug.server.streaming import DONE, EventStream, unless_gone
 from specplug.stats import SpeculationStats
-from specplug.streams import RequestStream
+from specplug.streams.stream import RequestStream
 from specplug.text.prompts import EncodedPrompt
 
 
