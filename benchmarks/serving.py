@@ -6,7 +6,8 @@ The server is `specplug serve`, the offline engine is `LLM.generate` in a proces
 are idle while the other is measured. Rounds alternate, so that what else the machine does meets both alike; a ratio is of one
 round, and the median of the rounds is shown. Requests are greedy completions of a fixed length. The client is a bare socket
 that reads server-sent events, on the same cores. `--method ngram` measures with drafts. Processor time per token of either
-process is shown too: other load on the machine does not count in it.
+process and of the client is shown too: other load on the machine does not count in it. With `--threads` of 1, engine and
+event loop have a core each; with as many as there are cores they compete.
 """
 
 from __future__ import annotations
@@ -128,6 +129,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", default="2GiB")
+    parser.add_argument("--threads", type=int, help="of either engine")
     parser.add_argument("--method", help="a method of speculation, with 4 draft tokens")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument(
@@ -146,6 +148,8 @@ def main() -> None:
     if options.method:
         engine["speculative_config"] = {"method": options.method, "num_speculative_tokens": 4}
         command += ["--speculative-config", json.dumps(engine["speculative_config"])]
+    if options.threads:
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)
     server = start(command)
     words = [__file__, options.target, "--tokens", str(options.tokens), "--offline", json.dumps(engine)]
     worker = subprocess.Popen([sys.executable, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -163,11 +167,11 @@ def main() -> None:
 
         for count in options.streams:
             seconds: dict[str, list[float]] = {"offline": [], "streams": [], "whole": []}
-            used = dict.fromkeys(seconds, 0.0)
+            used = dict.fromkeys((*seconds, "client"), 0.0)
             for turn in range(options.rounds + 1):
                 for name in seconds if turn % 2 else reversed(list(seconds)):
                     pid = worker.pid if name == "offline" else server.pid
-                    before = processor_seconds(pid)
+                    before, mine = processor_seconds(pid), time.process_time()
                     if name == "offline":
                         taken = generate(count)
                     else:
@@ -175,6 +179,7 @@ def main() -> None:
                     if turn:  # the first round warms up
                         seconds[name].append(taken)
                         used[name] += processor_seconds(pid) - before
+                        used["client"] += time.process_time() - mine if name == "streams" else 0.0
             tokens = count * options.tokens
             row = {
                 "streams": count,
@@ -185,13 +190,18 @@ def main() -> None:
                 "ratio_whole": statistics.median(
                     a / b for a, b in zip(seconds["offline"], seconds["whole"], strict=True)
                 ),
+                "ratio_of_medians": {
+                    name: statistics.median(seconds["offline"]) / statistics.median(seconds[name])
+                    for name in ("streams", "whole")
+                },
                 "seconds": seconds,
                 "processor_us_per_token": {k: 1e6 * v / tokens / options.rounds for k, v in used.items()},
             }
             report["rows"].append(row)
             print(
                 f"{count:3} streams: offline {row['offline_tokens_per_second']:7.0f} tokens/s, "
-                f"HTTP streams {row['ratio_streams']:.3f}, whole responses {row['ratio_whole']:.3f}; "
+                f"HTTP streams {row['ratio_streams']:.3f} (of medians {row['ratio_of_medians']['streams']:.3f}), "
+                f"whole responses {row['ratio_whole']:.3f} ({row['ratio_of_medians']['whole']:.3f}); "
                 + "processor time per token "
                 + ", ".join(f"{name} {us:.0f} µs" for name, us in row["processor_us_per_token"].items()),
                 flush=True,

@@ -43,6 +43,7 @@ SNIPPETS = (
     "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n",
     "with open(path) as file:\n    for line in file:\n",
 )
+DONE = "data: [DONE]\n\n"
 HARMLESS = {"queue_full", "timeout"}  # codes of meant 5xx
 
 
@@ -153,6 +154,7 @@ class Soak:
     Attributes:
         url: the server's address.
         known: snippet → its greedy continuation.
+        seed: of what the clients do.
         until: when the clients stop.
         counts: what happened, by kind.
         problems: what should not have happened.
@@ -160,13 +162,14 @@ class Soak:
 
     url: str
     known: dict[str, list[int]]
+    seed: int
     until: float
     counts: Counter[str] = attrs.field(factory=Counter)
     problems: list[str] = attrs.field(factory=list)
 
     async def client(self, number: int) -> None:
         """One client until the end."""
-        dice = random.Random(number)
+        dice = random.Random(1000 * self.seed + number)
         limits = httpx.Limits(max_keepalive_connections=1)
         async with httpx.AsyncClient(base_url=self.url, timeout=90, limits=limits) as http:
             actions = (
@@ -208,10 +211,7 @@ class Soak:
                 return None
             async for line in answer.aiter_lines():
                 if line.startswith("data: {"):
-                    event = json.loads(line[6:])
-                    if "error" in event:
-                        raise RuntimeError(event["error"]["message"])
-                    ids += event["choices"][0]["token_ids"]
+                    ids += event_of(line)["choices"][0]["token_ids"]
         return ids
 
     async def sampled(self, http: httpx.AsyncClient, dice: random.Random) -> None:
@@ -240,9 +240,7 @@ class Soak:
         if dice.random() < 0.5 and "prompt_logprobs" not in body:
             async with http.stream("POST", path, json={**body, "stream": True}) as answer:
                 if await self.is_good(answer):
-                    text = (await answer.aread()).decode()
-                    assert text.endswith("data: [DONE]\n\n"), text[-200:]
-                    assert '"error"' not in text, text[-300:]
+                    events_of((await answer.aread()).decode())
                     self.counts["sampled streams"] += 1
         elif await self.is_good(answer := await http.post(path, json=body)):
             assert answer.json()["usage"]["completion_tokens"] > 0
@@ -321,6 +319,21 @@ class Soak:
         return False
 
 
+def event_of(line: str) -> dict[str, Any]:
+    """The JSON of a line of a stream. A text may contain the word "error" in any form; only an error object is one."""
+    event: dict[str, Any] = json.loads(line.removeprefix("data: "))
+    if "error" in event:
+        raise RuntimeError(f"an error in a stream: {event['error']}")
+    return event
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    """The events of a whole stream, which must be complete."""
+    if not text.endswith(DONE):
+        raise RuntimeError(f"a stream ends with {text[-200:]!r}")
+    return [event_of(line) for line in text.removesuffix(DONE).split("\n\n") if line]
+
+
 def long_prompt(dice: random.Random) -> str:
     """A prompt of up to 600 characters; several of them fill the KV cache."""
     return (dice.choice(SNIPPETS) * 60)[: dice.randint(20, 600)]
@@ -345,8 +358,10 @@ async def watch(pid: int, soak: Soak, samples: list[tuple[float, int]]) -> None:
         await asyncio.sleep(1)
 
 
-async def run(server: subprocess.Popen[str], url: str, known: dict[str, list[int]], seconds: float) -> dict[str, Any]:
-    soak = Soak(url, known, time.monotonic() + seconds)
+async def run(
+    server: subprocess.Popen[str], url: str, known: dict[str, list[int]], seconds: float, seed: int
+) -> dict[str, Any]:
+    soak = Soak(url, known, seed, time.monotonic() + seconds)
     samples: list[tuple[float, int]] = []
     await asyncio.gather(watch(server.pid, soak, samples), *map(soak.client, range(CLIENTS)))
     async with httpx.AsyncClient(base_url=url, timeout=60) as http:
@@ -365,7 +380,7 @@ async def run(server: subprocess.Popen[str], url: str, known: dict[str, list[int
         for answer in await asyncio.gather(*last):
             if answer.status_code != 200 or answer.json()["choices"][0]["token_ids"] != known[SNIPPETS[0]]:
                 soak.problems.append(f"a request that SIGTERM found in work: {answer.text[:200]}")
-    return {"seconds": seconds, "counts": dict(soak.counts), "problems": soak.problems, "memory": samples}
+    return {"seconds": seconds, "seed": seed, "counts": dict(soak.counts), "problems": soak.problems, "memory": samples}
 
 
 def growth(samples: list[tuple[float, int]]) -> float:
@@ -395,6 +410,7 @@ def main() -> None:
     """Runs the soak."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--seed", type=int, default=0, help="of what the clients do")
     parser.add_argument("--json", type=Path, help="write the report here")
     parser.add_argument("--plot", type=Path, help="draw the server's memory here")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -407,7 +423,7 @@ def main() -> None:
     try:
         assert server.stdout is not None
         url = server.stdout.readline().strip()
-        report = asyncio.run(run(server, url, known, options.seconds))
+        report = asyncio.run(run(server, url, known, options.seconds, options.seed))
         left = json.loads(server.stdout.readline())
         report |= {"left": left, "exit": server.wait(60)}
     finally:

@@ -64,7 +64,7 @@ def assert_idle(engine: AsyncLLM) -> None:
     assert scheduler.allocator.num_free == scheduler.allocator.num_blocks
     assert len(scheduler._free_slots) == engine.config.max_num_seqs
     assert not engine._streams
-    assert not engine._reserved
+    assert engine._admission.is_empty
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
@@ -376,7 +376,7 @@ def test_many_streams_get_several_steps_in_one_output(
 
         return await asyncio.gather(*(one() for _ in range(4)))
 
-    monkeypatch.setattr("specplug.async_llm._SECONDS_PER_OUTPUT", 30.0)
+    monkeypatch.setattr("specplug.streams.delivery._SECONDS_PER_OUTPUT", 30.0)
     for parts in run(collect()):
         assert [token for part in parts for token in part] == expected
         assert 2 <= len(parts) <= 3, "the first tokens at once, the rest at the end"

@@ -46,6 +46,9 @@ def test_metrics_count_what_happens(server: Live, http: httpx.Client) -> None:
     for position in range(len(histogram) - 1):
         name = f"vllm:spec_decode_num_accepted_tokens_per_pos_total,position={position}"
         assert more(name) == sum(histogram[position + 1 :])
+        name = f"specplug:spec_decode_num_accepted_tokens_per_pos_total,method=ngram,position={position}"
+        assert more(name) == sum(histogram[position + 1 :])
+    assert more("specplug:spec_decode_num_drafts_total,method=ngram") == sum(histogram)
     assert more("vllm:time_to_first_token_seconds_count") == 2
     assert more("vllm:e2e_request_latency_seconds_count") == 2
     assert 24 < more("vllm:inter_token_latency_seconds_count") < 48

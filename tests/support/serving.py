@@ -56,7 +56,7 @@ class Live:
         wait_until(lambda: not (self.state.num_requests or engine.num_unfinished or scheduler.has_work), seconds)
         assert len(scheduler._free_slots) == engine.config.max_num_seqs
         assert not engine._streams
-        assert not engine._reserved
+        assert engine._admission.is_empty
 
 
 def wait_until(holds: Callable[[], Any], seconds: float = 30) -> None:

@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     from specplug.sampling.params import SamplingParams
     from specplug.sampling.randomness import RowRandomness, sample
     from specplug.stats import DraftCounts, SpeculationStats
-    from specplug.streams import RequestStream
+    from specplug.streams.stream import RequestStream
     from specplug.text.prompts import Message, Prompt
     from specplug.tiny import resolve_model
     from specplug.trace import StepTrace, TracedNode
@@ -173,7 +173,7 @@ _HOMES = {
         "DraftCounts",
         "SpeculationStats",
     ),
-    "specplug.streams": ("RequestStream",),
+    "specplug.streams.stream": ("RequestStream",),
     "specplug.text.prompts": (
         "Message",
         "Prompt",

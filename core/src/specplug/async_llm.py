@@ -7,9 +7,7 @@ import itertools
 import logging
 import threading
 import time
-from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +18,6 @@ from specplug.engine.thread import EngineThread
 from specplug.errors import (
     ConfigurationError,
     EngineDeadError,
-    QueueFullError,
     RequestError,
     SpecplugError,
     one_line,
@@ -28,16 +25,20 @@ from specplug.errors import (
 from specplug.frontend import Frontend, FrontendOwner, Submission
 from specplug.outputs import RequestOutput
 from specplug.sampling.params import SamplingParams
-from specplug.streams import OutputKind, RequestStream, StreamObserver, check_output_kind
-from specplug.text.prompts import EncodedPrompt, Message, Prompt
+from specplug.streams.admission import Admission
+from specplug.streams.assembly import OutputKind
+from specplug.streams.delivery import Delivery
+from specplug.streams.encoding import AsyncEncoding, encoder_thread
+from specplug.streams.observers import StreamObserver
+from specplug.streams.stream import RequestStream, check_output_kind
+from specplug.text.prompts import EncodedPrompt, Prompt
 from specplug.values import is_integer, shown
 
 logger = logging.getLogger("specplug")
 _POLL_SECONDS = 0.02
-_SECONDS_PER_OUTPUT = 0.001  # of all streams together; passing one on through HTTP takes 0.2 to 0.5 ms
 
 
-class AsyncLLM(FrontendOwner):
+class AsyncLLM(FrontendOwner, AsyncEncoding):
     """A target model with its speculators, for servers. Tasks of any number of event loops and threads may use it.
 
     One thread runs the engine; another one encodes prompts. Methods that are not coroutines never wait, except `close`.
@@ -77,17 +78,14 @@ class AsyncLLM(FrontendOwner):
         self.config = self._frontend.config
         self.engine = self._frontend.engine
         self._observers = tuple(observers)
-        self._limit = None if max_queued_requests is None else self.config.max_num_seqs + max_queued_requests
-        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="specplug-encoder")
+        self._admission = Admission(self.config.max_num_seqs, max_queued_requests)
+        self._encoder = encoder_thread()
         self._numbers = itertools.count()
-        self._lock = threading.Lock()  # of the next five
-        self._num_unfinished = 0
-        self._reserved: dict[str, int] = {}  # the sequences of each unfinished request
+        self._lock = threading.Lock()  # of the next two
         self._streams: dict[str, RequestStream] = {}
-        self._is_draining = False
         self._error: EngineDeadError | None = None
-        self._touched: dict[RequestStream, None] = {}  # used by the engine's thread alone, in this order
-        self._thread = EngineThread(self.engine, after_step=self._wake_touched, on_failure=self._die)
+        self._delivery = Delivery()
+        self._thread = EngineThread(self.engine, after_step=self._delivery.wake, on_failure=self._die)
 
     # ---- generation -----------------------------------------------------------------------------------------------
 
@@ -135,46 +133,6 @@ class AsyncLLM(FrontendOwner):
         finally:
             streams[0].close()
 
-    async def encode(self, prompts: Prompt | Sequence[Prompt]) -> list[EncodedPrompt]:
-        """One prompt or several → their ids, for `submit`.
-
-        Raises:
-            RequestError: a prompt is invalid; the message names its place.
-        """
-        return await self._in_encoder(self._frontend.encode, prompts)
-
-    async def encode_plain(self, text: str) -> list[int]:
-        """The ids of a text without the special tokens that the tokenizer adds to prompts; there may be none.
-
-        Raises:
-            RequestError: the text is invalid.
-        """
-        ids: list[int] = await self._in_encoder(self._frontend.encode_plain, text)
-        return ids
-
-    async def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens included.
-
-        Raises:
-            RequestError: an id is outside the vocabulary.
-        """
-        text: str = await self._in_encoder(self._frontend.decode, ids)
-        return text
-
-    async def render(
-        self, messages: Sequence[Message] | Sequence[Sequence[Message]], **options: Any
-    ) -> list[EncodedPrompt]:
-        """One conversation or several → the texts of the chat template and their ids, for `submit`.
-
-        Args:
-            messages: see `LLM.chat`.
-            options: of the tokenizer's `apply_chat_template`.
-
-        Raises:
-            RequestError: there is no template, or it cannot render the messages.
-        """
-        return await self._in_encoder(lambda: self._frontend.render(messages, **options))
-
     async def submit(
         self,
         encoded: Sequence[EncodedPrompt],
@@ -208,7 +166,8 @@ class AsyncLLM(FrontendOwner):
         arrival_time = time.monotonic()
         ids = [f"specplug-{next(self._numbers)}" for _ in encoded] if request_ids is None else list(request_ids)
         params = self._frontend.params_list(sampling_params, len(encoded))
-        self._reserve({name: each.n for name, each in zip(ids, params, strict=True)}, len(ids))
+        self.check_health()
+        self._admission.enter({name: each.n for name, each in zip(ids, params, strict=True)}, len(ids))
         streams: list[RequestStream] = []
         try:
             submissions = await self._in_encoder(self._frontend.make, encoded, params, ids)
@@ -251,25 +210,18 @@ class AsyncLLM(FrontendOwner):
             submission,
             self._frontend,
             kind=kind,
-            touch=self._touch,
+            touch=self._delivery.touch,
             abort=lambda name: self._thread.run_soon(lambda: self._abort(name)),
             ended=lambda stream: self._forget(stream.request_id),
             observers=self._observers,
         )
-
-    async def _in_encoder(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            future = self._encoder.submit(function, *arguments)
-        except RuntimeError as error:
-            raise RequestError("the engine is closed") from error
-        return await asyncio.wrap_future(future)
 
     # ---- the number of requests -----------------------------------------------------------------------------------
 
     @property
     def num_unfinished(self) -> int:
         """How many sequences run or wait."""
-        return self._num_unfinished
+        return self._admission.num_unfinished
 
     def check_capacity(self) -> None:
         """Refuses a request that the queue has no room for, before work is done for it.
@@ -279,27 +231,12 @@ class AsyncLLM(FrontendOwner):
             EngineDeadError: the engine has stopped after an error.
         """
         self.check_health()
-        if self._is_draining:
-            raise QueueFullError("the engine is shutting down and takes no more requests")
-        if self._limit is not None and self._num_unfinished >= self._limit:
-            raise QueueFullError(
-                f"{self._num_unfinished} sequences are running or waiting, and the limit is {self._limit} "
-                f"(max_num_seqs={self.config.max_num_seqs} plus max_queued_requests); try again later"
-            )
-
-    def _reserve(self, counts: Mapping[str, int], num_names: int) -> None:
-        with self._lock:
-            self.check_capacity()
-            taken = next((name for name in counts if name in self._reserved), None)
-            if taken is not None or len(counts) < num_names:
-                raise RequestError(f"request_id={shown(taken or next(iter(counts)))} is already in use")
-            self._reserved.update(counts)
-            self._num_unfinished += sum(counts.values())
+        self._admission.check()
 
     def _forget(self, name: str) -> None:
         with self._lock:
-            self._num_unfinished -= self._reserved.pop(name, 0)
             self._streams.pop(name, None)
+        self._admission.leave(name)  # now somebody else may have the name
 
     # ---- in the engine's thread -----------------------------------------------------------------------------------
 
@@ -312,31 +249,6 @@ class AsyncLLM(FrontendOwner):
 
     def _abort(self, name: str) -> None:
         self.engine.abort(name)
-
-    def _touch(self, stream: RequestStream) -> None:
-        self._touched[stream] = None
-
-    def _wake_touched(self) -> None:
-        """Tells every event loop once that outputs have arrived.
-
-        Streams that were told too recently wait for a later step: otherwise many streams would spend more time on passing
-        outputs on than the engine spends on a step. The first output and the last one never wait.
-        """
-        if not self._touched:
-            return
-        now, gap = time.monotonic(), _SECONDS_PER_OUTPUT * len(self._streams)
-        due = [stream for stream in self._touched if stream.has_ended or now - stream.woken_at >= gap]
-        by_loop: dict[asyncio.AbstractEventLoop, list[RequestStream]] = defaultdict(list)
-        for stream in due:
-            stream.woken_at = now
-            del self._touched[stream]
-            by_loop[stream.loop].append(stream)
-        for loop, streams in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_notify, streams)
-            except RuntimeError:  # the loop is closed: there is nobody to take the outputs
-                for stream in streams:
-                    stream.abort()
 
     def _die(self, error: BaseException) -> None:
         logger.error("the engine stopped after an error", exc_info=error)
@@ -382,10 +294,9 @@ class AsyncLLM(FrontendOwner):
         Returns:
             Whether all ended. The others continue; `close` ends them.
         """
-        with self._lock:
-            self._is_draining = True
+        self._admission.end()
         deadline = None if timeout is None else time.monotonic() + timeout
-        while self._num_unfinished:
+        while self.num_unfinished:
             if deadline is not None and time.monotonic() >= deadline:
                 return False
             await asyncio.sleep(_POLL_SECONDS)
@@ -395,7 +306,7 @@ class AsyncLLM(FrontendOwner):
         """Ends all requests and frees all memory; open streams end with an error. Safe to call twice."""
         self._thread.stop()
         self.engine.close()
-        self._wake_touched()
+        self._delivery.wake()
         with self._lock:
             never_queued = list(self._streams.values())
         for stream in never_queued:
@@ -419,11 +330,6 @@ class AsyncLLM(FrontendOwner):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await asyncio.to_thread(self.close)
-
-
-def _notify(streams: list[RequestStream]) -> None:
-    for stream in streams:
-        stream.notify()
 
 
 def _check_timeout(value: Any) -> None:

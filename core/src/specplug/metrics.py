@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from specplug.stats import accepted_by_position
+
 if TYPE_CHECKING:
     from specplug.engine.engine import Engine
 
@@ -42,7 +44,6 @@ def engine_metrics(engine: Engine) -> list[Metric]:
     """Returns all metrics of an engine."""
     stats, scheduler = engine.stats, engine.scheduler
     allocator = scheduler.allocator
-    histogram = stats.acceptance_histogram
     prefixes = engine.prefix_cache
     return [
         Gauge("vllm:num_requests_running", len(scheduler.running)),
@@ -58,6 +59,6 @@ def engine_metrics(engine: Engine) -> list[Metric]:
         Counter("vllm:spec_decode_num_accepted_tokens", stats.num_accepted_draft_tokens),
         Vector(
             "vllm:spec_decode_num_accepted_tokens_per_pos",
-            [sum(histogram[position:]) for position in range(1, len(histogram))],
+            accepted_by_position(stats.acceptance_histogram),
         ),
     ]

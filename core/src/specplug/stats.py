@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
+
+
+def accepted_by_position(histogram: Sequence[int]) -> list[int]:
+    """From the number of drafts by accepted length to the number of accepted tokens by position in the draft, from 0."""
+    return [sum(histogram[position:]) for position in range(1, len(histogram))]
 
 
 @attrs.define
@@ -12,10 +19,17 @@ class DraftCounts:
     Attributes:
         num_draft_tokens: draft nodes verified.
         num_accepted_draft_tokens: draft nodes accepted.
+        acceptance_histogram: the number of drafts by accepted length, from 0.
     """
 
     num_draft_tokens: int = 0
     num_accepted_draft_tokens: int = 0
+    acceptance_histogram: list[int] = attrs.field(factory=list)
+
+    @property
+    def num_drafts(self) -> int:
+        """Drafts verified."""
+        return sum(self.acceptance_histogram)
 
 
 @attrs.define
@@ -55,9 +69,11 @@ class SpeculationStats:
             self.num_spec_steps += 1
             self.num_draft_tokens += num_nodes
             self.num_accepted_draft_tokens += num_accepted
-            self.acceptance_histogram.extend([0] * (num_accepted + 1 - len(self.acceptance_histogram)))
-            self.acceptance_histogram[num_accepted] += 1
-            self._add_counts(method, num_nodes, num_accepted)
+            _count_at(self.acceptance_histogram, num_accepted, 1)
+            counts = self.by_method.setdefault(method, DraftCounts())
+            counts.num_draft_tokens += num_nodes
+            counts.num_accepted_draft_tokens += num_accepted
+            _count_at(counts.acceptance_histogram, num_accepted, 1)
 
     def add(self, other: SpeculationStats) -> None:
         """Adds another request's counts."""
@@ -65,14 +81,19 @@ class SpeculationStats:
         self.num_spec_steps += other.num_spec_steps
         self.num_draft_tokens += other.num_draft_tokens
         self.num_accepted_draft_tokens += other.num_accepted_draft_tokens
-        missing = len(other.acceptance_histogram) - len(self.acceptance_histogram)
-        self.acceptance_histogram.extend([0] * missing)
-        for length, count in enumerate(other.acceptance_histogram):
-            self.acceptance_histogram[length] += count
-        for method, counts in other.by_method.items():
-            self._add_counts(method, counts.num_draft_tokens, counts.num_accepted_draft_tokens)
+        _add_histogram(self.acceptance_histogram, other.acceptance_histogram)
+        for method, more in other.by_method.items():
+            counts = self.by_method.setdefault(method, DraftCounts())
+            counts.num_draft_tokens += more.num_draft_tokens
+            counts.num_accepted_draft_tokens += more.num_accepted_draft_tokens
+            _add_histogram(counts.acceptance_histogram, more.acceptance_histogram)
 
-    def _add_counts(self, method: str, num_nodes: int, num_accepted: int) -> None:
-        counts = self.by_method.setdefault(method, DraftCounts())
-        counts.num_draft_tokens += num_nodes
-        counts.num_accepted_draft_tokens += num_accepted
+
+def _count_at(histogram: list[int], length: int, count: int) -> None:
+    histogram.extend([0] * (length + 1 - len(histogram)))
+    histogram[length] += count
+
+
+def _add_histogram(histogram: list[int], other: list[int]) -> None:
+    for length, count in enumerate(other):
+        _count_at(histogram, length, count)

@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from specplug.metrics import Counter, Gauge, Vector, engine_metrics
 from specplug.request import Request
+from specplug.stats import DraftCounts, accepted_by_position
 from specplug.version import __version__
 
 if TYPE_CHECKING:
@@ -138,6 +139,11 @@ class _EngineCollector(Collector):
         by_method = dict(self._engine.stats.by_method)
         for name, text, values in (
             (
+                "specplug:spec_decode_num_drafts",
+                "Drafts verified, by method",
+                {method: counts.num_drafts for method, counts in by_method.items()},
+            ),
+            (
                 "specplug:spec_decode_num_draft_tokens",
                 "Draft tokens verified, by method",
                 {method: counts.num_draft_tokens for method, counts in by_method.items()},
@@ -151,11 +157,23 @@ class _EngineCollector(Collector):
             ("specplug:speculator_faults", "Faults of speculators", dict(self._engine.faults)),
         ):
             yield self._vector(name, text, "method", values)
+        yield self._by_position(by_method)
         yield self._one(CounterMetricFamily, "specplug:engine_steps", "Steps of the engine", self._engine.num_steps)
 
     def _one(self, family: Any, name: str, text: str, value: float) -> prometheus.Metric:
         metric = family(name, text, labels=self._names)
         metric.add_metric(self._values, value)
+        return metric
+
+    def _by_position(self, by_method: Mapping[str, DraftCounts]) -> prometheus.Metric:
+        metric = CounterMetricFamily(
+            "specplug:spec_decode_num_accepted_tokens_per_pos",
+            "Draft tokens accepted, by method and position in the draft",
+            labels=(*self._names, "method", "position"),
+        )
+        for method, counts in by_method.items():
+            for position, value in enumerate(accepted_by_position(counts.acceptance_histogram)):
+                metric.add_metric((*self._values, method, str(position)), value)
         return metric
 
     def _vector(self, name: str, text: str, label: str, values: Mapping[Any, float]) -> prometheus.Metric:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -98,17 +98,16 @@ class EventStream(Response):
             self._on_close()
 
     async def _send(self, send: Send) -> None:
-        await self._timed(
-            send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        )
-        async for event in self._events:
-            await self._timed(send({"type": "http.response.body", "body": event, "more_body": True}))
-        await self._timed(send({"type": "http.response.body", "body": b"", "more_body": False}))
-
-    async def _timed(self, sending: Awaitable[None]) -> None:
-        self._sending_since = asyncio.get_running_loop().time()
-        await sending
+        clock = asyncio.get_running_loop().time
+        self._sending_since = clock()
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         self._sending_since = None
+        async for event in self._events:
+            self._sending_since = clock()
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+            self._sending_since = None
+        self._sending_since = clock()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _is_stuck(self) -> bool:
         now = asyncio.get_running_loop().time()

@@ -8,16 +8,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import attrs
+from pydantic_core import PydanticSerializationError, to_json
 
 from specplug.version import __version__
 
 _FINGERPRINT = f"specplug-{__version__}"
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
 def encode_json(value: Any) -> bytes:
-    """JSON in one line; what is not valid UTF-8 is replaced."""
-    return _encode(value).encode("utf-8", "replace")
+    """JSON in one line; what is not valid UTF-8 is replaced, and numbers that JSON lacks are null."""
+    try:
+        return to_json(value, inf_nan_mode="null")
+    except PydanticSerializationError:  # half a surrogate pair
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        return text.encode("utf-8", "replace")
 
 
 @attrs.frozen
@@ -36,10 +40,10 @@ class Header:
     object: str
     model: str
     created: int = attrs.field(factory=lambda: int(time.time()))
-    opening: str = attrs.field(
+    opening: bytes = attrs.field(
         init=False,
         repr=False,
-        default=attrs.Factory(lambda self: f'data: {_encode(self._fields())[:-1]},"choices":[', takes_self=True),
+        default=attrs.Factory(lambda self: b'data: %b,"choices":[' % encode_json(self._fields())[:-1], takes_self=True),
     )
 
     def response(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -48,8 +52,8 @@ class Header:
 
     def event(self, choices: Sequence[dict[str, Any]], **more: Any) -> bytes:
         """A chunk of a response as a server-sent event."""
-        rest = f",{_encode(more)[1:-1]}" if more else ""
-        return f"{self.opening}{','.join(map(_encode, choices))}]{rest}}}\n\n".encode("utf-8", "replace")
+        rest = b"," + encode_json(more)[1:-1] if more else b""
+        return b"%b%b]%b}\n\n" % (self.opening, b",".join(map(encode_json, choices)), rest)
 
     def _fields(self) -> dict[str, Any]:
         return {

@@ -13,7 +13,8 @@ from specplug.outputs import RequestOutput
 from specplug.sampling.params import SamplingParams
 from specplug.server.errors import api_error
 from specplug.server.state import ServerState
-from specplug.streams import OutputKind, RequestStream
+from specplug.streams.assembly import OutputKind
+from specplug.streams.stream import RequestStream
 from specplug.text.prompts import EncodedPrompt
 
 

@@ -7,20 +7,20 @@ from contextlib import ExitStack
 from typing import Any, Protocol
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from specplug.errors import SpecplugError
 from specplug.outputs import CompletionOutput, RequestOutput
 from specplug.sampling.params import SamplingParams
 from specplug.server.answers.accounting import Usage, speculation
-from specplug.server.answers.events import Header
+from specplug.server.answers.events import Header, encode_json
 from specplug.server.answers.generation import collect, interleave, start
 from specplug.server.errors import api_error
 from specplug.server.protocol.sampling import SamplingBody
 from specplug.server.state import ServerState
 from specplug.server.streaming import DONE, EventStream, unless_gone
 from specplug.stats import SpeculationStats
-from specplug.streams import RequestStream
+from specplug.streams.stream import RequestStream
 from specplug.text.prompts import EncodedPrompt
 
 
@@ -104,7 +104,7 @@ async def serve(
                 await submit()
                 outputs = answer.prepare(await collect(streams, state.settings.retry_after))
                 header = Header(request_id, answer.whole, model)
-                return JSONResponse(_whole(state, header, answer, outputs))
+                return Response(encode_json(_whole(state, header, answer, outputs)), media_type="application/json")
 
             return await unless_gone(request, run())
         await unless_gone(request, submit())

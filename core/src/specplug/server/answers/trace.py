@@ -20,7 +20,7 @@ from specplug.server.errors import api_error
 from specplug.server.protocol.trace import TraceBody
 from specplug.server.state import ServerState
 from specplug.server.streaming import EventStream, unless_gone
-from specplug.streams import RequestStream
+from specplug.streams.stream import RequestStream
 from specplug.text.prompts import EncodedPrompt
 from specplug.text.token_decoder import TokenDecoder
 from specplug.trace import StepTrace
