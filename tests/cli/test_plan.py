@@ -129,14 +129,7 @@ def test_json_keys_are_stable(run: Callable[..., Any], folder: Path, drafter: st
         "other_devices",
         "sequences",
     ]
-    assert list(shown["parts"]) == [
-        "target_weights",
-        "target_kv",
-        "draft_weights",
-        "draft_kv",
-        "buffers",
-        "recurrent_state",
-    ]
+    assert list(shown["parts"]) == ["target_weights", "target_kv", "draft_weights", "draft_kv", "buffers"]
     assert shown["speculators"] == [{"method": "drafter", "max_draft_tokens": 3}]
     assert shown["budget_bytes"] == 2 << 20 == shown["total_bytes"] + shown["left_bytes"]
     assert shown["target_bytes_per_kv_token"] == 3 * 2 * 16 * 4

@@ -94,7 +94,7 @@ class PlanReport:
                 "draft_weights": plan.draft_weights,
                 "draft_kv": plan.draft_kv,
                 "buffers": plan.buffers,
-                "recurrent_state": plan.recurrent_state,
+                **({"recurrent_state": plan.recurrent_state} if plan.recurrent_state else {}),
             },
             "context_length": self.context_length,
             "max_model_len": plan.max_model_len,
