@@ -44,7 +44,7 @@ class PlanReport:
     context_note: str
     speculators: tuple[tuple[str, int], ...]
     draft_bytes_per_token: int
-    caches_prefixes: bool
+    caches_prefixes: bool = True
 
     @classmethod
     def of(cls, planned: PlannedEngine) -> PlanReport:

@@ -38,7 +38,7 @@ def make_narrow_copy(
     architecture: Architecture,
     num_blocks: int,
     block_size: int,
-    rows: tuple[int, int],
+    rows: tuple[int, int] = (0, 0),
     *,
     trust_remote_code: bool = False,
 ) -> ModelRunner | None:
