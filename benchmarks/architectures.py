@@ -29,7 +29,8 @@ SECONDS = 240
 HEAD = """# Architectures
 
 A causal language model runs if each of its layers attends through Transformers' attention interface, with a causal or a
-sliding-window mask, and keeps nothing else from token to token. There is no list of supported models:
+sliding-window mask, or carries [recurrent state](memory.md#recurrent-state) through Transformers' functions for short
+convolutions, gated delta rules and state-space scans. There is no list of supported models:
 
 - **At the start, before weights are read,** the model is traced. The trace learns the window of each layer from the mask that
   the model itself builds, and refuses what is no such layer.

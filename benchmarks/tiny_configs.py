@@ -35,7 +35,63 @@ _SIZES: list[tuple[str, int]] = [
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # What the names do not say: fields whose value must fit others.
 _MLA: dict[str, Any] = {"num_key_value_heads": 4}
+_MIXED: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"]}
+_DELTA: dict[str, Any] = {
+    **_MIXED,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
+_KIMI_EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+_CONV: dict[str, Any] = {"layer_types": ["conv", "full_attention", "conv", "conv"]}
+_MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 12,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 8,
+}
 _OWN: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {**_MIXED, **_MLA, "n_group": 1, "topk_group": 1, "first_k_dense_replace": LAYERS},
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
+    "granitemoehybrid": {**_MAMBA, **_MIXED},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 6, "mamba_dt_rank": 4},
+    "kimi_linear": {**_MIXED, **_MLA, "linear_head_dim": 8, "linear_num_heads": 4, **_KIMI_EXPERTS},
+    "lfm2": _CONV,
+    "lfm2_moe": {**_CONV, "num_dense_layers": 2},
+    "nemotron_h": {
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 12,
+        "n_groups": 2,
+        "chunk_size": 8,
+        "layers_block_type": ["mamba", "attention", "moe", "mamba"],
+        "time_step_min": 1e-6,
+    },
+    "olmo_hybrid": {**_DELTA, "linear_num_key_heads": 4},
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"), _DELTA),
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "n_mamba_heads": 2,
+        "num_key_value_heads": 4,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "mamba_dt_rank": 4,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "n_mamba_heads": 4,
+        "num_key_value_heads": 4,
+        "mamba_d_state": 12,
+        "mamba_ngroups": 2,
+        "chunk_size": 8,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "kv_channels": 8,
+        "time_step_min": 1e-6,
+    },
     **dict.fromkeys(
         ("axk1", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu", "dots3_note", "dots3_note_text"), _MLA
     ),
@@ -55,7 +111,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
-    "mamba2": {"head_dim": 16},
+    "mamba2": {"head_dim": 16, "num_heads": 4},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
     "reformer": {"is_decoder": True},

@@ -22,12 +22,16 @@ def compile_forwards(runners: Sequence[ModelRunner], most_tokens: int) -> None:
     """Compiles each runner's forward, captures it on a GPU, and compares it with the model's own forward.
 
     A forward that cannot be compiled or captured, or that computes something else, runs uncompiled, with a one-line warning.
+    That of a model with recurrent state is never compiled: what a step does depends on where each row's state is.
 
     Args:
         runners: the target's and the drafts'.
         most_tokens: the largest batch in which every row decodes or verifies.
     """
     for runner in runners:
+        if runner.states is not None:
+            logger.info("%s runs uncompiled: its layers have recurrent state", runner.architecture.name)
+            continue
         try:
             runner.compiled = compile_forward(runner)
         except CompileError as error:

@@ -245,6 +245,7 @@ class Engine:
                 if self._states.at_drafts and request.draft is not None:
                     drafted[request.slot] = range(first + row.num_tokens, first + row.num_tokens + len(request.draft))
                 moves += kv_moves(request, start + row.num_tokens, path)
+                self.runner.keep(request.slot, path)
                 draft = request.draft
                 output = commit_tokens(request, path, next_token, self.stats)
                 if request.is_traced:
@@ -293,6 +294,7 @@ class Engine:
                 self.scheduler.add(child)
                 continue
             self.chain.fork(parent, child)
+            self.runner.fork(parent.slot, child.slot)
             for cache in self._shared_caches:
                 cache.move([source for source, _ in copies], [destination for _, destination in copies])
 

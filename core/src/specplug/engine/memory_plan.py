@@ -16,11 +16,13 @@ from specplug.errors import InsufficientMemoryError
 PART_NAMES = (
     "target weights",
     "target KV cache",
+    "recurrent state",
     "draft weights",
     "draft KV cache",
     "verification buffers",
 )
 _CPU_SHARE = 0.5
+_MANY = 1 << 40  # blocks of a model without attention, which take no memory
 _CUDA_SHARE = 0.9
 
 
@@ -66,6 +68,7 @@ class MemoryPlan:
         max_model_len: the longest sequence.
         target_weights: bytes.
         target_kv: bytes.
+        recurrent_state: bytes, for every row the same.
         draft_weights: bytes.
         draft_kv: bytes.
         buffers: bytes of step buffers, stored target states and plugins' buffers.
@@ -86,6 +89,7 @@ class MemoryPlan:
     draft_kv: int
     buffers: int
     step_bytes: int = 0
+    recurrent_state: int = 0
     scratch_tokens_per_row: int = 0
     elsewhere: tuple[OtherDevice, ...] = ()
     limited_by: Literal["positions", "max_model_len", "memory"] = "positions"
@@ -93,9 +97,10 @@ class MemoryPlan:
 
     @property
     def parts(self) -> tuple[tuple[str, int], ...]:
-        """(name, bytes) of the five parts."""
-        sizes = (self.target_weights, self.target_kv, self.draft_weights, self.draft_kv, self.buffers)
-        return tuple(zip(PART_NAMES, sizes, strict=True))
+        """(name, bytes) of the parts; without recurrent state if the target has none."""
+        own, drafts = (self.target_weights, self.target_kv, self.recurrent_state), (self.draft_weights, self.draft_kv)
+        named = zip(PART_NAMES, (*own, *drafts, self.buffers), strict=True)
+        return tuple((name, size) for name, size in named if size or name != "recurrent state")
 
     @property
     def total_bytes(self) -> int:
@@ -123,6 +128,7 @@ def solve(
     wanted_model_len: int | None,
     device: torch.device | None = None,
     step_bytes: int = 0,
+    state_bytes_per_row: int = 0,
 ) -> MemoryPlan:
     """Finds the number of KV blocks: the most that fit, up to what the engine can use.
 
@@ -138,6 +144,7 @@ def solve(
         wanted_model_len: the user's `max_model_len`; None lets the plan choose what fits.
         device: the target's. Regions on other devices are planned within those devices' budgets.
         step_bytes: bytes that exist only during a step.
+        state_bytes_per_row: bytes of a row's recurrent state in the target.
 
     Raises:
         InsufficientMemoryError: weights and buffers do not fit, or not one sequence of the wanted length.
@@ -151,12 +158,13 @@ def solve(
     draft_kv_per_token = sum(region.bytes_per_token for region in here)
     scratch = max([budget.num_speculative_tokens + 1, *(region.scratch_tokens_per_row for region in here)])
     per_block = (target_kv_bytes_per_token + draft_kv_per_token) * budget.block_size
-    fixed = target_weights + draft_weights + draft_fixed_kv + buffers
+    recurrent_state = budget.max_num_seqs * state_bytes_per_row
+    fixed = target_weights + recurrent_state + draft_weights + draft_fixed_kv + buffers
     left = budget.total_bytes - fixed
     longest = min(wanted_model_len or context_length, context_length)
     limited_by: Literal["positions", "max_model_len", "memory"]
     limited_by = "max_model_len" if longest < context_length else "positions"
-    affordable = max(0, left // per_block)
+    affordable = max(0, left // per_block) if per_block else (_MANY if left >= 0 else 0)
     needed = budget.blocks_for(longest + scratch)
     if affordable < needed:
         fitting = int(affordable * budget.block_size - scratch)
@@ -167,7 +175,9 @@ def solve(
             least = fixed + needed * per_block
             raise InsufficientMemoryError(
                 f"one sequence of {longest:,} tokens needs {format_bytes(least)} (target weights "
-                f"{format_bytes(target_weights)}, draft weights {format_bytes(draft_weights)}, buffers "
+                f"{format_bytes(target_weights)}, "
+                + (f"recurrent state {format_bytes(recurrent_state)}, " if recurrent_state else "")
+                + f"draft weights {format_bytes(draft_weights)}, buffers "
                 f"{format_bytes(buffers)}, KV cache {format_bytes(draft_fixed_kv + needed * per_block)}), and the budget is "
                 f"{format_bytes(budget.total_bytes)}; "
                 + _largest_excess(budget, owned, longest, scratch, per_block, least)
@@ -198,6 +208,7 @@ def solve(
         draft_kv=draft_fixed_kv + tokens * draft_kv_per_token,
         buffers=buffers,
         step_bytes=step_bytes,
+        recurrent_state=recurrent_state,
         scratch_tokens_per_row=scratch,
         elsewhere=tuple(elsewhere),
         limited_by=limited_by,

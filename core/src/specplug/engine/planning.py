@@ -23,6 +23,7 @@ from specplug.model.load.checkpoint import choose_dtype, load_config, read_heade
 from specplug.model.load.refusal import check_kind
 from specplug.model.load.tokenizer import load_tokenizer
 from specplug.model.load.weights import count_weights
+from specplug.model.recurrent.layers import bytes_per_row
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
 from specplug.plugins.target import LazyModel, TargetFacade
 from specplug.sampling.workspace import Workspace
@@ -51,7 +52,13 @@ class PlannedEngine:
     facade: TargetFacade
     plan: MemoryPlan
     num_entries: int
+    num_held: int
     most_captured: int
+
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether rows look for the KV of their first tokens: not where a recurrent state would have to be stored with it."""
+        return self.config.enable_prefix_caching and not self.architecture.state_calls
 
 
 @attrs.frozen(eq=False)
@@ -122,8 +129,9 @@ def plan_engine(
             tokens=config.max_num_batched_tokens,
             entries=num_entries,
             captured=most_captured,
-            is_captured=wants_compilation(config.compile, architecture.weight_bytes),
+            is_captured=not architecture.state_calls and wants_compilation(config.compile, architecture.weight_bytes),
         )
+    held = 1 + budget.num_speculative_tokens
     plan = solve(
         budget,
         target_weights=facade.weight_bytes,
@@ -134,6 +142,7 @@ def plan_engine(
         wanted_model_len=config.max_model_len,
         device=device,
         step_bytes=temporary,
+        state_bytes_per_row=bytes_per_row(architecture.state_calls, held, dtype),
     )
     return PlannedEngine(
         config=config,
@@ -149,6 +158,7 @@ def plan_engine(
         facade=facade,
         plan=plan,
         num_entries=num_entries,
+        num_held=held,
         most_captured=most_captured,
     )
 

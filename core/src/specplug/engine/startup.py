@@ -181,7 +181,8 @@ def _allocate(
     plan, device = planned.plan, planned.device
     cache = KVCache(planned.architecture.kv_layers, plan.num_blocks, plan.block_size, planned.dtype, device)
     boundaries = [b for speculator in planned.speculators for b in speculator.traits.hidden_states]
-    runner = ModelRunner(model, planned.architecture, cache, device, boundaries)
+    rows = (planned.config.max_num_seqs, planned.num_held)
+    runner = ModelRunner(model, planned.architecture, cache, device, boundaries, rows)
     states = TargetStateStore(
         planned.channels,
         planned.config.max_num_seqs,
@@ -254,7 +255,7 @@ def _assemble(
             config.max_num_batched_tokens,
             lookahead,
             plan.max_model_len,
-            PrefixCache(plan.block_size, _sharers(planned)) if config.enable_prefix_caching else None,
+            PrefixCache(plan.block_size, _sharers(planned)) if planned.caches_prefixes else None,
         ),
     )
 

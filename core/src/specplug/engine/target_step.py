@@ -78,7 +78,8 @@ def _forward_row(row: ScheduledRow) -> ForwardRow:
         tokens += draft.tokens
         if draft.parents is not None:
             tree = TreeMask.from_parents(start, draft.parents)
-    return ForwardRow(tokens, start, request.table, tree)
+    held = 1 + (0 if draft is None else len(draft)) if row.samples else 0
+    return ForwardRow(tokens, start, request.table, tree, slot=request.slot, held=held)
 
 
 def _add_scored_prompts(

@@ -34,7 +34,7 @@ class ForwardBatch:
 
     def __init__(self, rows: Sequence[ForwardRow], cache: KVCache, logits_index: Sequence[int] | None = None) -> None:
         self._rows = rows
-        self._device = cache.keys[0].device
+        self._device = cache.device
         self._num_slots = cache.num_slots
         self._kv_heads = cache.most_heads
         ids: list[int] = []
@@ -139,7 +139,6 @@ class ForwardBatch:
 
 def can_attend_natively(cache: KVCache) -> bool:
     """Whether native attention serves this cache."""
-    keys = cache.keys[0]
-    if keys.device.type == "cuda":
+    if cache.device.type == "cuda":
         return cache.suits_gpu_kernels
-    return keys.dtype in (torch.float32, torch.bfloat16) and native.available()
+    return bool(cache.keys) and cache.dtype in (torch.float32, torch.bfloat16) and native.available()

@@ -201,6 +201,8 @@ class KVCache:
     ) -> None:
         slots = num_blocks * block_size
         self.layers = tuple(layers)
+        self.dtype = dtype
+        self.device = device
         self.num_slots = slots
         self.keys = [_zeros((layer.num_heads, slots, layer.key_dim), dtype, device) for layer in layers]
         self.values = [_zeros((layer.num_heads, slots, layer.value_dim), dtype, device) for layer in layers]
@@ -208,12 +210,16 @@ class KVCache:
     @property
     def most_heads(self) -> int:
         """KV heads of the layer that has most."""
-        return max(layer.num_heads for layer in self.layers)
+        return max((layer.num_heads for layer in self.layers), default=1)
 
     @cached_property
     def suits_gpu_kernels(self) -> bool:
         """Whether it is on a GPU, and our own kernels can attend to it."""
-        return self.keys[0].is_cuda and all(cuda.can_attend(tensor) for tensor in (*self.keys, *self.values))
+        return (
+            bool(self.keys)
+            and self.keys[0].is_cuda
+            and all(cuda.can_attend(tensor) for tensor in (*self.keys, *self.values))
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -224,14 +230,13 @@ class KVCache:
         """Copies the entries of slots `sources` to slots `destinations`, in every layer; the sets may overlap."""
         if not sources:
             return
-        device = self.keys[0].device
-        read, write = to_device(sources, device), to_device(destinations, device)
+        read, write = to_device(sources, self.device), to_device(destinations, self.device)
         for tensor in (*self.keys, *self.values):
             tensor.index_copy_(1, write, tensor.index_select(1, read))
 
     def clear(self, slots: Sequence[int]) -> None:
         """Sets the entries of slots to zero, in every layer."""
-        index = to_device(slots, self.keys[0].device)
+        index = to_device(slots, self.device)
         for tensor in (*self.keys, *self.values) if slots else ():
             tensor.index_fill_(1, index, 0)
 

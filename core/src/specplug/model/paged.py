@@ -38,7 +38,7 @@ class PagedBatch:
         self.input_ids = self._batch.input_ids[0]
         self.positions = self._batch.position_ids[0]
         counts = accumulate(len(row.tokens) for row in rows)
-        self.last = to_device([end - 1 for end in counts], cache.keys[0].device)
+        self.last = to_device([end - 1 for end in counts], cache.device)
 
     @property
     def plan(self) -> torch.Tensor:

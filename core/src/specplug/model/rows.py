@@ -54,6 +54,9 @@ class ForwardRow:
         table: the row's KV blocks; it must hold `start + len(tokens)` entries.
         tree: for tokens that are not a plain continuation.
         first: KV entries before this index are masked: they were never stored.
+        slot: of the row's recurrent state, if the model has any.
+        held: how many of the last tokens may turn out to be rejected, so that a later forward may begin before them; matters
+            for recurrent state alone.
     """
 
     tokens: Sequence[int]
@@ -61,6 +64,8 @@ class ForwardRow:
     table: BlockTable
     tree: TreeMask | None = None
     first: int = 0
+    slot: int = -1
+    held: int = 0
 
     @property
     def positions(self) -> Sequence[int]:

@@ -14,12 +14,22 @@ from specplug.model.compile.cuda_graphs import CudaGraphs
 from specplug.model.compile.trace import TensorBatch, tensors_of
 from specplug.model.kv_cache import KVCache
 from specplug.model.load.architecture import Architecture
+from specplug.model.recurrent.store import StateStore
 from specplug.model.rows import ForwardRow
 from specplug.model.taps import Taps
 
 
 class ModelRunner:
-    """A loaded model bound to its KV cache."""
+    """A loaded model bound to its KV cache, and to the recurrent states of its rows if its layers have any.
+
+    Args:
+        model: the model.
+        architecture: of the model.
+        cache: its KV cache.
+        device: where both are.
+        boundaries: of the residual stream, to be captured.
+        states: slots and entries per slot (see `StateStore`) of recurrent states; None for a model that has none.
+    """
 
     def __init__(
         self,
@@ -28,6 +38,7 @@ class ModelRunner:
         cache: KVCache,
         device: torch.device,
         boundaries: Sequence[Boundary] = (),
+        states: tuple[int, int] | None = None,
     ) -> None:
         self.model = model
         self.architecture = architecture
@@ -41,6 +52,10 @@ class ModelRunner:
             site = AttentionSite(keys, values, call.mask.window)
             model.get_submodule(call.module).__dict__[SITE] = site
             self.sites.append(site)
+        self.states: StateStore | None = None
+        if architecture.state_calls:
+            assert states is not None, "the model has recurrent states"
+            self.states = StateStore(model, architecture.state_calls, *states, cache.dtype, device)
 
     @torch.inference_mode()
     def forward(
@@ -57,6 +72,8 @@ class ModelRunner:
             Logits [len(logits_index), vocabulary]. Captured states are in `taps.captured` until the next forward.
         """
         batch = ForwardBatch(rows, self.cache, logits_index)
+        if self.states is not None:
+            return self._forward_with_states(rows, batch, logits_index)
         outputs: Sequence[torch.Tensor] | None = None
         if self.graphs is not None:
             outputs = self.graphs.replay(batch, lasting=lasting)
@@ -68,6 +85,20 @@ class ModelRunner:
         else:
             logits, *states = outputs
             self.taps.captured = dict(zip(self.taps.boundaries, states, strict=True))
+        return logits if logits_index is None else logits[: len(logits_index)]
+
+    def _forward_with_states(
+        self, rows: Sequence[ForwardRow], batch: ForwardBatch, logits_index: Sequence[int] | None
+    ) -> torch.Tensor:
+        """A forward of a model with recurrent states: by its own code, since what a step does depends on each row's past."""
+        assert self.states is not None
+        keep: int | torch.Tensor = 0 if batch.wants_all else batch.logits_index
+        states = self.states.begin(rows)
+        try:
+            logits = self._run_model(batch, batch.input_ids, batch.position_ids, keep)
+        finally:
+            self.states.detach()
+        self.states.finish(rows, states)
         return logits if logits_index is None else logits[: len(logits_index)]
 
     def step(self, batch: TensorBatch, ids: torch.Tensor, logits_index: torch.Tensor) -> list[torch.Tensor]:
@@ -96,6 +127,16 @@ class ModelRunner:
         if self.compiled is not None:
             return self.compiled.over_tensors(positions, plan, write_slots, ids, logits_index)
         return self.step(TensorBatch(positions, plan, write_slots, self.cache_tensors), ids, logits_index)
+
+    def keep(self, slot: int, path: Sequence[int]) -> None:
+        """After verification: a row's recurrent state goes on over its last token and these nodes of its draft alone."""
+        if self.states is not None:
+            self.states.keep(slot, [0, *(1 + node for node in path)])
+
+    def fork(self, source: int, destination: int) -> None:
+        """Gives a row the recurrent state of another one, before the last token that this has run."""
+        if self.states is not None:
+            self.states.copy(source, destination)
 
     def _run_model(
         self, batch: AttendedBatch, input_ids: torch.Tensor, position_ids: torch.Tensor, keep: int | torch.Tensor
@@ -134,3 +175,6 @@ class ModelRunner:
         for call in self.architecture.calls:
             self.model.get_submodule(call.module).__dict__.pop(SITE, None)
         self.sites.clear()
+        if self.states is not None:
+            self.states.close()
+            self.states = None

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from specplug.contract.resources import MemoryRegion
-from specplug.errors import PluginError
+from specplug.errors import PluginError, UnsupportedModelError
 from specplug.model.device import choose_device
 from specplug.model.head import Head
 from specplug.model.kv_cache import KVCache
@@ -115,6 +115,11 @@ class LazyModel:
         self._label = label
         self._has_own_device = has_own_device
         dense = inspect_architecture(self.config, self.dtype)
+        if dense.state_calls:
+            raise UnsupportedModelError(
+                f"{source} has recurrent layers ({dense.name}), whose state speculators cannot bring back after a rejected "
+                "draft: give a draft model with attention alone"
+            )
         self._architecture = count_weights(self.folder, headers, self.config, dense, self.dtype, device)
         self.vocab_size = self._architecture.vocab_size
         self.max_model_len = self._architecture.context_length

@@ -98,8 +98,8 @@ class Session:
             max_model_len=plan.max_model_len,
             max_num_batched_tokens=config.max_num_batched_tokens,
             num_speculative_tokens=max(map(max_nodes_of, self.engine.chain.speculators)),
-            dtype=self.engine.runner.cache.keys[0].dtype,
-            compiled_output_tokens=CAPTURED_TOKENS if self.engine.runner.cache.keys[0].is_cuda else 0,
+            dtype=self.engine.runner.cache.dtype,
+            compiled_output_tokens=CAPTURED_TOKENS if self.engine.runner.cache.device.type == "cuda" else 0,
         )
         return list(self.speculator.plan_memory(budget=budget) or ())
 

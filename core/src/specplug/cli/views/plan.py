@@ -32,6 +32,7 @@ class PlanReport:
         context_note: why it is lower than the model's configuration says; else empty.
         speculators: (method, maximum number of draft tokens of a sequence), in the order of fallback.
         draft_bytes_per_token: bytes of a cached token in the speculators.
+        caches_prefixes: whether the engine keeps KV for later requests.
     """
 
     config: EngineConfig
@@ -43,6 +44,7 @@ class PlanReport:
     context_note: str
     speculators: tuple[tuple[str, int], ...]
     draft_bytes_per_token: int
+    caches_prefixes: bool = True
 
     @classmethod
     def of(cls, planned: PlannedEngine) -> PlanReport:
@@ -59,6 +61,7 @@ class PlanReport:
                 (speculator.method, speculator.traits.max_nodes or speculator.config.num_speculative_tokens)
                 for speculator in planned.speculators
             ),
+            caches_prefixes=planned.caches_prefixes,
             draft_bytes_per_token=sum(region.bytes_per_token for own in planned.regions for region in own),
         )
 
@@ -91,6 +94,7 @@ class PlanReport:
                 "draft_weights": plan.draft_weights,
                 "draft_kv": plan.draft_kv,
                 "buffers": plan.buffers,
+                **({"recurrent_state": plan.recurrent_state} if plan.recurrent_state else {}),
             },
             "context_length": self.context_length,
             "max_model_len": plan.max_model_len,
@@ -102,7 +106,7 @@ class PlanReport:
             "target_bytes_per_kv_token": self.target_bytes_per_token,
             "draft_bytes_per_kv_token": self.draft_bytes_per_token,
             "scratch_tokens_per_sequence": plan.scratch_tokens_per_row,
-            "enable_prefix_caching": self.config.enable_prefix_caching,
+            "enable_prefix_caching": self.caches_prefixes,
             "other_devices": [
                 {
                     "device": other.device,
@@ -151,10 +155,16 @@ class PlanReport:
             ("A cached token", f"{format_bytes(target + draft)}{both}"),
             ("Scratch", f"{_count(plan.scratch_tokens_per_row, 'token')} per sequence, {scratch}"),
             *((f"On {other.device}", f"{self._elsewhere(other)} for drafts") for other in plan.elsewhere),
-            ("Prefix cache", "on" if self.config.enable_prefix_caching else "off"),
+            ("Prefix cache", self._prefix_caching),
             ("Longest sequence", f"{plan.max_model_len:,} tokens{limit}"),
             *((f"Of {length:,} tokens", self._fitting(plan.num_sequences(length))) for length in self.lengths),
         ]
+
+    @property
+    def _prefix_caching(self) -> str:
+        if self.config.enable_prefix_caching and not self.caches_prefixes:
+            return "off: a cached prefix would lack the target's recurrent state"
+        return "on" if self.caches_prefixes else "off"
 
     def _elsewhere(self, other: OtherDevice) -> str:
         from specplug.engine.memory_plan import format_bytes

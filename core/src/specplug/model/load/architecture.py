@@ -31,6 +31,8 @@ from specplug.model.load.refusal import (
     forward_failure,
 )
 from specplug.model.load.wrappers import drop_towers, find_towers, make_model
+from specplug.model.recurrent.layers import StateCall
+from specplug.model.recurrent.tracing import KNOWN_TYPES, check_layers, check_once, check_states, record_states
 
 _LAYER_NAME = re.compile(r"^(.*?\.\d+)\.")
 _TRACE_TOKENS = 6
@@ -69,6 +71,7 @@ class Architecture:
         tensor_kinds: the last parts of its tensors' names, such as `weight`.
         buffer_bytes: of the buffers that no checkpoint stores, in `weight_bytes`.
         towers: the modules that text never reaches (images, sound); they are not loaded.
+        state_calls: the calls that carry recurrent state from token to token, in the order they run.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Architecture:
     tensor_kinds: frozenset[str] = frozenset()
     buffer_bytes: int = 0
     towers: tuple[str, ...] = ()
+    state_calls: tuple[StateCall, ...] = ()
 
     def loaded_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
         """Bytes of the weights as they are held: a packed output layer is a second copy of a tied table."""
@@ -142,6 +146,8 @@ class _Use(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") != "__get__":  # reading an attribute, such as a dtype
             self.used.update(id(each) for each in (*args, *(kwargs or {}).values()) if isinstance(each, torch.Tensor))
+        if func is torch.all and args[0].is_meta:  # asked of the attention mask, which is one of ones
+            return torch.tensor(True, device="cpu")
         return func(*args, **(kwargs or {}))
 
 
@@ -152,6 +158,7 @@ class _Trace:
     Attributes:
         calls: of the attention interface.
         modules: the modules that made them.
+        states: calls of functions that carry recurrent state.
         vocab_size: the width of the logits.
         used: `id` of the modules that ran and the tensors that something was computed from.
         uses_positions: whether `position_ids` are among these.
@@ -159,9 +166,16 @@ class _Trace:
 
     calls: list[AttentionCall] = attrs.field(factory=list)
     modules: list[torch.nn.Module] = attrs.field(factory=list)
+    states: list[StateCall] = attrs.field(factory=list)
     vocab_size: int = 0
     used: set[int] = attrs.field(factory=set)
     uses_positions: bool = False
+
+    @property
+    def busy_layers(self) -> tuple[str, ...]:
+        """The decoder layers that attend or carry state."""
+        modules = (*(call.module for call in self.calls), *(call.module for call in self.states))
+        return tuple(dict.fromkeys(match.group(1) for name in modules if (match := _LAYER_NAME.match(name))))
 
 
 class _Streams:
@@ -209,11 +223,16 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
     sizes, tied_head_bytes = _sizes(model), _tied_head_bytes(model)
     streams = _Streams(model)
     trace = _run(model, model_type, dtype)
-    layers = _decoder_layers(trace.calls)
+    layers = _decoder_layers(model, trace)
     towers = find_towers(model, layers, trace.used) if type(model.config) is type(config) else ()
     drop_towers(model, towers)
     expected = getattr(config.get_text_config(), "num_hidden_layers", len(layers))
-    check_attention(model_type, expected, len(layers), len(trace.calls))
+    check_states(model_type, model, trace.states)
+    if trace.states:
+        check_layers(model_type, getattr(config.get_text_config(), "layer_types", None), layers, trace.busy_layers)
+        check_once(model_type, [call.module for call in trace.calls])
+    else:
+        check_attention(model_type, expected, len(layers), len(trace.calls))
     check_causality(model_type, trace.modules)
     check_positions(model_type, model, used=trace.uses_positions)
     hidden_size = config.get_text_config().hidden_size
@@ -243,6 +262,7 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
         tensor_kinds=frozenset(name.rpartition(".")[2] for name in model.state_dict()),
         buffer_bytes=sum(sizes[name] for name, _ in model.named_buffers() if name not in model.state_dict()),
         towers=towers,
+        state_calls=tuple(trace.states),
     )
 
 
@@ -253,12 +273,11 @@ def disable_padding_checks(model: Any) -> None:
 
 def _check_layer_types(config: Any, model_type: str) -> None:
     text = config.get_text_config()
-    known = {"full_attention", "sliding_attention"}
-    foreign = sorted(set(getattr(text, "layer_types", None) or ()) - known)
+    foreign = sorted(set(getattr(text, "layer_types", None) or ()) - KNOWN_TYPES)
     if foreign:
         raise UnsupportedModelError(
-            f"model type '{model_type}' has layers of type {', '.join(foreign)}; only full and sliding-window attention "
-            "can be paged and rolled back"
+            f"model type '{model_type}' has layers of type {', '.join(foreign)}; only full and sliding-window attention, "
+            "short convolutions and linear attention can be paged and rolled back"
         )
 
 
@@ -266,6 +285,7 @@ def _run(model: torch.nn.Module, model_type: str, dtype: torch.dtype) -> _Trace:
     trace = _Trace()
     for name, module in model.named_modules():
         module.__dict__[SITE] = _Recorder(name, module, trace)
+    record_states(model, trace.states)
     disable_padding_checks(model)
     # Without a mask, the model's mask code would look for packed rows.
     attention_mask = torch.ones(1, _TRACE_TOKENS, dtype=torch.long, device="meta")
@@ -296,9 +316,12 @@ def _run(model: torch.nn.Module, model_type: str, dtype: torch.dtype) -> _Trace:
     return trace
 
 
-def _decoder_layers(calls: list[AttentionCall]) -> tuple[str, ...]:
-    names = [match.group(1) for call in calls if (match := _LAYER_NAME.match(call.module))]
-    return tuple(dict.fromkeys(names))
+def _decoder_layers(model: torch.nn.Module, trace: _Trace) -> tuple[str, ...]:
+    names = trace.busy_layers
+    if not trace.states or not names:
+        return names
+    holder = names[0].rpartition(".")[0]  # next to layers with state there may be some of an MLP alone
+    return tuple(f"{holder}.{child}" for child, _ in model.get_submodule(holder).named_children())
 
 
 def _sizes(model: torch.nn.Module) -> dict[str, int]:

@@ -81,8 +81,12 @@ def learn_mask(mask_function: MaskFunction, context_length: int, local_size: int
 def windows_of_cache(config: Any, num_layers: int) -> list[int | None]:
     """How many positions `generate` keeps of each layer in its own cache; None where it keeps all."""
     from transformers import DynamicCache
+    from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
-    layers = DynamicCache(config=config).layers[:num_layers]
+    layers: list[Any] = DynamicCache(config=config).layers
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+        layers = [layer for layer in layers if isinstance(layer, CacheLayerMixin)]  # those that keep keys and values
+    layers = layers[:num_layers]
     kept = [layer.sliding_window if layer.is_sliding else None for layer in layers]
     return kept + [None] * (num_layers - len(kept))
 

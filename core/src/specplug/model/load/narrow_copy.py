@@ -34,7 +34,13 @@ _SMALL_BYTES, _MOST_BYTES = 16 << 20, 1 << 30
 
 
 def make_narrow_copy(
-    config: Any, architecture: Architecture, num_blocks: int, block_size: int, *, trust_remote_code: bool = False
+    config: Any,
+    architecture: Architecture,
+    num_blocks: int,
+    block_size: int,
+    rows: tuple[int, int] = (0, 0),
+    *,
+    trust_remote_code: bool = False,
 ) -> ModelRunner | None:
     """Builds a narrow copy, bound to its own KV cache.
 
@@ -43,6 +49,7 @@ def make_narrow_copy(
         architecture: of the real model.
         num_blocks: blocks of the KV cache.
         block_size: tokens of a block.
+        rows: slots and entries per slot of recurrent states.
         trust_remote_code: as for the real model.
 
     Returns:
@@ -69,7 +76,8 @@ def make_narrow_copy(
         model = _build(narrow, own.towers, trust_remote_code)
         _shake(model)
     device = torch.device("cpu")
-    return ModelRunner(model, own, KVCache(own.kv_layers, num_blocks, block_size, torch.float32, device), device)
+    cache = KVCache(own.kv_layers, num_blocks, block_size, torch.float32, device)
+    return ModelRunner(model, own, cache, device, states=rows)
 
 
 def _build(config: Any, towers: tuple[str, ...], trust_remote_code: bool) -> torch.nn.Module:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,14 @@ from specplug.model.attention.interface import IMPLEMENTATION, AttentionSite
 from specplug.model.batch import ForwardBatch
 from specplug.model.compile.artifacts import cache_key, config_facts, device_name
 from specplug.model.difference import TOLERANCE, relative_difference
-from specplug.model.kv_cache import BlockTable
 from specplug.model.load.narrow_copy import make_narrow_copy
 from specplug.model.load.packing import PackedLinear
-from specplug.model.rows import ForwardRow
+from specplug.model.probe import MOST_HELD, measure_states, packed, probe_steps, spare_tokens
 from specplug.model.runner import ModelRunner
 
 logger = logging.getLogger("specplug")
-_REVISION = 2  # verdicts of other probes do not count
+_REVISION = 3  # verdicts of other probes do not count
 _LENGTHS = (9, 23)
-_STEPS = (1, 3, 1)  # tokens of the steps after prefill: decoding, verification
 _BLOCK_SIZE = 4
 # Of a narrow copy's logits. Deep models make up to 1e-3 of float32's rounding, a fault in one layer makes 0.03 and more.
 _NARROW_TOLERANCE = 5e-3
@@ -71,10 +70,17 @@ def check_parity(
     key = _key(runner, config)
     if record is not None and _load(record).get(key):
         return False
-    dtype = runner.cache.keys[0].dtype
+    dtype = runner.cache.dtype
     name = runner.architecture.name
-    num_blocks = 2 * -(-max(_LENGTHS) // _BLOCK_SIZE)
-    narrow = make_narrow_copy(config, runner.architecture, num_blocks, _BLOCK_SIZE, trust_remote_code=trust_remote_code)
+    num_blocks = 2 * -(-(max(_LENGTHS) + MOST_HELD) // _BLOCK_SIZE)
+    narrow = make_narrow_copy(
+        config,
+        runner.architecture,
+        num_blocks,
+        _BLOCK_SIZE,
+        (len(_LENGTHS), MOST_HELD),
+        trust_remote_code=trust_remote_code,
+    )
     if narrow is None:  # then compare the logits of the real weights, whose difference includes rounding
         logger.debug("no narrow copy of %s can be made: the probe takes the model itself", name)
         difference, limit = measure_difference(runner, block_size), TOLERANCE[dtype]
@@ -90,6 +96,12 @@ def check_parity(
             raise UnsupportedModelError(
                 f"{name}: the attention of '{runner.architecture.calls[site].module}' is not what its formula gives in "
                 f"float32 (relative difference {change:.2g}, at most {_ATTENTION_TOLERANCE[dtype]:g} is rounding)"
+            )
+    for module, change in measure_states(runner, _probe_rows(runner), block_size):
+        if not change <= _ATTENTION_TOLERANCE[dtype]:
+            raise UnsupportedModelError(
+                f"{name}: the recurrent state of '{module}' is not what its own function gives in float32 (relative "
+                f"difference {change:.2g}, at most {_ATTENTION_TOLERANCE[dtype]:g} is rounding)"
             )
     if record is not None:
         _save(record, key)
@@ -111,12 +123,11 @@ def _measure_narrow_copy(narrow: ModelRunner) -> float:
 def measure_difference(runner: ModelRunner, block_size: int) -> float:
     """The largest relative root-mean-square difference of a step's logits to the model's own."""
     rows = _probe_rows(runner)
-    steps = _probe_steps(rows, block_size)
-    own = [_own_logits(runner.model, ids, runner.device) for ids in rows]
+    own = [_own_logits(runner, ids) for ids in rows]
     worst = 0.0
-    for step in steps:
-        theirs = [own[number][row.start : row.start + len(row.tokens)] for number, row in step]
-        worst = max(worst, relative_difference(runner.forward([row for _, row in step]), torch.cat(theirs)))
+    for step in probe_steps(runner, rows, block_size):
+        theirs = torch.cat([own[row.number][row.positions] for row in step])
+        worst = max(worst, relative_difference(runner.forward([row.row for row in step])[packed(step)], theirs))
     return worst
 
 
@@ -139,8 +150,8 @@ def measure_attention(runner: ModelRunner, block_size: int) -> list[float]:
     try:
         for index, site in enumerate(runner.sites):
             site.attend = watch(index)  # type: ignore[method-assign]
-        for step in _probe_steps(_probe_rows(runner), block_size):
-            runner.forward([row for _, row in step])
+        for step in probe_steps(runner, _probe_rows(runner), block_size):
+            runner.forward([row.row for row in step])
     finally:
         for site, attend in zip(runner.sites, usual, strict=True):
             site.attend = attend  # type: ignore[method-assign]
@@ -169,37 +180,25 @@ def _by_formula(
 
 
 def _probe_rows(runner: ModelRunner) -> list[list[int]]:
-    """The ids of two ragged rows."""
+    """The ids of two ragged rows; of one where there is recurrent state for one."""
     generator = torch.Generator().manual_seed(0)
-    limit = min(runner.architecture.context_length, runner.cache.num_slots // 2)
+    limit = min(runner.architecture.context_length, runner.cache.num_slots // 2) - spare_tokens(runner)
     vocabulary = runner.architecture.vocab_size
-    return [
+    rows = [
         torch.randint(vocabulary, (min(count, limit),), generator=generator, dtype=torch.long, device="cpu").tolist()
         for count in _LENGTHS
     ]
+    return rows if runner.states is None else rows[-runner.states.slots :]
 
 
-def _probe_steps(rows: list[list[int]], block_size: int) -> list[list[tuple[int, ForwardRow]]]:
-    """The forwards that run the rows together: prefill, then a few tokens at a time; each row with its number."""
-    blocks_each = -(-max(len(ids) for ids in rows) // block_size)
-    steps: list[list[tuple[int, ForwardRow]]] = [[] for _ in range(len(_STEPS) + 1)]
-    for number, ids in enumerate(rows):
-        table = BlockTable(block_size)
-        table.extend(range(number * blocks_each, (number + 1) * blocks_each))
-        start = 0
-        for step, count in zip(steps, (max(1, len(ids) - sum(_STEPS)), *_STEPS), strict=True):
-            tokens = ids[start : start + count]
-            if tokens:
-                step.append((number, ForwardRow(tokens, start, table)))
-            start += len(tokens)
-    return [step for step in steps if step]
-
-
-def _own_logits(model: Any, ids: list[int], device: torch.device) -> torch.Tensor:
+def _own_logits(runner: ModelRunner, ids: list[int]) -> torch.Tensor:
     """Logits [T, V] of one row by the model's own eager attention, without a cache."""
+    model: Any = runner.model
     model.set_attn_implementation("eager")
     try:
-        return model(input_ids=torch.tensor([ids], device=device, dtype=torch.long), use_cache=False).logits[0]
+        with runner.states.unbound() if runner.states else nullcontext():
+            tokens = torch.tensor([ids], device=runner.device, dtype=torch.long)
+            return model(input_ids=tokens, use_cache=False).logits[0]
     finally:
         model.set_attn_implementation(IMPLEMENTATION)
 
@@ -207,7 +206,7 @@ def _own_logits(model: Any, ids: list[int], device: torch.device) -> torch.Tenso
 def _key(runner: ModelRunner, config: Any) -> str:
     facts = {
         "config": config_facts(config),
-        "dtype": str(runner.cache.keys[0].dtype),
+        "dtype": str(runner.cache.dtype),
         "device": device_name(runner.device),
         "packed": sum(isinstance(module, PackedLinear) for module in runner.model.modules()),
         "native": native.key() if runner.attends_natively else None,

@@ -37,7 +37,7 @@ def memory(subject: Subject) -> str:
         buffers = sum(region.fixed_bytes for region in regions if region.kind == "buffers")
         planned = plan.draft_weights + plan.draft_kv + buffers
         slack = _SLACK if subject.targets.given is None else _SLACK + int(_RELATIVE * plan.total_bytes)
-        own = plan.target_weights + plan.target_kv + plan.buffers - plan.step_bytes - buffers
+        own = plan.target_weights + plan.target_kv + plan.recurrent_state + plan.buffers - plan.step_bytes - buffers
         grows = session.speculator.traits.learns
         warm, warm_host = _used(own)
         most, most_host = warm, warm_host
