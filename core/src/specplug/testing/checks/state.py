@@ -14,6 +14,7 @@ from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
 from specplug.sampling.params import SamplingParams
 from specplug.speculation.draft_length import FixedDraftLength
+from specplug.speculation.row import Row
 from specplug.testing.check import Check
 from specplug.testing.driver import Drive, drive_rollbacks, drive_rows
 from specplug.testing.failures import CheckFailure, NotApplicable, expect_drafts
@@ -126,14 +127,14 @@ def learning(subject: Subject) -> str:
 class _Naps(FixedDraftLength):
     """Lets a row sleep now and then, never for longer than target states are kept."""
 
-    def __init__(self, seed: int, limit: int, may_rest: Callable[[Request], bool]) -> None:
+    def __init__(self, seed: int, limit: int, may_rest: Callable[[Row], bool]) -> None:
         self._random = random.Random(seed)
         self._limit = limit
         self._may_rest = may_rest
         self._left = 0
         self.count = 0
 
-    def length_of(self, request: Request, speculator: RegisteredSpeculator) -> int | None:
+    def length_of(self, request: Row, speculator: RegisteredSpeculator) -> int | None:
         """See `FixedDraftLength.length_of`."""
         if self._left:
             self._left -= 1
