@@ -36,6 +36,7 @@ from specplug.speculation.draft import Draft
 from specplug.speculation.draft_length import FixedDraftLength
 from specplug.speculation.target_states.ring_buffer import Captured
 from specplug.speculation.target_states.store import TargetStateStore, channels_for
+from specplug.stats import SpeculationStats
 
 
 class SpeculatorHost:
@@ -58,6 +59,11 @@ class SpeculatorHost:
         timeout: the most seconds that one call of `propose` may take. It then runs in a thread of its own, and one that has
             not returned by then is switched off. None waits for ever.
         seed: of the random streams of rows.
+
+    Attributes:
+        limits: see above.
+        stats: speculation counters of all rows together.
+        planned_bytes: what the speculators use of memory: weights, KV caches and buffers.
 
     Raises:
         PluginError: a method is not installed or broken, or needs what this engine does not give.
@@ -128,6 +134,7 @@ class SpeculatorHost:
         self._rows: set[HostRow] = set()
         self._free = list(range(limits.max_num_seqs))[::-1]
         self._count = 0
+        self.stats = SpeculationStats()
         self._proposed_at: float | None = None
         self._is_warm = False
 
@@ -268,6 +275,7 @@ class SpeculatorHost:
             params=attrs.evolve(params, max_tokens=params.max_tokens or self.limits.max_model_len),
             randomness=RowRandomness(self._randomness, self._count, params.seed),
             num_computed=len(tokens) - 1 if num_computed is None else num_computed,
+            total=self.stats,
         )
         self._count += 1
         self._rows.add(row)
@@ -316,9 +324,16 @@ class SpeculatorHost:
             self._proposed_at = perf_counter()
         for row in rows:
             row.outcome = None
-            if row.draft is not None and not self.limits.trees:
-                row.draft = row.draft.best_chain()
+            row.draft = self._fitted(row.draft)
         return [row.draft for row in rows]
+
+    def _fitted(self, draft: Draft | None) -> Draft | None:
+        """What the engine verifies of a draft. That does not depend on which tokens were sampled."""
+        if draft is None:
+            return None
+        draft = draft if self.limits.trees else draft.best_chain()
+        most = self.limits.max_draft_tokens
+        return draft if most is None or len(draft) <= most else draft.keep(range(most))
 
     def close(self) -> None:
         """Ends all rows and drops the speculators' memory."""

@@ -21,6 +21,7 @@ class HostLimits:
         max_num_batched_tokens: the most tokens in one forward of the target, drafts included.
         num_layers: the target's decoder layers, if the host delivers target states; else 0.
         trees: whether it verifies draft trees; else each draft is cut to its best chain.
+        max_draft_tokens: the most draft tokens of a row that it verifies, if speculators may propose more.
         block_size: tokens of a block of the speculators' own KV caches.
         memory_bytes: what speculators may use, weights and KV caches; None for as much as they plan.
     """
@@ -31,6 +32,7 @@ class HostLimits:
     max_num_batched_tokens: int = attrs.field(default=8192, **integer(1, ConfigurationError))
     num_layers: int = attrs.field(default=0, **integer(0, ConfigurationError))
     trees: bool = False
+    max_draft_tokens: int | None = attrs.field(default=None, **integer(1, ConfigurationError, or_none=True))
     block_size: int = attrs.field(default=16, **integer(1, ConfigurationError))
     memory_bytes: int | None = attrs.field(default=None, **integer(1, ConfigurationError, or_none=True))
 

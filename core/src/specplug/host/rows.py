@@ -33,6 +33,7 @@ class HostRow:
         draft: what was last drafted for it.
         outcome: what became of that, until the next call of `propose`.
         stats: its speculation counters.
+        total: those of its host.
     """
 
     number: int
@@ -45,6 +46,7 @@ class HostRow:
     draft: Draft | None = None
     outcome: Outcome | None = None
     stats: SpeculationStats = attrs.field(factory=SpeculationStats)
+    total: SpeculationStats = attrs.field(factory=SpeculationStats, repr=False)
     table: BlockTable | None = None
     forked_from: int | None = None
     num_forked_tokens: int = 0
@@ -79,4 +81,5 @@ class HostRow:
         draft, self.draft = self.draft, None
         path = tuple(range(accepted)) if isinstance(accepted, int) else tuple(accepted)
         self.outcome = None if draft is None else Outcome(draft.method, len(draft), path, tuple(draft.tokens))
-        self.stats.record(0 if draft is None else len(draft), len(path), "" if draft is None else draft.method)
+        for stats in (self.stats, self.total):
+            stats.record(0 if draft is None else len(draft), len(path), "" if draft is None else draft.method)

@@ -160,10 +160,10 @@ def _learn_and_draft(subject: Subject, folder: Path, seed: int, *, restless: boo
     with subject.start(folder, max_model_len=2 * _LENGTH, seed=seed, **options) as session:
         engine = session.engine
 
-        def left(request: Request) -> int:
+        def left(request: Row) -> int:
             return len(scripts[request.number]) - len(request.tokens)
 
-        def may_disturb(request: Request) -> bool:
+        def may_disturb(request: Row) -> bool:
             return disturbed and left(request) > _CALM_END
 
         def verify(requests: Sequence[Request], offsets: Sequence[int], logits: torch.Tensor) -> Verdict:
