@@ -28,6 +28,7 @@ ORDER = [
     "config",
     "plugins",
     "speculation",
+    "host",
     "engine",
     "outputs",
     "metrics",

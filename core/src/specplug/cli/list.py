@@ -7,21 +7,33 @@ from typing import TYPE_CHECKING
 
 import click
 
+from specplug.cli.integrations.listing import integration_as_json, show_integrations
 from specplug.cli.plugin_report import PluginReport, check_plugins, report_plugins
 from specplug.cli.terminal import Terminal
 from specplug.cli.views.table import Table
+from specplug.plugins.integrations import find_integrations
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 NOTHING_INSTALLED = "No speculator is installed. Install one, for example:  pip install specplug-ngram"
-_STYLES = {"ok": "green", "blocked": "yellow", "failed": "red", "incompatible": "red", "ambiguous": "red"}
+_STYLES = {
+    "ok": "green",
+    "blocked": "yellow",
+    "failed": "red",
+    "incompatible": "red",
+    "ambiguous": "red",
+    "missing": "yellow",
+}
 _STATUS_COLUMN = 3
 
 
 @click.command("list")
 @click.option(
-    "-v", "--verbose", is_flag=True, help="Show entry points, locations, requirements, reasons and tracebacks."
+    "-v",
+    "--verbose",
+    is_flag=True,
+    help="Show entry points, locations, requirements, reasons, tracebacks, and integrations with other engines.",
 )
 @click.option("--check", is_flag=True, help="Import each allowed plugin and show its hooks; exit 1 if one fails.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects; their keys are stable.")
@@ -45,12 +57,16 @@ def list_command(
       specplug list --json --deny specplug-ngram
     """  # noqa: D301
     reports = (check_plugins if check else report_plugins)(allow or None, deny)
+    integrations = find_integrations() if verbose else []
     if as_json:
-        Terminal.out().line(json.dumps([report.as_json() for report in reports], indent=2))
+        listed = [*(report.as_json() for report in reports), *map(integration_as_json, integrations)]
+        Terminal.out().line(json.dumps(listed, indent=2))
     elif not reports:
         Terminal.out().paragraph(NOTHING_INSTALLED)
     else:
         _show(Terminal.out(), reports, verbose=verbose, check=check)
+    if verbose and not as_json:
+        show_integrations(Terminal.out(), integrations)
     if check and any(report.record.status == "failed" for report in reports):
         ctx.exit(1)
 

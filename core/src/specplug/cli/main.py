@@ -17,6 +17,7 @@ from specplug.cli.check import check
 from specplug.cli.demo import demo
 from specplug.cli.error_text import describe_error, hint_at_details
 from specplug.cli.generate import generate
+from specplug.cli.integrations.vllm_config import vllm_config
 from specplug.cli.list import list_command
 from specplug.cli.new import new
 from specplug.cli.plan import plan
@@ -157,7 +158,7 @@ def _set_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> N
         ctx.find_root().params["debug"] = True
 
 
-for _command in (bench, chat, check, demo, generate, list_command, new, plan, serve):
+for _command in (bench, chat, check, demo, generate, list_command, new, plan, serve, vllm_config):
     _command.params.append(
         click.Option(["--debug"], is_flag=True, hidden=True, expose_value=False, callback=_set_debug)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 
 from specplug.config.engine import EngineConfig
 from specplug.contract.resources import MemoryBudget, MemoryRegion
-from specplug.contract.settings import SpeculativeConfig
 from specplug.engine.compilation import wants_compilation
 from specplug.engine.memory_plan import MemoryPlan, default_budget, solve
-from specplug.errors import CheckpointError, ConfigurationError, PluginError, SpecplugError
+from specplug.errors import CheckpointError, ConfigurationError, PluginError
+from specplug.host.loading import check_traits, load_speculators, max_nodes_of, plan_regions, wants_top_k_at_drafts
 from specplug.model.compile.cuda_graphs import CAPTURED_TOKENS
 from specplug.model.compile.memory import StepModel, step_bytes
 from specplug.model.device import choose_device
@@ -30,7 +30,6 @@ from specplug.sampling.workspace import Workspace
 from specplug.speculation.target_states.ring_buffer import ChannelSpec
 from specplug.speculation.target_states.store import TargetStateStore, channels_for
 from specplug.tiny import resolve_model
-from specplug.values import as_integer, is_integer, shown
 
 _SHORT_PROMPT = 64  # tokens; prompts up to this length run in CUDA graphs too
 
@@ -93,12 +92,10 @@ def plan_engine(
         before_kernels()
     architecture, dtype, device = target.architecture, target.dtype, target.device
     facade = _target_facade(config, target, tokenizer)
-    speculators = [
-        registry.load_speculator(bounded(speculative, registry.plugin(speculative.method)), facade)
-        for speculative in _chain(config.speculative)
-    ]
+    speculators = load_speculators(registry, config.speculative, facade)
     for speculator in speculators:
-        _check_traits(speculator, architecture)
+        check_traits(speculator, len(architecture.layers), architecture.vocab_size)
+        _check_stream(speculator, architecture)
     channels = channels_for([s.traits for s in speculators], architecture.hidden_size, dtype)
     budget = MemoryBudget(
         total_bytes=config.memory or default_budget(device),
@@ -110,7 +107,7 @@ def plan_engine(
         dtype=dtype,
         compiled_output_tokens=CAPTURED_TOKENS if device.type == "cuda" else 0,
     )
-    regions = [_plan_regions(speculator, budget) for speculator in speculators]
+    regions = [plan_regions(speculator, budget) for speculator in speculators]
     num_entries = min(config.max_num_batched_tokens, config.max_num_seqs * (1 + budget.num_speculative_tokens))
     most_captured = min(max(num_entries, _SHORT_PROMPT), config.max_num_batched_tokens)
     buffers = TargetStateStore.planned_bytes(
@@ -220,77 +217,15 @@ def _target_tokenizer(tokenizer: Callable[[], Any], folder: Path, trust_remote_c
         return None
 
 
-def _chain(speculative: SpeculativeConfig | None) -> Iterator[SpeculativeConfig]:
-    while speculative is not None:
-        yield speculative
-        speculative = speculative.fallback
-
-
-def bounded(config: SpeculativeConfig, plugin: Any) -> SpeculativeConfig:
-    """The configuration, with the plugin's bound on draft lengths if core chooses them and the user gave no bound.
+def _check_stream(speculator: RegisteredSpeculator, architecture: Architecture) -> None:
+    """Refuses states between layers that carry several states per token.
 
     Raises:
-        PluginError: the plugin's attribute `max_num_speculative_tokens` is not a positive integer.
+        PluginError: the speculator declares such a boundary.
     """
-    most = as_integer(getattr(plugin, "max_num_speculative_tokens", None))
-    if most is None or config.is_bounded:
-        return config
-    if not is_integer(most, 1):
-        raise PluginError(
-            f"plugin '{config.method}': max_num_speculative_tokens={shown(most)}: expected an integer of at least 1"
-        )
-    return attrs.evolve(config, num_speculative_tokens=most)
-
-
-def max_nodes_of(speculator: RegisteredSpeculator) -> int:
-    """The maximum number of draft nodes of a row."""
-    return speculator.traits.max_nodes or speculator.config.num_speculative_tokens
-
-
-def wants_top_k_at_drafts(speculators: Sequence[RegisteredSpeculator]) -> bool:
-    """Whether any speculator declares `top_k_at_drafts`."""
-    return any(speculator.traits.top_k_at_drafts for speculator in speculators)
-
-
-def _check_traits(speculator: RegisteredSpeculator, architecture: Architecture) -> None:
-    """Refuses traits that this target cannot provide.
-
-    Raises:
-        PluginError: a boundary after the last layer, a boundary of layers that carry several states per token, or a top_k
-            larger than the vocabulary.
-    """
-    traits, num_layers, vocab_size = speculator.traits, len(architecture.layers), architecture.vocab_size
-    for boundary in traits.hidden_states:
-        if boundary != "final" and boundary > num_layers:
-            raise PluginError(
-                f"speculator '{speculator.method}' declares traits.hidden_states with boundary {boundary}; the target has "
-                f"boundaries 0 to {num_layers}, and 'final'"
-            )
+    for boundary in speculator.traits.hidden_states:
         if boundary != "final" and not architecture.has_plain_stream:
             raise PluginError(
                 f"speculator '{speculator.method}' declares traits.hidden_states with boundary {boundary}, but the layers of "
                 f"{architecture.name} carry more than one state per token; only 'final' can be delivered for it"
             )
-    if traits.top_k > vocab_size:
-        raise PluginError(
-            f"speculator '{speculator.method}' declares traits.top_k={traits.top_k:,}; the target's vocabulary has "
-            f"{vocab_size:,} tokens"
-        )
-
-
-def _plan_regions(speculator: RegisteredSpeculator, budget: MemoryBudget) -> list[MemoryRegion]:
-    where = f"speculator '{speculator.method}'"
-    try:
-        planned = speculator.plan_memory(budget=budget)
-        regions = [] if planned is None else planned
-        if not isinstance(regions, (list, tuple)) or not all(isinstance(each, MemoryRegion) for each in regions):
-            raise PluginError(f"{where}: plan_memory returned {shown(planned)}, expected a list of MemoryRegions")
-    except SpecplugError:
-        raise
-    except Exception as error:
-        raise PluginError(f"{where} failed in plan_memory: {type(error).__name__}: {error}") from error
-    names = [region.name for region in regions]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise PluginError(f"{where}: plan_memory returned two regions named '{twice}'")
-    speculator.scratch_tokens_per_row = max((region.scratch_tokens_per_row for region in regions), default=0)
-    return list(regions)

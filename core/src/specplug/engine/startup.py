@@ -17,11 +17,12 @@ from specplug.config.engine import EngineConfig
 from specplug.contract.resources import Resources
 from specplug.engine.compilation import compile_forwards, wants_compilation
 from specplug.engine.engine import Engine
-from specplug.engine.planning import PlannedEngine, max_nodes_of, plan_engine, wants_top_k_at_drafts
+from specplug.engine.planning import PlannedEngine, plan_engine
 from specplug.engine.prefix_cache import PrefixCache, Sharer
 from specplug.engine.requests import RequestFactory
 from specplug.engine.scheduler import Scheduler
 from specplug.errors import SpecplugError, StartupError
+from specplug.host.loading import allocate_caches, max_nodes_of, row_buckets, wants_top_k_at_drafts
 from specplug.model.compile.compiled import compile_step
 from specplug.model.kv_cache import KVCache
 from specplug.model.load.checkpoint import resolve_checkpoint
@@ -190,24 +191,14 @@ def _allocate(
         device,
         at_drafts=wants_top_k_at_drafts(planned.speculators),
     )
-    caches = [
-        {
-            region.name: KVCache(
-                region.layers,
-                plan.num_blocks,
-                plan.block_size,
-                region.dtype or planned.dtype,
-                region.device or device,
-            )
-            for region in regions
-            if region.layers
-        }
-        for regions in planned.regions
-    ]
-    for handle in planned.facade.handles:
-        for own in caches:
-            if isinstance(handle, LazyModel):
-                handle.bind(own)
+    caches = allocate_caches(
+        planned.regions,
+        planned.facade.handles,
+        num_blocks=plan.num_blocks,
+        block_size=plan.block_size,
+        dtype=planned.dtype,
+        device=device,
+    )
     return runner, states, caches
 
 
@@ -282,7 +273,7 @@ def _resources(
             block_size=planned.plan.block_size,
             num_blocks=planned.plan.num_blocks,
             kv_caches=own,
-            row_buckets=_row_buckets(config.max_num_seqs),
+            row_buckets=row_buckets(config.max_num_seqs),
             hidden_states={b: states.delivery[b] for b in speculator.traits.hidden_states},
             **({"compile": compile_step} if compiles else {}),
         )
@@ -302,10 +293,3 @@ def choose_policy(speculators: Sequence[RegisteredSpeculator]) -> DraftLengthPol
     if any(speculator.config.is_auto for speculator in speculators):
         return AdaptiveDraftLength(speculators)
     return FixedDraftLength()
-
-
-def _row_buckets(max_num_seqs: int) -> tuple[int, ...]:
-    buckets = [1]
-    while buckets[-1] < max_num_seqs:
-        buckets.append(min(buckets[-1] * 2, max_num_seqs))
-    return tuple(buckets)

@@ -129,7 +129,8 @@ def _mentions_group(dist: metadata.Distribution) -> bool:
     return f"[{GROUP}".encode() in raw
 
 
-def _location(dist: metadata.Distribution) -> str:
+def location_of(dist: metadata.Distribution) -> str:
+    """The folder that a distribution is installed in; for an editable installation, that of its sources."""
     try:
         origin = json.loads(dist.read_text("direct_url.json") or "{}")
         if origin.get("dir_info", {}).get("editable"):
@@ -144,7 +145,7 @@ def _record(entry: metadata.EntryPoint, dist: metadata.Distribution) -> PluginRe
     if not name:  # then its requirements are unknown too
         return _unreadable(entry.name, entry.value, _name_of(dist), dist, "METADATA is missing, or has no name")
     try:
-        requirement = _core_requirement(dist.requires or [])
+        requirement = core_requirement_of(dist.requires or [])
     except (InvalidRequirement, UndefinedComparison, UndefinedEnvironmentName) as error:
         what = " ".join(str(error).split())
         return _unreadable(entry.name, entry.value, name, dist, f"its requirement on {CORE} is invalid: {what}")
@@ -155,17 +156,17 @@ def _record(entry: metadata.EntryPoint, dist: metadata.Distribution) -> PluginRe
         version=dist.version or "?",
         summary="".join(letter for letter in dist.metadata["Summary"] or "" if letter.isprintable()),
         requirement=requirement,
-        location=_location(dist),
+        location=location_of(dist),
         kind=_KINDS[entry.group],
     )
 
 
 def _unreadable(method: str, module: str, name: str, dist: metadata.Distribution, why: str) -> PluginRecord:
     reason = f"its metadata cannot be read: {why}; install it again"
-    return PluginRecord(method, module, name, "?", "", "", _location(dist), "failed", reason)
+    return PluginRecord(method, module, name, "?", "", "", location_of(dist), "failed", reason)
 
 
-def _core_requirement(requirements: Iterable[str]) -> str:
+def core_requirement_of(requirements: Iterable[str]) -> str:
     """The version range for core: all its requirements together, without those of extras and of other platforms."""
     specifiers = SpecifierSet()
     for text in requirements:
@@ -186,8 +187,13 @@ def _judge(record: PluginRecord, allow_lists: list[set[str]], deny_list: set[str
         return attrs.evolve(record, status="blocked", reason="on the deny-list")
     if any(not names & allowed for allowed in allow_lists):
         return attrs.evolve(record, status="blocked", reason="not on the allow-list")
-    specifier = Requirement(f"{CORE}{record.requirement}").specifier
-    if not specifier.contains(__version__, prereleases=True):
-        reason = f"needs {CORE}{record.requirement}, this is {CORE} {__version__}"
+    if reason := core_reason(record.requirement):
         return attrs.evolve(record, status="incompatible", reason=reason)
     return record
+
+
+def core_reason(requirement: str) -> str:
+    """Why this version of core is not what a package requires; empty if it is."""
+    if Requirement(f"{CORE}{requirement}").specifier.contains(__version__, prereleases=True):
+        return ""
+    return f"needs {CORE}{requirement}, this is {CORE} {__version__}"

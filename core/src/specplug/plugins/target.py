@@ -242,6 +242,41 @@ class TargetFacade:
         self._tokenizer = tokenizer
         self._head: Head | None = None
 
+    @classmethod
+    def of_limits(
+        cls,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        num_layers: int = 0,
+        hidden_size: int = 0,
+        source: str = "",
+        revision: str | None = None,
+        config: Any = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+        weight_bytes: int = 0,
+        tokenizer: Callable[[], Any] = lambda: None,
+    ) -> TargetFacade:
+        """A target of which no more may be known than its sizes; for the arguments see `TargetModel`."""
+        return cls(
+            config=config,
+            source=source,
+            revision=revision,
+            dtype=dtype,
+            device=torch.device("cpu") if device is None else device,
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            weight_bytes=weight_bytes,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            tokenizer=tokenizer,
+        )
+
     @cached_property
     def tokenizer(self) -> Any:
         """See `TargetModel.tokenizer`."""

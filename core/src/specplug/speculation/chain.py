@@ -15,10 +15,11 @@ from specplug.contract.resources import Resources
 from specplug.contract.types import Budget, EndReason, Outcome, ProposalBatch, ProposalRow
 from specplug.errors import PluginError, SpecplugError
 from specplug.plugins.registry import RegisteredSpeculator
-from specplug.request import Request
+from specplug.speculation.deadline import NotReturnedError
 from specplug.speculation.draft import trim_drafts
 from specplug.speculation.draft_length import NO_BUDGET, DraftLengthPolicy, ProposeCall, catch_up_tokens, plan_budgets
 from specplug.speculation.link import ChainLink
+from specplug.speculation.row import Row
 from specplug.speculation.target_states.ring_buffer import Captured
 from specplug.speculation.target_states.store import TOP_IDS, TOP_PROBS, TargetStateStore
 from specplug.speculation.validation import check_proposal
@@ -87,7 +88,7 @@ class SpeculatorChain:
                 what = f"{type(error).__name__}: {error}"
                 raise PluginError(f"speculator '{link.speculator.method}' failed in warmup: {what}") from error
 
-    def fork(self, parent: Request, child: Request) -> None:
+    def fork(self, parent: Row, child: Row) -> None:
         """Notes how much of a fork's shared part each speculator has been given; what it stored for that, the fork has too."""
         for link in self._links:
             if parent.number not in link.banned:
@@ -96,7 +97,7 @@ class SpeculatorChain:
                 link.stored[child.number] = min(link.stored.get(parent.number, 0), child.num_forked_tokens)
         self.policy.fork(parent, child)
 
-    def resume(self, request: Request) -> None:
+    def resume(self, request: Row) -> None:
         """Takes in how much of a row each speculator has in the prefix cache."""
         stored_by, request.stored_by = request.stored_by, {}
         for index, count in stored_by.items():
@@ -105,11 +106,11 @@ class SpeculatorChain:
                 link.forked[request.number] = link.stored[request.number] = count
                 link.resumed.add(request.number)
 
-    def num_stored(self, index: int, request: Request) -> int:
+    def num_stored(self, index: int, request: Row) -> int:
         """How many of a row's first positions a speculator was given without a gap."""
         return self._links[index].stored.get(request.number, 0)
 
-    def end(self, request: Request, slot: int, reason: EndReason) -> None:
+    def end(self, request: Row, slot: int, reason: EndReason) -> None:
         """Notes that a row left its slot; every speculator that knew it is told at its next call."""
         for link in self._links:
             link.forked.pop(request.number, None)
@@ -128,7 +129,7 @@ class SpeculatorChain:
             self.policy.finish(request)
         self._states.drop(slot)
 
-    def propose(self, requests: Sequence[Request], reserve: Any, contended: bool) -> None:
+    def propose(self, requests: Sequence[Row], reserve: Any, contended: bool) -> None:
         """Fills `request.draft` of the rows that get one.
 
         Args:
@@ -163,12 +164,12 @@ class SpeculatorChain:
             request.draft = draft if draft is not None and len(draft) else None
         self.policy.end(requests)
 
-    def observe(self, requests: Sequence[Request], seconds: float, *, decoding: bool) -> None:
+    def observe(self, requests: Sequence[Row], seconds: float, *, decoding: bool) -> None:
         """Tells the policy what a step took and brought; see `DraftLengthPolicy.observe`."""
         self._target_seconds = seconds
         self.policy.observe(requests, seconds, decoding=decoding)
 
-    def _lengths(self, link: ChainLink, requests: Sequence[Request]) -> tuple[list[Request], list[int | Budget]]:
+    def _lengths(self, link: ChainLink, requests: Sequence[Row]) -> tuple[list[Row], list[int | Budget]]:
         """The rows that a speculator is shown, and what each may draft."""
         requests = [r for r in requests if r.draft is None and r.number not in link.banned]
         seen = {**link.delivered, **link.forked} if link.forked else link.delivered
@@ -177,7 +178,7 @@ class SpeculatorChain:
         return [request for request, _ in chosen], [length for _, length in chosen]
 
     def _ask(
-        self, link: ChainLink, requests: list[Request], lengths: list[int | Budget], node_limit: int, reserve: Any
+        self, link: ChainLink, requests: list[Row], lengths: list[int | Budget], node_limit: int, reserve: Any
     ) -> ProposeCall | None:
         """Asks a speculator for drafts; returns what was asked, or None where there was nothing to ask or it failed."""
         traits = link.speculator.traits
@@ -223,7 +224,7 @@ class SpeculatorChain:
         allowed = max((min(b.max_nodes, b.max_depth) for b in budgets), default=0)
         return ProposeCall(depths, 0 if traits.token_only else catch_up_tokens(batch), allowed)
 
-    def _build_batch(self, link: ChainLink, requests: Sequence[Request], budgets: Sequence[Budget]) -> ProposalBatch:
+    def _build_batch(self, link: ChainLink, requests: Sequence[Row], budgets: Sequence[Budget]) -> ProposalBatch:
         traits = link.speculator.traits
         spans: list[tuple[int, range]] = []
         new: list[bool] = []
@@ -287,7 +288,7 @@ class SpeculatorChain:
         )
 
     def _deliver_drafted(
-        self, link: ChainLink, requests: Sequence[Request], outcomes: Sequence[Outcome | None]
+        self, link: ChainLink, requests: Sequence[Row], outcomes: Sequence[Outcome | None]
     ) -> tuple[Captured, list[slice]]:
         """The top-k at the nodes of the drafts that rows are told the outcome of, where the last step verified them."""
         if not link.speculator.traits.top_k_at_drafts:
@@ -297,16 +298,16 @@ class SpeculatorChain:
         )
 
     @staticmethod
-    def _outcome_of_another(link: ChainLink, request: Request) -> Outcome | None:
+    def _outcome_of_another(link: ChainLink, request: Row) -> Outcome | None:
         """What became of another speculator's proposal; one of the same method would be taken for the speculator's own."""
         outcome = request.outcome
         return None if outcome is None or outcome.method == link.speculator.method else outcome
 
-    def _has_all_states(self, request: Request) -> bool:
+    def _has_all_states(self, request: Row) -> bool:
         """Whether the target's states of a row are kept from its first token on."""
         return self._states.available_from(request.slot, 0) == 0
 
-    def _keep_unseen_states(self, requests: Sequence[Request]) -> None:
+    def _keep_unseen_states(self, requests: Sequence[Row]) -> None:
         """Rows that some speculator has not seen up to date keep their states for a while."""
         if not self._states.specs:
             return
@@ -337,7 +338,7 @@ class SpeculatorChain:
                 self._target_seconds,
             )
 
-    def _fault(self, link: ChainLink, requests: Sequence[Request], error: Exception) -> None:
+    def _fault(self, link: ChainLink, requests: Sequence[Row], error: Exception) -> None:
         method = link.speculator.method
         if self._strict:
             raise PluginError(f"speculator '{method}': {type(error).__name__}: {error}") from error
@@ -355,7 +356,9 @@ class SpeculatorChain:
             )
         if not link.speculator.traits.token_only:
             link.banned.update(request.number for request in requests)
-        if link.faults_in_a_row >= _FAULTS_TO_STOP:
+        hangs = isinstance(error, NotReturnedError)
+        if hangs or link.faults_in_a_row >= _FAULTS_TO_STOP:
             link.enabled = False
             self.policy.retire(link.speculator)
-            logger.warning("speculator '%s' failed %d times in a row and is switched off", method, link.faults_in_a_row)
+            why = "did not return" if hangs else f"failed {link.faults_in_a_row} times in a row"
+            logger.warning("speculator '%s' %s and is switched off", method, why)

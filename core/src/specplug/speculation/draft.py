@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import attrs
@@ -30,7 +31,7 @@ class Draft:
     parents: list[int] | None = None
     scores: list[float] | None = None
     probs: DraftDistributions | None = None
-    speculator: RegisteredSpeculator | None = None
+    speculator: RegisteredSpeculator | None = attrs.field(default=None, repr=False)
     allowed: int = 0
     proposed: int = 0
 
@@ -50,6 +51,36 @@ class Draft:
     def parent_list(self) -> list[int]:
         """Each node's parent, chains included."""
         return list(range(-1, len(self.tokens) - 1)) if self.parents is None else self.parents
+
+    def best_chain(self) -> Draft:
+        """The path from the root that is expected to be accepted furthest, for an engine that verifies chains only.
+
+        With scores, which are taken for cumulative log-probabilities, it is the path with the most expected tokens; else the
+        deepest one, of those the first. Of a sampled tree it is the path of first children: they were drawn from the
+        distributions themselves, their siblings from what was left of them.
+        """
+        if self.parents is None or not self.tokens:
+            return self
+        if self.probs is not None:
+            path = self._first_children()
+        else:
+            gains: list[float] = []
+            for node, parent in enumerate(self.parents):
+                own = 1.0 if self.scores is None else math.exp(min(0.0, self.scores[node]))
+                gains.append(own + (gains[parent] if parent >= 0 else 0.0))
+            node, path = max(range(len(gains)), key=lambda index: (gains[index], -index)), []
+            while node >= 0:
+                path.append(node)
+                node = self.parents[node]
+            path.reverse()
+        return attrs.evolve(self.keep(path), parents=None)
+
+    def _first_children(self) -> list[int]:
+        path: list[int] = []
+        for node, parent in enumerate(self.parent_list()):
+            if parent == (path[-1] if path else -1):
+                path.append(node)
+        return path
 
     def keep(self, nodes: Sequence[int]) -> Draft:
         """The draft of an ancestor-closed subset of nodes, given in ascending order."""

@@ -8,8 +8,8 @@ import attrs
 
 from specplug.contract.types import Budget, ProposalBatch, SpeculatorTraits
 from specplug.plugins.registry import RegisteredSpeculator
-from specplug.request import Request
 from specplug.speculation.draft import Draft
+from specplug.speculation.row import Row
 
 NO_BUDGET = Budget(0, 0)
 SHORT_GAP = 16
@@ -48,16 +48,16 @@ class DraftLengthPolicy:
     its own, by `request.number`, until `finish`.
     """
 
-    def begin(self, requests: Sequence[Request]) -> bool:
+    def begin(self, requests: Sequence[Row]) -> bool:
         """Begins a step; returns False if no speculator is to be asked in it: then neither `plan` nor `end` is called."""
         return True
 
     def plan(
         self,
         speculator: RegisteredSpeculator,
-        requests: Sequence[Request],
+        requests: Sequence[Row],
         seen: Mapping[int, int],
-        has_all_states: Callable[[Request], bool],
+        has_all_states: Callable[[Row], bool],
     ) -> list[Length]:
         """What each row may draft with one speculator.
 
@@ -76,10 +76,10 @@ class DraftLengthPolicy:
         """Cuts what is not worth verifying."""
         return drafts
 
-    def end(self, requests: Sequence[Request]) -> None:
+    def end(self, requests: Sequence[Row]) -> None:
         """Ends a step: `request.draft` is what the next one verifies."""
 
-    def observe(self, requests: Sequence[Request], seconds: float, *, decoding: bool) -> None:
+    def observe(self, requests: Sequence[Row], seconds: float, *, decoding: bool) -> None:
         """Learns from a step.
 
         Args:
@@ -88,22 +88,22 @@ class DraftLengthPolicy:
             decoding: whether every row ran one pending token and nothing other than its draft.
         """
 
-    def fork(self, parent: Request, child: Request) -> None:
+    def fork(self, parent: Row, child: Row) -> None:
         """A sequence starts on another one's prompt, and on what speculators stored for that."""
 
-    def restart(self, request: Request) -> None:
+    def restart(self, request: Row) -> None:
         """A row was preempted: what speculators stored for it is gone, and it is computed anew."""
 
-    def finish(self, request: Request) -> None:
+    def finish(self, request: Row) -> None:
         """A row ended."""
 
     def retire(self, speculator: RegisteredSpeculator) -> None:
         """A speculator is not asked any more."""
 
-    def lose_states(self, speculator: RegisteredSpeculator, request: Request) -> None:
+    def lose_states(self, speculator: RegisteredSpeculator, request: Row) -> None:
         """Target states of a row were gone before a speculator was shown them."""
 
-    def keeps_states(self, speculator: RegisteredSpeculator, request: Request) -> bool:
+    def keeps_states(self, speculator: RegisteredSpeculator, request: Row) -> bool:
         """Whether target states that a speculator was not shown yet are worth storing."""
         return True
 
@@ -118,14 +118,14 @@ class FixedDraftLength(DraftLengthPolicy):
     def plan(
         self,
         speculator: RegisteredSpeculator,
-        requests: Sequence[Request],
+        requests: Sequence[Row],
         seen: Mapping[int, int],
-        has_all_states: Callable[[Request], bool],
+        has_all_states: Callable[[Row], bool],
     ) -> list[Length]:
         """See `DraftLengthPolicy.plan`."""
         return [self.length_of(request, speculator) for request in requests]
 
-    def length_of(self, request: Request, speculator: RegisteredSpeculator) -> Length:
+    def length_of(self, request: Row, speculator: RegisteredSpeculator) -> Length:
         """What one row may draft."""
         limit = speculator.config.num_speculative_tokens
         cap = request.params.num_speculative_tokens
@@ -135,7 +135,7 @@ class FixedDraftLength(DraftLengthPolicy):
 
 
 def plan_budgets(
-    requests: Sequence[Request],
+    requests: Sequence[Row],
     lengths: Sequence[int | Budget],
     traits: SpeculatorTraits,
     max_model_len: int,

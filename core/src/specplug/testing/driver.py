@@ -15,6 +15,7 @@ from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
 from specplug.sampling.params import SamplingParams
 from specplug.speculation.draft_length import FixedDraftLength
+from specplug.speculation.row import Row
 from specplug.speculation.target_states.ring_buffer import WINDOW
 from specplug.testing.reference import DraftRecord, row_drafts
 from specplug.testing.session import Session
@@ -77,7 +78,7 @@ class RestlessPolicy(FixedDraftLength):
         self.asleep: dict[int, int] = {}
         self.naps = 0
 
-    def length_of(self, request: Request, speculator: RegisteredSpeculator) -> int | None:
+    def length_of(self, request: Row, speculator: RegisteredSpeculator) -> int | None:
         """See `FixedDraftLength.length_of`."""
         left = self.asleep.get(request.number, 0)
         if left:
@@ -103,14 +104,14 @@ class Recorder:
         chain.fork, chain.end = self._on_fork, self._on_end  # type: ignore[method-assign]
         session.around_propose(self._propose)
 
-    def _on_fork(self, parent: Request, child: Request) -> None:
+    def _on_fork(self, parent: Row, child: Row) -> None:
         shown = self._shown.get(parent.number)
         if shown is not None:
             self._shown[child.number] = range(shown.start, min(shown.stop, child.num_forked_tokens))
             self._forked.add(child.number)
         self._fork(parent, child)
 
-    def _on_end(self, request: Request, slot: int, reason: Any) -> None:
+    def _on_end(self, request: Row, slot: int, reason: Any) -> None:
         self._shown.pop(request.number, None)
         self._forked.discard(request.number)
         self._end(request, slot, reason)

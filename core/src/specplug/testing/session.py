@@ -10,8 +10,8 @@ import torch
 from specplug.contract.resources import MemoryBudget, MemoryRegion
 from specplug.contract.types import Proposal, ProposalBatch, ProposalRow, Verdict
 from specplug.engine.engine import Engine
-from specplug.engine.planning import max_nodes_of
 from specplug.errors import GenerationError
+from specplug.host.loading import max_nodes_of
 from specplug.llm import LLM
 from specplug.model.compile.cuda_graphs import CAPTURED_TOKENS
 from specplug.model.kv_cache import BlockAllocator

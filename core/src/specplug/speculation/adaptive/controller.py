@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 import attrs
 
 from specplug.plugins.registry import RegisteredSpeculator
-from specplug.request import Request
 from specplug.speculation.adaptive.cost_model import target_costs
 from specplug.speculation.adaptive.estimates import (
     Candidate,
@@ -31,6 +30,7 @@ from specplug.speculation.adaptive.sleeping import (
 )
 from specplug.speculation.draft import Draft
 from specplug.speculation.draft_length import DraftLengthPolicy, FixedDraftLength, Length, ProposeCall
+from specplug.speculation.row import Row
 
 _FEWEST_TIMINGS = 8  # before the expected seconds of a plain step are told to others
 
@@ -87,23 +87,23 @@ class AdaptiveDraftLength(DraftLengthPolicy):
         """See `DraftLengthPolicy.retire`."""
         self._of[speculator].is_retired = True
 
-    def restart(self, request: Request) -> None:
+    def restart(self, request: Row) -> None:
         """See `DraftLengthPolicy.restart`. The row comes back as a new one."""
         self._held.clear()
         self.finish(request)
 
-    def finish(self, request: Request) -> None:
+    def finish(self, request: Row) -> None:
         """See `DraftLengthPolicy.finish`."""
         for estimate in self.estimates:
             estimate.rows.pop(request.number, None)
 
-    def fork(self, parent: Request, child: Request) -> None:
+    def fork(self, parent: Row, child: Row) -> None:
         """See `DraftLengthPolicy.fork`."""
         for estimate in self.estimates:
             if parent.number in estimate.rows:
                 estimate.row(child).is_blind = estimate.row(parent).is_blind
 
-    def lose_states(self, speculator: RegisteredSpeculator, request: Request) -> None:
+    def lose_states(self, speculator: RegisteredSpeculator, request: Row) -> None:
         """See `DraftLengthPolicy.lose_states`."""
         self._of[speculator].row(request).is_blind = True
 
@@ -112,14 +112,14 @@ class AdaptiveDraftLength(DraftLengthPolicy):
         curve = self.targets.of(num_rows)
         return None if curve is None or curve.count < _FEWEST_TIMINGS else curve.seconds(0)
 
-    def keeps_states(self, speculator: RegisteredSpeculator, request: Request) -> bool:
+    def keeps_states(self, speculator: RegisteredSpeculator, request: Row) -> bool:
         """See `DraftLengthPolicy.keeps_states`: of a row that is lost to it, hardly."""
         estimate = self._of[speculator]
         return not (estimate.acceptance.is_hopeless and estimate.row(request).is_blind)
 
     # ---- before the speculators are asked -------------------------------------------------------------------------
 
-    def begin(self, requests: Sequence[Request]) -> bool:
+    def begin(self, requests: Sequence[Row]) -> bool:
         """See `DraftLengthPolicy.begin`: no speculator is asked while every row sleeps and none is to be woken yet."""
         if self._resting.holds(requests, self.step):
             return False
@@ -138,9 +138,9 @@ class AdaptiveDraftLength(DraftLengthPolicy):
     def plan(
         self,
         speculator: RegisteredSpeculator,
-        requests: Sequence[Request],
+        requests: Sequence[Row],
         seen: Mapping[int, int],
-        has_all_states: Callable[[Request], bool],
+        has_all_states: Callable[[Row], bool],
     ) -> list[Length]:
         """See `DraftLengthPolicy.plan`."""
         estimate = self._of[speculator]
@@ -178,7 +178,7 @@ class AdaptiveDraftLength(DraftLengthPolicy):
     def _divide(
         self,
         estimate: SpeculatorEstimate,
-        requests: Sequence[Request],
+        requests: Sequence[Row],
         candidates: list[Candidate],
         lengths: list[Length],
     ) -> None:
@@ -268,13 +268,13 @@ class AdaptiveDraftLength(DraftLengthPolicy):
             return list(drafts)
         return keep_what_pays(drafts, self._of, self._forecast)
 
-    def end(self, requests: Sequence[Request]) -> None:
+    def end(self, requests: Sequence[Row]) -> None:
         """See `DraftLengthPolicy.end`. Decides how long rows that all sleep are left alone."""
         self._drafts = {request.number: request.draft for request in requests if request.draft is not None}
         if not self._resting.is_forbidden and not self._resting.probes:
             self._rest(requests)
 
-    def observe(self, requests: Sequence[Request], seconds: float, *, decoding: bool) -> None:
+    def observe(self, requests: Sequence[Row], seconds: float, *, decoding: bool) -> None:
         """See `DraftLengthPolicy.observe`. Some is learned from later, several steps at once: one by one is slow."""
         self.step += 1
         if self._resting.is_resting:
@@ -317,7 +317,7 @@ class AdaptiveDraftLength(DraftLengthPolicy):
             self._held.clear()
         self.budget.adjust_share(min(estimate.acceptance.hopeless_misses for estimate in self.estimates))
 
-    def _compare(self, request: Request, row: RowEstimate, estimate: SpeculatorEstimate) -> None:
+    def _compare(self, request: Row, row: RowEstimate, estimate: SpeculatorEstimate) -> None:
         """Takes in whether a guess that was not verified came true."""
         assert row.guess is not None
         length, candidates = row.guess
@@ -327,7 +327,7 @@ class AdaptiveDraftLength(DraftLengthPolicy):
             position = length - request.num_prompt_tokens
             estimate.learn(row, int(hit), rejected=not hit, step=self.step, position=position)
 
-    def _rows_of(self, requests: Sequence[Request]) -> list[tuple[SpeculatorEstimate, RowEstimate]]:
+    def _rows_of(self, requests: Sequence[Row]) -> list[tuple[SpeculatorEstimate, RowEstimate]]:
         """What is known of the rows, for every speculator."""
         return [
             (estimate, row)
@@ -336,7 +336,7 @@ class AdaptiveDraftLength(DraftLengthPolicy):
             if (row := estimate.rows.get(request.number)) is not None
         ]
 
-    def _rest(self, requests: Sequence[Request]) -> None:
+    def _rest(self, requests: Sequence[Row]) -> None:
         """Rows rest: where drafts are far from paying longer than where the next choice may decide otherwise."""
         is_close = any(estimate.is_close for estimate in self.estimates if not estimate.is_retired)
         most = self.settings.hold_steps if is_close else None
@@ -347,6 +347,6 @@ class AdaptiveDraftLength(DraftLengthPolicy):
         self._called.append((candidate.request, candidate.row, depth))
         self._resting.forbid()
 
-    def _shows_prompt(self, estimate: SpeculatorEstimate, request: Request, *, has_begun: bool) -> bool:
+    def _shows_prompt(self, estimate: SpeculatorEstimate, request: Row, *, has_begun: bool) -> bool:
         forecast = self._forecast if self._forecast.rows else StepForecast(1, self.targets, self.settings)
         return shows_prompt(estimate, request, forecast, self.budget, has_begun=has_begun)

@@ -11,12 +11,12 @@ import attrs
 
 from specplug.contract.types import Budget
 from specplug.plugins.registry import RegisteredSpeculator
-from specplug.request import Request
 from specplug.speculation.adaptive.acceptance import AcceptanceModel, RowAcceptance
 from specplug.speculation.adaptive.cost_model import CostCurve, CostModel
 from specplug.speculation.adaptive.settings import AdaptiveSettings
 from specplug.speculation.draft import Draft
 from specplug.speculation.draft_length import ProposeCall
+from specplug.speculation.row import Row
 
 
 @attrs.define(eq=False)
@@ -106,7 +106,7 @@ class SpeculatorEstimate:
         self.is_close = True
         self.is_retired = False
 
-    def row(self, request: Request) -> RowEstimate:
+    def row(self, request: Row) -> RowEstimate:
         """What is known of a row."""
         row = self.rows.get(request.number)
         if row is None:
@@ -317,20 +317,20 @@ class Candidate:
     """
 
     place: int
-    request: Request
+    request: Row
     row: RowEstimate
     limit: int
     gap: int
 
 
-def deepest_useful(estimate: SpeculatorEstimate, request: Request) -> int:
+def deepest_useful(estimate: SpeculatorEstimate, request: Row) -> int:
     """The deepest draft that a row can use."""
     depth = min(estimate.depth_to_try, tokens_left(request) - 1)
     cap = request.params.num_speculative_tokens
     return depth if cap is None else min(depth, math.ceil(cap / estimate.width))
 
 
-def tokens_left(request: Request) -> int:
+def tokens_left(request: Row) -> int:
     """Tokens that a row may still generate."""
     assert request.params.max_tokens is not None
     return request.params.max_tokens - request.num_output_tokens

@@ -8,7 +8,6 @@ from collections.abc import Container, Iterable, Sequence
 import attrs
 
 from specplug.plugins.registry import RegisteredSpeculator
-from specplug.request import Request
 from specplug.speculation.adaptive.estimates import (
     Candidate,
     RowEstimate,
@@ -20,8 +19,9 @@ from specplug.speculation.adaptive.exploration import ExplorationBudget
 from specplug.speculation.adaptive.goodput import StepForecast
 from specplug.speculation.draft import Draft, trim_drafts
 from specplug.speculation.draft_length import SHORT_GAP, Length
+from specplug.speculation.row import Row
 
-Called = tuple[Request, RowEstimate, int]
+Called = tuple[Row, RowEstimate, int]
 """A row that drafts, and how deep."""
 
 
@@ -41,7 +41,7 @@ class HeldPlan:
     called: list[Called]
     until: int
 
-    def holds(self, requests: Sequence[Request], step: int) -> bool:
+    def holds(self, requests: Sequence[Row], step: int) -> bool:
         """Whether it may still be used for these rows."""
         return step < self.until and self.numbers == [request.number for request in requests]
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from specplug.request import Request
 from specplug.speculation.adaptive.acceptance import RowAcceptance
 from specplug.speculation.adaptive.estimates import Candidate, RowEstimate, SpeculatorEstimate, tokens_left
 from specplug.speculation.adaptive.exploration import ExplorationBudget
 from specplug.speculation.adaptive.goodput import StepForecast
 from specplug.speculation.adaptive.settings import AdaptiveSettings
 from specplug.speculation.draft_length import SHORT_GAP
+from specplug.speculation.row import Row
 from specplug.speculation.target_states.ring_buffer import WINDOW
 
 _GOLDEN = 0.6180339887
@@ -35,7 +35,7 @@ def missed_tokens(estimate: SpeculatorEstimate, computed: int, seen: int) -> int
 
 def shows_prompt(
     estimate: SpeculatorEstimate,
-    request: Request,
+    request: Row,
     forecast: StepForecast,
     budget: ExplorationBudget,
     *,
@@ -200,7 +200,7 @@ class Resting:
         self._rows: list[int] = []
         self._until = 0
 
-    def holds(self, requests: Sequence[Request], step: int) -> bool:
+    def holds(self, requests: Sequence[Row], step: int) -> bool:
         """Whether this step is skipped: no row has come, gone or got a prompt to compute."""
         self.is_resting = (
             step < self._until
@@ -230,9 +230,7 @@ class Resting:
         """Whether rows were probed in this step and none drafts: what comes of the probes decides when the next are due."""
         return self._probed and not self.is_forbidden
 
-    def plan(
-        self, requests: Sequence[Request], rows: Iterable[RowEstimate], step: int, most: int | None = None
-    ) -> None:
+    def plan(self, requests: Sequence[Row], rows: Iterable[RowEstimate], step: int, most: int | None = None) -> None:
         """Decides how many of the steps after this one are skipped, `most` at most.
 
         Args:

@@ -14,6 +14,7 @@ from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
 from specplug.sampling.params import SamplingParams
 from specplug.speculation.draft_length import FixedDraftLength
+from specplug.speculation.row import Row
 from specplug.testing.check import Check
 from specplug.testing.driver import Drive, drive_rollbacks, drive_rows
 from specplug.testing.failures import CheckFailure, NotApplicable, expect_drafts
@@ -126,14 +127,14 @@ def learning(subject: Subject) -> str:
 class _Naps(FixedDraftLength):
     """Lets a row sleep now and then, never for longer than target states are kept."""
 
-    def __init__(self, seed: int, limit: int, may_rest: Callable[[Request], bool]) -> None:
+    def __init__(self, seed: int, limit: int, may_rest: Callable[[Row], bool]) -> None:
         self._random = random.Random(seed)
         self._limit = limit
         self._may_rest = may_rest
         self._left = 0
         self.count = 0
 
-    def length_of(self, request: Request, speculator: RegisteredSpeculator) -> int | None:
+    def length_of(self, request: Row, speculator: RegisteredSpeculator) -> int | None:
         """See `FixedDraftLength.length_of`."""
         if self._left:
             self._left -= 1
@@ -159,10 +160,10 @@ def _learn_and_draft(subject: Subject, folder: Path, seed: int, *, restless: boo
     with subject.start(folder, max_model_len=2 * _LENGTH, seed=seed, **options) as session:
         engine = session.engine
 
-        def left(request: Request) -> int:
+        def left(request: Row) -> int:
             return len(scripts[request.number]) - len(request.tokens)
 
-        def may_disturb(request: Request) -> bool:
+        def may_disturb(request: Row) -> bool:
             return disturbed and left(request) > _CALM_END
 
         def verify(requests: Sequence[Request], offsets: Sequence[int], logits: torch.Tensor) -> Verdict:

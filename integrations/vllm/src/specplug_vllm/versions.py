@@ -1,0 +1,39 @@
+"""The versions of vLLM that this was checked with, and the names of vLLM's that are not public and are used here."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from specplug import ConfigurationError
+
+TESTED = "0.32"
+READ = "0.33"
+"""Checked against its source; it has no CPU build to run the tests with."""
+PRIVATE_NAMES = {
+    "v1.worker.gpu_model_runner.GPUModelRunner.load_model": "wrapped, to give the proposer its runner",
+    "v1.worker.cpu_model_runner.CPUModelRunner.load_model": "wrapped, to give the proposer its runner",
+    "GPUModelRunner.drafter": "read",
+    "GPUModelRunner.input_batch": "read: req_ids, num_computed_tokens_cpu",
+    "GPUModelRunner.requests": "read: whether a request has ended, its sampling_params and num_prompt_tokens",
+    "v1.worker.cpu_worker.CPUModelRunner": "replaced while CPUWorker.init_device makes the runner (Worker only)",
+    "v1.worker.gpu_worker.Worker._make_model_runner": "overridden (Worker only)",
+    "GPUModelRunner.propose_draft_token_ids": "overridden (Worker only)",
+    "GPUModelRunner.use_aux_hidden_state_outputs": "set (Worker only)",
+    "GPUModelRunner._get_eagle3_aux_layers_from_config": "overridden (Worker only)",
+    "GPUModelRunner._draft_probs, ._draft_prob_req_ids": "set (Worker only)",
+}
+"""Everything of vLLM's that is used and not documented as public, in both versions; docs/vllm.md shows the table."""
+
+
+def check_version(version: str) -> None:
+    """Refuses versions of vLLM that nobody has checked.
+
+    Raises:
+        ConfigurationError: the version is neither 0.32 nor 0.33.
+    """
+    if ".".join(version.split(".")[:2]) not in (TESTED, READ):
+        raise ConfigurationError(
+            f"specplug-vllm {metadata.version('specplug-vllm')} was checked with vLLM {TESTED} and {READ}, and this is vLLM "
+            f"{version}: it uses {len(PRIVATE_NAMES)} names that vLLM may change (docs/vllm.md has the list); install one of "
+            "these versions, or a specplug-vllm for this one"
+        )
