@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import importlib.util
 import json
 import os
 import shutil
@@ -26,9 +27,11 @@ class Environment:
     def __init__(self, root: Path) -> None:
         shared = root / "shared"
         shared.mkdir(parents=True)
-        for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
-            if "specplug" not in entry.name.lower() and entry.suffix != ".pth":
-                (shared / entry.name).symlink_to(entry)
+        for folder in dict.fromkeys((Path(sysconfig.get_paths()["purelib"]), _home_of("torch"))):
+            for entry in folder.iterdir():
+                link = shared / entry.name
+                if "specplug" not in entry.name.lower() and entry.suffix != ".pth" and not link.is_symlink():
+                    link.symlink_to(entry)
         venv.create(root / "env", with_pip=False)
         self.root = root
         self.site = next((root / "env").glob("lib/python*/site-packages"))
@@ -81,6 +84,14 @@ class Environment:
     def methods(self, *arguments: str, **variables: str) -> set[str]:
         """The methods that `specplug list` shows as usable."""
         return {plugin["method"] for plugin in self.listed(*arguments, **variables) if plugin["status"] == "ok"}
+
+
+def _home_of(module: str) -> Path:
+    """The folder that a package is in; it may be another environment's, which this one reads too."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parents[1]
 
 
 @functools.cache

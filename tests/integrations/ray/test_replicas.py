@@ -16,9 +16,9 @@ from support.ray_serve import ENGINE, PROMPT, Stream, body_of, post, wait_until
 
 pytest.importorskip("ray")
 from ray import serve
-from specplug_ray import build_openai_app
 
 from specplug import LLM, SamplingParams
+from specplug_ray import build_openai_app
 from support import fragile
 
 pytestmark = pytest.mark.slow
