@@ -25,17 +25,18 @@ class Environment:
     """A fresh virtual environment. Third-party packages are shared with the tests' own; nothing of specplug is."""
 
     def __init__(self, root: Path) -> None:
-        shared = root / "shared"
-        shared.mkdir(parents=True)
-        for folder in dict.fromkeys((Path(sysconfig.get_paths()["purelib"]), _home_of("torch"))):
+        # One folder for each: the parts of a namespace package may be in both.
+        folders = dict.fromkeys((Path(sysconfig.get_paths()["purelib"]), _home_of("torch")))
+        shared = [root / f"shared-{number}" for number, _ in enumerate(folders)]
+        for links, folder in zip(shared, folders, strict=True):
+            links.mkdir(parents=True)
             for entry in folder.iterdir():
-                link = shared / entry.name
-                if "specplug" not in entry.name.lower() and entry.suffix != ".pth" and not link.is_symlink():
-                    link.symlink_to(entry)
+                if "specplug" not in entry.name.lower() and entry.suffix != ".pth":
+                    (links / entry.name).symlink_to(entry)
         venv.create(root / "env", with_pip=False)
         self.root = root
         self.site = next((root / "env").glob("lib/python*/site-packages"))
-        (self.site / "shared.pth").write_text(str(shared), encoding="utf-8")
+        (self.site / "shared.pth").write_text("\n".join(map(str, shared)), encoding="utf-8")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SPECPLUG_", "PYTHON"))}
         self.environment = kept | {
             "HF_HUB_OFFLINE": "1",
