@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import importlib.util
 import json
 import os
 import shutil
@@ -24,15 +25,18 @@ class Environment:
     """A fresh virtual environment. Third-party packages are shared with the tests' own; nothing of specplug is."""
 
     def __init__(self, root: Path) -> None:
-        shared = root / "shared"
-        shared.mkdir(parents=True)
-        for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
-            if "specplug" not in entry.name.lower() and entry.suffix != ".pth":
-                (shared / entry.name).symlink_to(entry)
+        # One folder for each: the parts of a namespace package may be in both.
+        folders = dict.fromkeys((Path(sysconfig.get_paths()["purelib"]), _home_of("torch")))
+        shared = [root / f"shared-{number}" for number, _ in enumerate(folders)]
+        for links, folder in zip(shared, folders, strict=True):
+            links.mkdir(parents=True)
+            for entry in folder.iterdir():
+                if "specplug" not in entry.name.lower() and entry.suffix != ".pth":
+                    (links / entry.name).symlink_to(entry)
         venv.create(root / "env", with_pip=False)
         self.root = root
         self.site = next((root / "env").glob("lib/python*/site-packages"))
-        (self.site / "shared.pth").write_text(str(shared), encoding="utf-8")
+        (self.site / "shared.pth").write_text("\n".join(map(str, shared)), encoding="utf-8")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SPECPLUG_", "PYTHON"))}
         self.environment = kept | {
             "HF_HUB_OFFLINE": "1",
@@ -81,6 +85,14 @@ class Environment:
     def methods(self, *arguments: str, **variables: str) -> set[str]:
         """The methods that `specplug list` shows as usable."""
         return {plugin["method"] for plugin in self.listed(*arguments, **variables) if plugin["status"] == "ok"}
+
+
+def _home_of(module: str) -> Path:
+    """The folder that a package is in; it may be another environment's, which this one reads too."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parents[1]
 
 
 @functools.cache

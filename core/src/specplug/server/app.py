@@ -20,6 +20,7 @@ from specplug.server.protocol.chat import ChatBody
 from specplug.server.protocol.completions import CompletionBody
 from specplug.server.protocol.tokens import AbortBody, DetokenizeBody, TokenizeBody
 from specplug.server.protocol.trace import TraceBody
+from specplug.server.settings import ServerSettings
 from specplug.server.state import ServerState
 from specplug.server.streaming import ClientGoneError
 from specplug.version import __version__
@@ -41,11 +42,21 @@ def create_app(state: ServerState) -> FastAPI:
     _add_tokens(app, state)
     _add_status(app, state)
     _add_trace(app, state)
-    settings = state.settings
-    open_paths = OPEN_PATHS
-    if settings.playground:
+    if state.settings.playground:
         add_pages(app)
-        open_paths |= PAGE_PATHS
+    guard(app, state.settings)
+    app.add_middleware(ResponseCounter, metrics=state.metrics)
+    return app
+
+
+def guard(app: FastAPI, settings: ServerSettings) -> None:
+    """Makes every request of an application pass the API key, the limits of its body, and the allowed origins.
+
+    Args:
+        app: an application; `create_app` has done this for its own.
+        settings: the server's.
+    """
+    open_paths = OPEN_PATHS | PAGE_PATHS if settings.playground else OPEN_PATHS
     # The last one added is the first to see a request.
     app.add_middleware(BodyLimits, settings=settings)
     app.add_middleware(Authentication, keys=settings.api_keys, open_paths=open_paths)
@@ -53,8 +64,6 @@ def create_app(state: ServerState) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(ResponseCounter, metrics=state.metrics)
-    return app
 
 
 def _add_generation(app: FastAPI, state: ServerState) -> None:
