@@ -103,6 +103,12 @@ _engine = option_group(
     ),
     named("--block-size", type=int, metavar="N", help="Number of tokens in a KV block."),
     named(
+        "--tensor-parallel-size",
+        type=int,
+        metavar="N",
+        help="Number of processes that share the target, each on a GPU or on a part of the cores.",
+    ),
+    named(
         "--enable-prefix-caching/--no-enable-prefix-caching",
         default=None,
         help="Keep the KV of prompts for requests that begin alike. [default: yes]",

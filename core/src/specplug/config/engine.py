@@ -111,8 +111,10 @@ class EngineConfig:
         max_num_draft_tokens: the most draft tokens that one step verifies, over all rows; None sets no limit of its own. A
             large batch is bound by computing: scored trees then keep the best nodes of all rows together.
         block_size: tokens of a KV block.
+        tensor_parallel_size: how many processes share the target's weights and KV cache, each on a GPU of its own or with its
+            share of the cores.
         enable_prefix_caching: whether KV is kept for later requests that begin with the same tokens.
-        memory: bytes that everything together may use; None takes a share of what is free.
+        memory: bytes that everything together may use, on each rank; None takes a share of what is free.
         seed: of the engine's random streams.
         speculative: the chain of speculators, or None for plain decoding.
         chain_verification: how sampled chains are verified: `block` (accepts more) or `standard`.
@@ -142,6 +144,7 @@ class EngineConfig:
     max_num_batched_tokens: int = attrs.field(default=1024, **_POSITIVE)
     max_num_draft_tokens: int | None = attrs.field(default=None, **_POSITIVE_OR_NONE)
     block_size: int = attrs.field(default=16, **_POSITIVE)
+    tensor_parallel_size: int = attrs.field(default=1, **_POSITIVE)
     enable_prefix_caching: bool = attrs.field(default=True, converter=_on_by_default, validator=_FLAG["validator"])
     memory: int | None = attrs.field(default=None, converter=attrs.converters.optional(parse_bytes))
     seed: int = attrs.field(

@@ -269,12 +269,12 @@ def _levers(budget: MemoryBudget, weights: int, fitting: int) -> str:
     )
 
 
-def default_budget(device: torch.device) -> int:
-    """The budget if the user gives none: 90 % of a GPU's free memory, half of the host's."""
+def default_budget(device: torch.device, num_ranks: int = 1) -> int:
+    """The budget of a rank if the user gives none: 90 % of its GPU's free memory, or its part of half of the host's."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * _CUDA_SHARE)
-    return int(_available_host_bytes() * _CPU_SHARE)
+    return int(_available_host_bytes() * _CPU_SHARE) // num_ranks
 
 
 def _available_host_bytes() -> int:

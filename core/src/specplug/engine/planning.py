@@ -20,9 +20,11 @@ from specplug.model.compile.memory import StepModel, step_bytes
 from specplug.model.device import choose_device
 from specplug.model.load.architecture import Architecture, inspect_architecture
 from specplug.model.load.checkpoint import choose_dtype, load_config, read_headers, resolve_checkpoint
+from specplug.model.load.quantised import is_quantised
 from specplug.model.load.refusal import check_kind
 from specplug.model.load.tokenizer import load_tokenizer
 from specplug.model.load.weights import count_weights
+from specplug.model.parallel.plan import check_ranks
 from specplug.model.recurrent.layers import bytes_per_row
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
 from specplug.plugins.target import LazyModel, TargetFacade
@@ -98,7 +100,7 @@ def plan_engine(
         _check_stream(speculator, architecture)
     channels = channels_for([s.traits for s in speculators], architecture.hidden_size, dtype)
     budget = MemoryBudget(
-        total_bytes=config.memory or default_budget(device),
+        total_bytes=config.memory or default_budget(device, config.tensor_parallel_size),
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
         max_model_len=target.max_model_len,
@@ -169,8 +171,10 @@ def _inspect_target(config: EngineConfig) -> _Target:
     headers = read_headers(folder)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, model_config)
+    check_ranks(config.tensor_parallel_size, device, is_quantised=is_quantised(model_config))
     architecture = inspect_architecture(model_config, dtype, trust_remote_code=config.trust_remote_code)
     architecture = count_weights(folder, headers, model_config, architecture, dtype, device)
+    architecture = architecture.of_rank(config.tensor_parallel_size)
     if config.max_model_len is not None and config.max_model_len > architecture.context_length:
         note = f" ({architecture.context_note})" if architecture.context_note else ""
         raise ConfigurationError(

@@ -29,6 +29,11 @@ from specplug.model.load.checkpoint import resolve_checkpoint
 from specplug.model.load.parity import check_parity
 from specplug.model.load.tokenizer import check_tokenizer
 from specplug.model.load.weights import load_model
+from specplug.model.parallel.commands import RankSettings
+from specplug.model.parallel.ranks import Ranks
+from specplug.model.parallel.runner import LeadingCache, LeadingRunner
+from specplug.model.parallel.torchrun import join_first_rank, launched_rank, meeting_folder
+from specplug.model.parallel.worker import serve_rank
 from specplug.model.runner import ModelRunner
 from specplug.model.torch_state import own_torch_state
 from specplug.plugins.registry import RegisteredSpeculator
@@ -91,7 +96,11 @@ def start_engine(
 
     Raises:
         SpecplugError: names the failed step, the cause, and what to change.
+        SystemExit: this process was a rank after the first, started by torchrun, and the first one's engine has ended.
     """
+    if launched_rank(config.tensor_parallel_size):
+        serve_rank(join_first_rank(meeting_folder()))
+        raise SystemExit(0)
     with own_torch_state(), _starting, ExitStack() as undo:
         with _step(1, on_step) as clock:
             planned = plan_engine(config, tokenizer=tokenizer, before_kernels=lambda: _compile_kernels(on_step, clock))
@@ -101,20 +110,17 @@ def start_engine(
             if planned.device.type == "cpu":
                 threads.warn_of_too_many()
             ends = eos_ids(planned.folder, planned.model_config, planned.architecture.vocab_size)
+        ranks: Ranks | None = None
         with _step(2, on_step):
-            model = load_model(
-                planned.folder,
-                planned.model_config,
-                planned.dtype,
-                planned.device,
-                towers=planned.architecture.towers,
-                trust_remote_code=config.trust_remote_code,
-            )
+            if config.tensor_parallel_size > 1:
+                ranks = _start_ranks(planned)
+                undo.callback(ranks.close)
+            model = _load_target(planned, ranks)
             planned.facade.attach(model)
         with _step(3, on_step):
             _load_drafts(planned, on_step)
         with _step(4, on_step):
-            runner, states, caches = _allocate(planned, model)
+            runner, states, caches = _allocate(planned, model, ranks)
             undo.callback(runner.close)
         with _step(5, on_step):
             if config.check_parity:
@@ -123,7 +129,7 @@ def start_engine(
                 )
             if wants_compilation(config.compile, planned.architecture.weight_bytes):
                 drafts = [h.runner for h in planned.facade.handles if isinstance(h, LazyModel) and h.runner]
-                compile_forwards([runner, *drafts], planned.most_captured)
+                compile_forwards([runner, *drafts] if ranks is None else drafts, planned.most_captured)
             engine = _assemble(planned, runner, states, caches, tokenizer, ends)
         with _step(6, on_step):
             undo.pop_all()
@@ -166,6 +172,41 @@ def _step(number: int, on_step: OnStep) -> Iterator[_Clock]:
     on_step(StepReport(number, name, time.perf_counter() - started - clock.left_out, 1.0))
 
 
+def _start_ranks(planned: PlannedEngine) -> Ranks:
+    config, plan = planned.config, planned.plan
+    return Ranks(
+        RankSettings(
+            rank=0,
+            size=config.tensor_parallel_size,
+            folder=planned.folder,
+            trust_remote_code=config.trust_remote_code,
+            architecture=planned.architecture,
+            dtype=planned.dtype,
+            device=planned.device,
+            num_blocks=plan.num_blocks,
+            block_size=plan.block_size,
+        )
+    )
+
+
+def _load_target(planned: PlannedEngine, ranks: Ranks | None) -> torch.nn.Module:
+    try:
+        return load_model(
+            planned.folder,
+            planned.model_config,
+            planned.dtype,
+            planned.device,
+            towers=planned.architecture.towers,
+            trust_remote_code=planned.config.trust_remote_code,
+            shards=planned.architecture.shards,
+            num_ranks=planned.config.tensor_parallel_size,
+        )
+    except Exception as error:
+        if ranks is None:
+            raise
+        raise ranks.explain(error) from error
+
+
 def _load_drafts(planned: PlannedEngine, on_step: OnStep) -> None:
     handles = planned.facade.handles
     for index, handle in enumerate(handles):
@@ -177,13 +218,18 @@ def _load_drafts(planned: PlannedEngine, on_step: OnStep) -> None:
 
 
 def _allocate(
-    planned: PlannedEngine, model: torch.nn.Module
+    planned: PlannedEngine, model: torch.nn.Module, ranks: Ranks | None
 ) -> tuple[ModelRunner, TargetStateStore, list[dict[str, KVCache]]]:
     plan, device = planned.plan, planned.device
-    cache = KVCache(planned.architecture.kv_layers, plan.num_blocks, plan.block_size, planned.dtype, device)
+    size = (planned.architecture.kv_layers, plan.num_blocks, plan.block_size, planned.dtype, device)
     boundaries = [b for speculator in planned.speculators for b in speculator.traits.hidden_states]
     rows = (planned.config.max_num_seqs, planned.num_held)
-    runner = ModelRunner(model, planned.architecture, cache, device, boundaries, rows)
+    if ranks is None:
+        runner = ModelRunner(model, planned.architecture, KVCache(*size), device, boundaries, rows)
+    else:
+        ranks.wait_until_ready()
+        cache = LeadingCache(ranks, *size)
+        runner = LeadingRunner(ranks, model, planned.architecture, cache, device, boundaries, rows)
     states = TargetStateStore(
         planned.channels,
         planned.config.max_num_seqs,

@@ -21,7 +21,7 @@ OutputKind = Literal["cumulative", "delta", "final_only"]
 class Arrival(NamedTuple):
     """What a step committed for one sequence, and how it had ended by then."""
 
-    index: int
+    completion: int
     output: StepOutput | None
     finish_reason: str | None
 

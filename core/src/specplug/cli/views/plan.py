@@ -71,6 +71,11 @@ class PlanReport:
         return self.plan.target_kv // self.plan.num_kv_tokens
 
     @property
+    def _other_rank_bytes(self) -> int:
+        """Bytes of each rank after the first, which holds no drafts and verifies none; 0 if there is none."""
+        return self.plan.target_weights + self.plan.target_kv if self.config.tensor_parallel_size > 1 else 0
+
+    @property
     def lengths(self) -> list[int]:
         """The sequence lengths for which the capacity is reported: the maximum, and a quarter of it."""
         longest = self.plan.max_model_len
@@ -102,6 +107,8 @@ class PlanReport:
             "max_num_batched_tokens": self.config.max_num_batched_tokens,
             "block_size": plan.block_size,
             "num_blocks": plan.num_blocks,
+            "tensor_parallel_size": self.config.tensor_parallel_size,
+            "other_rank_bytes": self._other_rank_bytes,
             "num_kv_tokens": plan.num_kv_tokens,
             "target_bytes_per_kv_token": self.target_bytes_per_token,
             "draft_bytes_per_kv_token": self.draft_bytes_per_token,
@@ -130,6 +137,8 @@ class PlanReport:
         drafts = [f"{method} ({_count(tokens, 'draft token')})" for method, tokens in self.speculators]
         _row(terminal, "Target", f"{self.config.model}: {self.architecture}, {self.dtype}, on {self.device}")
         _row(terminal, "Speculators", ", then ".join(drafts) or "none: plain decoding")
+        if others := self._other_rank_bytes:
+            _row(terminal, "Ranks", self._ranks(others))
         terminal.line()
         show_memory(terminal, self.plan)
         terminal.line()
@@ -165,6 +174,16 @@ class PlanReport:
         if self.config.enable_prefix_caching and not self.caches_prefixes:
             return "off: a cached prefix would lack the target's recurrent state"
         return "on" if self.caches_prefixes else "off"
+
+    def _ranks(self, bytes_of_others: int) -> str:
+        from specplug.engine.memory_plan import format_bytes
+
+        size = self.config.tensor_parallel_size
+        others = "the other one holds" if size == 2 else f"each of the other {size - 1} holds"
+        return (
+            f"{size}, with a part of the target each; below is the first one's plan, {others} "
+            f"{format_bytes(bytes_of_others)} of target weights and KV cache"
+        )
 
     def _elsewhere(self, other: OtherDevice) -> str:
         from specplug.engine.memory_plan import format_bytes

@@ -31,6 +31,7 @@ from specplug.model.load.refusal import (
     forward_failure,
 )
 from specplug.model.load.wrappers import drop_towers, find_towers, make_model
+from specplug.model.parallel.plan import ShardPlan, shard_plan, wildcards
 from specplug.model.recurrent.layers import StateCall
 from specplug.model.recurrent.tracing import KNOWN_TYPES, check_layers, check_once, check_states, record_states
 
@@ -46,11 +47,13 @@ class AttentionCall:
         module: its name in the model.
         kv: what it stores per token.
         mask: its mask.
+        num_heads: its query heads.
     """
 
     module: str
     kv: KVLayer
     mask: Mask = attrs.field(factory=Mask)
+    num_heads: int = 0
 
 
 @attrs.frozen
@@ -72,6 +75,7 @@ class Architecture:
         buffer_bytes: of the buffers that no checkpoint stores, in `weight_bytes`.
         towers: the modules that text never reaches (images, sound); they are not loaded.
         state_calls: the calls that carry recurrent state from token to token, in the order they run.
+        shards: how it is split over ranks.
     """
 
     name: str
@@ -88,10 +92,49 @@ class Architecture:
     buffer_bytes: int = 0
     towers: tuple[str, ...] = ()
     state_calls: tuple[StateCall, ...] = ()
+    shards: ShardPlan = attrs.field(factory=ShardPlan)
+
+    def of_rank(self, size: int) -> Architecture:
+        """What one of `size` ranks holds of it.
+
+        Where a layer's heads cannot be split evenly, every rank holds all of its attention.
+
+        Raises:
+            UnsupportedModelError: Transformers cannot split it.
+        """
+        if size == 1:
+            return self
+        if self.state_calls:
+            raise UnsupportedModelError(
+                f"tensor_parallel_size={size}: {self.name} keeps recurrent state, which cannot be split yet; use 1"
+            )
+        shards = self.shards.whole(*self._unsplittable(size))
+        if not shards.split_bytes:
+            raise UnsupportedModelError(
+                f"tensor_parallel_size={size}: Transformers has no tensor parallel plan for {self.name}; use 1"
+            )
+        own = shards.kv_layers(self.kv_layers, size)
+        return attrs.evolve(
+            self,
+            calls=tuple(attrs.evolve(call, kv=kv) for call, kv in zip(self.calls, own, strict=True)),
+            weight_bytes=shards.weight_bytes(self.weight_bytes, size),
+            shards=shards,
+        )
 
     def loaded_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
         """Bytes of the weights as they are held: a packed output layer is a second copy of a tied table."""
         return self.weight_bytes + (self.tied_head_bytes if can_pack(dtype, device) else 0)
+
+    def _unsplittable(self, size: int) -> set[str]:
+        """Attention modules, or their keys and values, of which every one of `size` ranks needs all."""
+        found = set()
+        for call in self.calls:
+            name, heads, kv_heads = wildcards(call.module), call.num_heads, call.kv.num_heads
+            if heads % size or (kv_heads % size and kv_heads > 1):
+                found.add(name)
+            elif kv_heads == 1:
+                found |= {f"{name}.k_proj", f"{name}.v_proj"}
+        return found
 
     @property
     def kv_layers(self) -> tuple[KVLayer, ...]:
@@ -111,7 +154,7 @@ class _Recorder:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
         layer = KVLayer(key.shape[1], key.shape[3], value.shape[3])
-        self._trace.calls.append(AttentionCall(self._name, layer, masks.read_mask(attention_mask)))
+        self._trace.calls.append(AttentionCall(self._name, layer, masks.read_mask(attention_mask), query.shape[1]))
         self._trace.modules.append(self._module)
         return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
@@ -263,6 +306,7 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
         buffer_bytes=sum(sizes[name] for name, _ in model.named_buffers() if name not in model.state_dict()),
         towers=towers,
         state_calls=tuple(trace.states),
+        shards=shard_plan(model),
     )
 
 

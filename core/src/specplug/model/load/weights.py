@@ -28,6 +28,8 @@ from specplug.model.load.quantised import (
     stored_bytes,
 )
 from specplug.model.load.wrappers import text_part
+from specplug.model.parallel.layers import localise, sharding_options
+from specplug.model.parallel.plan import WHOLE_MODEL, ShardPlan
 from specplug.native.gpu import cuda
 
 
@@ -39,6 +41,8 @@ def load_model(
     *,
     towers: Collection[str] = (),
     trust_remote_code: bool = False,
+    shards: ShardPlan = WHOLE_MODEL,
+    num_ranks: int = 1,
 ) -> torch.nn.Module:
     """Loads a causal LM in evaluation mode, with its attention over the paged KV cache.
 
@@ -49,6 +53,8 @@ def load_model(
         device: where the weights go.
         towers: modules to leave out, see `Architecture.towers`.
         trust_remote_code: whether the checkpoint's own code may run.
+        shards: how the model is split over ranks; all of them load it at the same time, in one process group.
+        num_ranks: how many there are.
 
     Raises:
         CheckpointError: weights are missing, truncated, of another shape, or not safetensors.
@@ -57,6 +63,8 @@ def load_model(
     cuda.load() if device.type == "cuda" else native.load()
     read_headers(folder)
     prepared, options = prepare(config, device)
+    if num_ranks > 1:
+        options = sharding_options(shards, num_ranks)
     try:
         with quiet_transformers():
             model, report = text_part(config, towers).from_pretrained(
@@ -88,6 +96,8 @@ def load_model(
     if not options:
         model.to(device)
     model.eval().requires_grad_(False)
+    if num_ranks > 1:
+        localise(model, shards.rules)
     pack_linears(model)
     return model
 

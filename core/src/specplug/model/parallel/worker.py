@@ -1,0 +1,76 @@
+"""A rank after the first: it loads its part of the target and runs what the first rank orders, until that one ends.
+
+    python -m specplug.model.parallel.worker FD
+
+is how the first rank starts it; FD is the pipe's file descriptor.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+from specplug import threads
+from specplug.errors import one_line
+
+with threads.importing():
+    import torch
+
+from specplug.model.kv_cache import KVCache
+from specplug.model.load.checkpoint import load_config
+from specplug.model.load.weights import load_model
+from specplug.model.parallel.commands import JOINED, READY, RankSettings, encode, receive
+from specplug.model.parallel.group import process_group
+from specplug.model.runner import ModelRunner
+
+
+def serve_rank(connection: Connection) -> None:
+    """Runs a rank until the first one closes the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all ranks of a terminal; the first one decides
+    try:
+        settings: RankSettings = receive(connection)
+        _serve(connection, settings)
+    except EOFError:
+        return
+    except BaseException as error:
+        traceback.print_exc()
+        with suppress(OSError):
+            connection.send_bytes(encode(one_line(error, 300)))
+        raise SystemExit(1) from error
+
+
+def _serve(connection: Connection, settings: RankSettings) -> None:
+    connection.send_bytes(encode(JOINED))
+    if settings.device.type == "cuda":
+        torch.cuda.set_device(settings.device)
+    with process_group(settings.rank, settings.size, settings.meeting, settings.device), torch.no_grad():
+        config = load_config(settings.folder, trust_remote_code=settings.trust_remote_code)
+        architecture = settings.architecture
+        model = load_model(
+            settings.folder,
+            config,
+            settings.dtype,
+            settings.device,
+            towers=architecture.towers,
+            trust_remote_code=settings.trust_remote_code,
+            shards=architecture.shards,
+            num_ranks=settings.size,
+        )
+        cache = KVCache(
+            architecture.kv_layers, settings.num_blocks, settings.block_size, settings.dtype, settings.device
+        )
+        runner = ModelRunner(model, architecture, cache, settings.device)
+        orders: dict[str, Callable[..., Any]] = {"forward": runner.forward, "move": cache.move, "clear": cache.clear}
+        connection.send_bytes(encode(READY))
+        while True:
+            order = receive(connection)
+            orders[order.name](*order.arguments)
+
+
+if __name__ == "__main__":
+    serve_rank(Connection(int(sys.argv[1])))
