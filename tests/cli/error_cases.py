@@ -209,8 +209,8 @@ REQUESTS: list[tuple[Callable[[LLM], Any], str]] = [
 STARTS: list[tuple[dict[str, Any], str]] = [
     ({"max_num_seq": 4}, "LLM has no option 'max_num_seq'; did you mean 'max_num_seqs'?"),
     (
-        {"tensor_parallel_size": 2},
-        "vLLM's option tensor_parallel_size=2 is not supported: the engine runs on one device",
+        {"data_parallel_size": 2},
+        "vLLM's option data_parallel_size=2 is not supported: replicas run on Ray Serve, with specplug-ray",
     ),
     (
         {"quantization": "awq"},

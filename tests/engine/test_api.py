@@ -270,7 +270,7 @@ def test_metrics_add_up(folder: Path, kind: str) -> None:
 def test_options_of_vllm() -> None:
     harmless = {
         "runner": "generate",
-        "tensor_parallel_size": 1,
+        "data_parallel_size": 1,
         "quantization": None,
         "enforce_eager": True,
         "swap_space": 4,
@@ -281,7 +281,7 @@ def test_options_of_vllm() -> None:
         "dtype": "float32",
     }
     for name, value, reason in [
-        ("tensor_parallel_size", 2, "one device"),
+        ("pipeline_parallel_size", 2, "tensor_parallel_size"),
         ("quantization", "awq", "quantization_config"),
         ("enable_lora", True, "adapters"),
         ("kv_cache_dtype", "fp8", "model's dtype"),

@@ -70,8 +70,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"speculative_config": {"method": "x", "fallback": "ngram"}}, "expected a mapping, got 'ngram'"),
 ]
 WRONG_FOR_VLLM: list[tuple[dict[str, Any], str]] = [
-    ({"tensor_parallel_size": True}, "tensor_parallel_size=True is not supported: the engine runs on one device"),
-    ({"tensor_parallel_size": [1]}, "tensor_parallel_size=[1] is not supported"),
+    ({"data_parallel_size": True}, "data_parallel_size=True is not supported: replicas run on Ray Serve"),
+    ({"pipeline_parallel_size": [1]}, "pipeline_parallel_size=[1] is not supported"),
     ({"enable_lora": 0}, "enable_lora=0 is not supported"),
     ({"enforce_eager": "no"}, "vLLM's option enforce_eager='no': expected True or False"),
     ({"disable_log_stats": np.ones(2)}, "vLLM's option disable_log_stats=array([1., 1.]): expected True or False"),
@@ -119,7 +119,7 @@ def test_values_of_other_libraries_are_taken_for_what_they_are() -> None:
     assert (config.allowed_plugins, config.denied_plugins) == (("ngram",), ("eagle",))
     assert config.speculative is not None
     assert type(config.speculative.num_speculative_tokens) is int
-    assert translate_options({"tensor_parallel_size": np.int64(1), "swap_space": 4.0, "enforce_eager": True}) == {}
+    assert translate_options({"data_parallel_size": np.int64(1), "swap_space": 4.0, "enforce_eager": True}) == {}
 
 
 def test_settings_of_a_plugin_take_numbers_of_other_libraries() -> None:

@@ -14,7 +14,6 @@ from specplug.values import as_integer, shown
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "runner": ("auto", "generate"),
     "tokenizer_mode": ("auto",),
-    "tensor_parallel_size": (1,),
     "pipeline_parallel_size": (1,),
     "data_parallel_size": (1,),
     "quantization": (None,),
@@ -35,9 +34,8 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
 }
 _MEMORY_OPTIONS = ("gpu_memory_utilization", "kv_cache_memory_bytes")
 _REASONS = {
-    "tensor_parallel_size": "the engine runs on one device",
-    "pipeline_parallel_size": "the engine runs on one device",
-    "data_parallel_size": "the engine runs on one device",
+    "pipeline_parallel_size": "tensor_parallel_size is what splits a target here",
+    "data_parallel_size": "replicas run on Ray Serve, with specplug-ray",
     "quantization": "the checkpoint's own quantization_config decides how its weights are read",
     "enable_lora": "adapters are not supported; merge them into the weights",
     "kv_cache_dtype": "keys and values are kept in the model's dtype",

@@ -155,7 +155,8 @@ class _Watch:
         result = run(self._memory, batch, original, *args, **kwargs)
         first = 0
         for row in self.step:
-            index = torch.tensor([first + offset for offset in row.offsets], device=self._output(result).device)
+            places = [first + offset for offset in row.offsets]
+            index = torch.tensor(places, dtype=torch.long, device=self._output(result).device)
             own = {name: value.index_select(self._memory.axis, index) for name, value in self._sequences(given).items()}
             out = self._output(result).index_select(self._memory.axis, index)
             self._seen.setdefault(row.number, []).append(({**given, **own}, out))

@@ -190,7 +190,7 @@ class _Use(TorchFunctionMode):
         if getattr(func, "__name__", "") != "__get__":  # reading an attribute, such as a dtype
             self.used.update(id(each) for each in (*args, *(kwargs or {}).values()) if isinstance(each, torch.Tensor))
         if func is torch.all and args[0].is_meta:  # asked of the attention mask, which is one of ones
-            return torch.tensor(True, device="cpu")
+            return torch.tensor(True, dtype=torch.bool, device="cpu")
         return func(*args, **(kwargs or {}))
 
 

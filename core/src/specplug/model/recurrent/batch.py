@@ -128,7 +128,7 @@ class Window:
     @cached_property
     def parents(self) -> torch.Tensor:
         """int64 [R, W]: the entry before each one; -1 for the first."""
-        places = torch.arange(self.width, device=self.valid.device)
+        places = torch.arange(self.width, dtype=torch.long, device=self.valid.device)
         before = self.ancestors & (places[:, None] > places)
         return torch.where(before, places, -1).amax(-1)
 

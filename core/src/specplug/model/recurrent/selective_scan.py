@@ -70,7 +70,7 @@ class SelectiveScan(Recurrence):
         steps = window.mix(steps, self.entries[0])
         after = [states]  # the states after each token, the one before the window first
         rows = []
-        lines = torch.arange(len(states), device=states.device)
+        lines = torch.arange(len(states), dtype=torch.long, device=states.device)
         for token in range(window.width):
             before = after[token]
             if window.has_branches:
