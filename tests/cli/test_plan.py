@@ -121,6 +121,8 @@ def test_json_keys_are_stable(run: Callable[..., Any], folder: Path, drafter: st
         "max_num_batched_tokens",
         "block_size",
         "num_blocks",
+        "tensor_parallel_size",
+        "other_rank_bytes",
         "num_kv_tokens",
         "target_bytes_per_kv_token",
         "draft_bytes_per_kv_token",
