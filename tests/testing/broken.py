@@ -211,7 +211,7 @@ class ListsOnTheClass(Lookup):
 
 class StringsInAModule(Lookup):
     def draft(self, tokens: Any, count: int) -> list[int]:
-        HELD.append(" ".join(map(str, tokens[-8:])))
+        HELD.append(" ".join(map(str, tokens[:])))
         return super().draft(tokens, count)
 
 
