@@ -15,7 +15,7 @@ transformers_logging.disable_progress_bar()
 VOCABULARY = 64
 WINDOW = 6
 
-_BASE: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -24,11 +24,11 @@ _BASE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 160,
-    "initializer_range": 0.4,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_BASE: dict[str, Any] = {**SIZES, "initializer_range": 0.4}
 _EXPERTS = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from support.models import VOCABULARY
+from support.models import SIZES
 
 _ONE_ATTENDS = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
 _DELTA = {
@@ -25,19 +25,6 @@ _EXPERTS = {
     "shared_expert_intermediate_size": 16,
 }
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 12, "mamba_n_groups": 2, "mamba_chunk_size": 8}
-_BASE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 160,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 RECURRENT: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv"]},
     "lfm2_moe": {
@@ -103,7 +90,7 @@ RECURRENT: dict[str, dict[str, Any]] = {
 
 def save_recurrent(folder: Path, kind: str, seed: int = 0) -> Path:
     """Saves one; its weights are large enough for every layer to matter."""
-    config = CONFIG_MAPPING[kind](**{**_BASE, **RECURRENT[kind]})
+    config = CONFIG_MAPPING[kind](**{**SIZES, "num_hidden_layers": 4, **RECURRENT[kind]})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

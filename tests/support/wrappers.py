@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
-from support.models import VOCABULARY, WINDOW
+from support.models import SIZES, WINDOW
 
 _TOWER = {
     "hidden_size": 32,
@@ -18,24 +18,11 @@ _TOWER = {
     "image_size": 28,
     "patch_size": 14,
 }
-_TEXT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 160,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 WRAPPERS: dict[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": {
-            **_TEXT,
+            **SIZES,
             "sliding_window": WINDOW,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
             "query_pre_attn_scalar": 8,
@@ -44,12 +31,12 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "mm_tokens_per_image": 4,
     },
     "mistral3": {
-        "text_config": {"model_type": "mistral", **_TEXT},
+        "text_config": {"model_type": "mistral", **SIZES},
         "vision_config": {"model_type": "pixtral", **_TOWER},
         "spatial_merge_size": 2,
     },
     "qwen3_vl": {
-        "text_config": {**_TEXT, "rope_parameters": _ROPE},
+        "text_config": {**SIZES, "rope_parameters": _ROPE},
         "vision_config": {
             "hidden_size": 32,
             "depth": 2,
@@ -59,7 +46,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         },
     },
     "voxtral": {
-        "text_config": {"model_type": "llama", **_TEXT},
+        "text_config": {"model_type": "llama", **SIZES},
         "audio_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
     },
 }

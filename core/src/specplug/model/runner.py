@@ -153,6 +153,11 @@ class ModelRunner:
         return output.logits[0]
 
     @property
+    def num_ranks(self) -> int:
+        """How many processes share the model."""
+        return 1
+
+    @property
     def captured_states(self) -> list[torch.Tensor]:
         """The captured states of the last forward, in the order of the taps' boundaries."""
         return [self.taps.captured[boundary] for boundary in self.taps.boundaries]

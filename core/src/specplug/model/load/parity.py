@@ -81,6 +81,11 @@ def check_parity(
         (len(_LENGTHS), MOST_HELD),
         trust_remote_code=trust_remote_code,
     )
+    if narrow is None and runner.num_ranks > 1:
+        raise UnsupportedModelError(
+            f"no small copy of {name} can be made, and a target of {runner.num_ranks} ranks cannot be compared with its own "
+            "attention; give check_parity=False"
+        )
     if narrow is None:  # then compare the logits of the real weights, whose difference includes rounding
         logger.debug("no narrow copy of %s can be made: the probe takes the model itself", name)
         difference, limit = measure_difference(runner, block_size), TOLERANCE[dtype]

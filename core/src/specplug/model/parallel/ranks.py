@@ -38,25 +38,29 @@ class _Worker:
     rank: int
     connection: Connection
     process: subprocess.Popen[bytes] | None = None
+    _said: str = ""
 
     @property
     def has_ended(self) -> bool:
         """Whether its process has ended."""
-        if self.process is not None:
-            return self.process.poll() is not None
+        return not self._listen() if self.process is None else self.process.poll() is not None
+
+    def _listen(self) -> bool:
+        """Takes in what it says of its end; False once it has closed the connection."""
         try:
-            return self.connection.poll() and receive(self.connection) not in (JOINED, READY)
+            while self.connection.poll():
+                if (message := receive(self.connection)) not in (JOINED, READY):
+                    self._said = str(message)
         except (EOFError, OSError):
-            return True
+            return False
+        return True
 
     @property
     def failure(self) -> str:
         """Why it ended: its own words, else its exit status."""
-        with suppress(EOFError, OSError):
-            while self.connection.poll():
-                message = receive(self.connection)
-                if message not in (JOINED, READY):
-                    return str(message)
+        self._listen()
+        if self._said:
+            return self._said
         code = None if self.process is None else self.process.poll()
         return "it closed the connection" if code is None else f"exit status {code}"
 

@@ -54,6 +54,11 @@ class LeadingRunner(ModelRunner):
         super().__init__(*arguments)
         self.ranks = ranks
 
+    @property
+    def num_ranks(self) -> int:
+        """How many processes share the model."""
+        return self.ranks.size
+
     def close(self) -> None:
         """Ends the other ranks too."""
         super().close()
