@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from array import array
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import attrs
 import numpy as np
 import torch
 
-from specplug import ConfigurationError, SamplingParams, SpecplugError
+from specplug import ConfigurationError, SamplingParams
 from specplug.host import ArrayTokens, HostLimits, HostRow, SpeculatorHost
 from specplug_vllm.counters import CounterFile
-from specplug_vllm.settings import HOST_KEY, WORKER, HostSettings, speculative_config
+from specplug_vllm.settings import HOST_KEY, HostSettings, speculative_config
 from specplug_vllm.target import VllmTarget
 from specplug_vllm.versions import check_version
-
-if TYPE_CHECKING:
-    from specplug.host import Draft
-
-logger = logging.getLogger("specplug")
 
 
 @attrs.define(eq=False)
@@ -60,7 +54,6 @@ class SpecplugProposer:
         speculative = vllm_config.speculative_config
         additional = vllm_config.additional_config
         self.num_speculative_tokens: int = speculative.num_speculative_tokens
-        self.is_in_worker = vllm_config.parallel_config.worker_cls == WORKER
         config = speculative_config(additional, self.num_speculative_tokens)
         settings = HostSettings.parse(additional.get(HOST_KEY, {}))
         model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
@@ -70,34 +63,27 @@ class SpecplugProposer:
             max_model_len=model.max_model_len,
             max_num_seqs=scheduler.max_num_seqs,
             max_num_batched_tokens=max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs),
-            num_layers=self.target.num_layers if self.is_in_worker else 0,
             max_draft_tokens=self.num_speculative_tokens,
             memory_bytes=settings.memory_bytes,
         )
-        try:
-            self.host = SpeculatorHost(
-                config,
-                limits,
-                target=self.target,
-                plugins=settings.imported_plugins(),
-                allowed=settings.allowed,
-                denied=settings.denied,
-                strict=settings.strict,
-                timeout=settings.timeout,
-                seed=model.seed or 0,
-            )
-        except SpecplugError as error:
-            if self.is_in_worker or "this engine does not deliver" not in str(error):
-                raise
-            raise ConfigurationError(f"{error}; vLLM's worker does with --worker-cls {WORKER}") from error
+        self.host = SpeculatorHost(
+            config,
+            limits,
+            target=self.target,
+            plugins=settings.imported_plugins(),
+            allowed=settings.allowed,
+            denied=settings.denied,
+            strict=settings.strict,
+            timeout=settings.timeout,
+            seed=model.seed or 0,
+        )
         self._keeps_copies = not all(s.traits.token_only for s in self.host.speculators)
-        self._samples = self.is_in_worker
         self._runner: Any = None
         self._known: dict[str, _Known] = {}
         self._counters = CounterFile.create(vllm_config, [s.method for s in self.host.speculators])
 
     def attach_runner(self, runner: Any) -> None:
-        """Receives vLLM's model runner, from `plugin.register` or `worker.Worker`."""
+        """Receives vLLM's model runner, from `plugin.register`."""
         self._runner = runner
 
     def load_model(self, target_model: torch.nn.Module) -> None:
@@ -132,35 +118,17 @@ class SpecplugProposer:
         Returns:
             For each row its draft, at most `num_speculative_tokens` long.
         """
-        drafts = self.drafts(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
-        return [[] if draft is None else draft.tokens for draft in drafts]
-
-    def drafts(
-        self,
-        sampled: Sequence[Sequence[int]],
-        lengths: np.ndarray[Any, Any],
-        token_ids: np.ndarray[Any, Any],
-        computed: Mapping[str, int] | None = None,
-    ) -> list[Draft | None]:
-        """Does what `propose` does, and returns the drafts as specplug has them.
-
-        Args:
-            sampled: see `propose`.
-            lengths: see `propose`.
-            token_ids: see `propose`.
-            computed: request → how many of its positions have final target states; rows that are not complete are then shown
-                too. None shows complete rows only.
-        """
-        names: list[str] = list(self._runner.input_batch.req_ids[: len(sampled)])
+        names: list[str] = list(self._runner.input_batch.req_ids[: len(sampled_token_ids)])
         self._end_others(names)
-        shown: list[tuple[int, HostRow]] = []
-        for place, (name, new) in enumerate(zip(names, sampled, strict=True)):
-            if new or computed is not None:
-                done = None if computed is None else computed[name]
-                shown.append((place, self._updated(name, new, token_ids[place], int(lengths[place]), done)))
-        drafts: list[Draft | None] = [None] * len(sampled)
-        for (place, _), draft in zip(shown, self.host.propose([row for _, row in shown]), strict=True):
-            drafts[place] = draft
+        shown = {
+            place: self._updated(name, new, token_ids_cpu[place], int(num_tokens_no_spec[place]))
+            for place, (name, new) in enumerate(zip(names, sampled_token_ids, strict=True))
+            if new
+        }
+        drafts: list[list[int]] = [[] for _ in names]
+        for place, draft in zip(shown, self.host.propose(shown.values()), strict=True):
+            if draft is not None:
+                drafts[place] = draft.tokens
         if self._counters is not None:
             self._counters.write(self.host)
         return drafts
@@ -178,19 +146,17 @@ class SpecplugProposer:
     def _end(self, name: str, *, is_waiting: bool) -> None:
         known = self._known.pop(name)
         if known.copy is None:
-            known.tokens.point_to(known.copy or array("i"), 0)  # vLLM has given its place to another request
+            known.tokens.point_to(array("i"), 0)  # vLLM has given its place to another request
         self.host.end(known.row, "preempted" if is_waiting else "finished")
 
-    def _updated(
-        self, name: str, new: Sequence[int], tokens: np.ndarray[Any, Any], length: int, computed: int | None
-    ) -> HostRow:
+    def _updated(self, name: str, new: Sequence[int], tokens: np.ndarray[Any, Any], length: int) -> HostRow:
         """The row of a request, with the tokens that it has now."""
         known = self._known.get(name)
         if known is not None and not self._continues(known, tokens, length):
             self._end(name, is_waiting=False)
             known = None
         if known is None:
-            known = self._known[name] = self._new(name, tokens, length, computed)
+            known = self._known[name] = self._new(name, tokens, length)
             return known.row
         row, before = known.row, len(known.tokens)
         if known.copy is None:
@@ -200,11 +166,7 @@ class SpecplugProposer:
         known.last = int(tokens[length - 1])
         if length - before != len(new):  # vLLM made a step without asking for drafts
             row.draft = None
-        if new:
-            accepted = 0 if row.draft is None else min(len(new) - 1, len(row.draft))
-            row.advance(length, accepted, num_computed=computed)
-        elif computed is not None:
-            row.num_computed = computed
+        row.advance(length, 0 if row.draft is None else min(len(new) - 1, len(row.draft)))
         return row
 
     @staticmethod
@@ -213,26 +175,21 @@ class SpecplugProposer:
         before = len(known.tokens)
         return before <= length and int(tokens[before - 1]) == known.last
 
-    def _new(self, name: str, tokens: np.ndarray[Any, Any], length: int, computed: int | None) -> _Known:
+    def _new(self, name: str, tokens: np.ndarray[Any, Any], length: int) -> _Known:
         request = self._runner.requests[name]
         copy = array("i", tokens[:length].tolist()) if self._keeps_copies else None
         view = ArrayTokens(tokens if copy is None else copy, length)
         row = self.host.add(
             view,
             num_prompt_tokens=min(request.num_prompt_tokens, length),
-            sampling=_sampling(request.sampling_params, is_exact=self._samples),
-            num_computed=computed,
+            sampling=_sampling(request.sampling_params),
         )
         return _Known(row, view, int(tokens[length - 1]), copy)
 
 
-def _sampling(params: Any, *, is_exact: bool) -> SamplingParams:
-    """A request's sampling parameters, as far as drafts depend on them.
+def _sampling(params: Any) -> SamplingParams:
+    """What speculators are told of a request's sampling: a greedy row of its length.
 
-    vLLM takes drafts of this seam for certain: a sampled one would be accepted less often than the most likely one. So
-    speculators see a greedy row, unless their probabilities are handed on.
+    vLLM takes drafts of this seam for certain: a sampled one would be accepted less often than the most likely one.
     """
-    limit = None if params is None else params.max_tokens
-    if params is None or not is_exact:
-        return SamplingParams(temperature=0.0, max_tokens=limit)
-    return SamplingParams(temperature=params.temperature, top_p=params.top_p, top_k=params.top_k, max_tokens=limit)
+    return SamplingParams(temperature=0.0, max_tokens=None if params is None else params.max_tokens)

@@ -13,14 +13,8 @@ PRIVATE_NAMES = {
     "v1.worker.gpu_model_runner.GPUModelRunner.load_model": "wrapped, to give the proposer its runner",
     "v1.worker.cpu_model_runner.CPUModelRunner.load_model": "wrapped, to give the proposer its runner",
     "GPUModelRunner.drafter": "read",
-    "GPUModelRunner.input_batch": "read: req_ids, num_computed_tokens_cpu",
+    "GPUModelRunner.input_batch": "read: req_ids",
     "GPUModelRunner.requests": "read: whether a request has ended, its sampling_params and num_prompt_tokens",
-    "v1.worker.cpu_worker.CPUModelRunner": "replaced while CPUWorker.init_device makes the runner (Worker only)",
-    "v1.worker.gpu_worker.Worker._make_model_runner": "overridden (Worker only)",
-    "GPUModelRunner.propose_draft_token_ids": "overridden (Worker only)",
-    "GPUModelRunner.use_aux_hidden_state_outputs": "set (Worker only)",
-    "GPUModelRunner._get_eagle3_aux_layers_from_config": "overridden (Worker only)",
-    "GPUModelRunner._draft_probs, ._draft_prob_req_ids": "set (Worker only)",
 }
 """Everything of vLLM's that is used and not documented as public, in both versions; docs/vllm.md shows the table."""
 

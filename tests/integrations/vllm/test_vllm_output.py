@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
+pytest.importorskip("vllm", reason="needs vLLM: see CONTRIBUTING.md")
 
-from conftest import NUM_TOKENS, PROMPTS, start
 from specplug import LLM, SamplingParams
 from support.environment import ROOT
 from support.pages import blocks_of
+from support.vllm_engine import NUM_TOKENS, PROMPTS, start
 
 pytestmark = pytest.mark.slow
 NGRAM = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3}
@@ -40,7 +40,7 @@ def last_seen(config: Any, target: Any) -> Any:
     return readme_plugin()()
 
 
-HOST = {"plugins": {"last_seen": "test_output:last_seen"}}
+HOST = {"plugins": {"last_seen": "test_vllm_output:last_seen"}}
 
 
 @pytest.mark.parametrize("config", [NGRAM, SUFFIX, LAST_SEEN, CHAIN], ids=["ngram", "suffix", "last_seen", "fallback"])
@@ -119,11 +119,11 @@ def test_preemption(plain: Plain, modules: Path) -> None:
     host = {"plugins": {"watching": "plugins_under_test:watching"}}
     lengths = [150] * 5
     expected = plain(PROMPTS, lengths)
-    with start({"method": "watching"}, block_size=16, num_gpu_blocks_override=24, host=host) as engine:
+    with start({"method": "watching"}, block_size=32, num_gpu_blocks_override=14, host=host) as engine:
         assert engine.greedy(PROMPTS, lengths) == expected
         assert engine.proposer.host.faults == {"watching": 0}
     assert "preempted" in {reason for _, reason, _ in under_test.ended}
-    with start(SUFFIX, block_size=16, num_gpu_blocks_override=24) as engine:
+    with start(SUFFIX, block_size=32, num_gpu_blocks_override=14) as engine:
         assert engine.greedy(PROMPTS, lengths) == expected
 
 
