@@ -279,7 +279,9 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
 
         Raises:
             EngineDeadError: the engine has stopped after an error.
+            RequestError: this process was forked from the engine's.
         """
+        self.engine.lock.check_process()
         if self._error is not None:
             raise EngineDeadError(str(self._error))
 
@@ -294,6 +296,7 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
         Returns:
             Whether all ended. The others continue; `close` ends them.
         """
+        self.engine.lock.check_process()
         self._admission.end()
         deadline = None if timeout is None else time.monotonic() + timeout
         while self.num_unfinished:
@@ -303,7 +306,9 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
         return True
 
     def close(self) -> None:
-        """Ends all requests and frees all memory; open streams end with an error. Safe to call twice."""
+        """Ends all requests and frees all memory; open streams end with an error. Safe to call twice, and in a fork."""
+        if self.engine.lock.is_forked:
+            return
         self._thread.stop()
         self.engine.close()
         self._delivery.wake()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Collection, Sequence
 
@@ -75,10 +74,9 @@ class Engine:
         self._requests = requests
         self._verification = verification
         self._tracer = Tracer(chain.policy)
-        self._lock = FairLock()
+        self.lock = FairLock()
         self._contention = CoreContention()
         self._outputs: list[StepOutput] = []
-        self._process = os.getpid()
 
     # ---- speculators ----------------------------------------------------------------------------------------------
 
@@ -146,7 +144,7 @@ class Engine:
 
     def submit(self, families: Sequence[list[Request]]) -> None:
         """Queues requests, all at once."""
-        with self._lock:
+        with self.lock:
             self._check_open()
             for family in families:
                 self.scheduler.add(family[0])
@@ -154,12 +152,12 @@ class Engine:
 
     def abort(self, *request_ids: str) -> list[Request]:
         """Ends all sequences of requests; returns those that were not finished."""
-        with self._lock:
+        with self.lock:
             return self._abort(set(request_ids))
 
     def abandon(self, *request_ids: str) -> None:
         """Aborts requests without waiting for the current step; for finalisers."""
-        self._lock.defer(lambda: self._abort(set(request_ids)))
+        self.lock.defer(lambda: self._abort(set(request_ids)))
 
     def _abort(self, request_ids: Collection[str], error: str | None = None) -> list[Request]:
         ended = []
@@ -178,7 +176,7 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached KV; requests that run go on with theirs."""
-        with self._lock:
+        with self.lock:
             allocator = self.scheduler.allocator
             allocator.forget(allocator.cached.all())
 
@@ -195,7 +193,7 @@ class Engine:
         An error of one row ends that row alone, with the reason in `request.error`. Any other error is raised: what was
         committed stays, and the rows continue at the next step.
         """
-        with self._lock, own_torch_state():
+        with self.lock, own_torch_state():
             self._check_open()
             try:
                 self._advance()
@@ -328,15 +326,13 @@ class Engine:
     def _check_open(self) -> None:
         if self.is_closed:
             raise RequestError("the engine is closed")
-        if os.getpid() != self._process:  # a fork has none of the compute threads, and would wait for them forever
-            raise RequestError(
-                f"the engine belongs to process {self._process}, from which this one was forked; start an engine in this "
-                "process, with multiprocessing's start method 'spawn'"
-            )
+        self.lock.check_process()
 
     def close(self) -> None:
-        """Waits for the current step, ends all requests and frees all memory. Safe to call twice."""
-        with self._lock, own_torch_state():
+        """Waits for the current step, ends all requests and frees all memory. Safe to call twice, and in a fork."""
+        if self.lock.is_forked:
+            return
+        with self.lock, own_torch_state():
             if self.is_closed:
                 return
             self._abort({request.id for request in self.scheduler.requests()}, error=CLOSED)

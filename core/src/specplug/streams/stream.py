@@ -176,6 +176,7 @@ class RequestStream:
             if self._failure is not None:  # of the outputs of a stream that delivers the last one only
                 self._failure_outputs(self._take())
                 break
+            self._frontend.engine.lock.check_process()
             self._waiter = self.loop.create_future()
             await self._waiter
         self.close()
