@@ -263,8 +263,9 @@ def _levers(budget: MemoryBudget, weights: int, fitting: int) -> str:
     if weights >= budget.total_bytes:
         return "take smaller weights or a smaller dtype"
     shorter = f"lower max_model_len (at most {fitting:,} fit), " if fitting > 0 else "lower "
+    drafts = f"num_speculative_tokens (now {budget.num_speculative_tokens}), " if budget.num_speculative_tokens else ""
     return (
-        f"{shorter}max_num_seqs (now {budget.max_num_seqs}) or max_num_batched_tokens "
+        f"{shorter}{drafts}max_num_seqs (now {budget.max_num_seqs}) or max_num_batched_tokens "
         f"(now {budget.max_num_batched_tokens})"
     )
 
