@@ -128,6 +128,8 @@ class MemoryBudget:
         num_speculative_tokens: the most draft nodes of a row that any speculator of the chain may propose.
         dtype: the target's dtype.
         compiled_output_tokens: see `compiled_output_bytes`.
+        loop_rows: rows of the largest batch that a CUDA graph of a loop holds, see `Resources.compile_loop`; 0 on a CPU. What a
+            graph computes with stays allocated: plan it for `loop_tokens`.
     """
 
     total_bytes: int
@@ -138,6 +140,7 @@ class MemoryBudget:
     num_speculative_tokens: int
     dtype: torch.dtype
     compiled_output_tokens: int = 0
+    loop_rows: int = 0
 
     def blocks_for(self, tokens: int) -> int:
         """The number of KV blocks that store `tokens` tokens."""
@@ -150,6 +153,10 @@ class MemoryBudget:
             bytes_per_token: bytes of the step's outputs for one token.
         """
         return self.compiled_output_tokens * bytes_per_token
+
+    def loop_tokens(self, most: int) -> int:
+        """New tokens of the largest batch that a CUDA graph of a loop of `most` outputs holds; 0 on a CPU."""
+        return self.loop_rows * (1 + most)
 
 
 StepCompiler = Callable[..., Any]

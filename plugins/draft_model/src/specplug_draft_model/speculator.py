@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("specplug.draft_model")
 EMBEDDED = "tiny"
 _LEAST = 1e-30
+_WIDTHS = 16
+"""Hidden sizes that a layer's intermediate results of a token take, gated MLP included."""
 _COPIES_TO_DRAW = 8
 """Copies of a row's distribution that exist at once while it is truncated (sorted values and indices, sums, scattered) and
 sampled from. The distributions of earlier tokens exist too, and at the end all of them twice, when they are stacked."""
@@ -113,6 +115,9 @@ class DraftModelSpeculator:
         """The draft model's weights and KV cache, and the peak of drafting: logits, and distributions of sampled drafts."""
         rows = budget.max_num_seqs
         bytes_ = 2 * rows * self.model.vocab_size * self.model.dtype.itemsize
+        bytes_ += 3 * budget.loop_rows * self.model.vocab_size * torch.float32.itemsize
+        width = self.model.config.get_text_config().hidden_size
+        bytes_ += budget.loop_tokens(self.num_speculative_tokens) * _WIDTHS * width * self.model.dtype.itemsize
         if self.samples:
             held = max(2 * self.num_speculative_tokens, self.num_speculative_tokens + _COPIES_TO_DRAW)
             bytes_ += rows * held * self.vocabulary.size * torch.float32.itemsize

@@ -76,6 +76,9 @@ class EagleSpeculator:
         spec = self.checkpoint.spec
         layer = KVLayer(spec.num_kv_heads, spec.head_dim, spec.head_dim)
         tokens = budget.max_num_batched_tokens
+        loops = isinstance(self.tree, Chain)
+        if loops:
+            tokens += budget.loop_tokens(self.tree.max_depth)
         states = (
             tokens * (spec.feature_size + 6 * spec.hidden_size + 2 * spec.intermediate_size) * budget.dtype.itemsize
         )
@@ -84,7 +87,8 @@ class EagleSpeculator:
         copies = 1 if isinstance(self.tree, Chain) and self.target.device.type == "cpu" else 2 * width
         if self.tree.samples:
             copies = max(2 * inner, inner + _COPIES_TO_DRAW * width)
-        logits = budget.max_num_seqs * copies * spec.draft_vocab_size * torch.float32.itemsize
+        rows = budget.max_num_seqs + (budget.loop_rows if loops else 0)
+        logits = rows * copies * spec.draft_vocab_size * torch.float32.itemsize
         ids = spec.draft_vocab_size * torch.int64.itemsize if spec.draft_vocab_size != spec.vocab_size else 0
         return [
             MemoryRegion("head weights", "weights", fixed_bytes=self.weights.num_bytes()),
