@@ -25,7 +25,8 @@ from specplug.errors import (
     SpecplugError,
     one_line,
 )
-from specplug.frontend import Frontend, FrontendOwner, Submission
+from specplug.frontend import Frontend, FrontendOwner, Lora, Submission
+from specplug.lora.request import LoRARequest
 from specplug.outputs import RequestOutput
 from specplug.sampling.params import SamplingParams
 from specplug.streams import OutputKind, RequestStream, StreamObserver, check_output_kind
@@ -97,6 +98,7 @@ class AsyncLLM(FrontendOwner):
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
+        lora_request: Lora = None,
         output_kind: OutputKind = "cumulative",
         timeout: float | None = None,
         trace: bool = False,
@@ -109,6 +111,7 @@ class AsyncLLM(FrontendOwner):
             prompt: text, token ids, `{"prompt": …}` or `{"prompt_token_ids": …}`.
             sampling_params: None uses the model's generation_config.
             request_id: a name for `abort`; None makes one.
+            lora_request: a LoRA adapter, or the name of a loaded one.
             output_kind: each output holds everything so far (`cumulative`), what is new (`delta`), or there is a single
                 output at the end (`final_only`). A delta holds only the completions with new tokens.
             timeout: seconds after which the request is aborted.
@@ -127,7 +130,13 @@ class AsyncLLM(FrontendOwner):
             raise RequestError(f"generate takes one prompt, not {len(encoded)}; call it once for each, concurrently")
         request_ids = None if request_id is None else [request_id]
         streams = await self.submit(
-            encoded, sampling_params, request_ids, output_kind=output_kind, timeout=timeout, trace=trace
+            encoded,
+            sampling_params,
+            request_ids,
+            lora_request=lora_request,
+            output_kind=output_kind,
+            timeout=timeout,
+            trace=trace,
         )
         try:
             async for output in streams[0]:
@@ -181,6 +190,7 @@ class AsyncLLM(FrontendOwner):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         request_ids: Sequence[str] | None = None,
         *,
+        lora_request: Lora = None,
         output_kind: OutputKind = "cumulative",
         timeout: float | None = None,
         trace: bool = False,
@@ -191,6 +201,7 @@ class AsyncLLM(FrontendOwner):
             encoded: the results of `encode` or `render`.
             sampling_params: one for all prompts, or one for each; None uses the model's generation_config.
             request_ids: a name for each; None makes them.
+            lora_request: an adapter for all of them, or its name.
             output_kind: see `generate`.
             timeout: see `generate`.
             trace: see `generate`.
@@ -211,7 +222,7 @@ class AsyncLLM(FrontendOwner):
         self._reserve({name: each.n for name, each in zip(ids, params, strict=True)}, len(ids))
         streams: list[RequestStream] = []
         try:
-            submissions = await self._in_encoder(self._frontend.make, encoded, params, ids)
+            submissions = await self._in_encoder(self._frontend.make, encoded, params, ids, lora_request)
             for submission in submissions:
                 for request in submission.family:
                     request.arrival_time = arrival_time
@@ -263,6 +274,17 @@ class AsyncLLM(FrontendOwner):
         except RuntimeError as error:
             raise RequestError("the engine is closed") from error
         return await asyncio.wrap_future(future)
+
+    # ---- adapters -------------------------------------------------------------------------------------------------
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """See `LLM.add_lora`."""
+        await self._in_encoder(self._frontend.load_adapter, lora_request)
+        return True
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        """See `LLM.remove_lora`."""
+        return self._frontend.adapters.unload(lora_id)
 
     # ---- the number of requests -----------------------------------------------------------------------------------
 

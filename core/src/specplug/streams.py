@@ -272,6 +272,7 @@ class RequestStream:
             finished=all(progress.finish_reason is not None for progress in self._progress),
             metrics=self._frontend.times(self.submission),
             num_cached_tokens=self.submission.family[0].num_cached_tokens or 0,
+            lora_request=self.submission.lora_request,
         )
 
     def _scores(self) -> list[PositionLogprobs | None] | None:

@@ -19,6 +19,7 @@ PART_NAMES = (
     "draft weights",
     "draft KV cache",
     "verification buffers",
+    "LoRA adapters",
 )
 _CPU_SHARE = 0.5
 _CUDA_SHARE = 0.9
@@ -74,6 +75,7 @@ class MemoryPlan:
         elsewhere: memory of speculators on other devices; the parts above are on the target's device.
         limited_by: what limits `max_model_len`: the model's `positions`, the user's `max_model_len`, or `memory`.
         context_length: the longest sequence that the target has positions for.
+        adapters: bytes of the room for LoRA adapters.
     """
 
     budget_bytes: int
@@ -90,12 +92,13 @@ class MemoryPlan:
     elsewhere: tuple[OtherDevice, ...] = ()
     limited_by: Literal["positions", "max_model_len", "memory"] = "positions"
     context_length: int = 0
+    adapters: int = 0
 
     @property
     def parts(self) -> tuple[tuple[str, int], ...]:
-        """(name, bytes) of the five parts."""
-        sizes = (self.target_weights, self.target_kv, self.draft_weights, self.draft_kv, self.buffers)
-        return tuple(zip(PART_NAMES, sizes, strict=True))
+        """(name, bytes) of the five parts, and of the room for adapters if there is any."""
+        sizes = (self.target_weights, self.target_kv, self.draft_weights, self.draft_kv, self.buffers, self.adapters)
+        return tuple(zip(PART_NAMES, sizes, strict=True))[: None if self.adapters else -1]
 
     @property
     def total_bytes(self) -> int:
@@ -123,6 +126,7 @@ def solve(
     wanted_model_len: int | None,
     device: torch.device | None = None,
     step_bytes: int = 0,
+    adapters: int = 0,
 ) -> MemoryPlan:
     """Finds the number of KV blocks: the most that fit, up to what the engine can use.
 
@@ -138,6 +142,7 @@ def solve(
         wanted_model_len: the user's `max_model_len`; None lets the plan choose what fits.
         device: the target's. Regions on other devices are planned within those devices' budgets.
         step_bytes: bytes that exist only during a step.
+        adapters: bytes of the room for LoRA adapters.
 
     Raises:
         InsufficientMemoryError: weights and buffers do not fit, or not one sequence of the wanted length.
@@ -151,7 +156,7 @@ def solve(
     draft_kv_per_token = sum(region.bytes_per_token for region in here)
     scratch = max([budget.num_speculative_tokens + 1, *(region.scratch_tokens_per_row for region in here)])
     per_block = (target_kv_bytes_per_token + draft_kv_per_token) * budget.block_size
-    fixed = target_weights + draft_weights + draft_fixed_kv + buffers
+    fixed = target_weights + draft_weights + draft_fixed_kv + buffers + adapters
     left = budget.total_bytes - fixed
     longest = min(wanted_model_len or context_length, context_length)
     limited_by: Literal["positions", "max_model_len", "memory"]
@@ -165,11 +170,12 @@ def solve(
                 longest = min(longest, budget.block_size)
                 needed = budget.blocks_for(longest + scratch)
             least = fixed + needed * per_block
+            room = f"LoRA adapters {format_bytes(adapters)} (max_loras, max_lora_rank), " if adapters else ""
             raise InsufficientMemoryError(
                 f"one sequence of {longest:,} tokens needs {format_bytes(least)} (target weights "
                 f"{format_bytes(target_weights)}, draft weights {format_bytes(draft_weights)}, buffers "
-                f"{format_bytes(buffers)}, KV cache {format_bytes(draft_fixed_kv + needed * per_block)}), and the budget is "
-                f"{format_bytes(budget.total_bytes)}; "
+                f"{format_bytes(buffers)}, {room}KV cache {format_bytes(draft_fixed_kv + needed * per_block)}), and the "
+                f"budget is {format_bytes(budget.total_bytes)}; "
                 + _largest_excess(budget, owned, longest, scratch, per_block, least)
                 + "raise memory, or "
                 + _levers(budget, target_weights + draft_weights, fitting)
@@ -202,6 +208,7 @@ def solve(
         elsewhere=tuple(elsewhere),
         limited_by=limited_by,
         context_length=context_length,
+        adapters=adapters,
     )
 
 

@@ -15,6 +15,7 @@ from specplug.contract.settings import SpeculativeConfig
 from specplug.engine.compilation import wants_compilation
 from specplug.engine.memory_plan import MemoryPlan, default_budget, solve
 from specplug.errors import CheckpointError, ConfigurationError, PluginError, SpecplugError
+from specplug.lora.room import AdapterRoom, plan_room
 from specplug.model.compile.cuda_graphs import CAPTURED_TOKENS
 from specplug.model.compile.memory import StepModel, step_bytes
 from specplug.model.device import choose_device
@@ -52,6 +53,7 @@ class PlannedEngine:
     plan: MemoryPlan
     num_entries: int
     most_captured: int
+    adapters: AdapterRoom | None = None
 
 
 @attrs.frozen(eq=False)
@@ -85,6 +87,7 @@ def plan_engine(
     if target.device.type == "cpu":
         before_kernels()
     architecture, dtype, device = target.architecture, target.dtype, target.device
+    adapters = _adapter_room(config, target)
     facade = _target_facade(config, target, tokenizer)
     speculators = [
         registry.load_speculator(bounded(speculative, registry.plugin(speculative.method)), facade)
@@ -134,6 +137,7 @@ def plan_engine(
         wanted_model_len=config.max_model_len,
         device=device,
         step_bytes=temporary,
+        adapters=0 if adapters is None else adapters.num_bytes,
     )
     return PlannedEngine(
         config=config,
@@ -150,6 +154,7 @@ def plan_engine(
         plan=plan,
         num_entries=num_entries,
         most_captured=most_captured,
+        adapters=adapters,
     )
 
 
@@ -190,6 +195,15 @@ def _target_facade(config: EngineConfig, target: _Target, tokenizer: Callable[[]
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         tokenizer=lambda: _target_tokenizer(tokenizer, target.folder, config.trust_remote_code),
+    )
+
+
+def _adapter_room(config: EngineConfig, target: _Target) -> AdapterRoom | None:
+    if not config.has_lora:
+        return None
+    architecture, modules = target.architecture, config.lora_modules
+    return plan_room(
+        modules, config.max_loras, config.max_lora_rank, architecture.linears, architecture.name, target.dtype
     )
 
 

@@ -17,11 +17,14 @@ from specplug.config.engine import EngineConfig
 from specplug.contract.resources import Resources
 from specplug.engine.compilation import compile_forwards, wants_compilation
 from specplug.engine.engine import Engine
+from specplug.engine.fair_lock import FairLock
 from specplug.engine.planning import PlannedEngine, max_nodes_of, plan_engine, wants_top_k_at_drafts
 from specplug.engine.prefix_cache import PrefixCache, Sharer
 from specplug.engine.requests import RequestFactory
 from specplug.engine.scheduler import Scheduler
 from specplug.errors import SpecplugError, StartupError
+from specplug.lora.layers import AdapterLayers
+from specplug.lora.registry import AdapterRegistry
 from specplug.model.compile.compiled import compile_step
 from specplug.model.kv_cache import KVCache
 from specplug.model.load.checkpoint import resolve_checkpoint
@@ -182,6 +185,8 @@ def _allocate(
     cache = KVCache(planned.architecture.kv_layers, plan.num_blocks, plan.block_size, planned.dtype, device)
     boundaries = [b for speculator in planned.speculators for b in speculator.traits.hidden_states]
     runner = ModelRunner(model, planned.architecture, cache, device, boundaries)
+    if (room := planned.adapters) is not None:
+        runner.adapters = AdapterLayers(model, room.targets, room.num_slots, room.rank, room.dtype, device)
     states = TargetStateStore(
         planned.channels,
         planned.config.max_num_seqs,
@@ -233,6 +238,8 @@ def _assemble(
         strict=config.strict,
     )
     chain.warmup(_resources(planned, states, caches))
+    lock = FairLock()
+    adapters = _load_adapters(planned, runner, lock)
     lookahead = max((max(s.scratch_tokens_per_row, max_nodes_of(s)) for s in planned.speculators), default=0)
     shared = [runner.cache]
     for regions, own in zip(planned.regions, caches, strict=True):
@@ -256,7 +263,19 @@ def _assemble(
             plan.max_model_len,
             PrefixCache(plan.block_size, _sharers(planned)) if config.enable_prefix_caching else None,
         ),
+        lock=lock,
+        adapters=adapters,
     )
+
+
+def _load_adapters(planned: PlannedEngine, runner: ModelRunner, lock: FairLock) -> AdapterRegistry | None:
+    """The registry of adapters, with those of the configuration loaded."""
+    if runner.adapters is None or planned.adapters is None:
+        return None
+    registry = AdapterRegistry(runner.adapters, planned.adapters, lambda: lock)
+    for module in planned.config.lora_modules:
+        registry.load(module)
+    return registry
 
 
 def _sharers(planned: PlannedEngine) -> list[Sharer]:

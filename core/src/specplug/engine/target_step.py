@@ -78,7 +78,8 @@ def _forward_row(row: ScheduledRow) -> ForwardRow:
         tokens += draft.tokens
         if draft.parents is not None:
             tree = TreeMask.from_parents(start, draft.parents)
-    return ForwardRow(tokens, start, request.table, tree)
+    adapter = -1 if request.adapter is None else request.adapter.slot
+    return ForwardRow(tokens, start, request.table, tree, adapter=adapter)
 
 
 def _add_scored_prompts(

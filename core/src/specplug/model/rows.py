@@ -54,6 +54,7 @@ class ForwardRow:
         table: the row's KV blocks; it must hold `start + len(tokens)` entries.
         tree: for tokens that are not a plain continuation.
         first: KV entries before this index are masked: they were never stored.
+        adapter: the slot of the row's LoRA adapter; -1 for none.
     """
 
     tokens: Sequence[int]
@@ -61,6 +62,7 @@ class ForwardRow:
     table: BlockTable
     tree: TreeMask | None = None
     first: int = 0
+    adapter: int = -1
 
     @property
     def positions(self) -> Sequence[int]:

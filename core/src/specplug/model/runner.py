@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,9 +19,19 @@ from specplug.model.load.architecture import Architecture
 from specplug.model.rows import ForwardRow
 from specplug.model.taps import Taps
 
+if TYPE_CHECKING:
+    from specplug.lora.layers import AdapterLayers
+
 
 class ModelRunner:
-    """A loaded model bound to its KV cache."""
+    """A loaded model bound to its KV cache.
+
+    Attributes:
+        compiled: its forward as machine code, for batches without adapters.
+        graphs: the same in CUDA graphs.
+        adapters: the LoRA adapters that its rows may have; None without any.
+        compiled_adapted: its forward as machine code, for batches with adapters.
+    """
 
     def __init__(
         self,
@@ -37,6 +49,8 @@ class ModelRunner:
         self.sites: list[AttentionSite] = []
         self.compiled: CompiledStep | None = None
         self.graphs: CudaGraphs | None = None
+        self.adapters: AdapterLayers | None = None
+        self.compiled_adapted: CompiledStep | None = None
         for call, keys, values in zip(architecture.calls, cache.keys, cache.values, strict=True):
             site = AttentionSite(keys, values, call.mask.window)
             model.get_submodule(call.module).__dict__[SITE] = site
@@ -58,13 +72,19 @@ class ModelRunner:
         """
         batch = ForwardBatch(rows, self.cache, logits_index)
         outputs: Sequence[torch.Tensor] | None = None
-        if self.graphs is not None:
-            outputs = self.graphs.replay(batch, lasting=lasting)
-        if outputs is None and self.compiled is not None:
-            outputs = self.compiled.over_tensors(*batch.step_inputs)
+        segments = None if self.adapters is None else self.adapters.segments(rows)
+        if segments is not None:
+            if self.compiled_adapted is not None:
+                outputs = self.compiled_adapted.over_tensors(*batch.step_inputs, segments)
+        else:
+            if self.graphs is not None:
+                outputs = self.graphs.replay(batch, lasting=lasting)
+            if outputs is None and self.compiled is not None:
+                outputs = self.compiled.over_tensors(*batch.step_inputs)
         if outputs is None:
             keep: int | torch.Tensor = 0 if batch.wants_all else batch.logits_index
-            logits = self._run_model(batch, batch.input_ids, batch.position_ids, keep)
+            with nullcontext() if segments is None or self.adapters is None else self.adapters.applied(segments):
+                logits = self._run_model(batch, batch.input_ids, batch.position_ids, keep)
         else:
             logits, *states = outputs
             self.taps.captured = dict(zip(self.taps.boundaries, states, strict=True))
@@ -128,7 +148,7 @@ class ModelRunner:
 
     def close(self) -> None:
         """Takes hooks and cache references off the model."""
-        self.compiled = None
+        self.compiled = self.compiled_adapted = self.adapters = None
         self.graphs = None
         self.taps.remove()
         for call in self.architecture.calls:

@@ -1,4 +1,4 @@
-"""A memory plan as bars: its five parts to scale, and the budget."""
+"""A memory plan as bars: its parts to scale, and the budget."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _MIN_BAR_WIDTH = 5
 _BUDGET_WIDTH = 70
 _NAME_WIDTH = 22
 _ROW_WIDTH = 41  # of the line of a part, without the bar
-_STYLES = ("blue", "cyan", "magenta", "yellow", "green")
-_LETTERS = "TKdkv"
+_STYLES = ("blue", "cyan", "magenta", "yellow", "green", "red")
+_LETTERS = "TKdkvL"
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
@@ -28,7 +28,7 @@ def show_memory(terminal: Terminal, plan: MemoryPlan) -> None:
         f"Memory plan: {format_bytes(plan.total_bytes)} of a budget of {format_bytes(plan.budget_bytes)}", indent="  "
     )
     width = _BAR_WIDTH if terminal.width is None else min(_BAR_WIDTH, terminal.width - _ROW_WIDTH)
-    for (name, size), style in zip(plan.parts, _STYLES, strict=True):
+    for (name, size), style in zip(plan.parts, _STYLES, strict=False):
         if width < _MIN_BAR_WIDTH:
             terminal.line(f" {name:<20} {format_bytes(size):>10} {size / total:4.0%}")
             continue
@@ -39,7 +39,7 @@ def show_memory(terminal: Terminal, plan: MemoryPlan) -> None:
 
 
 def show_budget(terminal: Terminal, plan: MemoryPlan) -> None:
-    """Prints one bar of the whole budget: the five parts, and what is left.
+    """Prints one bar of the whole budget: the parts, and what is left.
 
     The parts have the colours of `show_memory`; without colour, letters with a legend.
     """
@@ -55,11 +55,11 @@ def show_budget(terminal: Terminal, plan: MemoryPlan) -> None:
         f"Budget: {format_bytes(plan.budget_bytes)}, of which {format_bytes(left)} ({share:.0%}) are left", indent="  "
     )
     terminal.write("  ")
-    for width, style, letter in zip(widths, _STYLES, _LETTERS, strict=True):
+    for width, style, letter in zip(widths, _STYLES, _LETTERS, strict=False):
         terminal.write(("█" if coloured else letter) * width, style)
     terminal.line(("░" if coloured else ".") * rest, "dim")
     if not coloured:
-        used = zip(_LETTERS, plan.parts, strict=True)
+        used = zip(_LETTERS, plan.parts, strict=False)
         legend = ", ".join([*(f"{letter} {name}" for letter, (name, size) in used if size), ". left"])
         terminal.paragraph(f"  {legend}", indent="  ")
 

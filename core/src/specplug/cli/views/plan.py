@@ -91,6 +91,7 @@ class PlanReport:
                 "draft_weights": plan.draft_weights,
                 "draft_kv": plan.draft_kv,
                 "buffers": plan.buffers,
+                "adapters": plan.adapters,
             },
             "context_length": self.context_length,
             "max_model_len": plan.max_model_len,

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from specplug.contract.resources import KVLayer
 from specplug.errors import UnsupportedModelError
 from specplug.model.attention.interface import SITE
+from specplug.model.linears import LinearLayer, LinearUses
 from specplug.model.load import masks
 from specplug.model.load.library_output import quiet_transformers
 from specplug.model.load.masks import Mask
@@ -69,6 +70,7 @@ class Architecture:
         tensor_kinds: the last parts of its tensors' names, such as `weight`.
         buffer_bytes: of the buffers that no checkpoint stores, in `weight_bytes`.
         towers: the modules that text never reaches (images, sound); they are not loaded.
+        linears: the linear layers that an adapter can be added to.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Architecture:
     tensor_kinds: frozenset[str] = frozenset()
     buffer_bytes: int = 0
     towers: tuple[str, ...] = ()
+    linears: tuple[LinearLayer, ...] = ()
 
     def loaded_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
         """Bytes of the weights as they are held: a packed output layer is a second copy of a tied table."""
@@ -207,7 +210,7 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
     except Exception as error:
         raise build_failure(model_type, error) from error
     sizes, tied_head_bytes = _sizes(model), _tied_head_bytes(model)
-    streams = _Streams(model)
+    streams, linears = _Streams(model), LinearUses(model, _TRACE_TOKENS)
     trace = _run(model, model_type, dtype)
     layers = _decoder_layers(trace.calls)
     towers = find_towers(model, layers, trace.used) if type(model.config) is type(config) else ()
@@ -243,6 +246,7 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
         tensor_kinds=frozenset(name.rpartition(".")[2] for name in model.state_dict()),
         buffer_bytes=sum(sizes[name] for name, _ in model.named_buffers() if name not in model.state_dict()),
         towers=towers,
+        linears=linears.over_all_tokens,
     )
 
 
