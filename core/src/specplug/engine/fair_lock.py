@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +18,19 @@ class FairLock:
         self._queue: deque[object] = deque()
         self._holder: int | None = None
         self._deferred: deque[Callable[[], object]] = deque()
+        self._process = os.getpid()
+
+    def check_process(self) -> None:
+        """Refuses a fork of the lock's process, which has none of the compute threads and would wait for them forever.
+
+        Raises:
+            RequestError: this is one.
+        """
+        if os.getpid() != self._process:
+            raise RequestError(
+                f"the engine belongs to process {self._process}, from which this one was forked; start an engine in this "
+                "process, with multiprocessing's start method 'spawn'"
+            )
 
     def __enter__(self) -> None:
         """Waits for the lock.

@@ -17,12 +17,14 @@ from specplug.config.engine import EngineConfig
 from specplug.contract.resources import Resources
 from specplug.engine.compilation import compile_forwards, wants_compilation
 from specplug.engine.engine import Engine
+from specplug.engine.fair_lock import FairLock
 from specplug.engine.planning import PlannedEngine, plan_engine
 from specplug.engine.prefix_cache import PrefixCache, Sharer
 from specplug.engine.requests import RequestFactory
 from specplug.engine.scheduler import Scheduler
 from specplug.errors import SpecplugError, StartupError
 from specplug.host.loading import allocate_caches, max_nodes_of, row_buckets, wants_top_k_at_drafts
+from specplug.lora.registry import AdapterRegistry
 from specplug.model.compile.compiled import compile_step
 from specplug.model.kv_cache import KVCache
 from specplug.model.load.checkpoint import resolve_checkpoint
@@ -230,6 +232,8 @@ def _allocate(
         ranks.wait_until_ready()
         cache = LeadingCache(ranks, *size)
         runner = LeadingRunner(ranks, model, planned.architecture, cache, device, boundaries, rows)
+    if planned.adapters is not None:
+        runner.adapters = planned.adapters.allocate(model, device)
     states = TargetStateStore(
         planned.channels,
         planned.config.max_num_seqs,
@@ -271,6 +275,11 @@ def _assemble(
         strict=config.strict,
     )
     chain.warmup(_resources(planned, states, caches))
+    lock = FairLock()
+    adapters = None
+    if runner.adapters is not None and planned.adapters is not None:
+        adapters = AdapterRegistry(runner.adapters, planned.adapters, lambda: lock)
+        adapters.load_all(config.lora_modules)
     lookahead = max((max(s.scratch_tokens_per_row, max_nodes_of(s)) for s in planned.speculators), default=0)
     shared = [runner.cache]
     for regions, own in zip(planned.regions, caches, strict=True):
@@ -294,6 +303,8 @@ def _assemble(
             plan.max_model_len,
             PrefixCache(plan.block_size, _sharers(planned)) if planned.caches_prefixes else None,
         ),
+        lock=lock,
+        adapters=adapters,
     )
 
 
