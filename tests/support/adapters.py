@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,19 +74,40 @@ def save_adapter(
 
 def merge_adapter(folder: Path, model: Path, adapter: Path) -> Path:
     """Writes a copy of a model with weights W + scale * B @ A; returns its folder."""
-    config = json.loads((adapter / "adapter_config.json").read_text())
     shutil.copytree(model, folder)
     weights = load_file(model / "model.safetensors")
-    low_rank = load_file(adapter / "adapter_model.safetensors")
+    is_transposed = _config_of(adapter)["fan_in_fan_out"]
+    for layer, down, up in _scaled(adapter):
+        weight, added = weights[f"{layer}.weight"], up @ down
+        weights[f"{layer}.weight"] = (weight.double() + (added.t() if is_transposed else added)).to(weight.dtype)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def add_adapter(model: torch.nn.Module, adapter: Path) -> None:
+    """Makes the layers of a loaded model add scale * B @ A to what they give, in float32."""
+
+    def adding(down: torch.Tensor, up: torch.Tensor) -> Any:
+        def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            return output + (args[0].float() @ down.t() @ up.t()).to(output.dtype)
+
+        return hook
+
+    for layer, down, up in _scaled(adapter):
+        model.get_submodule(layer).register_forward_hook(adding(down.float(), up.float()))
+
+
+def _config_of(adapter: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text())
+    return config
+
+
+def _scaled(adapter: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Of each layer: its name, A, and scale * B, in float64."""
+    config, low_rank = _config_of(adapter), load_file(adapter / "adapter_model.safetensors")
     for name in [name for name in low_rank if name.endswith(".lora_A.weight")]:
         layer = name.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
         down, up = low_rank[name].double(), low_rank[name.replace("lora_A", "lora_B")].double()
         rank, last = len(down), layer.rpartition(".")[2]
         alpha = config.get("alpha_pattern", {}).get(last, config["lora_alpha"])
-        added = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) * (up @ down)
-        weight = weights[f"{layer}.weight"]
-        weights[f"{layer}.weight"] = (weight.double() + (added.t() if config["fan_in_fan_out"] else added)).to(
-            weight.dtype
-        )
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+        yield layer, down, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) * up

@@ -197,6 +197,11 @@ class EngineConfig:
             )
         if not self.has_lora and (self.max_loras or self.max_lora_rank):
             raise ConfigurationError("max_loras and max_lora_rank need enable_lora=True or lora_modules")
+        if self.has_lora and self.tensor_parallel_size > 1:
+            raise ConfigurationError(
+                f"tensor_parallel_size={self.tensor_parallel_size}: LoRA adapters cannot be split yet; use 1, or merge the "
+                "adapter into the weights with peft's merge_and_unload()"
+            )
 
     @property
     def has_lora(self) -> bool:
