@@ -37,7 +37,7 @@ ARCHITECTURES = {
 RECURRENT = {
     "lfm2": ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "w1", "w2", "w3"),
     "qwen3_next": ("in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert_gate", *ATTENTION),
-    "kimi_linear": ("f_a_proj", "f_b_proj", "b_proj", "g_a_proj", "g_b_proj", "kv_b_proj", *ATTENTION),
+    "kimi_linear": ("b_proj", "g_a_proj", "g_b_proj", "kv_b_proj", *ATTENTION),
     "bamba": ("in_proj", "out_proj", *ALL_LINEARS),
     "jamba": ("in_proj", "x_proj", "out_proj", *ATTENTION),
 }

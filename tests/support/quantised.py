@@ -130,7 +130,7 @@ KINDS: dict[str, Callable[[Path, Path], None]] = {
 def decided_pairs(
     folder: Path, kind: str, count: int, new_tokens: int, adapter: Path | None = None
 ) -> list[tuple[list[int], list[int]]]:
-    """(prompt, output) pairs of Transformers' own `generate`, as far as it is decided; with an adapter's layers if one is given."""
+    """(prompt, output) pairs of Transformers' own `generate`, with an adapter or without one, as far as it is decided."""
     options: dict[str, Any] = {"device_map": "cpu"} if "bitsandbytes" in kind else {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options).eval()
     if adapter is not None:

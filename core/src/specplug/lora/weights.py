@@ -158,8 +158,8 @@ def _match_targets(
         if len(layers) != 1:
             raise CheckpointError(
                 f"{folder} adapts '{name}', which is not among the linear layers of {model} that an adapter can be added to "
-                f"({_kinds(targets)}); the output layer, embeddings, experts and layers of which the model uses the bare weight "
-                "are not, nor are layers of another model"
+                f"({_kinds(targets)}); the output layer, embeddings, experts and layers of which the model uses the bare "
+                "weight are not, nor are layers of another model"
             )
         (layer,) = layers
         if layer in found.values():
