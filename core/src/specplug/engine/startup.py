@@ -40,7 +40,6 @@ from specplug.model.parallel.torchrun import join_first_rank, launched_rank, mee
 from specplug.model.parallel.worker import serve_rank
 from specplug.model.runner import ModelRunner
 from specplug.model.torch_state import own_torch_state
-from specplug.plugins.registry import RegisteredSpeculator
 from specplug.plugins.target import LazyModel
 from specplug.sampling.defaults import eos_ids
 from specplug.sampling.randomness import EngineRandomness
@@ -266,10 +265,12 @@ def _assemble(
     randomness = EngineRandomness(config.seed, planned.device)
     workspace = Workspace(planned.num_entries, architecture.vocab_size, planned.device)
     planned.registry.register_verifier(LosslessVerifier(randomness, config.chain_verification, workspace))
+    is_auto = any(speculator.config.is_auto for speculator in planned.speculators)
+    policy: DraftLengthPolicy = AdaptiveDraftLength(planned.speculators) if is_auto else FixedDraftLength()
     chain = SpeculatorChain(
         planned.speculators,
         states,
-        choose_policy(planned.speculators),
+        policy,
         vocab_size=architecture.vocab_size,
         max_model_len=plan.max_model_len,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -346,10 +347,3 @@ def _tokenizer_folder(planned: PlannedEngine) -> Path:
     if config.tokenizer is None:
         return planned.folder
     return resolve_checkpoint(resolve_model(config.tokenizer), trust_remote_code=config.trust_remote_code)
-
-
-def choose_policy(speculators: Sequence[RegisteredSpeculator]) -> DraftLengthPolicy:
-    """Fixed draft lengths, or automatic ones if any speculator asks for them."""
-    if any(speculator.config.is_auto for speculator in speculators):
-        return AdaptiveDraftLength(speculators)
-    return FixedDraftLength()
