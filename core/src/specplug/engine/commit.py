@@ -8,6 +8,7 @@ import torch
 
 from specplug.contract.types import Outcome
 from specplug.engine.target_step import TargetStep
+from specplug.model.kv_cache import BlockAllocator, KVCache
 from specplug.request import Request, StepOutput
 from specplug.sampling.logprobs import gather_logprobs
 from specplug.stats import SpeculationStats
@@ -78,3 +79,16 @@ def score_prompts(target: TargetStep) -> None:
             request.prompt_logprobs += gather_logprobs(target.logits[entry : entry + positions], tokens, count)
         except Exception as error:
             request.fail(error)
+
+
+def clear_kv(request: Request, allocator: BlockAllocator, caches: Sequence[KVCache], block_size: int) -> None:
+    """Clears and forgets the blocks that a failed request shares with no other.
+
+    Masked entries are multiplied by zero, and NaN times zero is NaN: it may leave none behind.
+    """
+    if request.table is None:
+        return
+    own = [block for block in request.table.blocks if not allocator.is_shared(block)]
+    allocator.forget(own)
+    for cache in caches:
+        cache.clear([slot for block in own for slot in range(block * block_size, (block + 1) * block_size)])

@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Sequence
 
 from specplug.contract.types import Verdict
-from specplug.engine.commit import commit_tokens, kv_moves, score_output, score_prompts
+from specplug.engine.commit import clear_kv, commit_tokens, kv_moves, score_output, score_prompts
 from specplug.engine.contention import CoreContention
 from specplug.engine.fair_lock import FairLock
 from specplug.engine.planning import PlannedEngine
@@ -15,6 +15,7 @@ from specplug.engine.scheduler import ScheduledRow, Scheduler
 from specplug.engine.target_step import TargetStep, run_target
 from specplug.engine.trace import Tracer
 from specplug.errors import RequestError
+from specplug.lora.registry import AdapterRegistry
 from specplug.model.kv_cache import KVCache
 from specplug.model.runner import ModelRunner
 from specplug.model.torch_state import own_torch_state
@@ -42,6 +43,8 @@ class Engine:
         requests: makes requests.
         verification: decides what every row emits.
         scheduler: chooses the rows of each step.
+        lock: held by whoever works on the engine.
+        adapters: the LoRA adapters that requests may use; None if they may not.
     """
 
     def __init__(
@@ -55,6 +58,8 @@ class Engine:
         requests: RequestFactory,
         verification: Verification,
         scheduler: Scheduler,
+        lock: FairLock,
+        adapters: AdapterRegistry | None = None,
     ) -> None:
         self.config = planned.config
         self.plan = planned.plan
@@ -63,6 +68,7 @@ class Engine:
         self.chain = chain
         self.scheduler = scheduler
         self.prefix_cache = scheduler.prefix_cache
+        self.adapters = adapters
         self.stats = SpeculationStats()
         self.num_steps = 0
         self.num_prompt_tokens = 0
@@ -74,7 +80,7 @@ class Engine:
         self._requests = requests
         self._verification = verification
         self._tracer = Tracer(chain.policy)
-        self.lock = FairLock()
+        self.lock = lock
         self._contention = CoreContention()
         self._outputs: list[StepOutput] = []
 
@@ -301,13 +307,8 @@ class Engine:
         for child in request.fork_group:
             self.scheduler.add(child)
         request.fork_group = []
-        if request.error is not None and request.table is not None:
-            # Masked entries are multiplied by zero, and NaN times zero is NaN: a failed request may leave none behind.
-            size, allocator = self.plan.block_size, self.scheduler.allocator
-            own = [block for block in request.table.blocks if not allocator.is_shared(block)]
-            allocator.forget(own)
-            for cache in self._shared_caches:
-                cache.clear([slot for block in own for slot in range(block * size, (block + 1) * size)])
+        if request.error is not None:
+            clear_kv(request, self.scheduler.allocator, self._shared_caches, self.plan.block_size)
         self.scheduler.finish(request, "finished" if request.error is None else "aborted")
 
     def _recover(self) -> None:

@@ -22,6 +22,7 @@ class FairLock:
         self._queue: deque[object] = deque()
         self._holder: int | None = None
         self._deferred: deque[Callable[[], object]] = deque()
+        self._process = os.getpid()
 
     def __enter__(self) -> None:
         """Waits for the lock.

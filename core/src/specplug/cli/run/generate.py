@@ -129,7 +129,7 @@ def _stream(job: GenerateJob, params: SamplingParams, llm: LLM, out: Terminal, e
         err.paragraph(shown.legend, style="dim")
     meter = Meter()
     try:
-        for piece in llm.stream(job.prompts[0].prompt, params):
+        for piece in llm.stream(job.prompts[0].prompt, params, lora_request=job.prompts[0].lora):
             meter.add(piece)
             shown.show(piece)
     finally:
@@ -143,7 +143,12 @@ def _run_all(job: GenerateJob, params: list[SamplingParams], llm: LLM, out: Term
     started = time.perf_counter()
     failure: GenerationError | None = None
     try:
-        outputs = llm.generate([line.prompt for line in job.prompts], params, use_tqdm=err.is_live and not job.quiet)
+        outputs = llm.generate(
+            [line.prompt for line in job.prompts],
+            params,
+            use_tqdm=err.is_live and not job.quiet,
+            lora_request=[line.lora for line in job.prompts],
+        )
     except GenerationError as error:  # raised after the other outputs are shown
         failure, outputs = error, error.outputs
     seconds = time.perf_counter() - started
