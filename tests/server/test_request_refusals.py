@@ -163,6 +163,14 @@ def test_other_types_paths_methods_and_models(http: httpx.Client, client: openai
 
 def test_an_openapi_schema_names_every_path(http: httpx.Client) -> None:
     schema = http.get("/openapi.json").json()
-    assert {COMPLETIONS, CHAT, "/v1/models", "/tokenize", "/detokenize", "/abort", "/health", "/version"} <= set(
-        schema["paths"]
-    )
+    assert {
+        COMPLETIONS,
+        CHAT,
+        "/v1/responses",
+        "/v1/models",
+        "/tokenize",
+        "/detokenize",
+        "/abort",
+        "/health",
+        "/version",
+    } <= set(schema["paths"])
