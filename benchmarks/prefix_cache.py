@@ -2,8 +2,8 @@
 
     python benchmarks/prefix_cache.py tiny --json build/prefix-cache.json
 
-Two engines, with and without the cache, take turns, so that other load on the machine falls on both. `--method` adds a
-speculator whose KV is cached too.
+Two engines, with and without the cache, take turns, so that other load on the machine falls on both; what the cache costs
+without hits is a ratio of processor times. `--method` adds a speculator whose KV is cached too.
 """
 
 from __future__ import annotations
@@ -42,28 +42,32 @@ class Prompts:
 
 @attrs.frozen
 class Run:
-    """Seconds to the first token of a request, and those of every step after it."""
+    """One request alone.
+
+    Attributes:
+        first: seconds to its first token.
+        first_processor: processor time to it.
+        other_processor: processor time of all steps after it.
+    """
 
     first: float
-    steps: list[float]
+    first_processor: float
+    other_processor: float
 
 
 def run(llm: LLM, prompt: list[int], tokens: int) -> Run:
     """Serves one request alone."""
     engine = llm.engine
-    begin = time.perf_counter()
+    begin, processor = time.perf_counter(), time.process_time()
     (request,) = engine.add_request(
         "measured", prompt, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     )
     while not request.num_output_tokens:
         engine.step()
-    first = time.perf_counter() - begin
-    steps = []
+    first, middle = time.perf_counter() - begin, time.process_time()
     while engine.has_unfinished_requests:
-        begin = time.perf_counter()
         engine.step()
-        steps.append(time.perf_counter() - begin)
-    return Run(first, steps)
+    return Run(first, middle - processor, time.process_time() - middle)
 
 
 def shared_prefix(cached: LLM, prompts: Prompts, rounds: int) -> dict[str, float]:
@@ -82,7 +86,7 @@ def shared_prefix(cached: LLM, prompts: Prompts, rounds: int) -> dict[str, float
 
 
 def no_hits(cached: LLM, plain: LLM, prompts: Prompts, rounds: int, tokens: int) -> dict[str, float]:
-    """Time with the cache over time without it, on prompts that share nothing; the cache is full and evicts."""
+    """Processor time with the cache over that without it, on prompts that share nothing; the cache is full and evicts."""
     firsts: list[tuple[float, float]] = []
     steps: list[tuple[float, float]] = []
     allocator = cached.engine.scheduler.allocator
@@ -92,8 +96,8 @@ def no_hits(cached: LLM, plain: LLM, prompts: Prompts, rounds: int, tokens: int)
         order = [cached, plain] if number % 2 else [plain, cached]
         prompt = prompts.ids(prompts.length)
         runs = {llm is cached: run(llm, prompt, tokens) for llm in order}
-        firsts.append((runs[True].first, runs[False].first))
-        steps.append((sum(runs[True].steps), sum(runs[False].steps)))
+        firsts.append((runs[True].first_processor, runs[False].first_processor))
+        steps.append((runs[True].other_processor, runs[False].other_processor))
     return {
         "prefill_ratio": statistics.median(one / other for one, other in firsts),
         "decode_ratio": statistics.median(one / other for one, other in steps),
@@ -156,6 +160,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rows", type=int, default=16, help="rows of the decode steps whose cost is measured")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--memory", default="2GiB", help="of each engine; all of the cache is filled")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     options: dict[str, Any] = {
@@ -164,7 +169,7 @@ def main() -> None:
         "skip_tokenizer_init": True,
         "max_num_seqs": args.rows,
         "max_model_len": args.prefix + _TAIL + args.tokens + 16,
-        "memory": "2GiB",
+        "memory": args.memory,
     }
     with LLM(args.target, **options) as cached, LLM(args.target, enable_prefix_caching=False, **options) as plain:
         vocabulary = cached.engine.runner.architecture.vocab_size

@@ -187,7 +187,10 @@ class Soak:
                 try:
                     await action(http, dice)
                 except Exception as error:
-                    self.problems.append(f"{action.__name__}: {type(error).__name__}: {error}")
+                    left = self.until - time.monotonic()
+                    self.problems.append(
+                        f"{action.__name__}, {left:.0f} s before the end: {type(error).__name__}: {error}"
+                    )
 
     async def greedy(self, http: httpx.AsyncClient, dice: random.Random) -> None:
         text, count = dice.choice(SNIPPETS), dice.randint(1, LONGEST)

@@ -376,7 +376,7 @@ def test_many_streams_get_several_steps_in_one_output(
 
         return await asyncio.gather(*(one() for _ in range(4)))
 
-    monkeypatch.setattr("specplug.streams.delivery._SECONDS_PER_OUTPUT", 30.0)
+    monkeypatch.setattr("specplug.streams.delivery._SHARE", 1e-7)
     for parts in run(collect()):
         assert [token for part in parts for token in part] == expected
         assert 2 <= len(parts) <= 3, "the first tokens at once, the rest at the end"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -21,6 +22,10 @@ import pytest
 from click.testing import CliRunner
 
 from specplug.cli.main import cli
+from specplug.server.app import create_app
+from specplug.server.process import Endpoint, run_server
+from specplug.server.settings import ServerSettings
+from specplug.server.state import ServerState
 from support.serving import wait_until
 
 NGRAM = '{"method": "ngram", "num_speculative_tokens": 4}'
@@ -138,6 +143,38 @@ def test_requests_that_do_not_end_are_aborted(second: bool) -> None:
         assert events[-1] == "data: [DONE]"
         assert server.process.wait(30) == 0
         assert "Traceback" not in server.text
+
+
+@pytest.mark.slow
+def test_a_connection_may_be_idle_for_longer_than_clients_keep_it() -> None:
+    loaded = threading.Event()
+    state = ServerState(ServerSettings(model_names=("tiny",)))
+    endpoint = Endpoint(port=0)
+    listener = endpoint.bind()
+    request = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+
+    async def run() -> list[bytes]:
+        serving = asyncio.ensure_future(
+            run_server(create_app(state), state, endpoint, listener, lambda: loaded.wait() or None)  # type: ignore[return-value]
+        )
+        await asyncio.sleep(0.3)
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        parts = []
+        for pause in (0.0, 5.5):  # OpenAI's client keeps an idle connection for 5 s
+            await asyncio.sleep(pause)
+            writer.write(request)
+            parts.append(await asyncio.wait_for(reader.readuntil(b"}"), 20))
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(serving, 20)
+        writer.close()
+        return parts
+
+    try:
+        first, second = asyncio.run(run())
+    finally:
+        loaded.set()
+    assert b" 200 OK" in first
+    assert b" 200 OK" in second
 
 
 @pytest.mark.slow

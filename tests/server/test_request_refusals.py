@@ -161,8 +161,23 @@ def test_other_types_paths_methods_and_models(http: httpx.Client, client: openai
     server.wait_idle()
 
 
+def test_a_mistyped_name_is_named(http: httpx.Client) -> None:
+    error = refusal(http.post(COMPLETIONS, json={"promt": "x"}))
+    assert error["param"] == "promt"
+    assert "unknown field" in error["message"]
+    assert "(and 1 more)" in error["message"]
+
+
 def test_an_openapi_schema_names_every_path(http: httpx.Client) -> None:
     schema = http.get("/openapi.json").json()
-    assert {COMPLETIONS, CHAT, "/v1/models", "/tokenize", "/detokenize", "/abort", "/health", "/version"} <= set(
-        schema["paths"]
-    )
+    assert {
+        COMPLETIONS,
+        CHAT,
+        "/v1/responses",
+        "/v1/models",
+        "/tokenize",
+        "/detokenize",
+        "/abort",
+        "/health",
+        "/version",
+    } <= set(schema["paths"])

@@ -17,7 +17,6 @@ class FairLock:
     """
 
     def __init__(self) -> None:
-        self._process = os.getpid()
         self._changed = threading.Condition(threading.Lock())
         self._queue: deque[object] = deque()
         self._holder: int | None = None

@@ -12,6 +12,7 @@ from specplug.errors import SpecplugError
 from specplug.server.answers.adapters import load_adapter, unload_adapter
 from specplug.server.answers.chat import create_chat_completion
 from specplug.server.answers.completions import create_completion
+from specplug.server.answers.responses import create_response
 from specplug.server.answers.tokenization import detokenize, tokenize
 from specplug.server.answers.trace import create_trace, describe
 from specplug.server.errors import ApiError, install_handlers
@@ -20,6 +21,7 @@ from specplug.server.pages import PAGE_PATHS, add_pages
 from specplug.server.protocol.adapters import LoadAdapterBody, UnloadAdapterBody
 from specplug.server.protocol.chat import ChatBody
 from specplug.server.protocol.completions import CompletionBody
+from specplug.server.protocol.responses import ResponseBody
 from specplug.server.protocol.tokens import AbortBody, DetokenizeBody, TokenizeBody
 from specplug.server.protocol.trace import TraceBody
 from specplug.server.settings import ServerSettings
@@ -80,6 +82,11 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Reply to a conversation. With `stream`, the response is a stream of server-sent events."""
         return await create_chat_completion(state, body, request)
+
+    @app.post("/v1/responses", response_class=JSONResponse)
+    async def responses(body: ResponseBody, request: Request) -> Response:
+        """Reply to a conversation in OpenAI's newer form, without stored state. With `stream`, as server-sent events."""
+        return await create_response(state, body, request)
 
     @app.post("/abort")
     async def abort(body: AbortBody) -> dict[str, Any]:

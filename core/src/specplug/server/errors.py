@@ -111,7 +111,10 @@ def install_handlers(app: FastAPI) -> None:
 def _validation_error(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a request's fields; how many others there are."""
     errors = error.errors()
+    # A name that is mistyped is also missing: the one that was sent says more.
     first = errors[0]
+    if first["type"] == "missing":
+        first = next((each for each in errors if each["type"] == "extra_forbidden"), first)
     path = ".".join(map(str, first["loc"][1:]))
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "")

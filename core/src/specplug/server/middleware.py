@@ -20,6 +20,7 @@ _COUNTED = frozenset(
     {
         "/v1/completions",
         "/v1/chat/completions",
+        "/v1/responses",
         "/v1/specplug/trace",
         "/v1/models",
         "/tokenize",

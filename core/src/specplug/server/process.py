@@ -26,6 +26,9 @@ from specplug.server.state import ServerState
 Result = TypeVar("Result")
 _FLUSH_SECONDS = 5  # after the last request, for responses that are being sent
 _BACKLOG = 2048
+# The side that closes an idle connection must be the client: a request that is on its way when the server closes is lost.
+# OpenAI's client keeps idle connections for 5 s, nginx and the load balancers of clouds for 60.
+_KEEP_ALIVE_SECONDS = 75
 _LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -171,6 +174,7 @@ async def run_server(
         ssl_keyfile=endpoint.ssl_keyfile,
         backlog=_BACKLOG,
         timeout_graceful_shutdown=_FLUSH_SECONDS,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
     )
     server = _Server(config)
     stopping, aborting = asyncio.Event(), asyncio.Event()

@@ -140,6 +140,7 @@ class ServerState:
 
     def abort(self, request_id: str) -> bool:
         """Ends a request, by its `id` or by the caller's name; returns whether it was unfinished."""
-        wanted = {request_id, f"cmpl-{request_id}", f"chatcmpl-{request_id}", f"trace-{request_id}"}
+        prefixes = ("", "cmpl-", "chatcmpl-", "resp-", "trace-")
+        wanted = {f"{prefix}{request_id}" for prefix in prefixes}
         names = [name for each in wanted for name in self._in_work.get(each, ())]
         return sum(self.engine.abort(name) for name in names) > 0

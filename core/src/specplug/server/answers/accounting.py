@@ -9,6 +9,7 @@ import attrs
 
 from specplug.outputs import RequestOutput
 from specplug.server.settings import SpeculativeMetrics
+from specplug.server.state import ServerState
 from specplug.stats import SpeculationStats
 
 
@@ -48,6 +49,13 @@ class Usage:
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+
+
+def speculation_of(state: ServerState, stats: Iterable[SpeculationStats]) -> dict[str, Any] | None:
+    """The `metrics` of a response, as the server is set up to give them."""
+    config = state.engine.config.speculative
+    length = 0 if config is None else config.num_speculative_tokens
+    return speculation(stats, state.settings.speculative_metrics, length)
 
 
 def speculation(

@@ -9,6 +9,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from specplug.outputs import CompletionOutput, RequestOutput
+from specplug.sampling.params import SamplingParams
+from specplug.server.answers.choices import ChoicesReply
 from specplug.server.answers.logprobs import chat_logprobs, prompt_logprobs
 from specplug.server.answers.rendering import render
 from specplug.server.answers.serving import serve
@@ -28,15 +30,11 @@ async def create_chat_completion(state: ServerState, body: ChatBody, request: Re
     async def encode() -> list[EncodedPrompt]:
         return [await render(state, body.messages, body)]
 
-    return await serve(
-        state,
-        request,
-        body,
-        _ChatAnswer(body),
-        num_prompts=1,
-        encode=encode,
-        params=lambda: body.sampling_params(state.default_options, max_tokens=body.limit, logprobs=body.num_logprobs),
-    )
+    def params() -> SamplingParams:
+        return body.sampling_params(state.default_options, max_tokens=body.limit, logprobs=body.num_logprobs)
+
+    reply = ChoicesReply(state, body, _ChatAnswer(body), encode=encode, params=params)
+    return await serve(state, request, body, reply)
 
 
 class _ChatAnswer:

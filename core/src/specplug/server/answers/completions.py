@@ -12,6 +12,7 @@ from starlette.responses import Response
 from specplug.outputs import CompletionOutput, RequestOutput
 from specplug.sampling.logprobs import PositionLogprobs
 from specplug.sampling.params import SamplingParams
+from specplug.server.answers.choices import ChoicesReply
 from specplug.server.answers.logprobs import completion_logprobs, join_logprobs, prompt_logprobs
 from specplug.server.answers.serving import serve
 from specplug.server.protocol.completions import CompletionBody
@@ -25,15 +26,14 @@ async def create_completion(state: ServerState, body: CompletionBody, request: R
         ApiError: it cannot be served, or not now.
         ClientGoneError: the client left.
     """
-    return await serve(
+    reply = ChoicesReply(
         state,
-        request,
         body,
         _CompletionAnswer(state, body),
-        num_prompts=len(body.prompts),
         encode=lambda: state.engine.encode(body.prompt),
         params=lambda: _params(state, body),
     )
+    return await serve(state, request, body, reply, num_prompts=len(body.prompts))
 
 
 def _params(state: ServerState, body: CompletionBody) -> SamplingParams:
