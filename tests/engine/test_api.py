@@ -282,7 +282,7 @@ def test_options_of_vllm() -> None:
     }
     for name, value, reason in [
         ("pipeline_parallel_size", 2, "tensor_parallel_size"),
-        ("quantization", "awq", "quantization_config"),
+        ("quantization", "awq", "expected 'int8'"),
         ("enable_lora", True, "adapters"),
         ("kv_cache_dtype", "fp8", "model's dtype"),
         ("load_format", "gguf", "safetensors"),

@@ -16,7 +16,6 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "tokenizer_mode": ("auto",),
     "pipeline_parallel_size": (1,),
     "data_parallel_size": (1,),
-    "quantization": (None,),
     "tokenizer_revision": (None,),
     "cpu_offload_gb": (0,),
     "swap_space": (0, 4),
@@ -36,7 +35,6 @@ _MEMORY_OPTIONS = ("gpu_memory_utilization", "kv_cache_memory_bytes")
 _REASONS = {
     "pipeline_parallel_size": "tensor_parallel_size is what splits a target here",
     "data_parallel_size": "replicas run on Ray Serve, with specplug-ray",
-    "quantization": "the checkpoint's own quantization_config decides how its weights are read",
     "enable_lora": "adapters are not supported; merge them into the weights",
     "kv_cache_dtype": "keys and values are kept in the model's dtype",
     "load_format": "only safetensors are loaded",

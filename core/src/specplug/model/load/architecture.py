@@ -18,6 +18,7 @@ from specplug.contract.resources import KVLayer
 from specplug.errors import UnsupportedModelError
 from specplug.model.attention.interface import SITE
 from specplug.model.load import masks
+from specplug.model.load.int8 import int8_bytes, linear_shapes
 from specplug.model.load.library_output import quiet_transformers
 from specplug.model.load.masks import Mask
 from specplug.model.load.max_length import LENGTH_DEPENDENT_ROPE, context_length, context_note, rope_parameters
@@ -76,6 +77,8 @@ class Architecture:
         towers: the modules that text never reaches (images, sound); they are not loaded.
         state_calls: the calls that carry recurrent state from token to token, in the order they run.
         shards: how it is split over ranks.
+        linear_shapes: outputs and inputs of its plain linear layers.
+        linear_elements: of the weights of these that nothing else holds.
     """
 
     name: str
@@ -93,6 +96,17 @@ class Architecture:
     towers: tuple[str, ...] = ()
     state_calls: tuple[StateCall, ...] = ()
     shards: ShardPlan = attrs.field(factory=ShardPlan)
+    linear_shapes: tuple[tuple[int, int], ...] = ()
+    linear_elements: int = 0
+
+    def in_int8(self, dtype: torch.dtype) -> Architecture:
+        """The same with its linear layers in int8, and all else in `dtype`.
+
+        Raises:
+            UnsupportedModelError: there are no such layers.
+        """
+        change = int8_bytes(self.linear_shapes, dtype, self.name) - self.linear_elements * dtype.itemsize
+        return attrs.evolve(self, weight_bytes=self.weight_bytes + change, tied_head_bytes=0)
 
     def of_rank(self, size: int) -> Architecture:
         """What one of `size` ranks holds of it.
@@ -269,6 +283,7 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
     layers = _decoder_layers(model, trace)
     towers = find_towers(model, layers, trace.used) if type(model.config) is type(config) else ()
     drop_towers(model, towers)
+    shapes, elements = linear_shapes(model)
     expected = getattr(config.get_text_config(), "num_hidden_layers", len(layers))
     check_states(model_type, model, trace.states)
     if trace.states:
@@ -307,6 +322,8 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
         towers=towers,
         state_calls=tuple(trace.states),
         shards=shard_plan(model),
+        linear_shapes=shapes,
+        linear_elements=elements,
     )
 
 

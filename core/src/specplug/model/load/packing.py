@@ -36,7 +36,16 @@ def _has_onednn() -> bool:
 
 
 def is_packable(linear: nn.Linear) -> bool:
-    """Whether a layer's weight can be packed, by our own kernel's rules or by oneDNN's.
+    """Whether a layer's weight can be packed, by our own kernel's rules or by oneDNN's."""
+    return (
+        is_plain(linear)
+        and can_pack(linear.weight.dtype, linear.weight.device)
+        and (is_native(linear) or _has_onednn())
+    )
+
+
+def is_plain(linear: nn.Linear) -> bool:
+    """Whether a layer is a matmul with the numbers of its weight.
 
     A weight that is a tensor subclass (quantised, distributed) is more than its numbers, and a layer whose forward was replaced
     or hooked does more than a matmul: both stay as they are.
@@ -44,9 +53,7 @@ def is_packable(linear: nn.Linear) -> bool:
     weight: Any = getattr(linear, "weight", None)
     if type(weight) not in (nn.Parameter, torch.Tensor) or type(weight.data) is not torch.Tensor:
         return False
-    if "forward" in vars(linear) or linear._forward_hooks or linear._forward_pre_hooks:
-        return False
-    return can_pack(linear.weight.dtype, linear.weight.device) and (is_native(linear) or _has_onednn())
+    return not ("forward" in vars(linear) or linear._forward_hooks or linear._forward_pre_hooks)
 
 
 def packed_shape(out_features: int, in_features: int) -> tuple[int, int]:

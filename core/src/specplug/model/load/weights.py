@@ -16,6 +16,7 @@ from specplug.errors import CheckpointError, one_line
 from specplug.model.attention.interface import IMPLEMENTATION, register
 from specplug.model.load.architecture import Architecture, disable_padding_checks
 from specplug.model.load.checkpoint import TensorHeader, read_headers
+from specplug.model.load.int8 import quantise_linears
 from specplug.model.load.library_output import quiet_transformers
 from specplug.model.load.packing import pack_linears
 from specplug.model.load.quantised import (
@@ -43,6 +44,7 @@ def load_model(
     trust_remote_code: bool = False,
     shards: ShardPlan = WHOLE_MODEL,
     num_ranks: int = 1,
+    quantization: str | None = None,
 ) -> torch.nn.Module:
     """Loads a causal LM in evaluation mode, with its attention over the paged KV cache.
 
@@ -55,6 +57,7 @@ def load_model(
         trust_remote_code: whether the checkpoint's own code may run.
         shards: how the model is split over ranks; all of them load it at the same time, in one process group.
         num_ranks: how many there are.
+        quantization: `int8` quantises the linear layers; None keeps the checkpoint's precision.
 
     Raises:
         CheckpointError: weights are missing, truncated, of another shape, or not safetensors.
@@ -98,7 +101,7 @@ def load_model(
     model.eval().requires_grad_(False)
     if num_ranks > 1:
         localise(model, shards.rules)
-    pack_linears(model)
+    quantise_linears(model) if quantization == "int8" else pack_linears(model)
     return model
 
 
