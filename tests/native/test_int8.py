@@ -146,7 +146,7 @@ def dequantised(folder: Path, root: Path) -> Path:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "granitemoehybrid"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "granitemoehybrid", "mamba"])
 def test_equals_generate_of_the_dequantised_checkpoint(tmp_path: Path, architecture: str) -> None:
     folder = save_recurrent(tmp_path, architecture) if architecture in RECURRENT else save_model(tmp_path, architecture)
     pairs = decisive_prompts(dequantised(folder, tmp_path / "dense"), 3, NEW_TOKENS, VOCABULARY)

@@ -77,6 +77,7 @@ class Architecture:
         towers: the modules that text never reaches (images, sound); they are not loaded.
         state_calls: the calls that carry recurrent state from token to token, in the order they run.
         shards: how it is split over ranks.
+        read_weights: linear layers that do not run as such: other code reads their weights.
         linear_shapes: outputs and inputs of its plain linear layers.
         linear_elements: of the weights of these that nothing else holds.
     """
@@ -96,6 +97,7 @@ class Architecture:
     towers: tuple[str, ...] = ()
     state_calls: tuple[StateCall, ...] = ()
     shards: ShardPlan = attrs.field(factory=ShardPlan)
+    read_weights: tuple[str, ...] = ()
     linear_shapes: tuple[tuple[int, int], ...] = ()
     linear_elements: int = 0
 
@@ -283,7 +285,12 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
     layers = _decoder_layers(model, trace)
     towers = find_towers(model, layers, trace.used) if type(model.config) is type(config) else ()
     drop_towers(model, towers)
-    shapes, elements = linear_shapes(model)
+    read_weights = tuple(
+        name
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear and id(module) not in trace.used and id(module.weight) in trace.used
+    )
+    shapes, elements = linear_shapes(model, read_weights)
     expected = getattr(config.get_text_config(), "num_hidden_layers", len(layers))
     check_states(model_type, model, trace.states)
     if trace.states:
@@ -322,6 +329,7 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
         towers=towers,
         state_calls=tuple(trace.states),
         shards=shard_plan(model),
+        read_weights=read_weights,
         linear_shapes=shapes,
         linear_elements=elements,
     )

@@ -8,6 +8,7 @@ output layer among them: embeddings, norms, convolutions and the experts of a mi
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from torch import nn
 from specplug import native
 from specplug.errors import CheckpointError, UnsupportedModelError
 from specplug.model.huge_pages import allocate
-from specplug.model.load.packing import PANEL, is_plain, packed_shape
+from specplug.model.load.packing import PANEL, is_plain, linears_of, packed_shape
 
 _LARGEST = 127
 _SCALE_BYTES = torch.float32.itemsize
@@ -105,18 +106,17 @@ def _fill_panels(storage: torch.Tensor, integers: torch.Tensor, scales: torch.Te
     storage[:, integers.shape[1] * PANEL :] = scales.view(panels, PANEL).view(torch.int8)
 
 
-def quantise_linears(model: nn.Module) -> int:
-    """Replaces every plain linear layer of a module by its int8 form, in place; returns how many.
+def quantise_linears(model: nn.Module, skip: Collection[str] = ()) -> int:
+    """Replaces the plain linear layers of a module by their int8 form, in place; returns how many.
+
+    Args:
+        model: the module.
+        skip: names of layers to leave as they are.
 
     Raises:
         CheckpointError: weights are not finite.
     """
-    chosen = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child) is nn.Linear and is_plain(child)
-    ]
+    chosen = [each for each in linears_of(model, skip) if is_plain(each[2])]
     shapes = [
         int8_shape(child.out_features, child.in_features, is_native=is_native(child.in_features, child.weight.dtype))
         for _, _, child in chosen
@@ -130,9 +130,9 @@ def quantise_linears(model: nn.Module) -> int:
     return count
 
 
-def linear_shapes(model: nn.Module) -> tuple[tuple[tuple[int, int], ...], int]:
+def linear_shapes(model: nn.Module, skip: Collection[str]) -> tuple[tuple[tuple[int, int], ...], int]:
     """Outputs and inputs of every plain linear layer, and the elements of those weights that nothing else holds."""
-    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    linears = [linear for _, _, linear in linears_of(model, skip)]
     held = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     own = Counter(id(linear.weight) for linear in linears)
     freed = {

@@ -8,7 +8,7 @@ compiled, else by oneDNN's. The packed form replaces the parameter; only a weigh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -107,19 +107,14 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(states, self.packed, self.bias, "none", [], "")
 
 
-def pack_linears(model: nn.Module) -> int:
+def pack_linears(model: nn.Module, skip: Collection[str] = ()) -> int:
     """Packs every linear layer of a module in place where that pays; returns how many.
 
     Core does this to the models it runs; a speculator does it to its own module, once the weights are loaded. Nothing
     happens on a GPU, in float32, or on a CPU without such kernels. Subclasses of `nn.Linear` may compute something else, and
-    stay as they are. The values of a packed layer's `weight` cannot be read: call the layer.
+    stay as they are. The values of a packed layer's `weight` cannot be read: call the layer, or name it in `skip`.
     """
-    chosen = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child) is nn.Linear and is_packable(child)
-    ]
+    chosen = [each for each in linears_of(model, skip) if is_packable(each[2])]
     storages = _storages([child for _, _, child in chosen])
     count = 0
     while chosen:  # frees each layer, and so its weight, before the next is packed
@@ -133,6 +128,16 @@ def pack_linears(model: nn.Module) -> int:
             count += 1
         del child
     return count
+
+
+def linears_of(model: nn.Module, skip: Collection[str]) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """(parent, name in it, layer) of the linear layers whose full names are not in `skip`."""
+    return [
+        (parent, name, child)
+        for path, parent in model.named_modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear and f"{path}.{name}".removeprefix(".") not in skip
+    ]
 
 
 def _storages(layers: Sequence[nn.Linear]) -> list[torch.Tensor | None]:

@@ -41,6 +41,7 @@ def load_model(
     device: torch.device,
     *,
     towers: Collection[str] = (),
+    read_weights: Collection[str] = (),
     trust_remote_code: bool = False,
     shards: ShardPlan = WHOLE_MODEL,
     num_ranks: int = 1,
@@ -54,6 +55,7 @@ def load_model(
         dtype: of floating weights.
         device: where the weights go.
         towers: modules to leave out, see `Architecture.towers`.
+        read_weights: linear layers to leave as they are, see `Architecture.read_weights`.
         trust_remote_code: whether the checkpoint's own code may run.
         shards: how the model is split over ranks; all of them load it at the same time, in one process group.
         num_ranks: how many there are.
@@ -101,7 +103,7 @@ def load_model(
     model.eval().requires_grad_(False)
     if num_ranks > 1:
         localise(model, shards.rules)
-    quantise_linears(model) if quantization == "int8" else pack_linears(model)
+    (quantise_linears if quantization == "int8" else pack_linears)(model, read_weights)
     return model
 
 
