@@ -21,7 +21,7 @@ from specplug.model.load import masks
 from specplug.model.load.int8 import int8_bytes, linear_shapes
 from specplug.model.load.library_output import quiet_transformers
 from specplug.model.load.masks import Mask
-from specplug.model.load.max_length import LENGTH_DEPENDENT_ROPE, context_length, context_note, rope_parameters
+from specplug.model.load.max_length import CHUNKED, LENGTH_DEPENDENT_ROPE, context_length, context_note, rope_parameters
 from specplug.model.load.packing import can_pack
 from specplug.model.load.refusal import (
     build_failure,
@@ -342,7 +342,7 @@ def disable_padding_checks(model: Any) -> None:
 
 def _check_layer_types(config: Any, model_type: str) -> None:
     text = config.get_text_config()
-    foreign = sorted(set(getattr(text, "layer_types", None) or ()) - KNOWN_TYPES)
+    foreign = sorted(set(getattr(text, "layer_types", None) or ()) - KNOWN_TYPES - {CHUNKED})
     if foreign:
         raise UnsupportedModelError(
             f"model type '{model_type}' has layers of type {', '.join(foreign)}; only full and sliding-window attention, "
