@@ -66,6 +66,10 @@ class Int8Linear(nn.Module):
         storage: int8 memory of `int8_shape`.
     """
 
+    bias: torch.Tensor | None
+    packed: torch.Tensor
+    scales: torch.Tensor | None
+
     def __init__(self, linear: nn.Linear, storage: torch.Tensor) -> None:
         super().__init__()
         self.in_features = linear.in_features
@@ -91,6 +95,7 @@ class Int8Linear(nn.Module):
         """[..., in] → [..., out]. Sums are float32, and rounded once."""
         if self.is_native:
             return torch.ops.specplug.linear(states, self.packed, self.bias, self.out_features)
+        assert self.scales is not None, "only the kernel's panels hold their scales"
         wide = states.to(torch.promote_types(states.dtype, torch.float32))
         parts = [nn.functional.linear(wide, some.to(wide.dtype)) for some in self.packed.split(_OUTPUTS_AT_ONCE)]
         sums = torch.cat(parts, -1) * self.scales
