@@ -148,11 +148,17 @@ class Request:
         """Commits tokens until one ends the request; returns how many were committed."""
         if self.first_token_time is None:
             self.first_token_time = time.monotonic()
+        limit, text = self.params.max_tokens, self.text
+        assert limit is not None
+        left = limit - self.num_output_tokens
         for taken, (token, source) in enumerate(zip(tokens, sources, strict=True), start=1):
             self.tokens.append(token)
             self.sources.append(source)
-            self._end_with(token)
-            if self.is_finished:
+            if token in self.stop_ids or taken >= left or self.params.min_tokens:
+                self._end_with(token)
+            elif text is not None and text.push(token):
+                self.end("stop", text.stop_string)
+            if self.finish_reason is not None:
                 return taken
         return len(tokens)
 

@@ -12,6 +12,8 @@ from specplug.request import Request, StepOutput
 from specplug.sampling.logprobs import gather_logprobs
 from specplug.stats import SpeculationStats
 
+_OWN: list[str | None] = [None]
+
 
 def commit_tokens(request: Request, path: Sequence[int], next_token: int, total: SpeculationStats) -> StepOutput:
     """Appends the accepted path of a request's draft and the next token, and counts them.
@@ -23,21 +25,23 @@ def commit_tokens(request: Request, path: Sequence[int], next_token: int, total:
         total: the engine's counters.
     """
     draft = request.draft
-    tokens = [draft.tokens[node] for node in path] if draft else []
-    sources: list[str | None] = [draft.method if draft else None for _ in path]
     before = len(request.tokens)
+    tokens, sources = [next_token], _OWN
+    if path and draft is not None:
+        tokens = [*(draft.tokens[node] for node in path), next_token]
+        sources = [*[draft.method] * len(path), None]
     try:
-        request.append([*tokens, next_token], [*sources, None])
+        request.append(tokens, sources)
     except Exception as error:  # the tokenizer fails on its own ids
         request.fail(error)
     taken = len(request.tokens) - before
-    num_accepted = min(taken, len(path))
+    nodes, method = (0, "") if draft is None else (len(draft.tokens), draft.method)
     for stats in (request.stats, total):
-        stats.record(len(draft) if draft else 0, num_accepted, draft.method if draft else "")
-    request.outcome = Outcome(draft.method, len(draft), tuple(path), tuple(draft.tokens)) if draft else None
+        stats.record(nodes, min(taken, len(path)), method)
+    request.outcome = None if draft is None else Outcome(method, nodes, tuple(path), tuple(draft.tokens))
     request.draft = None
     texts = [] if request.text is None or request.error else request.text.take(taken)
-    return StepOutput(request, request.tokens[before:], [*sources, None][:taken], texts)
+    return StepOutput(request, request.tokens[before:], sources[:taken], texts)
 
 
 def kv_moves(request: Request, first: int, path: Sequence[int]) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ from specplug.engine.compilation import wants_compilation
 from specplug.engine.memory_plan import MemoryPlan, default_budget, solve
 from specplug.errors import CheckpointError, ConfigurationError, PluginError
 from specplug.host.loading import check_traits, load_speculators, max_nodes_of, plan_regions, wants_top_k_at_drafts
-from specplug.model.compile.cuda_graphs import CAPTURED_TOKENS
+from specplug.model.compile.cuda_graphs import CAPTURED_TOKENS, MOST_CAPTURED
 from specplug.model.compile.memory import StepModel, step_bytes
 from specplug.model.device import choose_device
 from specplug.model.load.architecture import Architecture, inspect_architecture
@@ -108,6 +108,7 @@ def plan_engine(
         num_speculative_tokens=max([max_nodes_of(s) for s in speculators], default=0),
         dtype=dtype,
         compiled_output_tokens=CAPTURED_TOKENS if device.type == "cuda" else 0,
+        loop_rows=MOST_CAPTURED if device.type == "cuda" else 0,
     )
     regions = [plan_regions(speculator, budget) for speculator in speculators]
     num_entries = min(config.max_num_batched_tokens, config.max_num_seqs * (1 + budget.num_speculative_tokens))

@@ -14,7 +14,7 @@ import torch
 
 from specplug import native, threads
 from specplug.config.engine import EngineConfig
-from specplug.contract.resources import Resources
+from specplug.contract.resources import Resources, no_compile
 from specplug.engine.compilation import compile_forwards, wants_compilation
 from specplug.engine.engine import Engine
 from specplug.engine.planning import PlannedEngine, plan_engine
@@ -24,11 +24,13 @@ from specplug.engine.scheduler import Scheduler
 from specplug.errors import SpecplugError, StartupError
 from specplug.host.loading import allocate_caches, max_nodes_of, row_buckets, wants_top_k_at_drafts
 from specplug.model.compile.compiled import compile_step
+from specplug.model.compile.loops import compile_loop
 from specplug.model.kv_cache import KVCache
 from specplug.model.load.checkpoint import resolve_checkpoint
 from specplug.model.load.parity import check_parity
 from specplug.model.load.tokenizer import check_tokenizer
 from specplug.model.load.weights import load_model
+from specplug.model.loop import plain_loop
 from specplug.model.parallel.commands import RankSettings
 from specplug.model.parallel.ranks import Ranks
 from specplug.model.parallel.runner import LeadingCache, LeadingRunner
@@ -323,7 +325,8 @@ def _resources(
             kv_caches=own,
             row_buckets=row_buckets(config.max_num_seqs),
             hidden_states={b: states.delivery[b] for b in speculator.traits.hidden_states},
-            **({"compile": compile_step} if compiles else {}),
+            compile=compile_step if compiles else no_compile,
+            compile_loop=compile_loop if compiles else plain_loop,
         )
         for speculator, own in zip(planned.speculators, caches, strict=True)
     ]

@@ -128,6 +128,20 @@ class ModelRunner:
             return self.compiled.over_tensors(positions, plan, write_slots, ids, logits_index)
         return self.step(TensorBatch(positions, plan, write_slots, self.cache_tensors), ids, logits_index)
 
+    @torch.inference_mode()
+    def over_batch(
+        self, batch: ForwardBatch | TensorBatch, ids: torch.Tensor, logits_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits [L, vocabulary] of a batch whose ids [T] are not the batch's own; all of them without an index [L]."""
+        index = torch.arange(len(ids), device=ids.device, dtype=torch.long) if logits_index is None else logits_index
+        if isinstance(batch, TensorBatch):
+            positions, plan, slots = batch.positions, batch.plan, batch.write_slots
+        elif batch.is_native:
+            positions, plan, slots, *_ = batch.step_inputs
+        else:
+            return self._run_model(batch, ids[None], batch.position_ids, index)
+        return self.run_tensors(positions, plan, slots, ids, index)[0]
+
     def keep(self, slot: int, path: Sequence[int]) -> None:
         """After verification: a row's recurrent state goes on over its last token and these nodes of its draft alone."""
         if self.states is not None:
