@@ -271,7 +271,6 @@ def test_options_of_vllm() -> None:
     harmless = {
         "runner": "generate",
         "data_parallel_size": 1,
-        "quantization": None,
         "enforce_eager": True,
         "swap_space": 4,
         "load_format": "safetensors",
