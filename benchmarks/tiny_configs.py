@@ -30,7 +30,7 @@ _SIZES: list[tuple[str, int]] = [
     ),
     (r"(intermediate_size|ffn_dim|ffn_hidden_size|d_ff|n_inner|mlp_dim)$", 48),
     (r"^(max_position_embeddings|n_positions|n_ctx|max_seq_len|max_sequence_length|seq_length)$", CONTEXT),
-    (r"window(_size)?$|^local_attention$|^attention_chunk_size$|^chunk_size$", WINDOW),
+    (r"window(_size)?$|^local_attention$|^chunk_size$", WINDOW),
 ]
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # What the names do not say: fields whose value must fit others.

@@ -217,7 +217,7 @@ STARTS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"quantization": "awq"},
-        "vLLM's option quantization='awq' is not supported: the checkpoint's own quantization_config decides",
+        "quantization='awq': expected 'int8' or None (a quantised checkpoint needs no option: its quantization_config says",
     ),
     ({"kv_cache_memory_bytes": 1}, "kv_cache_memory_bytes is not supported: give memory"),
     ({"memory": -1}, "memory=-1: expected a positive size such as '8GiB'"),

@@ -109,6 +109,7 @@ def test_json_keys_are_stable(run: Callable[..., Any], folder: Path, drafter: st
         "target",
         "architecture",
         "dtype",
+        "quantization",
         "device",
         "speculators",
         "budget_bytes",

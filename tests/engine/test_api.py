@@ -271,7 +271,6 @@ def test_options_of_vllm() -> None:
     harmless = {
         "runner": "generate",
         "data_parallel_size": 1,
-        "quantization": None,
         "enforce_eager": True,
         "swap_space": 4,
         "load_format": "safetensors",
@@ -282,7 +281,7 @@ def test_options_of_vllm() -> None:
     }
     for name, value, reason in [
         ("pipeline_parallel_size", 2, "tensor_parallel_size"),
-        ("quantization", "awq", "quantization_config"),
+        ("quantization", "awq", "expected 'int8'"),
         ("max_cpu_loras", 2, "adapters are kept where the target is"),
         ("kv_cache_dtype", "fp8", "model's dtype"),
         ("load_format", "gguf", "safetensors"),

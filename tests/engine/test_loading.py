@@ -38,9 +38,9 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     ("architecture", "text"),
     [
         ("falcon", "does not use Transformers' attention interface"),
-        ("bloom", "none of its 3 layers"),
+        ("bloom", "its layers attend by code of their own, and a release that moves them"),
         ("minimax", "keeps a recurrent state in .* by code of its own"),
-        ("llama4_text", "chunked_attention"),
+        ("axk2", "indexed_attention"),
     ],
 )
 def test_unsupported_models_are_refused_before_weights_are_read(tmp_path: Path, architecture: str, text: str) -> None:
@@ -69,6 +69,23 @@ def test_length_dependent_rope_bounds_the_context(tmp_path: Path) -> None:
     assert planned.plan.max_model_len == 64
     with pytest.raises(ConfigurationError, match=r"more than the 64 positions .*beyond 64 tokens its longrope RoPE"):
         startup.plan_engine(EngineConfig.create(str(folder), memory="64MiB", max_model_len=100))
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_attention_in_chunks_bounds_the_context(tmp_path: Path) -> None:
+    """Within the first chunk it is causal attention; `benchmarks/architectures.py` compares it with `generate`."""
+    from transformers import AutoConfig
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 8}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 32, "intermediate_size_mlp": 32, "num_local_experts": 2}
+    AutoConfig.for_model("llama4_text", **sizes, attention_chunk_size=40).save_pretrained(tmp_path)
+    shutil.copy(save_model(tmp_path / "weights", "llama") / "model.safetensors", tmp_path)
+    planned = startup.plan_engine(EngineConfig.create(str(tmp_path), memory="64MiB"))
+    assert planned.plan.max_model_len == 40
+    with pytest.raises(
+        ConfigurationError, match=r"more than the 40 positions .*beyond 40 tokens its layers attend in chunks"
+    ):
+        startup.plan_engine(EngineConfig.create(str(tmp_path), memory="64MiB", max_model_len=100))
 
 
 def test_prompts_beyond_the_original_positions_of_scaled_rope_are_exact(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from specplug import LLM, native
 from specplug.model.load import packing, weights
 from specplug.model.load.packing import PackedLinear, can_pack, is_packable, pack_linears
 from support.models import ARCHITECTURES, VOCABULARY, save_model
+from support.recurrent import save_recurrent
 
 CPU = torch.device("cpu")
 PACKS = can_pack(
@@ -46,7 +47,7 @@ def test_models_give_the_same_logits(tmp_path: Path, monkeypatch: pytest.MonkeyP
     config = AutoConfig.from_pretrained(folder)
     packed = weights.load_model(folder, config, torch.bfloat16, CPU)
     with monkeypatch.context() as patch:
-        patch.setattr(weights, "pack_linears", lambda model: 0)
+        patch.setattr(weights, "pack_linears", lambda model, skip: 0)
         plain = weights.load_model(folder, config, torch.bfloat16, CPU)
     if PACKS and architecture != "gpt2":  # its projections are of a class of their own
         assert any(isinstance(module, PackedLinear) for module in packed.modules())
@@ -130,3 +131,16 @@ def test_packed_weights_lie_in_one_piece_that_goes_with_the_last_of_them() -> No
     del model
     gc.collect()
     torch.testing.assert_close(last(states), states @ weights[3].t(), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.engine
+def test_layers_whose_weights_the_model_reads_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mamba multiplies by `dt_proj.weight` without calling the layer, and a packed layer has no such values."""
+    monkeypatch.setattr(packing, "_MOST_PADDING", 99.0)
+    folder = save_recurrent(tmp_path, "mamba")
+    for options in ({"dtype": "bfloat16"}, {"dtype": "float32", "quantization": "int8"}):
+        with LLM(folder, skip_tokenizer_init=True, device="cpu", memory="64MiB", **options) as llm:
+            kinds = {name.rpartition(".")[2]: type(part) for name, part in llm.engine.runner.model.named_modules()}
+            assert kinds["dt_proj"] is nn.Linear
+            assert (kinds["in_proj"] is not nn.Linear) == (PACKS or "quantization" in options)
+            assert len(llm.generate([[5, 6, 7]])[0].outputs[0].token_ids)

@@ -15,6 +15,7 @@ from support.heads import TREES, save_eagle3
 
 class TestNgram(SpeculatorConformance):
     quick = True
+    architectures = ("llama", "gemma2", "lfm2")
     deterministic = True
     samples = False
     drafts = True

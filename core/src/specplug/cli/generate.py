@@ -40,6 +40,7 @@ _ENGINE = (
     "max_num_draft_tokens",
     "block_size",
     "dtype",
+    "quantization",
     "device",
     "compile",
     "revision",

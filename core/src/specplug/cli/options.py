@@ -114,6 +114,9 @@ _engine = option_group(
         help="Keep the KV of prompts for requests that begin alike. [default: yes]",
     ),
     named("--dtype", default="auto", metavar="NAME", help="float32, bfloat16, ... [default: the checkpoint's own]"),
+    named(
+        "--quantization", metavar="NAME", help="int8: quantise the target's linear layers when it is loaded. [CPU only]"
+    ),
     named("--device", default="auto", metavar="NAME", help="cpu, cuda or cuda:N. [default: a GPU if there is one]"),
     named(
         "--compile/--no-compile",

@@ -88,6 +88,13 @@ def _is_plugins(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(name, str) and name for name in value)
 
 
+_INT8: dict[str, Any] = {
+    "validator": expect(
+        lambda value: value is None or value == "int8",
+        "'int8' or None (a quantised checkpoint needs no option: its quantization_config says how it is read)",
+        ConfigurationError,
+    )
+}
 _FLAG = flag(ConfigurationError)
 _POSITIVE = integer(1, ConfigurationError)
 _POSITIVE_OR_NONE = integer(1, ConfigurationError, or_none=True)
@@ -103,6 +110,8 @@ class EngineConfig:
         tokenizer: another folder or hub name for the tokenizer.
         revision: the checkpoint's revision on the hub.
         dtype: `auto` (the checkpoint's own) or a dtype's name.
+        quantization: `int8` quantises the target's linear layers while they are loaded, on a CPU; None, the default, keeps the
+            checkpoint's precision.
         device: `auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`, …
         trust_remote_code: whether code that comes with a checkpoint may run. Off by default.
         skip_tokenizer_init: run on token ids alone.
@@ -141,6 +150,7 @@ class EngineConfig:
     tokenizer: str | None = attrs.field(default=None, **_text(_as_path, or_none=True))
     revision: str | None = attrs.field(default=None, **_text(or_none=True))
     dtype: str = attrs.field(default="auto", **_text(_as_name("dtype")))
+    quantization: str | None = attrs.field(default=None, **_INT8)
     device: str = attrs.field(default="auto", **_text(_as_name("device")))
     trust_remote_code: bool = attrs.field(default=False, **_FLAG)
     skip_tokenizer_init: bool = attrs.field(default=False, **_FLAG)

@@ -16,7 +16,6 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "tokenizer_mode": ("auto",),
     "pipeline_parallel_size": (1,),
     "data_parallel_size": (1,),
-    "quantization": (None,),
     "tokenizer_revision": (None,),
     "cpu_offload_gb": (0,),
     "swap_space": (0, 4),
@@ -38,7 +37,6 @@ _MEMORY_OPTIONS = ("gpu_memory_utilization", "kv_cache_memory_bytes")
 _REASONS = {
     "pipeline_parallel_size": "tensor_parallel_size is what splits a target here",
     "data_parallel_size": "replicas run on Ray Serve, with specplug-ray",
-    "quantization": "the checkpoint's own quantization_config decides how its weights are read",
     "max_cpu_loras": "adapters are kept where the target is: see max_loras",
     "lora_dtype": "adapters are kept in the target's dtype",
     "kv_cache_dtype": "keys and values are kept in the model's dtype",

@@ -180,6 +180,9 @@ def _inspect_target(config: EngineConfig) -> _Target:
     check_ranks(config.tensor_parallel_size, device, is_quantised=is_quantised(model_config))
     architecture = inspect_architecture(model_config, dtype, trust_remote_code=config.trust_remote_code)
     architecture = count_weights(folder, headers, model_config, architecture, dtype, device)
+    if config.quantization is not None:
+        _check_quantization(config, device, is_quantised=is_quantised(model_config))
+        architecture = architecture.in_int8(dtype)
     architecture = architecture.of_rank(config.tensor_parallel_size)
     if config.max_model_len is not None and config.max_model_len > architecture.context_length:
         note = f" ({architecture.context_note})" if architecture.context_note else ""
@@ -189,6 +192,20 @@ def _inspect_target(config: EngineConfig) -> _Target:
         )
     longest = config.max_model_len or architecture.context_length
     return _Target(folder, model_config, architecture, dtype, device, longest)
+
+
+def _check_quantization(config: EngineConfig, device: torch.device, *, is_quantised: bool) -> None:
+    given = f"quantization='{config.quantization}'"
+    if device.type != "cpu":
+        raise ConfigurationError(
+            f"{given} is for CPUs, and the device is {device}; give device='cpu', or a checkpoint that is quantised"
+        )
+    if is_quantised:
+        raise ConfigurationError(
+            f"{given}: the weights of {config.model} are quantised already; leave quantization out"
+        )
+    if config.tensor_parallel_size > 1:
+        raise ConfigurationError(f"{given} runs in one process; leave it out, or give tensor_parallel_size=1")
 
 
 def _target_facade(config: EngineConfig, target: _Target, tokenizer: Callable[[], Any]) -> TargetFacade:

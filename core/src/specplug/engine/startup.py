@@ -200,9 +200,11 @@ def _load_target(planned: PlannedEngine, ranks: Ranks | None) -> torch.nn.Module
             planned.dtype,
             planned.device,
             towers=planned.architecture.towers,
+            read_weights=planned.architecture.read_weights,
             trust_remote_code=planned.config.trust_remote_code,
             shards=planned.architecture.shards,
             num_ranks=planned.config.tensor_parallel_size,
+            quantization=planned.config.quantization,
         )
     except Exception as error:
         if ranks is None:

@@ -154,7 +154,10 @@ class LazyModel:
 
     def materialize(self, progress: Progress) -> None:
         """Loads the weights."""
-        self._model = load_model(self.folder, self.config, self.dtype, self.device, towers=self._architecture.towers)
+        own = self._architecture
+        self._model = load_model(
+            self.folder, self.config, self.dtype, self.device, towers=own.towers, read_weights=own.read_weights
+        )
         progress(1.0)
 
     def bind(self, caches: Mapping[str, KVCache]) -> None:

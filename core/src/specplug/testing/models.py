@@ -52,9 +52,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "gemma2": {"sliding_window": WINDOW, "query_pre_attn_scalar": 8},
     "gpt_neox": {"num_key_value_heads": None, "head_dim": None},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "head_dim": None},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"},
 }
-"""What sets each architecture apart: plain, normed heads, windows and soft-caps, parallel layers, experts."""
+"""What sets each architecture apart: plain, normed heads, windows and soft-caps, parallel layers, recurrent state, experts."""
 
 
 def save_tiny_model(folder: Path, architecture: str = "llama", *, seed: int = 0, **changes: Any) -> Path:

@@ -42,7 +42,7 @@ class Flags:
 
 
 Config = Mapping[str, Any]
-ARCHITECTURES = ("llama", "qwen3", "gemma2", "gpt_neox", "mixtral")
+ARCHITECTURES = ("llama", "qwen3", "gemma2", "gpt_neox", "lfm2", "mixtral")
 QUICK_ARCHITECTURES = ("llama", "gemma2")
 MEMORY = 96 << 20
 

@@ -88,6 +88,7 @@ class PlanReport:
             "target": self.config.model,
             "architecture": self.architecture,
             "dtype": self.dtype,
+            "quantization": self.config.quantization,
             "device": self.device,
             "speculators": [{"method": method, "max_draft_tokens": count} for method, count in self.speculators],
             "budget_bytes": plan.budget_bytes,
@@ -136,7 +137,8 @@ class PlanReport:
     def show(self, terminal: Terminal) -> None:
         """Prints the plan, with bars to scale."""
         drafts = [f"{method} ({_count(tokens, 'draft token')})" for method, tokens in self.speculators]
-        _row(terminal, "Target", f"{self.config.model}: {self.architecture}, {self.dtype}, on {self.device}")
+        precision = f"{self.config.quantization} and {self.dtype}" if self.config.quantization else self.dtype
+        _row(terminal, "Target", f"{self.config.model}: {self.architecture}, {precision}, on {self.device}")
         _row(terminal, "Speculators", ", then ".join(drafts) or "none: plain decoding")
         if others := self._other_rank_bytes:
             _row(terminal, "Ranks", self._ranks(others))

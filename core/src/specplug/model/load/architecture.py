@@ -19,9 +19,10 @@ from specplug.errors import UnsupportedModelError
 from specplug.model.attention.interface import SITE
 from specplug.model.linears import LinearLayer, LinearUses
 from specplug.model.load import masks
+from specplug.model.load.int8 import int8_bytes, linear_shapes
 from specplug.model.load.library_output import quiet_transformers
 from specplug.model.load.masks import Mask
-from specplug.model.load.max_length import LENGTH_DEPENDENT_ROPE, context_length, context_note, rope_parameters
+from specplug.model.load.max_length import CHUNKED, LENGTH_DEPENDENT_ROPE, context_length, context_note, rope_parameters
 from specplug.model.load.packing import can_pack
 from specplug.model.load.refusal import (
     build_failure,
@@ -78,6 +79,9 @@ class Architecture:
         state_calls: the calls that carry recurrent state from token to token, in the order they run.
         shards: how it is split over ranks.
         linears: the linear layers that an adapter can be added to.
+        read_weights: linear layers that do not run as such: other code reads their weights.
+        linear_shapes: outputs and inputs of its plain linear layers.
+        linear_elements: of the weights of these that nothing else holds.
     """
 
     name: str
@@ -95,6 +99,18 @@ class Architecture:
     towers: tuple[str, ...] = ()
     state_calls: tuple[StateCall, ...] = ()
     shards: ShardPlan = attrs.field(factory=ShardPlan)
+    read_weights: tuple[str, ...] = ()
+    linear_shapes: tuple[tuple[int, int], ...] = ()
+    linear_elements: int = 0
+
+    def in_int8(self, dtype: torch.dtype) -> Architecture:
+        """The same with its linear layers in int8, and all else in `dtype`.
+
+        Raises:
+            UnsupportedModelError: there are no such layers.
+        """
+        change = int8_bytes(self.linear_shapes, dtype, self.name) - self.linear_elements * dtype.itemsize
+        return attrs.evolve(self, weight_bytes=self.weight_bytes + change, tied_head_bytes=0)
 
     def of_rank(self, size: int) -> Architecture:
         """What one of `size` ranks holds of it.
@@ -273,6 +289,12 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
     layers = _decoder_layers(model, trace)
     towers = find_towers(model, layers, trace.used) if type(model.config) is type(config) else ()
     drop_towers(model, towers)
+    read_weights = tuple(
+        name
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear and id(module) not in trace.used and id(module.weight) in trace.used
+    )
+    shapes, elements = linear_shapes(model, read_weights)
     expected = getattr(config.get_text_config(), "num_hidden_layers", len(layers))
     check_states(model_type, model, trace.states)
     if trace.states:
@@ -312,6 +334,9 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
         state_calls=tuple(trace.states),
         shards=shard_plan(model),
         linears=linears.over_all_tokens,
+        read_weights=read_weights,
+        linear_shapes=shapes,
+        linear_elements=elements,
     )
 
 
@@ -322,7 +347,7 @@ def disable_padding_checks(model: Any) -> None:
 
 def _check_layer_types(config: Any, model_type: str) -> None:
     text = config.get_text_config()
-    foreign = sorted(set(getattr(text, "layer_types", None) or ()) - KNOWN_TYPES)
+    foreign = sorted(set(getattr(text, "layer_types", None) or ()) - KNOWN_TYPES - {CHUNKED})
     if foreign:
         raise UnsupportedModelError(
             f"model type '{model_type}' has layers of type {', '.join(foreign)}; only full and sliding-window attention, "

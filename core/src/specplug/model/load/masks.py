@@ -15,6 +15,8 @@ from typing import Any
 import attrs
 import torch
 
+from specplug.model.load.max_length import chunk_size
+
 RECORDING = "specplug-recording"
 _FACT = "recorded_mask"
 _FARTHEST = 1 << 20
@@ -115,5 +117,6 @@ def _record(
     """A placeholder for a mask during the trace: a tensor of its shape that carries the `Mask`."""
     mask = torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
     length = getattr(config, "max_position_embeddings", None) or _FARTHEST
+    length = min(length, chunk_size(config) or length)
     setattr(mask, _FACT, learn_mask(mask_function, length, local_size))
     return mask

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+CHUNKED = "chunked_attention"
 LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")
 _UNBOUNDED = 1 << 20
 
@@ -17,7 +18,8 @@ def context_length(config: Any) -> int:
     layers are scaled and others are not.
 
     RoPE whose frequencies depend on the length (`LENGTH_DEPENDENT_ROPE`) is bounded by the length up to which they do not:
-    a longer row would need other frequencies than the rest of the batch, from its first token on.
+    a longer row would need other frequencies than the rest of the batch, from its first token on. Attention in chunks is
+    bounded by the first chunk, in which it is causal attention.
     """
     text = config.get_text_config()
     length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or _UNBOUNDED
@@ -27,11 +29,23 @@ def context_length(config: Any) -> int:
     for each in parameters:
         if each.get("rope_type") in LENGTH_DEPENDENT_ROPE:
             length = min(length, _constant_length(each, text) or length)
+    length = min(length, chunk_size(config) or length)
     return int(length)
+
+
+def chunk_size(config: Any) -> int | None:
+    """Tokens of a chunk, if there are layers that attend in chunks."""
+    text = config.get_text_config()
+    if CHUNKED not in (getattr(text, "layer_types", None) or ()):
+        return None
+    size: int | None = getattr(text, "attention_chunk_size", None)
+    return size
 
 
 def context_note(config: Any) -> str:
     """Why the context is shorter than the configuration says; empty if it is not."""
+    if (chunk := chunk_size(config)) and chunk == context_length(config):
+        return f"beyond {chunk:,} tokens its layers attend in chunks, a mask that paged attention does not have"
     for each in rope_parameters(config):
         rope_type = each.get("rope_type")
         if rope_type in LENGTH_DEPENDENT_ROPE:

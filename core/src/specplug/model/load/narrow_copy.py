@@ -26,7 +26,7 @@ from specplug.model.runner import ModelRunner
 WINDOW = 4
 _HEADS = re.compile(r"(attention_heads|key_value_heads|kv_heads|^n_heads?)$")
 _WIDTHS = re.compile(r"^(hidden_size|d_model|n_embd)$|(intermediate_size|ffn_dim|n_inner)$")
-_WINDOWS = re.compile(r"window(_size)?$|attention_chunk_size$")
+_WINDOWS = re.compile(r"window(_size)?$")
 _DEPTHS = re.compile(r"^(num_hidden_layers|num_layers|n_layers|depth)$")
 _VOCABULARY = re.compile(r"^vocab_size")
 _NARROWEST, _FEWEST_IDS, _ALIGNMENT = 64, 512, 8

@@ -8,7 +8,7 @@ compiled, else by oneDNN's. The packed form replaces the parameter; only a weigh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,16 @@ def _has_onednn() -> bool:
 
 
 def is_packable(linear: nn.Linear) -> bool:
-    """Whether a layer's weight can be packed, by our own kernel's rules or by oneDNN's.
+    """Whether a layer's weight can be packed, by our own kernel's rules or by oneDNN's."""
+    return (
+        is_plain(linear)
+        and can_pack(linear.weight.dtype, linear.weight.device)
+        and (is_native(linear) or _has_onednn())
+    )
+
+
+def is_plain(linear: nn.Linear) -> bool:
+    """Whether a layer is a matmul with the numbers of its weight.
 
     A weight that is a tensor subclass (quantised, distributed) is more than its numbers, and a layer whose forward was replaced
     or hooked does more than a matmul: both stay as they are.
@@ -44,9 +53,7 @@ def is_packable(linear: nn.Linear) -> bool:
     weight: Any = getattr(linear, "weight", None)
     if type(weight) not in (nn.Parameter, torch.Tensor) or type(weight.data) is not torch.Tensor:
         return False
-    if "forward" in vars(linear) or linear._forward_hooks or linear._forward_pre_hooks:
-        return False
-    return can_pack(linear.weight.dtype, linear.weight.device) and (is_native(linear) or _has_onednn())
+    return not ("forward" in vars(linear) or linear._forward_hooks or linear._forward_pre_hooks)
 
 
 def packed_shape(out_features: int, in_features: int) -> tuple[int, int]:
@@ -100,19 +107,14 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(states, self.packed, self.bias, "none", [], "")
 
 
-def pack_linears(model: nn.Module) -> int:
+def pack_linears(model: nn.Module, skip: Collection[str] = ()) -> int:
     """Packs every linear layer of a module in place where that pays; returns how many.
 
     Core does this to the models it runs; a speculator does it to its own module, once the weights are loaded. Nothing
     happens on a GPU, in float32, or on a CPU without such kernels. Subclasses of `nn.Linear` may compute something else, and
-    stay as they are. The values of a packed layer's `weight` cannot be read: call the layer.
+    stay as they are. The values of a packed layer's `weight` cannot be read: call the layer, or name it in `skip`.
     """
-    chosen = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child) is nn.Linear and is_packable(child)
-    ]
+    chosen = [each for each in linears_of(model, skip) if is_packable(each[2])]
     storages = _storages([child for _, _, child in chosen])
     count = 0
     while chosen:  # frees each layer, and so its weight, before the next is packed
@@ -126,6 +128,16 @@ def pack_linears(model: nn.Module) -> int:
             count += 1
         del child
     return count
+
+
+def linears_of(model: nn.Module, skip: Collection[str]) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """(parent, name in it, layer) of the linear layers whose full names are not in `skip`."""
+    return [
+        (parent, name, child)
+        for path, parent in model.named_modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear and f"{path}.{name}".removeprefix(".") not in skip
+    ]
 
 
 def _storages(layers: Sequence[nn.Linear]) -> list[torch.Tensor | None]:

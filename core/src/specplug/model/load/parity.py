@@ -28,6 +28,7 @@ from specplug.model.attention.interface import IMPLEMENTATION, AttentionSite
 from specplug.model.batch import ForwardBatch
 from specplug.model.compile.artifacts import cache_key, config_facts, device_name
 from specplug.model.difference import TOLERANCE, relative_difference
+from specplug.model.load.int8 import Int8Linear
 from specplug.model.load.narrow_copy import make_narrow_copy
 from specplug.model.load.packing import PackedLinear
 from specplug.model.probe import MOST_HELD, measure_states, packed, probe_steps, spare_tokens
@@ -214,6 +215,7 @@ def _key(runner: ModelRunner, config: Any) -> str:
         "dtype": str(runner.cache.dtype),
         "device": device_name(runner.device),
         "packed": sum(isinstance(module, PackedLinear) for module in runner.model.modules()),
+        "int8": sum(isinstance(module, Int8Linear) for module in runner.model.modules()),
         "native": native.key() if runner.attends_natively else None,
         "windows": [site.window for site in runner.sites],
         "revision": _REVISION,

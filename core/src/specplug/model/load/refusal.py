@@ -44,10 +44,7 @@ def build_failure(model_type: str, error: Exception) -> UnsupportedModelError:
     from specplug.model.load.masks import RECORDING
 
     if isinstance(error, KeyError) and error.args == (RECORDING,):
-        return UnsupportedModelError(
-            f"model type '{model_type}' does not use Transformers' attention interface, through which the KV cache is paged; "
-            "give a model that does"
-        )
+        return _own_attention(model_type)
     if isinstance(error, ImportError):
         return UnsupportedModelError(
             f"model type '{model_type}' needs a package that is not installed: {one_line(error)}; install it"
@@ -61,10 +58,7 @@ def build_failure(model_type: str, error: Exception) -> UnsupportedModelError:
 def forward_failure(model_type: str, error: Exception) -> UnsupportedModelError:
     """For a model whose forward does not run on shapes alone."""
     if isinstance(error, KeyError):
-        return UnsupportedModelError(
-            f"model type '{model_type}' does not use Transformers' attention interface, through which the KV cache is paged; "
-            "give a model that does"
-        )
+        return _own_attention(model_type)
     if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
         return UnsupportedModelError(
             f"model type '{model_type}' cannot be planned: its forward branches on the values of tensors (routing by indices, "
@@ -81,6 +75,16 @@ def forward_failure(model_type: str, error: Exception) -> UnsupportedModelError:
     )
 
 
+def _own_attention(model_type: str) -> UnsupportedModelError:
+    from transformers import __version__
+
+    return UnsupportedModelError(
+        f"model type '{model_type}' does not use Transformers' attention interface, through which the KV cache is paged: in "
+        f"Transformers {__version__} its layers attend by code of their own, and a release that moves them to the interface is "
+        "needed; give a model that uses it"
+    )
+
+
 def check_attention(model_type: str, num_layers: int, layers: int, calls: int) -> None:
     """Compares the trace with the configuration.
 
@@ -94,8 +98,8 @@ def check_attention(model_type: str, num_layers: int, layers: int, calls: int) -
         UnsupportedModelError: not every layer calls it exactly once.
     """
     if calls == 0:
-        what = f"none of its {num_layers} layers calls Transformers' attention interface"
-    elif layers != num_layers:
+        raise _own_attention(model_type)
+    if layers != num_layers:
         what = f"{layers} layers call Transformers' attention interface, and config.json names {num_layers} layers"
     elif calls != num_layers:
         what = f"its {num_layers} layers call Transformers' attention interface {calls} times in one forward"

@@ -16,6 +16,7 @@ from specplug.errors import CheckpointError, one_line
 from specplug.model.attention.interface import IMPLEMENTATION, register
 from specplug.model.load.architecture import Architecture, disable_padding_checks
 from specplug.model.load.checkpoint import TensorHeader, read_headers
+from specplug.model.load.int8 import quantise_linears
 from specplug.model.load.library_output import quiet_transformers
 from specplug.model.load.packing import pack_linears
 from specplug.model.load.quantised import (
@@ -40,9 +41,11 @@ def load_model(
     device: torch.device,
     *,
     towers: Collection[str] = (),
+    read_weights: Collection[str] = (),
     trust_remote_code: bool = False,
     shards: ShardPlan = WHOLE_MODEL,
     num_ranks: int = 1,
+    quantization: str | None = None,
 ) -> torch.nn.Module:
     """Loads a causal LM in evaluation mode, with its attention over the paged KV cache.
 
@@ -52,9 +55,11 @@ def load_model(
         dtype: of floating weights.
         device: where the weights go.
         towers: modules to leave out, see `Architecture.towers`.
+        read_weights: linear layers to leave as they are, see `Architecture.read_weights`.
         trust_remote_code: whether the checkpoint's own code may run.
         shards: how the model is split over ranks; all of them load it at the same time, in one process group.
         num_ranks: how many there are.
+        quantization: `int8` quantises the linear layers; None keeps the checkpoint's precision.
 
     Raises:
         CheckpointError: weights are missing, truncated, of another shape, or not safetensors.
@@ -98,7 +103,7 @@ def load_model(
     model.eval().requires_grad_(False)
     if num_ranks > 1:
         localise(model, shards.rules)
-    pack_linears(model)
+    (quantise_linears if quantization == "int8" else pack_linears)(model, read_weights)
     return model
 
 

@@ -57,6 +57,7 @@ def _serve(connection: Connection, settings: RankSettings) -> None:
             settings.dtype,
             settings.device,
             towers=architecture.towers,
+            read_weights=architecture.read_weights,
             trust_remote_code=settings.trust_remote_code,
             shards=architecture.shards,
             num_ranks=settings.size,

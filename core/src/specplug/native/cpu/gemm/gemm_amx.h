@@ -79,17 +79,43 @@ inline void prefetch_lines(Weights... weights) {
   }
 }
 
+constexpr int64_t kStagedInputs = 256;  // inputs of a panel converted at once
+
+// This thread's memory for parts of two panels as bfloat16.
+inline bf16* stage_buffer(int which) {
+  alignas(64) static thread_local bf16 memory[2][kStagedInputs * kPanel];
+  return memory[which];
+}
+
+// Inputs [from, from + depth) of a panel in bfloat16, at most `kStagedInputs`: int8 weights are converted into the buffer `which`.
+inline const bf16* stage(const Panel& panel, int64_t from, int64_t depth, int which) {
+  if (!panel.quantised) return panel.weight + from * kPanel;
+  bf16* to = stage_buffer(which);
+  const int8_t* weights = panel.quantised + from * kPanel;
+  for (int64_t at = 0; at < depth * kPanel; at += 32) {
+    if (at % 64 == 0) _mm_prefetch(reinterpret_cast<const char*>(weights + at) + kAhead, _MM_HINT_T0);
+    _mm512_store_si512(to + at, read_pairs(weights + at));
+  }
+  return to;
+}
+
 // 16 tiled rows times two panels at once: two streams are read faster than one. Sums are [16][32] per panel.
-inline void multiply_two_panels(const bf16* tiles, int64_t inputs, const bf16* one, const bf16* other, float* sums,
+inline void multiply_two_panels(const bf16* tiles, int64_t inputs, const Panel& one, const Panel& other, float* sums,
                                 float* other_sums) {
+  const bf16 *left = one.weight, *right = other.weight;
   compiler_barrier();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t input = 0; input < inputs; input += kTileInputs) {
-    const bf16 *left = one + input * kPanel, *right = other + input * kPanel;
-    prefetch_lines(left, right);
+  for (int64_t input = 0; input < inputs; input += kTileInputs, left += kTileInputs * kPanel, right += kTileInputs * kPanel) {
+    if (input % kStagedInputs == 0) {
+      const int64_t depth = std::min(kStagedInputs, inputs - input);
+      left = stage(one, input, depth, 0);
+      right = stage(other, input, depth, 1);
+      compiler_barrier();
+    }
+    if (!one.quantised && !other.quantised) prefetch_lines(left, right);
     _tile_loadd(4, tiles + input * kTileRows, 64);
     _tile_loadd(6, left, 128);
     _tile_loadd(7, left + 32, 128);
@@ -115,7 +141,7 @@ inline void multiply_16_rows(const bf16* tiles, int64_t rows, const Panels& pane
   const Pairs pairs(panels, begin, end);
   for (int64_t index = 0; index < pairs.count(); ++index) {
     const Pair pair = pairs[index];
-    multiply_two_panels(tiles, panels.in_features, pair.one.weight, pair.other.weight, sums[0], sums[1]);
+    multiply_two_panels(tiles, panels.in_features, pair.one, pair.other, sums[0], sums[1]);
     store_pair(sums[0], sums[1], rows, pair, panels, first_row);
   }
 }
@@ -201,20 +227,21 @@ inline void multiply_many(const bf16* tiles, int64_t rows, const Panels& panels,
     const Pair pair = pairs[index];
     for (int64_t from = 0; from < inputs; from += parts.inputs) {
       const int64_t depth = std::min(parts.inputs, inputs - from), behind = from + depth;
-      NextParts next{pair.one.weight + behind * kPanel, pair.other.weight + behind * kPanel, inputs - behind, lines,
-                     parts.ahead};
-      if (behind == inputs && index + 1 < pairs.count()) {
-        const Pair following = pairs[index + 1];
-        next = {following.one.weight, following.other.weight, inputs, lines, parts.ahead};
-      }
-      next.left = std::min(next.left, parts.inputs);
-      for (int which = 0; which < 2; ++which)
+      Pair read = pair;
+      int64_t at = behind;
+      if (behind == inputs && index + 1 < pairs.count()) read = pairs[index + 1], at = 0;
+      NextParts next{nullptr, nullptr, 0, lines, parts.ahead};
+      if (!read.one.quantised && !read.other.quantised)  // else it is read when it is converted
+        next = {read.one.weight + at * kPanel, read.other.weight + at * kPanel, std::min(inputs - at, parts.inputs), lines,
+                parts.ahead};
+      for (int which = 0; which < 2; ++which) {
+        const bf16* weights = stage(which ? pair.other : pair.one, from, depth, which);
         for (int64_t row = 0; row < rows; row += 2 * kTileRows) {
           const bf16* own = tiles + row * inputs + from * kTileRows;
-          const bf16* weights = (which ? pair.other : pair.one).weight + from * kPanel;
           const auto multiply = rows - row > kTileRows ? multiply_part<true> : multiply_part<false>;
           multiply(own, inputs, weights, depth, from == 0, sums[which] + row * kPanel, next);
         }
+      }
     }
     store_pair(sums[0], sums[1], rows, pair, panels, first_row);
   }

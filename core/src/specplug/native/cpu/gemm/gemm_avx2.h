@@ -43,9 +43,25 @@ class Inputs {
   const float* at_;
 };
 
+// 8 pairs of weights: bits of bfloat16, or 16-bit integers.
+inline __m256i read_pairs(const bf16* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
+inline __m256i read_pairs(const int8_t* at) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+}
+
+// Their first, and their second, elements. Integers stay in the upper half of a lane, which saves a shift: sums are `kInt8Unit` times
+// too large.
+constexpr float kInt8Unit = 65536.0f;
+inline __m256 first_weights(const bf16*, __m256i pairs) { return first_of(pairs); }
+inline __m256 second_weights(const bf16*, __m256i pairs) { return second_of(pairs); }
+inline __m256 first_weights(const int8_t*, __m256i pairs) { return _mm256_cvtepi32_ps(_mm256_slli_epi32(pairs, 16)); }
+inline __m256 second_weights(const int8_t*, __m256i pairs) {
+  return _mm256_cvtepi32_ps(_mm256_castps_si256(second_of(pairs)));
+}
+
 // `Vectors` x 8 outputs starting at output `from` of the panel. Prefetches the next panel meanwhile.
-template <int Rows, int Vectors>
-inline void multiply_part(const float* x, const bf16* panel, int64_t begin, int64_t end, bool first, float* sums,
+template <int Rows, int Vectors, typename Weight>
+inline void multiply_part(const float* x, const Weight* panel, int64_t begin, int64_t end, bool first, float* sums,
                           int64_t from, Prefetch prefetch) {
   __m256 sum[Rows][Vectors];
 #pragma GCC unroll 6
@@ -54,15 +70,14 @@ inline void multiply_part(const float* x, const bf16* panel, int64_t begin, int6
     for (int v = 0; v < Vectors; ++v)
       sum[row][v] = first ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + row * kPanel + from + 8 * v);
   for (int64_t pair = begin; pair < end; ++pair) {
-    const bf16* at = panel + pair * 2 * kPanel;
+    const Weight* at = panel + pair * 2 * kPanel + 2 * from;
     _mm_prefetch(prefetch.at, _MM_HINT_T1);
-    if constexpr (Vectors == 4) _mm_prefetch(prefetch.at + 64, _MM_HINT_T1);
+    if constexpr (Vectors == 4 && sizeof(Weight) == 2) _mm_prefetch(prefetch.at + 64, _MM_HINT_T1);
     prefetch.at += prefetch.step;
-    const __m256i* line = reinterpret_cast<const __m256i*>(at + 2 * from);
     const auto add = [&](auto half, const float* inputs) __attribute__((always_inline)) {
       __m256 weight[Vectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) weight[v] = half(_mm256_loadu_si256(line + v));
+      for (int v = 0; v < Vectors; ++v) weight[v] = half(at, read_pairs(at + 16 * v));
 #pragma GCC unroll 6
       for (int row = 0; row < Rows; ++row) {
         const __m256 input = _mm256_broadcast_ss(inputs + row);
@@ -70,8 +85,8 @@ inline void multiply_part(const float* x, const bf16* panel, int64_t begin, int6
         for (int v = 0; v < Vectors; ++v) sum[row][v] = _mm256_fmadd_ps(weight[v], input, sum[row][v]);
       }
     };
-    add([](__m256i pairs) { return first_of(pairs); }, x + 2 * pair * Rows);
-    add([](__m256i pairs) { return second_of(pairs); }, x + (2 * pair + 1) * Rows);
+    add([](const Weight* type, __m256i pairs) { return first_weights(type, pairs); }, x + 2 * pair * Rows);
+    add([](const Weight* type, __m256i pairs) { return second_weights(type, pairs); }, x + (2 * pair + 1) * Rows);
   }
 #pragma GCC unroll 6
   for (int row = 0; row < Rows; ++row)
@@ -80,8 +95,8 @@ inline void multiply_part(const float* x, const bf16* panel, int64_t begin, int6
 }
 
 // `Rows` rows times pairs [begin, end) of one panel; accumulates into `sums` [rows][32] unless this is the first pass.
-template <int Rows>
-inline void multiply_block(const float* x, int64_t, const bf16* panel, int64_t begin, int64_t end, bool first, float* sums,
+template <int Rows, typename Weight>
+inline void multiply_block(const float* x, int64_t, const Weight* panel, int64_t begin, int64_t end, bool first, float* sums,
                            Prefetch prefetch) {
   if constexpr (Rows <= kRowsOfWhole) return multiply_part<Rows, 4>(x, panel, begin, end, first, sums, 0, prefetch);
   const auto [low, high] = prefetch.halves(end - begin);

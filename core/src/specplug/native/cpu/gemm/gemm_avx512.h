@@ -78,9 +78,20 @@ inline void store_gated(const float* gates, const float* sums, int64_t rows, con
   }
 }
 
+constexpr float kInt8Unit = 1.0f;  // sums of int8 weights are this many times too large
+
+// 16 pairs of weights as bfloat16.
+inline __m512i read_pairs(const bf16* at) { return _mm512_loadu_si512(at); }
+inline __m512i read_pairs(const int8_t* at) {
+  const auto floats = [](const int8_t* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  };
+  return (__m512i)_mm512_cvtne2ps_pbh(floats(at + 16), floats(at));
+}
+
 // `Rows` rows times pairs [begin, end) of one panel; accumulates into `sums` [rows][32] unless this is the first pass.
-template <int Rows>
-inline void multiply_block(const bf16* x, int64_t stride, const bf16* panel, int64_t begin, int64_t end, bool first,
+template <int Rows, typename Weight>
+inline void multiply_block(const bf16* x, int64_t stride, const Weight* panel, int64_t begin, int64_t end, bool first,
                            float* sums, Prefetch) {
   __m512 low[Rows], high[Rows];
 #pragma GCC unroll 14
@@ -89,8 +100,8 @@ inline void multiply_block(const bf16* x, int64_t stride, const bf16* panel, int
     high[row] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + row * kPanel + 16);
   }
   for (int64_t pair = begin; pair < end; ++pair) {
-    const bf16* at = panel + pair * 2 * kPanel;
-    const __m512i w0 = _mm512_loadu_si512(at), w1 = _mm512_loadu_si512(at + 32);
+    const Weight* at = panel + pair * 2 * kPanel;
+    const __m512i w0 = read_pairs(at), w1 = read_pairs(at + 32);
 #pragma GCC unroll 14
     for (int row = 0; row < Rows; ++row) {
       const uint32_t inputs = read_pair(x + row * stride + pair * 2);

@@ -14,16 +14,20 @@ namespace specplug {
 
 inline void check_packed(const Tensor& packed, int64_t ins, int64_t outs) {
   const int64_t panels = (outs + kPanel - 1) / kPanel;
-  TORCH_CHECK(outs > 0 && ins % 2 == 0 && packed.scalar_type() == at::kBFloat16 && packed.dim() == 2 &&
-                  packed.is_contiguous() && packed.size(0) == panels && packed.size(1) == panel_elements(ins),
+  const bool is_int8 = packed.scalar_type() == at::kChar;
+  const int64_t width = is_int8 ? int8_panel_bytes(ins) : panel_elements(ins);
+  TORCH_CHECK(outs > 0 && ins % 2 == 0 && (is_int8 || packed.scalar_type() == at::kBFloat16) && packed.dim() == 2 &&
+                  packed.is_contiguous() && packed.size(0) == panels && packed.size(1) == width,
               "linear: for ", ins, " inputs and ", outs, " outputs expected a packed bfloat16 weight of ", panels, " x ",
-              panel_elements(ins), ", not ", packed.scalar_type(), " ", packed.sizes());
+              panel_elements(ins), " or a packed int8 weight of ", panels, " x ", int8_panel_bytes(ins), ", not ",
+              packed.scalar_type(), " ", packed.sizes());
 }
 
 inline void pack(const Tensor& weight, const Tensor& packed) {
   TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.dim() == 2 && weight.size(1) > 0,
               "pack_weight: expected a bfloat16 matrix, not ", weight.scalar_type(), " ", weight.sizes());
   check_packed(packed, weight.size(1), weight.size(0));
+  TORCH_CHECK(packed.scalar_type() == at::kBFloat16, "pack_weight: expected bfloat16 memory, not ", packed.scalar_type());
   pack_weight(data_of<bf16>(weight.contiguous()), weight.size(0), weight.size(1), data_of<bf16>(packed));
 }
 
@@ -106,7 +110,7 @@ class LinearCall {
       kept_.push_back(bias->to(at::kFloat).contiguous());
       added = kept_.back().const_data_ptr<float>();
     }
-    panels.add(data_of<bf16>(packed), added, data_of<bf16>(out), outs);
+    panels.add(data_of<char>(packed), packed.scalar_type() == at::kChar, added, data_of<bf16>(out), outs);
   }
   void run() const { multiply(data_of<bf16>(x_), x_.numel() / panels.in_features, panels); }
 

@@ -2,6 +2,9 @@
 //
 // Layout: [panels][K / 2][32][2]. A panel holds 32 output features, interleaved in pairs along the input (VNNI), so that one
 // instruction multiplies a pair of one row with 16 outputs (AVX-512), or reads the first or second of 8 pairs (AVX2).
+//
+// A quantised weight has the same layout in int8, and after each panel the float32 scales of its 32 outputs. Integers up to 127 are
+// exact in bfloat16 and float32: kernels convert them as they are read, and multiply the finished sums by the scales.
 #pragma once
 
 #include <optional>
@@ -27,6 +30,11 @@ inline void pack_weight(const bf16* weight, int64_t out_features, int64_t in_fea
         }
 }
 
+// Bytes of an int8 panel and its scales.
+inline int64_t int8_panel_bytes(int64_t in_features) {
+  return panel_elements(in_features) + kPanel * static_cast<int64_t>(sizeof(float));
+}
+
 // Bytes to prefetch while multiplying: `step` bytes per pair.
 struct Prefetch {
   const char* at;
@@ -38,18 +46,24 @@ struct Prefetch {
 
 // One linear of a call; `first_panel` counts over the panels of all linears.
 struct PackedLinear {
-  const bf16* weight;
+  const char* weight;
+  bool is_int8;
   const float* bias;
   bf16* out;
   int64_t outs, first_panel;
 };
 
-// One panel: weight, bias of its outputs or null, and output.
+// One panel: weight (bfloat16, or int8 with a scale per output), bias of its outputs or null, and output.
 struct Panel {
   const bf16* weight;
-  const float* bias;
+  const int8_t* quantised;
+  const float *scales, *bias;
   bf16* out;
   int64_t width, stride;
+
+  const char* start() const {
+    return quantised ? reinterpret_cast<const char*>(quantised) : reinterpret_cast<const char*>(weight);
+  }
 };
 
 // The panels of several linears over the same rows, in order.
@@ -58,8 +72,8 @@ struct Panels {
   int64_t in_features = 0, count = 0;
   std::optional<Activation> gate;  // set: two linears of equal size, gate and up
 
-  void add(const bf16* weight, const float* bias, bf16* out, int64_t outs) {
-    linears.push_back({weight, bias, out, outs, count});
+  void add(const char* weight, bool is_int8, const float* bias, bf16* out, int64_t outs) {
+    linears.push_back({weight, is_int8, bias, out, outs, count});
     count += (outs + kPanel - 1) / kPanel;
   }
   Panel operator[](int64_t index) const {
@@ -67,8 +81,16 @@ struct Panels {
     while (linears[of].first_panel > index) --of;
     const PackedLinear& linear = linears[of];
     const int64_t own = index - linear.first_panel, first = own * kPanel;
-    return {linear.weight + own * panel_elements(in_features), linear.bias ? linear.bias + first : nullptr,
-            linear.out + first, std::min(kPanel, linear.outs - first), linear.outs};
+    Panel panel{nullptr, nullptr, nullptr, linear.bias ? linear.bias + first : nullptr,
+                linear.out + first, std::min(kPanel, linear.outs - first), linear.outs};
+    if (linear.is_int8) {
+      const char* at = linear.weight + own * int8_panel_bytes(in_features);
+      panel.quantised = reinterpret_cast<const int8_t*>(at);
+      panel.scales = reinterpret_cast<const float*>(at + panel_elements(in_features));
+    } else {
+      panel.weight = reinterpret_cast<const bf16*>(linear.weight) + own * panel_elements(in_features);
+    }
+    return panel;
   }
   // What threads divide: panels, or gate-up pairs.
   int64_t units() const { return gate ? count / 2 : count; }
