@@ -15,7 +15,7 @@ from specplug.host import ArrayTokens, HostLimits, HostRow, SpeculatorHost
 from specplug_vllm.counters import CounterFile
 from specplug_vllm.settings import HOST_KEY, HostSettings, speculative_config
 from specplug_vllm.target import VllmTarget
-from specplug_vllm.versions import check_version
+from specplug_vllm.versions import check_vllm
 
 
 @attrs.define(eq=False)
@@ -44,13 +44,12 @@ class SpecplugProposer:
         vllm_config: vLLM's. Its `additional_config["specplug"]` is the speculative configuration.
 
     Raises:
-        SpecplugError: this vLLM was not checked, the configuration is wrong, or a speculator needs what vLLM does not give.
+        SpecplugError: there is no vLLM, or one that was not checked; the configuration is wrong; or a speculator needs what
+            vLLM does not give.
     """
 
     def __init__(self, vllm_config: Any) -> None:
-        import vllm
-
-        check_version(vllm.__version__)
+        check_vllm()
         speculative = vllm_config.speculative_config
         additional = vllm_config.additional_config
         self.num_speculative_tokens: int = speculative.num_speculative_tokens
