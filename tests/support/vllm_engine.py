@@ -39,7 +39,7 @@ class Engine:
         from vllm import SamplingParams
 
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
-        params = [SamplingParams(temperature=0, max_tokens=limit, ignore_eos=True, **options) for limit in limits]
+        params = [SamplingParams(**{"temperature": 0, "max_tokens": n, "ignore_eos": True, **options}) for n in limits]
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 

