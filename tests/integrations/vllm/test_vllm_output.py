@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import importlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -27,26 +28,20 @@ CHAIN = {**SUFFIX, "fallback": NGRAM}
 Plain = Callable[..., list[list[int]]]
 
 
-@functools.cache
-def readme_plugin() -> type:
-    """The ten-line plugin of README.md, unchanged: the class of its first block that has one."""
-    block = next(b for b in blocks_of(ROOT / "README.md") if b.language == "python" and "class LastSeen" in b.text)
-    source = block.text.partition("\n\nllm =")[0]
-    names: dict[str, Any] = {}
-    exec(compile(source, block.name, "exec"), names)
-    found: type = names["LastSeen"]
-    return found
+HOST = {"plugins": {"last_seen": "last_seen"}}
 
 
-def last_seen(config: Any, target: Any) -> Any:
-    return readme_plugin()()
-
-
-HOST = {"plugins": {"last_seen": "test_vllm_output:last_seen"}}
+@pytest.fixture
+def last_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ten-line plugin of README.md as the file that docs/vllm.md shows."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "last_seen", raising=False)
+    source = next(block.text for block in blocks_of(ROOT / "docs/vllm.md") if block.file == "last_seen.py")
+    (tmp_path / "last_seen.py").write_text(source, encoding="utf-8")
 
 
 @pytest.mark.parametrize("config", [NGRAM, SUFFIX, LAST_SEEN, CHAIN], ids=["ngram", "suffix", "last_seen", "fallback"])
-def test_output_and_acceptance(config: dict[str, Any], plain: Plain, modules: Path) -> None:
+def test_output_and_acceptance(config: dict[str, Any], plain: Plain, last_seen: None) -> None:
     expected = plain(PROMPTS)
     with start(config, host=HOST) as engine:
         assert engine.greedy(PROMPTS) == expected
@@ -59,7 +54,7 @@ def test_output_and_acceptance(config: dict[str, Any], plain: Plain, modules: Pa
         max_num_seqs=4,
         max_model_len=256,
         speculative_config=own,
-        plugins={"last_seen": last_seen},
+        plugins={"last_seen": importlib.import_module("last_seen")},
     ) as llm:
         llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=48, ignore_eos=True))
         own_stats = llm.engine.stats

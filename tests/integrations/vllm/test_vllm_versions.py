@@ -14,6 +14,7 @@ from specplug import ConfigurationError
 from specplug_vllm import versions
 from specplug_vllm.configuration import NATIVE
 from support.environment import ROOT
+from support.pages import blocks_of
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
@@ -57,6 +58,16 @@ def test_the_documentation_has_the_table() -> None:
     assert shown == versions.PRIVATE_NAMES
     for version in (versions.TESTED, versions.READ):
         assert version in text
+
+
+@pytest.mark.unit
+def test_the_documentation_shows_the_readmes_plugin_unchanged() -> None:
+    shown = next(block.text for block in blocks_of(ROOT / "docs/vllm.md") if block.file == "last_seen.py")
+    found = [block.text for block in blocks_of(ROOT / "README.md") if block.language == "python"]
+    whole = next(text for text in found if "class LastSeen" in text)
+    begin = whole.index("class LastSeen")
+    assert whole[begin : whole.index("\n\n\n", begin)] in shown
+    assert next(text for text in found if text.startswith("@hookimpl\ndef load_speculator")) in shown
 
 
 @pytest.mark.slow
