@@ -120,6 +120,7 @@ def grow(
     num_key_value_heads: int,
     dtype: str = "bfloat16",
     seed: int = 0,
+    device: str = "cpu",
 ) -> Growth:
     """Writes a bigger Llama that computes what the source computes, with its tokenizer and `growth.json`.
 
@@ -136,6 +137,7 @@ def grow(
         num_key_value_heads: a multiple of the source's always fits.
         dtype: of the weights, "bfloat16" or "float32".
         seed: of the random weights; torch's global generator is left as it was.
+        device: where the model is made; a large one takes minutes on a CPU.
 
     Raises:
         GrowthError: the source cannot be grown, or the sizes cannot hold it.
@@ -149,11 +151,11 @@ def grow(
         raise GrowthError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     if out_folder.resolve() == source_folder.resolve():
         raise GrowthError("the grown model would replace its source; choose another folder")
-    source = AutoModelForCausalLM.from_pretrained(source_folder, dtype=torch.float32)
+    source = AutoModelForCausalLM.from_pretrained(source_folder, dtype=torch.float32).to(device)
     changes = asdict(grown_sizes)
     config.update({"num_hidden_layers": changes.pop("num_layers"), **changes})
     config.rms_norm_eps *= sizes.hidden_size / hidden_size
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _copy_model(source, model, sizes, grown_sizes)

@@ -22,7 +22,7 @@ host = SpeculatorHost({"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup
 def step(array, row):
     """One forward of a row with its draft; returns the tokens that are committed, draft tokens that are right first."""
     draft = [] if row.draft is None else row.draft.tokens
-    ids = torch.tensor([[*array[: len(row.tokens)].tolist(), *draft]])
+    ids = torch.tensor([[*array[: len(row.tokens)].tolist(), *draft]], dtype=torch.int64, device="cpu")
     with torch.no_grad():
         best = model(ids).logits[0, len(row.tokens) - 1 :].argmax(dim=-1).tolist()  # after the last token and each node
     accepted = next((i for i, token in enumerate(draft) if token != best[i]), len(draft))

@@ -6,22 +6,38 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from architectures import all_cases, as_table, run_cases
+from tiny_configs import tiny_config
+
+from specplug.errors import UnsupportedModelError
+from specplug.model.load.architecture import inspect_architecture
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 
 
 def outcomes_of(page: str) -> list[tuple[str, ...]]:
-    """Type, layers and outcome of each row; reasons contain measured numbers."""
-    return re.findall(r"^\| ([\w-]+) \| ([\w ,]+) \| (equal|refused|fault) \|", page, re.MULTILINE)
+    """Type, layers, outcome and reason of each row; without the numbers, which are measured."""
+    rows = re.findall(r"^\| ([\w-]+) \| ([\w ,]+) \| (equal|refused|fault) \| (.*) \|$", page, re.MULTILINE)
+    return [(*row, re.sub(r"difference [\d.e-]+", "difference", reason)) for *row, reason in rows]
 
 
 def test_the_page_says_of_every_type_what_becomes_of_it() -> None:
     rows = outcomes_of(PAGE.read_text())
-    pages = {(name, pattern): outcome for name, patterns, outcome in rows for pattern in patterns.split(", ")}
+    pages = {(name, pattern): outcome for name, patterns, outcome, _ in rows for pattern in patterns.split(", ")}
     assert pages.keys() == set(all_cases([]))
     assert pages["qwen2_moe", "max_window_layers"] == "equal"  # windows in some layers
     assert pages["doge", "default"] == "refused"  # a mask of its own
+
+
+@pytest.mark.parametrize("name", ["falcon", "roberta", "llama4_text", "doge"])
+def test_the_page_gives_the_reason_of_a_refusal_as_it_is_today(name: str) -> None:
+    [reason] = {
+        reason for row, _, outcome, reason in outcomes_of(PAGE.read_text()) if (row, outcome) == (name, "refused")
+    }
+    with pytest.raises(UnsupportedModelError) as caught:
+        inspect_architecture(tiny_config(name), torch.float32)
+    assert reason == str(caught.value)
 
 
 @pytest.mark.slow

@@ -188,7 +188,10 @@ REQUESTS: list[tuple[Callable[[LLM], Any], str]] = [
         lambda llm: llm.generate([[3]], [SamplingParams()] * 2),
         "2 sampling_params for 1 prompts; give one for all, or one",
     ),
-    (lambda llm: llm.generate([[3]], lora_request="x"), "lora_request is not supported; leave it out"),
+    (
+        lambda llm: llm.generate([[3]], lora_request="x"),
+        "adapters are off; start with enable_lora=True or lora_modules",
+    ),
     (
         lambda llm: llm.generate([[3]], SamplingParams(stop="x")),
         "stop strings need a tokenizer, and the engine has none",

@@ -26,6 +26,8 @@ CONFIG = "--speculative-config"
         (("generate", "tiny", "--prompt", "x", CONFIG, '{"method": "ngarm"}'), "no speculator named 'ngarm'; did you"),
         (("plan", "tiny", CONFIG, '{"method": "ngarm"}'), "no speculator named 'ngarm'; did you mean 'ngram'?"),
         (("bench", "tiny", CONFIG, '{"method": "ngarm"}'), "no speculator named 'ngarm'; did you mean 'ngram'?"),
+        (("chat", "tiny", CONFIG, '{"method": "ngarm"}'), "no speculator named 'ngarm'; did you mean 'ngram'?"),
+        (("serve", "tiny", CONFIG, '{"method": "ngarm"}'), "no speculator named 'ngarm'; did you mean 'ngram'?"),
         (("check", "ngarm"), "no speculator named 'ngarm'; did you mean 'ngram'?"),
         (("demo", "--method", "ngarm"), "no speculator named 'ngarm'; did you mean 'ngram'?"),
         (

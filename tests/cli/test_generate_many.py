@@ -129,9 +129,9 @@ def test_progress_is_shown_on_a_terminal_only(
     shown: list[bool] = []
     original = LLM.generate
 
-    def generate(self: LLM, *args: Any, use_tqdm: bool) -> Any:
+    def generate(self: LLM, *args: Any, use_tqdm: bool, **options: Any) -> Any:
         shown.append(use_tqdm)
-        return original(self, *args, use_tqdm=use_tqdm)
+        return original(self, *args, use_tqdm=use_tqdm, **options)
 
     monkeypatch.setattr(LLM, "generate", generate)
     monkeypatch.setenv("FORCE_COLOR", "1")

@@ -1,9 +1,17 @@
-"""Importing the libraries costs no collections, and leaves a collector that works and does not go through them again."""
+"""Starts: importing the libraries costs no collections, and the first words wait for no compiler."""
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+from typing import Any
+
+import pytest
+
+from specplug import SpecplugError, native
+from specplug.cli.run import chat, generate
+from specplug.cli.terminal import Terminal
 
 SCRIPT = """
 import gc
@@ -33,3 +41,28 @@ assert not gc.isenabled(), "what a program switched off is switched on"
 def test_nothing_is_collected_meanwhile_and_all_of_it_is_frozen() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+JOBS: dict[str, Any] = {
+    "generate": lambda engine: generate.run_job(
+        generate.GenerateJob("tiny", engine, [], {}, is_file=False, as_json=False, stats=False, quiet=False),
+        *[Terminal(io.StringIO())] * 2,
+    ),
+    "chat": lambda engine: chat.run_job(
+        chat.ChatJob("tiny", engine, {}, {}, system=None, template=None, has_template=True, quiet=False),
+        *[Terminal(io.StringIO())] * 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("command", JOBS)
+@pytest.mark.parametrize("compiles", [False, True])
+def test_first_words_do_not_wait_until_kernels_are_compiled(
+    command: str, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(native, "go_without", lambda: not asked.append(True))
+    engine = {"max_num_seqs": 0, "device": "cpu", **({"compile": True} if compiles else {})}
+    with pytest.raises(SpecplugError, match="max_num_seqs=0"):  # right after the decision
+        JOBS[command](engine)
+    assert asked == ([] if compiles else [True])

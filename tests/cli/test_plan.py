@@ -88,7 +88,7 @@ def test_the_plan_is_what_the_engine_allocates(run: Callable[..., Any], folder: 
             "draft_kv": sum(cache.num_bytes for cache in speculator.caches.values()),
             "buffers": speculator.table.nbytes + workspace._probs.nbytes + workspace._noise.nbytes,
         }
-        assert shown["parts"] == allocated
+        assert shown["parts"] == {**allocated, "adapters": 0}
         assert all(allocated.values())
         assert shown["total_bytes"] == sum(allocated.values()) == engine.plan.total_bytes
         assert shown["num_kv_tokens"] == engine.runner.cache.num_slots
@@ -131,7 +131,14 @@ def test_json_keys_are_stable(run: Callable[..., Any], folder: Path, drafter: st
         "other_devices",
         "sequences",
     ]
-    assert list(shown["parts"]) == ["target_weights", "target_kv", "draft_weights", "draft_kv", "buffers"]
+    assert list(shown["parts"]) == [
+        "target_weights",
+        "target_kv",
+        "draft_weights",
+        "draft_kv",
+        "buffers",
+        "adapters",
+    ]
     assert shown["speculators"] == [{"method": "drafter", "max_draft_tokens": 3}]
     assert shown["budget_bytes"] == 2 << 20 == shown["total_bytes"] + shown["left_bytes"]
     assert shown["target_bytes_per_kv_token"] == 3 * 2 * 16 * 4

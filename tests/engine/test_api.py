@@ -129,7 +129,7 @@ def test_the_last_seed_has_no_successor(words: LLM) -> None:
     assert [len(output.token_ids) for output in outputs] == [4, 4]
 
 
-@pytest.mark.parametrize("name", ["lora_request", "priority"])
+@pytest.mark.parametrize("name", ["priority", "tokenization_kwargs"])
 def test_arguments_without_a_meaning_here(words: LLM, name: str) -> None:
     for call in (words.generate, words.chat):
         with pytest.raises(RequestError, match=f"{name} is not supported"):
@@ -283,7 +283,7 @@ def test_options_of_vllm() -> None:
     for name, value, reason in [
         ("pipeline_parallel_size", 2, "tensor_parallel_size"),
         ("quantization", "awq", "quantization_config"),
-        ("enable_lora", True, "adapters"),
+        ("max_cpu_loras", 2, "adapters are kept where the target is"),
         ("kv_cache_dtype", "fp8", "model's dtype"),
         ("load_format", "gguf", "safetensors"),
         ("hf_overrides", {"a": 1}, "no counterpart"),

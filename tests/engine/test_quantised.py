@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from specplug import LLM, SamplingParams
 from specplug.config.engine import EngineConfig
@@ -16,12 +15,10 @@ from specplug.engine.planning import plan_engine
 from specplug.errors import CheckpointError
 from specplug.model.load.weights import load_model
 from support.held import held_bytes
-from support.models import VOCABULARY, save_model
-from support.quantised import KINDS, save_quantised, save_with_settings
+from support.models import save_model
+from support.quantised import DTYPES, KINDS, decided_pairs, save_quantised, save_with_settings
 
 NEW_TOKENS = 12
-MARGINS = {"bitsandbytes-8bit": 0.5, "fp8": 0.5}  # int8 activations, bfloat16: these round more than float32
-DTYPES = {"fp8": "bfloat16"}  # what Transformers makes of it
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 CPU = torch.device("cpu")
 
@@ -37,41 +34,11 @@ def saved(root: Path, kind: str, dtype: str = "float32") -> Path:
     return folder if folder.exists() else save_quantised(root / dtype / kind, kind, dtype)
 
 
-def expected(folder: Path, kind: str, count: int) -> list[tuple[list[int], list[int]]]:
-    """(prompt, output) pairs of Transformers' own `generate`, as far as it is decided."""
-    options: dict[str, Any] = {"device_map": "cpu"} if "bitsandbytes" in kind else {}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options).eval()
-    generator = torch.Generator().manual_seed(0)
-    pairs: list[tuple[list[int], list[int]]] = []
-    for attempt in range(40):
-        length = 3 + 7 * (attempt % 5)
-        prompt = torch.randint(3, VOCABULARY, (1, length), generator=generator)
-        out = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        margins = [float(top[0] - top[1]) for top in (step[0].topk(2).values for step in out.logits)]
-        sure = next(
-            (number for number, margin in enumerate(margins) if not margin > MARGINS.get(kind, 2e-4)), NEW_TOKENS
-        )
-        if sure >= NEW_TOKENS // 2:
-            pairs.append((prompt[0].tolist(), out.sequences[0, length : length + sure].tolist()))
-        if len(pairs) == count:
-            return pairs
-    raise AssertionError(f"only {len(pairs)} decided prompts")
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_transformers_generate_of_the_same_checkpoint(root: Path, kind: str) -> None:
     folder = saved(root, kind)
     draft = save_model(root / kind / "draft", "llama", seed=1, num_hidden_layers=1)
-    pairs = expected(folder, kind, 3)
+    pairs = decided_pairs(folder, kind, 3, NEW_TOKENS)
     methods: list[dict[str, Any] | None] = [
         None,
         {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1},

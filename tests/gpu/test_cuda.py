@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,9 @@ from specplug.contract.resources import KVLayer
 from specplug.model.attention.interface import AttentionSite
 from specplug.model.batch import ForwardBatch
 from specplug.model.compile.compiled import CompiledStep, compile_step
+from specplug.model.compile.loops import CapturedLoop, compile_loop
 from specplug.model.kv_cache import BlockAllocator, BlockTable, KVCache
+from specplug.model.loop import plain_loop
 from specplug.model.paged import PagedBatch
 from specplug.model.rows import ForwardRow
 from specplug.native.gpu import cuda
@@ -241,6 +245,47 @@ def test_a_speculators_own_step_is_captured(dtype: torch.dtype) -> None:
         torch.testing.assert_close(cache.keys[0], own.keys[0], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     for a, b in kept:
         torch.testing.assert_close(a, b, atol=2 * TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_loop_gives_what_its_steps_give(dtype: torch.dtype) -> None:
+    """For rows of different lengths and numbers of new tokens, and for batches that a graph does not hold."""
+    layer = Layer().to(GPU, dtype)
+    caches = [KVCache([KVLayer(KV_HEADS, DIM, DIM)], 160, 8, dtype, GPU) for _ in range(2)]
+    states = torch.randn(400, WIDTH, dtype=dtype, device=GPU)
+    limits: dict[str, Any] = {"atol": 8 * TOLERANCE[dtype], "rtol": 8 * TOLERANCE[dtype]}
+
+    def begin(
+        batch: Any, ids: torch.Tensor, last: torch.Tensor, given: torch.Tensor
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        output = layer.step(batch, given + 0.1 * ids[:, None].to(dtype))[0][last]
+        return [output], output
+
+    def step(batch: Any, state: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        output = layer.step(batch, state)[0]
+        return [output], output
+
+    captured = compile_loop(begin, step, caches[0], 4, [states])
+    assert isinstance(captured, CapturedLoop)
+    plain = plain_loop(begin, step, caches[1], 4, [states])
+    for tensor, other in zip((*caches[0].keys, *caches[0].values), (*caches[1].keys, *caches[1].values), strict=True):
+        other.copy_(tensor.normal_())
+    chooser = random.Random(0)
+    for count in (1, 2, 3, 17, 64, 70, 1):
+        rows, counts, places = [], [], []
+        for number in range(count):
+            table = BlockTable(8)
+            blocks = [2 * number, 2 * number + 1]
+            table.extend(blocks if chooser.random() < 0.5 else blocks[::-1])
+            size = chooser.randint(1, 5) if chooser.random() < 0.95 else 9
+            rows.append(ForwardRow([chooser.randrange(9) for _ in range(size)], chooser.randint(0, 3), table))
+            counts.append(chooser.randint(1, 4))
+            places.append(chooser.randint(0, 390))
+        with torch.inference_mode():
+            ours, theirs = captured(rows, counts, places), plain(rows, counts, places)
+        for number, own in enumerate(counts):
+            torch.testing.assert_close(ours[:own, number], theirs[:own, number], **limits)
+        torch.testing.assert_close(caches[0].keys[0], caches[1].keys[0], **limits)
 
 
 START = """

@@ -16,6 +16,7 @@ from specplug import LLM, SamplingParams, native
 from specplug.engine import compilation, startup
 from specplug.model.compile import compiled
 from specplug.model.compile.forwards import measure_forward_change, over_rows
+from support.adapters import merge_adapter, save_adapter
 from support.marks import slow_except
 from support.models import VOCABULARY, save_model
 from support.reference import decisive_prompts
@@ -260,3 +261,33 @@ def test_small_models_go_without_unless_asked(tmp_path: Path) -> None:
     assert not compilation.wants_compilation(False, 1 << 40)
     with LLM(save_model(tmp_path, "llama"), skip_tokenizer_init=True, memory="64MiB") as llm:
         assert llm.engine.runner.compiled is None
+
+
+@pytest.mark.slow
+def test_batches_with_adapters_have_a_compiled_forward_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_model(tmp_path / "target", "llama")
+    adapter = save_adapter(tmp_path / "adapter", folder)
+    merged = merge_adapter(tmp_path / "merged", folder, adapter)
+    pairs = [decisive_prompts(each, 3, NEW_TOKENS, VOCABULARY) for each in (folder, merged)]
+    todo = [(prompt, output, name) for own, name in zip(pairs, (None, "a"), strict=True) for prompt, output in own]
+    todo = todo[::2] + todo[1::2]
+    made = count_compilations(monkeypatch)
+    options: dict[str, Any] = {
+        "skip_tokenizer_init": True,
+        "memory": "64MiB",
+        "compile": True,
+        "max_num_batched_tokens": 24,
+    }
+    with LLM(folder, lora_modules={"a": adapter}, max_num_seqs=4, **options) as llm:
+        runner = llm.engine.runner
+        assert (len(made), runner.compiled is not None, runner.compiled_adapted is not None) == (2, True, True)
+        monkeypatch.setattr(runner.model, "forward", None)  # whatever runs is compiled
+        outputs = llm.generate(
+            [prompt for prompt, _, _ in todo],
+            SamplingParams(temperature=0, max_tokens=NEW_TOKENS),
+            lora_request=[name for _, _, name in todo],
+        )
+        assert [output.outputs[0].token_ids for output in outputs] == [output for _, output, _ in todo]
+    assert not [record for record in caplog.records if record.name == "specplug"]

@@ -52,11 +52,13 @@ class Recorded:
 
     Attributes:
         inner: the speculator.
+        loops: whether it drafts as on a GPU, without looking at a token before the next one.
         proposals: (committed tokens, drafted tokens, reported distributions or None) of every row that was drafted for.
     """
 
-    def __init__(self, inner: DraftModelSpeculator) -> None:
+    def __init__(self, inner: DraftModelSpeculator, *, loops: bool = False) -> None:
         self.inner = inner
+        self.loops = loops
         self.traits = inner.traits
         self.proposals: list[tuple[list[int], list[int], Any]] = []
 
@@ -67,6 +69,8 @@ class Recorded:
     @hookimpl
     def warmup(self, resources: Resources) -> None:
         self.inner.warmup(resources)
+        if self.loops:
+            self.inner.use_loop(resources)
 
     @hookimpl
     def propose(self, batch: ProposalBatch) -> Proposal:
@@ -78,12 +82,14 @@ class Recorded:
         return proposal
 
 
-def recorded(model: Path | str, gamma: int = 4, **keys: Any) -> tuple[dict[str, Any], list[Recorded]]:
+def recorded(
+    model: Path | str, gamma: int = 4, *, loops: bool = False, **keys: Any
+) -> tuple[dict[str, Any], list[Recorded]]:
     """LLM options of a draft model, and where its recorder will be."""
     made: list[Recorded] = []
 
     def make(config: Any, target: Any) -> Recorded:
-        made.append(Recorded(load_speculator(config, target)))
+        made.append(Recorded(load_speculator(config, target), loops=loops))
         return made[-1]
 
     config = {"method": "recorded", "model": str(model), "num_speculative_tokens": gamma, **keys}

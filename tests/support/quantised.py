@@ -12,9 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from support.models import save_model
+from support.adapters import add_adapter
+from support.models import VOCABULARY, save_model
 
 GROUP = 32
+DTYPES = {"fp8": "bfloat16"}  # what Transformers makes of it
+_MARGINS = {"bitsandbytes-8bit": 0.5, "fp8": 0.5}  # int8 activations, bfloat16: these round more than float32
 _SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_hidden_layers": 2}
 
 
@@ -122,6 +125,40 @@ KINDS: dict[str, Callable[[Path, Path], None]] = {
     "compressed-tensors-int4": _compressed,
     "fp8": _fp8,
 }
+
+
+def decided_pairs(
+    folder: Path, kind: str, count: int, new_tokens: int, adapter: Path | None = None
+) -> list[tuple[list[int], list[int]]]:
+    """(prompt, output) pairs of Transformers' own `generate`, with an adapter or without one, as far as it is decided."""
+    options: dict[str, Any] = {"device_map": "cpu"} if "bitsandbytes" in kind else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options).eval()
+    if adapter is not None:
+        add_adapter(model, adapter)
+    generator = torch.Generator().manual_seed(0)
+    pairs: list[tuple[list[int], list[int]]] = []
+    for attempt in range(40):
+        length = 3 + 7 * (attempt % 5)
+        prompt = torch.randint(3, VOCABULARY, (1, length), generator=generator)
+        out = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        margins = [float(top[0] - top[1]) for top in (step[0].topk(2).values for step in out.logits)]
+        sure = next(
+            (number for number, margin in enumerate(margins) if not margin > _MARGINS.get(kind, 2e-4)), new_tokens
+        )
+        if sure >= new_tokens // 2:
+            pairs.append((prompt[0].tolist(), out.sequences[0, length : length + sure].tolist()))
+        if len(pairs) == count:
+            return pairs
+    raise AssertionError(f"only {len(pairs)} decided prompts")
 
 
 def save_with_settings(folder: Path, settings: dict[str, Any]) -> Path:

@@ -192,6 +192,15 @@ def test_the_memory_error_names_the_number_of_drafts() -> None:
         )
 
 
+@pytest.mark.parametrize("method", ["draft_model", "eagle3"])
+def test_the_memory_error_names_the_number_of_drafts_beside_a_speculators_buffers(method: str) -> None:
+    config = EngineConfig.create(
+        "tiny", speculative_config={"method": method, "num_speculative_tokens": 10**6}, memory="1GiB"
+    )
+    with pytest.raises(InsufficientMemoryError, match=r"or lower num_speculative_tokens \(now 1000000\), max_num_seqs"):
+        plan_engine(config)
+
+
 @pytest.mark.parametrize("blocks", [[3, 4], [3, 7]])
 def test_a_write_beyond_the_rows_blocks_says_what_was_planned_too_small(blocks: list[int]) -> None:
     table = BlockTable(4)

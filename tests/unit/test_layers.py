@@ -23,6 +23,7 @@ ORDER = [
     "trace",
     "sampling",
     "model",
+    "lora",
     "text",
     "request",
     "config",

@@ -72,7 +72,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 WRONG_FOR_VLLM: list[tuple[dict[str, Any], str]] = [
     ({"data_parallel_size": True}, "data_parallel_size=True is not supported: replicas run on Ray Serve"),
     ({"pipeline_parallel_size": [1]}, "pipeline_parallel_size=[1] is not supported"),
-    ({"enable_lora": 0}, "enable_lora=0 is not supported"),
+    ({"fully_sharded_loras": 0}, "fully_sharded_loras=0 is not supported"),
     ({"enforce_eager": "no"}, "vLLM's option enforce_eager='no': expected True or False"),
     ({"disable_log_stats": np.ones(2)}, "vLLM's option disable_log_stats=array([1., 1.]): expected True or False"),
 ]

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from specplug.llm import LLM
+    from specplug.lora.request import LoRARequest
     from specplug.metrics import Counter, Gauge, Metric, Vector
     from specplug.model.kv_cache import BlockTable, KVCache
     from specplug.model.load.packing import pack_linears
@@ -131,6 +132,7 @@ _HOMES = {
         "UnsupportedModelError",
     ),
     "specplug.llm": ("LLM",),
+    "specplug.lora.request": ("LoRARequest",),
     "specplug.metrics": (
         "Counter",
         "Gauge",

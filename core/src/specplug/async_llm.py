@@ -15,14 +15,9 @@ from typing import Any, Self
 from specplug.engine.engine import CLOSED
 from specplug.engine.startup import StepReport
 from specplug.engine.thread import EngineThread
-from specplug.errors import (
-    ConfigurationError,
-    EngineDeadError,
-    RequestError,
-    SpecplugError,
-    one_line,
-)
-from specplug.frontend import Frontend, FrontendOwner, Submission
+from specplug.errors import ConfigurationError, EngineDeadError, RequestError, SpecplugError, one_line
+from specplug.frontend import Frontend, FrontendOwner, Lora, Submission
+from specplug.lora.request import LoRARequest
 from specplug.outputs import RequestOutput
 from specplug.sampling.params import SamplingParams
 from specplug.streams.admission import Admission
@@ -30,7 +25,7 @@ from specplug.streams.assembly import OutputKind
 from specplug.streams.delivery import Delivery
 from specplug.streams.encoding import AsyncEncoding, encoder_thread
 from specplug.streams.observers import StreamObserver
-from specplug.streams.stream import RequestStream, check_output_kind
+from specplug.streams.stream import RequestStream, check_output_kind, check_timeout
 from specplug.text.prompts import EncodedPrompt, Prompt
 from specplug.values import is_integer, shown
 
@@ -95,6 +90,7 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
+        lora_request: Lora = None,
         output_kind: OutputKind = "cumulative",
         timeout: float | None = None,
         trace: bool = False,
@@ -107,6 +103,7 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
             prompt: text, token ids, `{"prompt": …}` or `{"prompt_token_ids": …}`.
             sampling_params: None uses the model's generation_config.
             request_id: a name for `abort`; None makes one.
+            lora_request: a LoRA adapter, or the name of a loaded one.
             output_kind: each output holds everything so far (`cumulative`), what is new (`delta`), or there is a single
                 output at the end (`final_only`). A delta holds only the completions with new tokens.
             timeout: seconds after which the request is aborted.
@@ -125,7 +122,13 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
             raise RequestError(f"generate takes one prompt, not {len(encoded)}; call it once for each, concurrently")
         request_ids = None if request_id is None else [request_id]
         streams = await self.submit(
-            encoded, sampling_params, request_ids, output_kind=output_kind, timeout=timeout, trace=trace
+            encoded,
+            sampling_params,
+            request_ids,
+            lora_request=lora_request,
+            output_kind=output_kind,
+            timeout=timeout,
+            trace=trace,
         )
         try:
             async for output in streams[0]:
@@ -139,6 +142,7 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         request_ids: Sequence[str] | None = None,
         *,
+        lora_request: Lora = None,
         output_kind: OutputKind = "cumulative",
         timeout: float | None = None,
         trace: bool = False,
@@ -149,6 +153,7 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
             encoded: the results of `encode` or `render`.
             sampling_params: one for all prompts, or one for each; None uses the model's generation_config.
             request_ids: a name for each; None makes them.
+            lora_request: an adapter for all of them, or its name.
             output_kind: see `generate`.
             timeout: see `generate`.
             trace: see `generate`.
@@ -162,7 +167,7 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
             EngineDeadError: the engine has stopped after an error.
         """
         check_output_kind(output_kind)
-        _check_timeout(timeout)
+        check_timeout(timeout)
         arrival_time = time.monotonic()
         ids = [f"specplug-{next(self._numbers)}" for _ in encoded] if request_ids is None else list(request_ids)
         params = self._frontend.params_list(sampling_params, len(encoded))
@@ -170,7 +175,7 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
         self._admission.enter({name: each.n for name, each in zip(ids, params, strict=True)}, len(ids))
         streams: list[RequestStream] = []
         try:
-            submissions = await self._in_encoder(self._frontend.make, encoded, params, ids)
+            submissions = await self._in_encoder(self._frontend.make, encoded, params, ids, lora_request)
             for submission in submissions:
                 for request in submission.family:
                     request.arrival_time = arrival_time
@@ -215,6 +220,17 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
             ended=lambda stream: self._forget(stream.request_id),
             observers=self._observers,
         )
+
+    # ---- adapters -------------------------------------------------------------------------------------------------
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """See `LLM.add_lora`."""
+        await self._in_encoder(self._frontend.load_adapter, lora_request)
+        return True
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        """See `LLM.remove_lora`."""
+        return self._frontend.adapters.unload(lora_id)
 
     # ---- the number of requests -----------------------------------------------------------------------------------
 
@@ -279,7 +295,9 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
 
         Raises:
             EngineDeadError: the engine has stopped after an error.
+            RequestError: this process was forked from the engine's.
         """
+        self.engine.lock.check_process()
         if self._error is not None:
             raise EngineDeadError(str(self._error))
 
@@ -294,6 +312,7 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
         Returns:
             Whether all ended. The others continue; `close` ends them.
         """
+        self.engine.lock.check_process()
         self._admission.end()
         deadline = None if timeout is None else time.monotonic() + timeout
         while self.num_unfinished:
@@ -303,7 +322,9 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
         return True
 
     def close(self) -> None:
-        """Ends all requests and frees all memory; open streams end with an error. Safe to call twice."""
+        """Ends all requests and frees all memory; open streams end with an error. Safe to call twice, and in a fork."""
+        if self.engine.lock.is_forked:
+            return
         self._thread.stop()
         self.engine.close()
         self._delivery.wake()
@@ -330,8 +351,3 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await asyncio.to_thread(self.close)
-
-
-def _check_timeout(value: Any) -> None:
-    if value is not None and not (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
-        raise RequestError(f"timeout={shown(value)}: expected a positive number of seconds, or None")

@@ -14,7 +14,9 @@ from specplug.config.engine import EngineConfig
 from specplug.config.vllm import translate_options
 from specplug.engine.engine import Engine
 from specplug.engine.startup import StepReport, start_engine
-from specplug.errors import ConfigurationError, RequestError
+from specplug.errors import CheckpointError, ConfigurationError, RequestError
+from specplug.lora.registry import AdapterRegistry, LoadedAdapter
+from specplug.lora.request import LoRARequest
 from specplug.metrics import Metric, engine_metrics
 from specplug.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from specplug.request import Request
@@ -24,6 +26,9 @@ from specplug.text.prompts import EncodedPrompt, LazyTokenizer, Message, Prompt,
 from specplug.text.token_decoder import TokenDecoder
 from specplug.tiny import resolve_model
 from specplug.values import shown
+
+Lora = LoRARequest | str | None
+"""What a prompt may have as its adapter: one, the name of a loaded one, or none."""
 
 
 @attrs.frozen(eq=False)
@@ -39,6 +44,12 @@ class Submission:
     id: str
     prompt: str | None
     family: list[Request]
+
+    @property
+    def lora_request(self) -> LoRARequest | None:
+        """Its adapter."""
+        adapter = self.family[0].adapter
+        return None if adapter is None else adapter.request
 
 
 class Frontend:
@@ -129,6 +140,7 @@ class Frontend:
         encoded: Sequence[EncodedPrompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         request_ids: Sequence[str] | None = None,
+        lora_request: Lora | Sequence[Lora] = None,
     ) -> list[Submission]:
         """The requests of a call, checked but not queued.
 
@@ -136,12 +148,14 @@ class Frontend:
             encoded: the prompts.
             sampling_params: one for all prompts, or one for each; None uses the model's generation_config.
             request_ids: a name for each prompt; None numbers them.
+            lora_request: an adapter for all prompts, or one for each.
 
         Raises:
             RequestError: a request can never be served; the message names the place of its prompt.
         """
         params = self.params_list(sampling_params, len(encoded))
         ids = [str(next(self._numbers)) for _ in encoded] if request_ids is None else request_ids
+        adapters = _one_each(lora_request, len(encoded))
         submitted: list[Submission] = []
         with self._encoding:  # bad words are tokenized too
             for request_id, prompt, param in zip(ids, encoded, params, strict=True):
@@ -150,7 +164,22 @@ class Frontend:
                 except RequestError as error:  # callers know their prompts by index, not by request id
                     raise RequestError(prompt.where + str(error).removeprefix(f"request '{request_id}': ")) from error
                 submitted.append(Submission(request_id, prompt.text, family))
+        for submission, prompt, adapter in zip(submitted, encoded, adapters, strict=True):
+            try:
+                self._assign(submission.family, adapter)
+            except RequestError as error:
+                raise RequestError(f"{prompt.where}{error}") from error
         return submitted
+
+    def _assign(self, family: list[Request], wanted: Lora) -> None:
+        """Gives the sequences of a request an adapter, which may have to be loaded first."""
+        if wanted is None:
+            return
+        if not isinstance(wanted, (LoRARequest, str)):
+            raise RequestError(f"lora_request={shown(wanted)}: expected a LoRARequest, or the name of a loaded adapter")
+        adapter = self.adapters.assign(wanted, family)
+        for request in family:
+            request.adapter = adapter
 
     def params_list(
         self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
@@ -176,6 +205,34 @@ class Frontend:
         """The model's generation_config, then the defaults."""
         return default_sampling_params(resolve_model(self.config.model), self.config.revision)
 
+    # ---- adapters -------------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> AdapterRegistry:
+        """The LoRA adapters.
+
+        Raises:
+            RequestError: requests may not use any, or the engine is closed.
+        """
+        if self.engine.is_closed:
+            raise RequestError("the engine is closed")
+        if self.engine.adapters is None:
+            raise RequestError("lora_request: adapters are off; start with enable_lora=True or lora_modules")
+        return self.engine.adapters
+
+    def load_adapter(self, wanted: LoRARequest) -> LoadedAdapter:
+        """Loads an adapter and keeps it until it is removed.
+
+        Raises:
+            RequestError: it is no LoRARequest, cannot be loaded, shares name or number with another one, or has no room.
+        """
+        if not isinstance(wanted, LoRARequest):
+            raise RequestError(f"{shown(wanted)}: expected a LoRARequest")
+        try:
+            return self.adapters.load(wanted)
+        except CheckpointError as error:
+            raise RequestError(f"lora_request '{wanted.lora_name}': {error}") from error
+
     # ---- from requests to outputs ---------------------------------------------------------------------------------
 
     def output(self, submitted: Submission) -> RequestOutput:
@@ -195,6 +252,7 @@ class Frontend:
             finished=all(request.is_finished for request in submitted.family),
             metrics=self.times(submitted),
             num_cached_tokens=first.num_cached_tokens or 0,
+            lora_request=submitted.lora_request,
         )
 
     def times(self, submitted: Submission) -> RequestMetrics:
@@ -250,6 +308,14 @@ class Frontend:
         return positions
 
 
+def _one_each(given: Lora | Sequence[Lora], count: int) -> Sequence[Lora]:
+    if given is None or isinstance(given, (LoRARequest, str)) or not isinstance(given, Sequence):
+        return [given] * count
+    if len(given) != count:
+        raise RequestError(f"{len(given)} lora_requests for {count} prompts; give one for all, or one for each")
+    return given
+
+
 class FrontendOwner:
     """What `LLM` and `AsyncLLM` tell about their engine."""
 
@@ -271,3 +337,14 @@ class FrontendOwner:
     def get_metrics(self) -> list[Metric]:
         """The engine's current counters, under vLLM's names; never waits for a step."""
         return engine_metrics(self.engine)
+
+    def list_loras(self) -> set[int]:
+        """The numbers of the loaded LoRA adapters; none if they are off."""
+        registry = self.engine.adapters
+        return set() if registry is None else {each.request.lora_int_id for each in registry.loaded}
+
+    @property
+    def lora_requests(self) -> list[LoRARequest]:
+        """The loaded LoRA adapters, in the order of their numbers."""
+        registry = self.engine.adapters
+        return [] if registry is None else [each.request for each in registry.loaded]

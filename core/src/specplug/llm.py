@@ -11,7 +11,8 @@ from specplug.engine.calls import Call, Calls
 from specplug.engine.engine import CLOSED
 from specplug.engine.startup import StepReport
 from specplug.errors import GenerationError, RequestError
-from specplug.frontend import Frontend, FrontendOwner
+from specplug.frontend import Frontend, FrontendOwner, Lora
+from specplug.lora.request import LoRARequest
 from specplug.outputs import RequestOutput, StreamedPiece
 from specplug.progress import ProgressBar
 from specplug.sampling.params import SamplingParams
@@ -55,7 +56,7 @@ class LLM(FrontendOwner):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool | Callable[..., Any] = True,
-        lora_request: None = None,
+        lora_request: Lora | Sequence[Lora] = None,
         priority: None = None,
         tokenization_kwargs: None = None,
         mm_processor_kwargs: None = None,
@@ -67,7 +68,7 @@ class LLM(FrontendOwner):
                 or a list of these. A mapping may have a `cache_salt`: it shares cached KV only with prompts of the same salt.
             sampling_params: one for all prompts, or one for each; None uses the model's generation_config.
             use_tqdm: show a progress bar on a terminal.
-            lora_request: not supported.
+            lora_request: a LoRA adapter for all prompts, or one for each: a `LoRARequest`, or the name of a loaded one.
             priority: not supported; requests are served first come, first served.
             tokenization_kwargs: not supported; give token ids.
             mm_processor_kwargs: not supported.
@@ -78,20 +79,19 @@ class LLM(FrontendOwner):
             GenerationError: some prompts failed during generation; it carries the outputs of all.
         """
         _refuse(
-            lora_request=lora_request,
             priority=priority,
             tokenization_kwargs=tokenization_kwargs,
             mm_processor_kwargs=mm_processor_kwargs,
         )
         encoded = self._frontend.encode(prompts)
-        return self._run(encoded, sampling_params, use_tqdm)
+        return self._run(encoded, sampling_params, use_tqdm, lora_request)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool | Callable[..., Any] = True,
-        lora_request: None = None,
+        lora_request: Lora | Sequence[Lora] = None,
         priority: None = None,
         chat_template: str | None = None,
         chat_template_content_format: str = "auto",
@@ -108,7 +108,7 @@ class LLM(FrontendOwner):
             messages: `[{"role": …, "content": …}, …]`, or a list of such conversations.
             sampling_params: see `generate`.
             use_tqdm: see `generate`.
-            lora_request: not supported.
+            lora_request: see `generate`.
             priority: not supported.
             chat_template: a Jinja template instead of the tokenizer's.
             chat_template_content_format: `auto` or `string`; contents are passed to the template unchanged.
@@ -123,7 +123,6 @@ class LLM(FrontendOwner):
             RequestError: there is no template, or it cannot render the messages.
         """
         _refuse(
-            lora_request=lora_request,
             priority=priority,
             tokenization_kwargs=tokenization_kwargs,
             mm_processor_kwargs=mm_processor_kwargs,
@@ -138,12 +137,14 @@ class LLM(FrontendOwner):
             "tools": tools,
             **(chat_template_kwargs or {}),
         }
-        return self._run(self._frontend.render(messages, **options), sampling_params, use_tqdm)
+        return self._run(self._frontend.render(messages, **options), sampling_params, use_tqdm, lora_request)
 
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora_request: Lora | Sequence[Lora] = None,
     ) -> Iterator[StreamedPiece]:
         """Generates completions and yields their tokens when they are committed, prompts interleaved.
 
@@ -154,7 +155,7 @@ class LLM(FrontendOwner):
             GenerationError: see `generate`; raised after the last piece.
         """
         encoded = self._frontend.encode(prompts)
-        submitted = self._frontend.make(encoded, sampling_params)
+        submitted = self._frontend.make(encoded, sampling_params, lora_request=lora_request)
         call = Call([request for each in submitted for request in each.family], streams=True)
         index_of = {id(request): index for each in submitted for index, request in enumerate(each.family)}
         try:
@@ -190,8 +191,9 @@ class LLM(FrontendOwner):
         encoded: Sequence[EncodedPrompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool | Callable[..., Any],
+        lora_request: Lora | Sequence[Lora],
     ) -> list[RequestOutput]:
-        submitted = self._frontend.make(encoded, sampling_params)
+        submitted = self._frontend.make(encoded, sampling_params, lora_request=lora_request)
         call = Call([request for each in submitted for request in each.family], streams=False)
         try:
             self.engine.submit([each.family for each in submitted])
@@ -220,6 +222,21 @@ class LLM(FrontendOwner):
         if failed:
             more = f"; and {len(failed) - _MOST_NAMED} more" if len(failed) > _MOST_NAMED else ""
             raise GenerationError("; ".join(failed[:_MOST_NAMED]) + more, outputs)
+
+    # ---- adapters -------------------------------------------------------------------------------------------------
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Loads a LoRA adapter and keeps it until `remove_lora`. Returns True.
+
+        Raises:
+            RequestError: it cannot be loaded, shares name or number with another one, or there is no room.
+        """
+        self._frontend.load_adapter(lora_request)
+        return True
+
+    def remove_lora(self, lora_id: int) -> bool:
+        """Unloads an adapter by its number; requests that use it run on with it. Returns whether it was loaded."""
+        return self._frontend.adapters.unload(lora_id)
 
     # ---- about ----------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 
+from specplug.lora.request import LoRARequest
 from specplug.sampling.logprobs import PositionLogprobs
 from specplug.stats import SpeculationStats
 from specplug.trace import StepTrace
@@ -81,6 +82,7 @@ class RequestOutput:
         finished: whether all of them have ended.
         metrics: its times.
         num_cached_tokens: prompt tokens whose KV was taken from the prefix cache.
+        lora_request: the LoRA adapter that generated it.
     """
 
     request_id: str
@@ -91,6 +93,7 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     num_cached_tokens: int = 0
+    lora_request: LoRARequest | None = None
 
 
 @attrs.frozen(eq=False)

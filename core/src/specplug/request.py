@@ -18,6 +18,7 @@ from specplug.stats import SpeculationStats
 from specplug.text.stream import TextStream
 
 if TYPE_CHECKING:
+    from specplug.lora.registry import LoadedAdapter
     from specplug.model.kv_cache import BlockTable
     from specplug.speculation.draft import Draft
     from specplug.trace import StepTrace
@@ -57,6 +58,7 @@ class Request:
         forked_from: the row whose blocks it shares, until its first step.
         num_forked_tokens: the computed positions it started with, if it was forked.
         cache_salt: requests with different salts share no cached KV.
+        adapter: the LoRA adapter that it uses from its first token to its last.
         block_digests: names of its first full KV blocks, as far as they were needed.
         num_cached_tokens: its first tokens that the prefix cache had when it first started; None before that, or without one.
         num_stored_blocks: its first blocks that need not be added to the prefix cache any more.
@@ -95,6 +97,7 @@ class Request:
     forked_from: int | None = None
     num_forked_tokens: int = 0
     cache_salt: str | None = None
+    adapter: LoadedAdapter | None = None
     block_digests: list[bytes] = attrs.field(factory=list)
     num_cached_tokens: int | None = None
     num_stored_blocks: int = 0
@@ -148,11 +151,17 @@ class Request:
         """Commits tokens until one ends the request; returns how many were committed."""
         if self.first_token_time is None:
             self.first_token_time = time.monotonic()
+        limit, text = self.params.max_tokens, self.text
+        assert limit is not None
+        left = limit - self.num_output_tokens
         for taken, (token, source) in enumerate(zip(tokens, sources, strict=True), start=1):
             self.tokens.append(token)
             self.sources.append(source)
-            self._end_with(token)
-            if self.is_finished:
+            if token in self.stop_ids or taken >= left or self.params.min_tokens:
+                self._end_with(token)
+            elif text is not None and text.push(token):
+                self.end("stop", text.stop_string)
+            if self.finish_reason is not None:
                 return taken
         return len(tokens)
 

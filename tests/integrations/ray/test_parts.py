@@ -65,6 +65,14 @@ def test_what_is_given_stands() -> None:
     assert options.replica_timeout == 7.0
 
 
+def test_an_adapters_name_means_its_model() -> None:
+    adapters = {"sql": "adapters/sql", "chat": "org/chat"}
+    options = read_options({"model": "tiny", "served_model_name": "t", "engine": {"lora_modules": adapters}})
+    assert options.models[0].served == options.settings.model_names == ("t", "sql", "chat")
+    assert options.models[0].settings.model_names == ("t",)
+    assert options.models[0].adapters == adapters
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -78,6 +86,8 @@ def test_what_is_given_stands() -> None:
         ({"model": "tiny", "engine": {"max_num_seqs": 0}}, "engine: max_num_seqs=0"),
         ({"model": "tiny", "engine": {"max_rows": 1}}, "engine: .*max_rows"),
         ({"model": "tiny", "server": {"root_path": "/x"}}, "server: unknown key 'root_path'"),
+        ({"model": "tiny", "server": {"updates_adapters": True}}, "server: unknown key 'updates_adapters'"),
+        ({"model": "tiny", "engine": {"lora_modules": {"tiny": "a"}}}, "the name 'tiny' is given to several"),
         ({"model": "tiny", "deployment": 2}, "deployment: expected a mapping, got int"),
         ({"model": "tiny", "routing": "random"}, "routing='random': expected one of load, conversation, prefix"),
         ({"model": "tiny", "replica_timeout": 0}, "replica_timeout=0: expected a positive number"),

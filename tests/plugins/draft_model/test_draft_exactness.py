@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from specplug import LLM, SamplingParams
-from support.drafting import drafted_by, perturbed_copy
+from support.drafting import drafted_by, perturbed_copy, recorded
 from support.engines import squeeze_blocks
 from support.marks import slow_except
 from support.models import ARCHITECTURES, REPRESENTATIVE, VOCABULARY, save_model
@@ -78,3 +78,21 @@ def generate_with_aborts(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
                 aborted.add(request.id)
     assert len(aborted) == 2
     return [request.output_ids for request in kept]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3])
+def test_drafting_without_looking_in_between_gives_the_same_drafts(tmp_path: Path, threshold: float) -> None:
+    """As on a GPU; rows are chunked and preempted, so that some have many new tokens and some end at once."""
+    folder = save_model(tmp_path / "target", "llama")
+    draft = perturbed_copy(folder, tmp_path / "draft", 0.03)
+    prompts = [prompt for prompt, _ in decisive_prompts(folder, ROWS, NEW_TOKENS, VOCABULARY)]
+    found = []
+    for loops in (False, True):
+        options, made = recorded(draft, loops=loops, draft_sample_method="greedy", draft_confidence_threshold=threshold)
+        with LLM(folder, skip_tokenizer_init=True, strict=True, memory="64MiB", **TIGHT, **options) as llm:
+            squeeze_blocks(llm, BLOCKS)
+            outputs = [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY)]
+            assert llm.engine.scheduler.num_preemptions > 0
+        found.append((outputs, [(tokens, drafted) for tokens, drafted, _ in made[0].proposals]))
+    assert found[0] == found[1]
+    assert len(found[0][1]) > ROWS

@@ -49,17 +49,21 @@ class RandomWalk:
 
     Attributes:
         inner: the plugin's speculator.
+        loops: whether it drafts as on a GPU, without looking at a token before the next one.
         drafts: everything that was drafted.
         tokens: each row's last known tokens, by the row's running number.
         depths: how deep each walk went.
     """
 
-    def __init__(self, inner: EagleSpeculator, vocabulary: int, seed: int, go_on: float = 0.8) -> None:
+    def __init__(
+        self, inner: EagleSpeculator, vocabulary: int, seed: int, go_on: float = 0.8, *, loops: bool = False
+    ) -> None:
         self.inner = inner
         self.traits = inner.traits
         self.vocabulary = vocabulary
         self.random = random.Random(seed)
         self.go_on = go_on
+        self.loops = loops
         self.drafts: list[Drafted] = []
         self.tokens: dict[int, list[int]] = {}
         self.depths: list[int] = []
@@ -100,6 +104,8 @@ class RandomWalk:
     @hookimpl
     def warmup(self, resources: Resources) -> None:
         self.inner.warmup(resources)
+        if self.loops:
+            self.inner.use_loop(resources)
 
     @hookimpl
     def propose(self, batch: ProposalBatch) -> Proposal:
@@ -162,12 +168,14 @@ def paths_of(tokens: Sequence[int], parents: Sequence[int] | None) -> list[tuple
     return paths
 
 
-def random_walk(vocabulary: int, seed: int, **keys: Any) -> tuple[dict[str, Any], list[RandomWalk]]:
+def random_walk(
+    vocabulary: int, seed: int, *, loops: bool = False, **keys: Any
+) -> tuple[dict[str, Any], list[RandomWalk]]:
     """LLM options of a recorded head, and where its recorder will be."""
     made: list[RandomWalk] = []
 
     def make(config: Any, target: Any) -> RandomWalk:
-        made.append(RandomWalk(load_speculator(config, target), vocabulary, seed))
+        made.append(RandomWalk(load_speculator(config, target), vocabulary, seed, loops=loops))
         return made[-1]
 
     return {

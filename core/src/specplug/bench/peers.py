@@ -153,8 +153,8 @@ class TransformersContestant:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
         clock = _Clock(longest)
         output = model.generate(
-            torch.tensor(ids, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
+            torch.tensor(ids, device=model.device, dtype=torch.int64),
+            attention_mask=torch.tensor(mask, device=model.device, dtype=torch.int64),
             max_new_tokens=max_tokens,
             stopping_criteria=[clock],
             **sampling,

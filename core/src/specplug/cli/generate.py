@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
+import attrs
 import click
 
 from specplug.cli.inputs import PromptLine, checked_text, read_prompts
@@ -15,6 +17,7 @@ from specplug.cli.options import (
     draft_options,
     engine_options,
     length_options,
+    lora_options,
     make_params,
     named,
     option_group,
@@ -46,11 +49,16 @@ _ENGINE = (
     "allow_plugin",
     "deny_plugin",
     "strict",
+    "lora_modules",
+    "enable_lora",
+    "max_loras",
+    "max_lora_rank",
 )
 _MAX_SEQS = 32
 _prompt_options = option_group(
     "Prompt",
     named("--prompt", metavar="TEXT", help="Text to continue; - reads standard input."),
+    named("--lora", metavar="NAME", help="Use this adapter of --lora-modules, for lines that name none."),
     named("--prompts", metavar="FILE", help="Many prompts as JSON lines, see above; - reads standard input."),
 )
 
@@ -62,10 +70,18 @@ _prompt_options = option_group(
 @penalty_options
 @length_options
 @engine_options
+@lora_options
 @draft_options
 @report_options
 def generate(
-    target: str, prompt: str | None, prompts: str | None, as_json: bool, stats: bool, quiet: bool, **given: Any
+    target: str,
+    prompt: str | None,
+    prompts: str | None,
+    lora: str | None,
+    as_json: bool,
+    stats: bool,
+    quiet: bool,
+    **given: Any,
 ) -> None:
     """Generate text with TARGET: a folder, a hub name, or tiny, the model that comes with specplug.
 
@@ -73,7 +89,8 @@ def generate(
     tokens are coloured. Sampling options default to the generation_config of the model.
 
     A line of --prompts is a JSON string, or an object with "prompt" or "prompt_token_ids". The optional key
-    "sampling_params" is an object that overrides the options for this line, such as {"temperature": 0.7}.
+    "sampling_params" is an object that overrides the options for this line, such as {"temperature": 0.7}; "lora" is the name
+    of the adapter for this line.
 
     \b
     Examples:
@@ -97,9 +114,11 @@ def generate(
     engine = read_engine_options({name: given.pop(name) for name in _ENGINE})
     sampling = read_sampling_options(given)
     lines = [_read_prompt(prompt or "")] if prompts is None else read_prompts(prompts)
+    lines = [line if line.lora else attrs.evolve(line, lora=lora) for line in lines]
     rows = sum(_count_completions(line, sampling) for line in lines)
     engine.setdefault("max_num_seqs", min(rows, _MAX_SEQS, max(engine.get("max_num_batched_tokens", rows), 1)))
     config = EngineConfig.create(target, **engine)
+    _check_adapters(lines, [module.lora_name for module in config.lora_modules])
 
     from specplug.cli.run.generate import GenerateJob, run_job
 
@@ -110,6 +129,18 @@ def generate(
     with contextlib.redirect_stdout(sys.stderr):  # plugins may print; standard output gets only the text
         check_plugins(config)
         run_job(job, out, err)
+
+
+def _check_adapters(lines: Sequence[PromptLine], names: Sequence[str]) -> None:
+    """Refuses adapters that are not given.
+
+    Raises:
+        ConfigurationError: the message names the line.
+    """
+    for line in lines:
+        if line.lora and line.lora not in names:
+            given = f"given: {', '.join(names)}" if names else "none is given"
+            raise ConfigurationError(f"{line.where}: no adapter '{line.lora}' ({given}); give it with --lora-modules")
 
 
 def _read_prompt(prompt: str) -> PromptLine:

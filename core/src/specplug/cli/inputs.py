@@ -14,7 +14,7 @@ from specplug.values import text_fault
 
 _PROMPTS = "--prompts"
 _SPECULATIVE_CONFIG = "--speculative-config"
-_PROMPT_KEYS = ("prompt", "prompt_token_ids", "sampling_params")
+_PROMPT_KEYS = ("prompt", "prompt_token_ids", "sampling_params", "lora")
 
 
 @attrs.frozen
@@ -25,11 +25,13 @@ class PromptLine:
         where: file and line, for messages.
         prompt: text, or token ids.
         options: the line's own sampling parameters.
+        lora: the name of its adapter.
     """
 
     where: str
     prompt: str | list[int]
     options: dict[str, Any] = attrs.field(factory=dict)
+    lora: str | None = None
 
 
 def read_prompts(name: str) -> list[PromptLine]:
@@ -83,7 +85,10 @@ def _parse_prompt(line: bytes, where: str) -> PromptLine:
     options = value.get("sampling_params", {})
     if not isinstance(options, dict):
         raise ConfigurationError(f"{where}: 'sampling_params': expected an object, got {options!r}")
-    return PromptLine(where, _text_or_ids(value, where), options)
+    lora = value.get("lora")
+    if not (lora is None or (isinstance(lora, str) and lora)):
+        raise ConfigurationError(f"{where}: 'lora': expected the name of an adapter, got {lora!r}")
+    return PromptLine(where, _text_or_ids(value, where), options, lora)
 
 
 def _text_or_ids(value: dict[str, Any], where: str) -> str | list[int]:

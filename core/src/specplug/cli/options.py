@@ -125,6 +125,18 @@ _engine = option_group(
     named("--skip-tokenizer-init", is_flag=True, help="Use token ids only."),
     named("--trust-remote-code", is_flag=True, help="Run code from the checkpoint of the target."),
 )
+lora_options = option_group(
+    "LoRA",
+    named(
+        "--lora-modules",
+        metavar="NAME=PATH",
+        multiple=True,
+        help="Load this adapter at the start; also JSON with name and path. Repeatable.",
+    ),
+    named("--enable-lora", is_flag=True, default=None, help="Make room for adapters that are loaded later."),
+    named("--max-loras", type=int, metavar="N", help="Most adapters at once. [default: those given, at least 4]"),
+    named("--max-lora-rank", type=int, metavar="N", help="Largest rank. [default: of those given, at least 16]"),
+)
 draft_options = option_group(
     _SPECULATION,
     named(
@@ -157,7 +169,28 @@ def read_engine_options(given: dict[str, Any]) -> dict[str, Any]:
     options["speculative_config"] = read_speculative_config(options.pop("speculative_config", None))
     options["allowed_plugins"] = options.pop("allow_plugin") or None
     options["denied_plugins"] = options.pop("deny_plugin")
+    if modules := options.pop("lora_modules", None):
+        options["lora_modules"] = [_read_lora_module(module) for module in modules]
     return options
+
+
+def _read_lora_module(given: str) -> dict[str, Any]:
+    """One value of `--lora-modules` → name and path.
+
+    Raises:
+        ConfigurationError: it is neither NAME=PATH nor a JSON object.
+    """
+    if given.lstrip().startswith("{"):
+        module = parse_json(given, "--lora-modules")
+        if isinstance(module, dict):
+            return module
+    name, equals, path = given.partition("=")
+    if not (name and equals and path):
+        raise ConfigurationError(
+            f"--lora-modules {given}: expected NAME=PATH, or a JSON object such as "
+            '{"name": "sql", "path": "adapters/sql"}'
+        )
+    return {"name": name, "path": path}
 
 
 DEFAULTS: dict[str, Any] = {"max_tokens": 128, "temperature": 0.0}

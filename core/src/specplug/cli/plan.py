@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from specplug.cli.options import GroupedCommand, engine_options, read_engine_options
+from specplug.cli.options import GroupedCommand, engine_options, lora_options, read_engine_options
 from specplug.cli.process import check_plugins, import_libraries
 from specplug.cli.terminal import Terminal
 
@@ -17,6 +17,7 @@ from specplug.cli.terminal import Terminal
 @click.command(cls=GroupedCommand, short_help="Show the memory plan; no weights are read.")
 @click.argument("target")
 @engine_options
+@lora_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; its keys are stable.")
 def plan(target: str, as_json: bool, **given: Any) -> None:
     """Show the memory plan of an engine for TARGET: a folder, a hub name, or tiny, the model that comes with specplug.

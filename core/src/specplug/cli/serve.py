@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from specplug.cli.inputs import read_template
-from specplug.cli.options import GroupedCommand, engine_options, named, option_group, read_engine_options
+from specplug.cli.options import GroupedCommand, engine_options, lora_options, named, option_group, read_engine_options
 from specplug.cli.process import check_plugins
 from specplug.cli.terminal import Terminal
 from specplug.errors import ConfigurationError
@@ -29,6 +29,7 @@ _SERVER = (
     "allowed_origin",
     "served_model_name",
     "chat_template",
+    "allow_runtime_lora_updating",
     "max_queued_requests",
     "max_body_size",
     "request_timeout",
@@ -91,6 +92,11 @@ _request_options = option_group(
         show_default=True,
         help="Report speculation in each response.",
     ),
+    named(
+        "--allow-runtime-lora-updating",
+        is_flag=True,
+        help="Let requests load and unload adapters from this machine's folders: for callers that are trusted.",
+    ),
     named("--playground/--no-playground", default=True, show_default=True, help="Serve the playground at /."),
     named("--access-log", is_flag=True, help="Log each request on standard error."),
     named("-q", "--quiet", is_flag=True, help="Hide startup steps."),
@@ -107,6 +113,7 @@ _strict = option_group(
 @_access_options
 @_request_options
 @engine_options
+@lora_options
 @_strict
 def serve(target: str, **given: Any) -> None:
     """Serve TARGET over HTTP, with the endpoints of OpenAI: a folder, a hub name, or tiny, the model that comes with specplug.
@@ -138,11 +145,18 @@ def serve(target: str, **given: Any) -> None:
     except ConfigurationError as error:
         raise ConfigurationError(str(error).replace("memory=", "--max-body-size ", 1)) from error
     template = server["chat_template"]
+    names = server["served_model_name"] or (target,)
+    if taken := next((module.lora_name for module in config.lora_modules if module.lora_name in names), None):
+        raise ConfigurationError(
+            f"--lora-modules: the adapter '{taken}' has the name of the model; give it another one"
+        )
+    if server["allow_runtime_lora_updating"]:
+        engine["enable_lora"] = True
 
     from specplug.server.settings import ServerSettings
 
     settings = ServerSettings(
-        model_names=server["served_model_name"] or (target,),
+        model_names=names,
         api_keys=tuple(keys),
         allowed_origins=server["allowed_origin"],
         root_path=root_path,
@@ -151,6 +165,7 @@ def serve(target: str, **given: Any) -> None:
         request_timeout=server["request_timeout"],
         speculative_metrics=server["per_request_spec_decode_metrics"],
         playground=server["playground"],
+        updates_adapters=server["allow_runtime_lora_updating"],
     )
     endpoint = {
         "host": server["host"],

@@ -14,6 +14,7 @@ import attrs
 from specplug.config.speculative import parse_speculative_config
 from specplug.contract.settings import SpeculativeConfig
 from specplug.errors import ConfigurationError
+from specplug.lora.request import LoRARequest, parse_lora_modules
 from specplug.values import as_integer, as_tuple, expect, flag, integer, is_integer, one_of, shown
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b?|b)?\s*$", re.IGNORECASE)
@@ -124,6 +125,10 @@ class EngineConfig:
         plugins: method → plugin for speculators that are not installed: an object implementing `load_speculator`, or a
             plain function of (config, target); or an observer, an object with wrappers alone, under any name.
         check_parity: run the parity probe at warm-up when this architecture is new here.
+        enable_lora: whether requests may use LoRA adapters; `lora_modules` implies it.
+        lora_modules: adapters that are loaded at the start: a mapping of names to folders, or `LoRARequest`s.
+        max_loras: the most adapters that are loaded at once; None makes room for `lora_modules`, and for four at least.
+        max_lora_rank: the largest rank of an adapter; None takes that of `lora_modules`, and 16 at least.
         compile: whether forwards are compiled, once per architecture and machine: `auto` does so where it pays and a C++
             compiler is there; True for small models too; False never. Results change by rounding alone.
 
@@ -171,6 +176,10 @@ class EngineConfig:
         validator=expect(_is_plugins, "a mapping of method names to plugins", ConfigurationError),
     )
     check_parity: bool = attrs.field(default=True, **_FLAG)
+    enable_lora: bool = attrs.field(default=False, **_FLAG)
+    lora_modules: tuple[LoRARequest, ...] = attrs.field(default=(), converter=parse_lora_modules)
+    max_loras: int | None = attrs.field(default=None, **_POSITIVE_OR_NONE)
+    max_lora_rank: int | None = attrs.field(default=None, **_POSITIVE_OR_NONE)
     compile: bool | str = attrs.field(
         default="auto",
         validator=expect(
@@ -186,6 +195,18 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}: "
                 "every row needs at least one token in a step"
             )
+        if not self.has_lora and (self.max_loras or self.max_lora_rank):
+            raise ConfigurationError("max_loras and max_lora_rank need enable_lora=True or lora_modules")
+        if self.has_lora and self.tensor_parallel_size > 1:
+            raise ConfigurationError(
+                f"tensor_parallel_size={self.tensor_parallel_size}: LoRA adapters cannot be split yet; use 1, or merge the "
+                "adapter into the weights with peft's merge_and_unload()"
+            )
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether requests may use LoRA adapters."""
+        return self.enable_lora or bool(self.lora_modules)
 
     @classmethod
     def create(

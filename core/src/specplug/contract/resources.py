@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from specplug.contract.types import Boundary
     from specplug.model.kv_cache import KVCache
+    from specplug.model.paged import PagedBatch
     from specplug.model.rows import ForwardRow
 
 RegionKind = Literal["weights", "kv_cache", "buffers"]
@@ -127,6 +128,8 @@ class MemoryBudget:
         num_speculative_tokens: the most draft nodes of a row that any speculator of the chain may propose.
         dtype: the target's dtype.
         compiled_output_tokens: see `compiled_output_bytes`.
+        loop_rows: rows of the largest batch that a CUDA graph of a loop holds, see `Resources.compile_loop`; 0 on a CPU. What a
+            graph computes with stays allocated: plan it for `loop_tokens`.
     """
 
     total_bytes: int
@@ -137,6 +140,7 @@ class MemoryBudget:
     num_speculative_tokens: int
     dtype: torch.dtype
     compiled_output_tokens: int = 0
+    loop_rows: int = 0
 
     def blocks_for(self, tokens: int) -> int:
         """The number of KV blocks that store `tokens` tokens."""
@@ -150,8 +154,13 @@ class MemoryBudget:
         """
         return self.compiled_output_tokens * bytes_per_token
 
+    def loop_tokens(self, most: int) -> int:
+        """New tokens of the largest batch that a CUDA graph of a loop of `most` outputs holds; 0 on a CPU."""
+        return self.loop_rows * (1 + most)
+
 
 StepCompiler = Callable[..., Any]
+LoopCompiler = Callable[..., Any]
 
 
 def no_compile(step: Callable[..., Any], *_: Any) -> Callable[..., Any]:
@@ -176,6 +185,16 @@ class Resources:
             depend on values only through tensor operations. `inputs` are examples; the first dimension of inputs and outputs
             is the number of tokens, which varies. On a GPU small batches run as CUDA graphs, which hold outputs: plan
             `MemoryBudget.compiled_output_bytes`. Compiling overwrites the first slots of the cache.
+        compile_loop: `compile_loop(begin, step, kv_cache, most, inputs)` → a loop that drafts up to `most` tokens a
+            row, one after the other. `begin(batch, ids, last, *inputs) -> (state, output)` runs over the new tokens of
+            all rows: their ids [T], for each row the index of its last token [R], and the tokens' entries of `inputs`,
+            tensors that stay where they are (`hidden_states`, say). `step(batch, *state) -> (state, output)` runs one
+            more token of every row. `state` and `output` are tensors [R, …], one output per step. Both steps use
+            `positions` and `attend` of the batch, compiled steps and `ModelHandle.step`, and decide nothing by values
+            on the host. Call the loop as `loop(rows, counts, places)`: the rows with their new tokens, how many outputs
+            each needs, where each one's entries of `inputs` begin. It returns the outputs, [most of counts, R, …],
+            which the next call may overwrite. On a GPU it is one CUDA graph for up to 64 rows with at most 1 + `most`
+            new tokens each; `ChainLoop` of the eagle plugin is an example.
     """
 
     device: torch.device
@@ -183,6 +202,7 @@ class Resources:
     num_blocks: int
     kv_caches: Mapping[str, KVCache]
     row_buckets: tuple[int, ...]
+    compile_loop: LoopCompiler
     hidden_states: Mapping[Boundary, torch.Tensor] = attrs.field(factory=dict)
     compile: StepCompiler = no_compile
 
@@ -328,6 +348,27 @@ class ModelHandle(Protocol):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer in the checkpoint's folder; None if there is none."""
+        ...
+
+    @property
+    def kv_cache(self) -> KVCache:
+        """Its KV cache, for `Resources.compile_loop`. From warm-up on."""
+        ...
+
+    def step(self, batch: PagedBatch, token_ids: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
+        """Runs the model within a loop; see `Resources.compile_loop`. From warm-up on.
+
+        Args:
+            batch: the loop's batch over `kv_cache`.
+            token_ids: int64 [T], on the model's device.
+            last: int64 [L], the tokens to compute logits for; None for all.
+
+        Returns:
+            Logits [L, vocabulary].
+
+        Raises:
+            PluginError: the model cannot run yet.
+        """
         ...
 
     def regions(

@@ -8,9 +8,12 @@ import torch
 
 from specplug.contract.types import Outcome
 from specplug.engine.target_step import TargetStep
+from specplug.model.kv_cache import BlockAllocator, KVCache
 from specplug.request import Request, StepOutput
 from specplug.sampling.logprobs import gather_logprobs
 from specplug.stats import SpeculationStats
+
+_OWN: list[str | None] = [None]
 
 
 def commit_tokens(request: Request, path: Sequence[int], next_token: int, total: SpeculationStats) -> StepOutput:
@@ -23,21 +26,23 @@ def commit_tokens(request: Request, path: Sequence[int], next_token: int, total:
         total: the engine's counters.
     """
     draft = request.draft
-    tokens = [draft.tokens[node] for node in path] if draft else []
-    sources: list[str | None] = [draft.method if draft else None for _ in path]
     before = len(request.tokens)
+    tokens, sources = [next_token], _OWN
+    if path and draft is not None:
+        tokens = [*(draft.tokens[node] for node in path), next_token]
+        sources = [*[draft.method] * len(path), None]
     try:
-        request.append([*tokens, next_token], [*sources, None])
+        request.append(tokens, sources)
     except Exception as error:  # the tokenizer fails on its own ids
         request.fail(error)
     taken = len(request.tokens) - before
-    num_accepted = min(taken, len(path))
+    nodes, method = (0, "") if draft is None else (len(draft.tokens), draft.method)
     for stats in (request.stats, total):
-        stats.record(len(draft) if draft else 0, num_accepted, draft.method if draft else "")
-    request.outcome = Outcome(draft.method, len(draft), tuple(path), tuple(draft.tokens)) if draft else None
+        stats.record(nodes, min(taken, len(path)), method)
+    request.outcome = None if draft is None else Outcome(method, nodes, tuple(path), tuple(draft.tokens))
     request.draft = None
     texts = [] if request.text is None or request.error else request.text.take(taken)
-    return StepOutput(request, request.tokens[before:], [*sources, None][:taken], texts)
+    return StepOutput(request, request.tokens[before:], sources[:taken], texts)
 
 
 def kv_moves(request: Request, first: int, path: Sequence[int]) -> list[tuple[int, int]]:
@@ -74,3 +79,16 @@ def score_prompts(target: TargetStep) -> None:
             request.prompt_logprobs += gather_logprobs(target.logits[entry : entry + positions], tokens, count)
         except Exception as error:
             request.fail(error)
+
+
+def clear_kv(request: Request, allocator: BlockAllocator, caches: Sequence[KVCache], block_size: int) -> None:
+    """Clears and forgets the blocks that a failed request shares with no other.
+
+    Masked entries are multiplied by zero, and NaN times zero is NaN: it may leave none behind.
+    """
+    if request.table is None:
+        return
+    own = [block for block in request.table.blocks if not allocator.is_shared(block)]
+    allocator.forget(own)
+    for cache in caches:
+        cache.clear([slot for block in own for slot in range(block * block_size, (block + 1) * block_size)])

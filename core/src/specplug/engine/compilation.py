@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from specplug.model.compile.artifacts import CompileError
-from specplug.model.compile.forwards import capture_forward, compile_forward
+from specplug.model.compile.forwards import capture_forward, compile_adapted_forward, compile_forward
 from specplug.model.runner import ModelRunner
 
 logger = logging.getLogger("specplug")
@@ -36,6 +36,11 @@ def compile_forwards(runners: Sequence[ModelRunner], most_tokens: int) -> None:
             runner.compiled = compile_forward(runner)
         except CompileError as error:
             logger.warning("%s runs uncompiled: %s", runner.architecture.name, error)
+        if runner.adapters is not None and runner.compiled is not None and runner.device.type == "cpu":
+            try:
+                runner.compiled_adapted = compile_adapted_forward(runner, runner.adapters)
+            except CompileError as error:
+                logger.warning("%s runs uncompiled where rows have adapters: %s", runner.architecture.name, error)
         if runner.device.type == "cuda" and runner.attends_natively:
             try:
                 capture_forward(runner, most_tokens)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Collection, Sequence
 
 from specplug.contract.types import Verdict
-from specplug.engine.commit import commit_tokens, kv_moves, score_output, score_prompts
+from specplug.engine.commit import clear_kv, commit_tokens, kv_moves, score_output, score_prompts
 from specplug.engine.contention import CoreContention
 from specplug.engine.fair_lock import FairLock
 from specplug.engine.planning import PlannedEngine
@@ -16,6 +15,7 @@ from specplug.engine.scheduler import ScheduledRow, Scheduler
 from specplug.engine.target_step import TargetStep, run_target
 from specplug.engine.trace import Tracer
 from specplug.errors import RequestError
+from specplug.lora.registry import AdapterRegistry
 from specplug.model.kv_cache import KVCache
 from specplug.model.runner import ModelRunner
 from specplug.model.torch_state import own_torch_state
@@ -43,6 +43,8 @@ class Engine:
         requests: makes requests.
         verification: decides what every row emits.
         scheduler: chooses the rows of each step.
+        lock: held by whoever works on the engine.
+        adapters: the LoRA adapters that requests may use; None if they may not.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class Engine:
         requests: RequestFactory,
         verification: Verification,
         scheduler: Scheduler,
+        lock: FairLock,
+        adapters: AdapterRegistry | None = None,
     ) -> None:
         self.config = planned.config
         self.plan = planned.plan
@@ -64,6 +68,7 @@ class Engine:
         self.chain = chain
         self.scheduler = scheduler
         self.prefix_cache = scheduler.prefix_cache
+        self.adapters = adapters
         self.stats = SpeculationStats()
         self.num_steps = 0
         self.num_prompt_tokens = 0
@@ -75,10 +80,9 @@ class Engine:
         self._requests = requests
         self._verification = verification
         self._tracer = Tracer(chain.policy)
-        self._lock = FairLock()
+        self.lock = lock
         self._contention = CoreContention()
         self._outputs: list[StepOutput] = []
-        self._process = os.getpid()
 
     # ---- speculators ----------------------------------------------------------------------------------------------
 
@@ -146,7 +150,7 @@ class Engine:
 
     def submit(self, families: Sequence[list[Request]]) -> None:
         """Queues requests, all at once."""
-        with self._lock:
+        with self.lock:
             self._check_open()
             for family in families:
                 self.scheduler.add(family[0])
@@ -154,12 +158,12 @@ class Engine:
 
     def abort(self, *request_ids: str) -> list[Request]:
         """Ends all sequences of requests; returns those that were not finished."""
-        with self._lock:
+        with self.lock:
             return self._abort(set(request_ids))
 
     def abandon(self, *request_ids: str) -> None:
         """Aborts requests without waiting for the current step; for finalisers."""
-        self._lock.defer(lambda: self._abort(set(request_ids)))
+        self.lock.defer(lambda: self._abort(set(request_ids)))
 
     def _abort(self, request_ids: Collection[str], error: str | None = None) -> list[Request]:
         ended = []
@@ -178,7 +182,7 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached KV; requests that run go on with theirs."""
-        with self._lock:
+        with self.lock:
             allocator = self.scheduler.allocator
             allocator.forget(allocator.cached.all())
 
@@ -195,7 +199,7 @@ class Engine:
         An error of one row ends that row alone, with the reason in `request.error`. Any other error is raised: what was
         committed stays, and the rows continue at the next step.
         """
-        with self._lock, own_torch_state():
+        with self.lock, own_torch_state():
             self._check_open()
             try:
                 self._advance()
@@ -303,13 +307,8 @@ class Engine:
         for child in request.fork_group:
             self.scheduler.add(child)
         request.fork_group = []
-        if request.error is not None and request.table is not None:
-            # Masked entries are multiplied by zero, and NaN times zero is NaN: a failed request may leave none behind.
-            size, allocator = self.plan.block_size, self.scheduler.allocator
-            own = [block for block in request.table.blocks if not allocator.is_shared(block)]
-            allocator.forget(own)
-            for cache in self._shared_caches:
-                cache.clear([slot for block in own for slot in range(block * size, (block + 1) * size)])
+        if request.error is not None:
+            clear_kv(request, self.scheduler.allocator, self._shared_caches, self.plan.block_size)
         self.scheduler.finish(request, "finished" if request.error is None else "aborted")
 
     def _recover(self) -> None:
@@ -328,15 +327,13 @@ class Engine:
     def _check_open(self) -> None:
         if self.is_closed:
             raise RequestError("the engine is closed")
-        if os.getpid() != self._process:  # a fork has none of the compute threads, and would wait for them forever
-            raise RequestError(
-                f"the engine belongs to process {self._process}, from which this one was forked; start an engine in this "
-                "process, with multiprocessing's start method 'spawn'"
-            )
+        self.lock.check_process()
 
     def close(self) -> None:
-        """Waits for the current step, ends all requests and frees all memory. Safe to call twice."""
-        with self._lock, own_torch_state():
+        """Waits for the current step, ends all requests and frees all memory. Safe to call twice, and in a fork."""
+        if self.lock.is_forked:
+            return
+        with self.lock, own_torch_state():
             if self.is_closed:
                 return
             self._abort({request.id for request in self.scheduler.requests()}, error=CLOSED)

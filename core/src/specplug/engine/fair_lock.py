@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -10,20 +11,26 @@ from specplug.errors import RequestError
 
 
 class FairLock:
-    """A first-come, first-served lock: `with lock:`. A thread that holds it and asks again gets an error, not a deadlock."""
+    """A first-come, first-served lock: `with lock:`. A thread that holds it and asks again gets an error, not a deadlock.
+
+    So does a forked process, which has a copy of the lock and none of the threads that would release it.
+    """
 
     def __init__(self) -> None:
+        self._process = os.getpid()
         self._changed = threading.Condition(threading.Lock())
         self._queue: deque[object] = deque()
         self._holder: int | None = None
         self._deferred: deque[Callable[[], object]] = deque()
+        self._process = os.getpid()
 
     def __enter__(self) -> None:
         """Waits for the lock.
 
         Raises:
-            RequestError: this thread holds it: a hook called the engine that called it.
+            RequestError: this thread holds it: a hook called the engine that called it. Or this process was forked.
         """
+        self.check_process()
         me, ticket = threading.get_ident(), object()
         if self._holder == me:
             raise RequestError(
@@ -52,11 +59,30 @@ class FairLock:
                 self._changed.notify_all()
         self._run_deferred()
 
+    @property
+    def is_forked(self) -> bool:
+        """Whether this process is not the one that made the lock."""
+        return os.getpid() != self._process
+
+    def check_process(self) -> None:
+        """Refuses a forked process: it has no compute threads, and would wait for them forever.
+
+        Raises:
+            RequestError: this process was forked from the one that made the lock.
+        """
+        if self.is_forked:
+            raise RequestError(
+                f"the engine belongs to process {self._process}, from which this one was forked; start an engine in this "
+                "process, with multiprocessing's start method 'spawn'"
+            )
+
     def defer(self, task: Callable[[], object]) -> None:
         """Runs a short task as soon as the lock is free, in any thread; never waits.
 
         For finalisers: the garbage collector runs them anywhere, even inside a step of the same thread.
         """
+        if self.is_forked:
+            return
         self._deferred.append(task)
         self._run_deferred()
 

@@ -20,7 +20,9 @@ PART_NAMES = (
     "draft weights",
     "draft KV cache",
     "verification buffers",
+    "LoRA adapters",
 )
+_OPTIONAL_PARTS = frozenset({"recurrent state", "LoRA adapters"})
 _CPU_SHARE = 0.5
 _MANY = 1 << 40  # blocks of a model without attention, which take no memory
 _CUDA_SHARE = 0.9
@@ -77,6 +79,7 @@ class MemoryPlan:
         elsewhere: memory of speculators on other devices; the parts above are on the target's device.
         limited_by: what limits `max_model_len`: the model's `positions`, the user's `max_model_len`, or `memory`.
         context_length: the longest sequence that the target has positions for.
+        adapters: bytes of the room for LoRA adapters.
     """
 
     budget_bytes: int
@@ -94,13 +97,14 @@ class MemoryPlan:
     elsewhere: tuple[OtherDevice, ...] = ()
     limited_by: Literal["positions", "max_model_len", "memory"] = "positions"
     context_length: int = 0
+    adapters: int = 0
 
     @property
     def parts(self) -> tuple[tuple[str, int], ...]:
-        """(name, bytes) of the parts; without recurrent state if the target has none."""
+        """(name, bytes) of the parts; recurrent state and adapters only if there are any."""
         own, drafts = (self.target_weights, self.target_kv, self.recurrent_state), (self.draft_weights, self.draft_kv)
-        named = zip(PART_NAMES, (*own, *drafts, self.buffers), strict=True)
-        return tuple((name, size) for name, size in named if size or name != "recurrent state")
+        named = zip(PART_NAMES, (*own, *drafts, self.buffers, self.adapters), strict=True)
+        return tuple((name, size) for name, size in named if size or name not in _OPTIONAL_PARTS)
 
     @property
     def total_bytes(self) -> int:
@@ -129,6 +133,7 @@ def solve(
     device: torch.device | None = None,
     step_bytes: int = 0,
     state_bytes_per_row: int = 0,
+    adapters: int = 0,
 ) -> MemoryPlan:
     """Finds the number of KV blocks: the most that fit, up to what the engine can use.
 
@@ -145,6 +150,7 @@ def solve(
         device: the target's. Regions on other devices are planned within those devices' budgets.
         step_bytes: bytes that exist only during a step.
         state_bytes_per_row: bytes of a row's recurrent state in the target.
+        adapters: bytes of the room for LoRA adapters.
 
     Raises:
         InsufficientMemoryError: weights and buffers do not fit, or not one sequence of the wanted length.
@@ -159,7 +165,7 @@ def solve(
     scratch = max([budget.num_speculative_tokens + 1, *(region.scratch_tokens_per_row for region in here)])
     per_block = (target_kv_bytes_per_token + draft_kv_per_token) * budget.block_size
     recurrent_state = budget.max_num_seqs * state_bytes_per_row
-    fixed = target_weights + recurrent_state + draft_weights + draft_fixed_kv + buffers
+    fixed = target_weights + recurrent_state + draft_weights + draft_fixed_kv + buffers + adapters
     left = budget.total_bytes - fixed
     longest = min(wanted_model_len or context_length, context_length)
     limited_by: Literal["positions", "max_model_len", "memory"]
@@ -173,13 +179,14 @@ def solve(
                 longest = min(longest, budget.block_size)
                 needed = budget.blocks_for(longest + scratch)
             least = fixed + needed * per_block
+            room = f"LoRA adapters {format_bytes(adapters)} (max_loras, max_lora_rank), " if adapters else ""
             raise InsufficientMemoryError(
                 f"one sequence of {longest:,} tokens needs {format_bytes(least)} (target weights "
                 f"{format_bytes(target_weights)}, "
                 + (f"recurrent state {format_bytes(recurrent_state)}, " if recurrent_state else "")
                 + f"draft weights {format_bytes(draft_weights)}, buffers "
-                f"{format_bytes(buffers)}, KV cache {format_bytes(draft_fixed_kv + needed * per_block)}), and the budget is "
-                f"{format_bytes(budget.total_bytes)}; "
+                f"{format_bytes(buffers)}, {room}KV cache {format_bytes(draft_fixed_kv + needed * per_block)}), and the "
+                f"budget is {format_bytes(budget.total_bytes)}; "
                 + _largest_excess(budget, owned, longest, scratch, per_block, least)
                 + "raise memory, or "
                 + _levers(budget, target_weights + draft_weights, fitting)
@@ -213,6 +220,7 @@ def solve(
         elsewhere=tuple(elsewhere),
         limited_by=limited_by,
         context_length=context_length,
+        adapters=adapters,
     )
 
 
@@ -263,8 +271,9 @@ def _levers(budget: MemoryBudget, weights: int, fitting: int) -> str:
     if weights >= budget.total_bytes:
         return "take smaller weights or a smaller dtype"
     shorter = f"lower max_model_len (at most {fitting:,} fit), " if fitting > 0 else "lower "
+    drafts = f"num_speculative_tokens (now {budget.num_speculative_tokens}), " if budget.num_speculative_tokens else ""
     return (
-        f"{shorter}max_num_seqs (now {budget.max_num_seqs}) or max_num_batched_tokens "
+        f"{shorter}{drafts}max_num_seqs (now {budget.max_num_seqs}) or max_num_batched_tokens "
         f"(now {budget.max_num_batched_tokens})"
     )
 

@@ -15,7 +15,8 @@ from specplug.engine.compilation import wants_compilation
 from specplug.engine.memory_plan import MemoryPlan, default_budget, solve
 from specplug.errors import CheckpointError, ConfigurationError, PluginError
 from specplug.host.loading import check_traits, load_speculators, max_nodes_of, plan_regions, wants_top_k_at_drafts
-from specplug.model.compile.cuda_graphs import CAPTURED_TOKENS
+from specplug.lora.room import AdapterRoom, plan_room
+from specplug.model.compile.cuda_graphs import CAPTURED_TOKENS, MOST_CAPTURED
 from specplug.model.compile.memory import StepModel, step_bytes
 from specplug.model.device import choose_device
 from specplug.model.load.architecture import Architecture, inspect_architecture
@@ -55,6 +56,7 @@ class PlannedEngine:
     num_entries: int
     num_held: int
     most_captured: int
+    adapters: AdapterRoom | None = None
 
     @property
     def caches_prefixes(self) -> bool:
@@ -93,6 +95,7 @@ def plan_engine(
     if target.device.type == "cpu":
         before_kernels()
     architecture, dtype, device = target.architecture, target.dtype, target.device
+    adapters = _adapter_room(config, target)
     facade = _target_facade(config, target, tokenizer)
     speculators = load_speculators(registry, config.speculative, facade)
     for speculator in speculators:
@@ -108,6 +111,7 @@ def plan_engine(
         num_speculative_tokens=max([max_nodes_of(s) for s in speculators], default=0),
         dtype=dtype,
         compiled_output_tokens=CAPTURED_TOKENS if device.type == "cuda" else 0,
+        loop_rows=MOST_CAPTURED if device.type == "cuda" else 0,
     )
     regions = [plan_regions(speculator, budget) for speculator in speculators]
     num_entries = min(config.max_num_batched_tokens, config.max_num_seqs * (1 + budget.num_speculative_tokens))
@@ -142,6 +146,7 @@ def plan_engine(
         device=device,
         step_bytes=temporary,
         state_bytes_per_row=bytes_per_row(architecture.state_calls, held, dtype),
+        adapters=0 if adapters is None else adapters.num_bytes,
     )
     return PlannedEngine(
         config=config,
@@ -159,6 +164,7 @@ def plan_engine(
         num_entries=num_entries,
         num_held=held,
         most_captured=most_captured,
+        adapters=adapters,
     )
 
 
@@ -201,6 +207,15 @@ def _target_facade(config: EngineConfig, target: _Target, tokenizer: Callable[[]
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         tokenizer=lambda: _target_tokenizer(tokenizer, target.folder, config.trust_remote_code),
+    )
+
+
+def _adapter_room(config: EngineConfig, target: _Target) -> AdapterRoom | None:
+    if not config.has_lora:
+        return None
+    architecture, modules = target.architecture, config.lora_modules
+    return plan_room(
+        modules, config.max_loras, config.max_lora_rank, architecture.linears, architecture.name, target.dtype
     )
 
 

@@ -2,7 +2,7 @@
 
 Only full blocks are shared, and only with committed tokens: nothing is ever written to them again, except that a speculator
 whose own entries are missing there stores them. A block is found by a SHA-256 digest of its tokens, all tokens before them
-and the request's salt.
+and the request's salt and adapter.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from hashlib import sha256
 
 import attrs
 
+from specplug.lora.registry import LoadedAdapter
 from specplug.model.kv_cache import BlockAllocator
 from specplug.request import Request
 from specplug.speculation.target_states.ring_buffer import WINDOW
@@ -128,7 +129,7 @@ class PrefixCache:
         """The digests of a row's first full blocks, at least `count`."""
         digests, size = request.block_digests, self._block_size
         if len(digests) < count:
-            last = digests[-1] if digests else _root(request.cache_salt)
+            last = digests[-1] if digests else _root(request.cache_salt, request.adapter)
             for begin in range(len(digests) * size, count * size, size):
                 last = sha256(b"B" + last + array("q", request.tokens[begin : begin + size]).tobytes()).digest()
                 digests.append(last)
@@ -155,6 +156,10 @@ class PrefixCache:
         return blocks[: stored // self._block_size] if 0 < missing <= WINDOW and stored else blocks
 
 
-def _root(salt: str | None) -> bytes:
-    """What the digest of a row's first block begins with. No digest of a block is one of a salt: their first bytes differ."""
-    return sha256(b"" if salt is None else b"S" + salt.encode()).digest()
+def _root(salt: str | None, adapter: LoadedAdapter | None) -> bytes:
+    """What the digest of a row's first block begins with. No digest of a block is one of a salt: their first bytes differ.
+
+    An adapter counts by its load and not by its name: what is loaded later under the same name is another one.
+    """
+    salted = b"" if salt is None else b"S" + salt.encode()
+    return sha256(salted if adapter is None else b"L%d:" % adapter.serial + salted).digest()

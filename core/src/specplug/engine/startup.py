@@ -14,21 +14,25 @@ import torch
 
 from specplug import native, threads
 from specplug.config.engine import EngineConfig
-from specplug.contract.resources import Resources
+from specplug.contract.resources import Resources, no_compile
 from specplug.engine.compilation import compile_forwards, wants_compilation
 from specplug.engine.engine import Engine
+from specplug.engine.fair_lock import FairLock
 from specplug.engine.planning import PlannedEngine, plan_engine
 from specplug.engine.prefix_cache import PrefixCache, Sharer
 from specplug.engine.requests import RequestFactory
 from specplug.engine.scheduler import Scheduler
 from specplug.errors import SpecplugError, StartupError
 from specplug.host.loading import allocate_caches, max_nodes_of, row_buckets, wants_top_k_at_drafts
+from specplug.lora.registry import AdapterRegistry
 from specplug.model.compile.compiled import compile_step
+from specplug.model.compile.loops import compile_loop
 from specplug.model.kv_cache import KVCache
 from specplug.model.load.checkpoint import resolve_checkpoint
 from specplug.model.load.parity import check_parity
 from specplug.model.load.tokenizer import check_tokenizer
 from specplug.model.load.weights import load_model
+from specplug.model.loop import plain_loop
 from specplug.model.parallel.commands import RankSettings
 from specplug.model.parallel.ranks import Ranks
 from specplug.model.parallel.runner import LeadingCache, LeadingRunner
@@ -36,7 +40,6 @@ from specplug.model.parallel.torchrun import join_first_rank, launched_rank, mee
 from specplug.model.parallel.worker import serve_rank
 from specplug.model.runner import ModelRunner
 from specplug.model.torch_state import own_torch_state
-from specplug.plugins.registry import RegisteredSpeculator
 from specplug.plugins.target import LazyModel
 from specplug.sampling.defaults import eos_ids
 from specplug.sampling.randomness import EngineRandomness
@@ -230,6 +233,8 @@ def _allocate(
         ranks.wait_until_ready()
         cache = LeadingCache(ranks, *size)
         runner = LeadingRunner(ranks, model, planned.architecture, cache, device, boundaries, rows)
+    if planned.adapters is not None:
+        runner.adapters = planned.adapters.allocate(model, device)
     states = TargetStateStore(
         planned.channels,
         planned.config.max_num_seqs,
@@ -260,10 +265,12 @@ def _assemble(
     randomness = EngineRandomness(config.seed, planned.device)
     workspace = Workspace(planned.num_entries, architecture.vocab_size, planned.device)
     planned.registry.register_verifier(LosslessVerifier(randomness, config.chain_verification, workspace))
+    is_auto = any(speculator.config.is_auto for speculator in planned.speculators)
+    policy: DraftLengthPolicy = AdaptiveDraftLength(planned.speculators) if is_auto else FixedDraftLength()
     chain = SpeculatorChain(
         planned.speculators,
         states,
-        choose_policy(planned.speculators),
+        policy,
         vocab_size=architecture.vocab_size,
         max_model_len=plan.max_model_len,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -271,6 +278,11 @@ def _assemble(
         strict=config.strict,
     )
     chain.warmup(_resources(planned, states, caches))
+    lock = FairLock()
+    adapters = None
+    if runner.adapters is not None and planned.adapters is not None:
+        adapters = AdapterRegistry(runner.adapters, planned.adapters, lambda: lock)
+        adapters.load_all(config.lora_modules)
     lookahead = max((max(s.scratch_tokens_per_row, max_nodes_of(s)) for s in planned.speculators), default=0)
     shared = [runner.cache]
     for regions, own in zip(planned.regions, caches, strict=True):
@@ -294,6 +306,8 @@ def _assemble(
             plan.max_model_len,
             PrefixCache(plan.block_size, _sharers(planned)) if planned.caches_prefixes else None,
         ),
+        lock=lock,
+        adapters=adapters,
     )
 
 
@@ -321,7 +335,8 @@ def _resources(
             kv_caches=own,
             row_buckets=row_buckets(config.max_num_seqs),
             hidden_states={b: states.delivery[b] for b in speculator.traits.hidden_states},
-            **({"compile": compile_step} if compiles else {}),
+            compile=compile_step if compiles else no_compile,
+            compile_loop=compile_loop if compiles else plain_loop,
         )
         for speculator, own in zip(planned.speculators, caches, strict=True)
     ]
@@ -332,10 +347,3 @@ def _tokenizer_folder(planned: PlannedEngine) -> Path:
     if config.tokenizer is None:
         return planned.folder
     return resolve_checkpoint(resolve_model(config.tokenizer), trust_remote_code=config.trust_remote_code)
-
-
-def choose_policy(speculators: Sequence[RegisteredSpeculator]) -> DraftLengthPolicy:
-    """Fixed draft lengths, or automatic ones if any speculator asks for them."""
-    if any(speculator.config.is_auto for speculator in speculators):
-        return AdaptiveDraftLength(speculators)
-    return FixedDraftLength()

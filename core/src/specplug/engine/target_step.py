@@ -79,7 +79,8 @@ def _forward_row(row: ScheduledRow) -> ForwardRow:
         if draft.parents is not None:
             tree = TreeMask.from_parents(start, draft.parents)
     held = 1 + (0 if draft is None else len(draft)) if row.samples else 0
-    return ForwardRow(tokens, start, request.table, tree, slot=request.slot, held=held)
+    adapter = -1 if request.adapter is None else request.adapter.slot
+    return ForwardRow(tokens, start, request.table, tree, slot=request.slot, held=held, adapter=adapter)
 
 
 def _add_scored_prompts(

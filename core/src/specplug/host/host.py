@@ -25,6 +25,7 @@ from specplug.host.loading import (
 )
 from specplug.host.rows import HostRow
 from specplug.model.kv_cache import KVCache
+from specplug.model.loop import plain_loop
 from specplug.model.torch_state import own_torch_state
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
 from specplug.plugins.target import TargetFacade
@@ -210,6 +211,7 @@ class SpeculatorHost:
                     num_blocks=self._num_blocks if has_caches else 0,
                     kv_caches=own,
                     row_buckets=row_buckets(self.limits.max_num_seqs),
+                    compile_loop=plain_loop,
                     hidden_states={b: self._states.delivery[b] for b in speculator.traits.hidden_states},
                 )
                 for speculator, own in zip(self._chain.speculators, caches, strict=True)

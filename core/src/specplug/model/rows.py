@@ -57,6 +57,7 @@ class ForwardRow:
         slot: of the row's recurrent state, if the model has any.
         held: how many of the last tokens may turn out to be rejected, so that a later forward may begin before them; matters
             for recurrent state alone.
+        adapter: the slot of the row's LoRA adapter; -1 for none.
     """
 
     tokens: Sequence[int]
@@ -66,6 +67,7 @@ class ForwardRow:
     first: int = 0
     slot: int = -1
     held: int = 0
+    adapter: int = -1
 
     @property
     def positions(self) -> Sequence[int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +20,9 @@ from specplug.model.recurrent.store import StateStore
 from specplug.model.rows import ForwardRow
 from specplug.model.taps import Taps
 
+if TYPE_CHECKING:
+    from specplug.lora.layers import AdapterLayers
+
 
 class ModelRunner:
     """A loaded model bound to its KV cache, and to the recurrent states of its rows if its layers have any.
@@ -29,6 +34,12 @@ class ModelRunner:
         device: where both are.
         boundaries: of the residual stream, to be captured.
         states: slots and entries per slot (see `StateStore`) of recurrent states; None for a model that has none.
+
+    Attributes:
+        compiled: its forward as machine code, for batches without adapters.
+        graphs: the same in CUDA graphs.
+        adapters: the LoRA adapters that its rows may have; None without any.
+        compiled_adapted: its forward as machine code, for batches with adapters.
     """
 
     def __init__(
@@ -48,6 +59,8 @@ class ModelRunner:
         self.sites: list[AttentionSite] = []
         self.compiled: CompiledStep | None = None
         self.graphs: CudaGraphs | None = None
+        self.adapters: AdapterLayers | None = None
+        self.compiled_adapted: CompiledStep | None = None
         for call, keys, values in zip(architecture.calls, cache.keys, cache.values, strict=True):
             site = AttentionSite(keys, values, call.mask.window)
             model.get_submodule(call.module).__dict__[SITE] = site
@@ -72,34 +85,36 @@ class ModelRunner:
             Logits [len(logits_index), vocabulary]. Captured states are in `taps.captured` until the next forward.
         """
         batch = ForwardBatch(rows, self.cache, logits_index)
-        if self.states is not None:
-            return self._forward_with_states(rows, batch, logits_index)
-        outputs: Sequence[torch.Tensor] | None = None
-        if self.graphs is not None:
-            outputs = self.graphs.replay(batch, lasting=lasting)
-        if outputs is None and self.compiled is not None:
-            outputs = self.compiled.over_tensors(*batch.step_inputs)
+        segments = None if self.adapters is None else self.adapters.segments(rows)
+        outputs = self._run_compiled(batch, segments, lasting=lasting)
         if outputs is None:
             keep: int | torch.Tensor = 0 if batch.wants_all else batch.logits_index
-            logits = self._run_model(batch, batch.input_ids, batch.position_ids, keep)
+            with self._states_of(rows), self._adapters_of(segments):
+                logits = self._run_model(batch, batch.input_ids, batch.position_ids, keep)
         else:
             logits, *states = outputs
             self.taps.captured = dict(zip(self.taps.boundaries, states, strict=True))
         return logits if logits_index is None else logits[: len(logits_index)]
 
-    def _forward_with_states(
-        self, rows: Sequence[ForwardRow], batch: ForwardBatch, logits_index: Sequence[int] | None
-    ) -> torch.Tensor:
-        """A forward of a model with recurrent states: by its own code, since what a step does depends on each row's past."""
-        assert self.states is not None
-        keep: int | torch.Tensor = 0 if batch.wants_all else batch.logits_index
-        states = self.states.begin(rows)
-        try:
-            logits = self._run_model(batch, batch.input_ids, batch.position_ids, keep)
-        finally:
-            self.states.detach()
-        self.states.finish(rows, states)
-        return logits if logits_index is None else logits[: len(logits_index)]
+    def _run_compiled(
+        self, batch: ForwardBatch, segments: torch.Tensor | None, *, lasting: bool
+    ) -> Sequence[torch.Tensor] | None:
+        """Logits and captured states, by what was captured or compiled for such a batch; None if nothing was."""
+        if segments is not None:
+            adapted = self.compiled_adapted
+            return None if adapted is None else adapted.over_tensors(*batch.step_inputs, segments)
+        outputs: Sequence[torch.Tensor] | None = None
+        if self.graphs is not None:
+            outputs = self.graphs.replay(batch, lasting=lasting)
+        if outputs is None and self.compiled is not None:
+            outputs = self.compiled.over_tensors(*batch.step_inputs)
+        return outputs
+
+    def _states_of(self, rows: Sequence[ForwardRow]) -> AbstractContextManager[None]:
+        return nullcontext() if self.states is None else self.states.running(rows)
+
+    def _adapters_of(self, segments: torch.Tensor | None) -> AbstractContextManager[None]:
+        return nullcontext() if segments is None or self.adapters is None else self.adapters.applied(segments)
 
     def step(self, batch: TensorBatch, ids: torch.Tensor, logits_index: torch.Tensor) -> list[torch.Tensor]:
         """A forward with native attention over tensors alone.
@@ -127,6 +142,20 @@ class ModelRunner:
         if self.compiled is not None:
             return self.compiled.over_tensors(positions, plan, write_slots, ids, logits_index)
         return self.step(TensorBatch(positions, plan, write_slots, self.cache_tensors), ids, logits_index)
+
+    @torch.inference_mode()
+    def over_batch(
+        self, batch: ForwardBatch | TensorBatch, ids: torch.Tensor, logits_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits [L, vocabulary] of a batch whose ids [T] are not the batch's own; all of them without an index [L]."""
+        index = torch.arange(len(ids), device=ids.device, dtype=torch.long) if logits_index is None else logits_index
+        if isinstance(batch, TensorBatch):
+            positions, plan, slots = batch.positions, batch.plan, batch.write_slots
+        elif batch.is_native:
+            positions, plan, slots, *_ = batch.step_inputs
+        else:
+            return self._run_model(batch, ids[None], batch.position_ids, index)
+        return self.run_tensors(positions, plan, slots, ids, index)[0]
 
     def keep(self, slot: int, path: Sequence[int]) -> None:
         """After verification: a row's recurrent state goes on over its last token and these nodes of its draft alone."""
@@ -174,7 +203,7 @@ class ModelRunner:
 
     def close(self) -> None:
         """Takes hooks and cache references off the model."""
-        self.compiled = None
+        self.compiled = self.compiled_adapted = self.adapters = None
         self.graphs = None
         self.taps.remove()
         for call in self.architecture.calls:

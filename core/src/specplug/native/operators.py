@@ -17,6 +17,7 @@ _SCHEMAS = (
     "float scaling, int window, float softcap, Tensor? sinks, Tensor cosines, Tensor sines) -> Tensor",
     "copy_rows(Tensor[] sources, int[] counts, int[] read, Tensor(a!)[] destinations, int[] write) -> ()",
     "argmax_with_prob(Tensor logits) -> (Tensor, Tensor)",
+    "add_low_rank(Tensor output, Tensor states, Tensor down, Tensor up, Tensor ranks, Tensor segments) -> Tensor",
     "pack_weight(Tensor weight, Tensor(a!) packed) -> ()",
     "linear(Tensor states, Tensor packed, Tensor? bias, int out_features) -> Tensor",
     "linears_2(Tensor states, Tensor packed_0, Tensor packed_1, Tensor? bias_0, Tensor? bias_1, "
@@ -35,6 +36,11 @@ for _schema in _SCHEMAS:
 @torch.library.register_fake("specplug::attend", lib=_library)
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object) -> torch.Tensor:
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+@torch.library.register_fake("specplug::add_low_rank", lib=_library)
+def _add_low_rank(output: torch.Tensor, *_: object) -> torch.Tensor:
+    return output.new_empty(output.shape)
 
 
 @torch.library.register_fake("specplug::linear", lib=_library)

@@ -11,6 +11,7 @@ import torch
 
 from specplug.contract.resources import MemoryRegion
 from specplug.errors import PluginError, UnsupportedModelError
+from specplug.model.compile.trace import TensorBatch
 from specplug.model.device import choose_device
 from specplug.model.head import Head
 from specplug.model.kv_cache import KVCache
@@ -27,6 +28,7 @@ from specplug.model.load.quantised import is_quantised
 from specplug.model.load.refusal import check_kind
 from specplug.model.load.tokenizer import load_tokenizer
 from specplug.model.load.weights import count_weights, load_model
+from specplug.model.paged import PagedBatch, forward_batch
 from specplug.model.rows import ForwardRow
 from specplug.model.runner import ModelRunner
 from specplug.values import as_integer, as_tuple, is_integer, shown
@@ -165,12 +167,9 @@ class LazyModel:
         self, rows: Sequence[ForwardRow], *, logits: Literal["last", "all"] | int | Sequence[int] = "last"
     ) -> torch.Tensor:
         """See `ModelHandle.forward`."""
-        if self.runner is None:
-            raise PluginError(
-                "the model cannot run yet: return its regions() from plan_memory, and call forward from warmup on"
-            )
+        runner = self._bound()
         if isinstance(logits, str) and logits == "all":
-            return self.runner.forward(rows)
+            return runner.forward(rows)
         is_last = isinstance(logits, str) and logits == "last"
         counts = [1] * len(rows) if is_last else _counts(rows, logits)
         index: list[int] = []
@@ -178,7 +177,26 @@ class LazyModel:
         for row, count in zip(rows, counts, strict=True):
             end += len(row.tokens)
             index.extend(range(end - count, end))
-        return self.runner.forward(rows, index)
+        return runner.forward(rows, index)
+
+    def step(
+        self, batch: PagedBatch | TensorBatch, token_ids: torch.Tensor, last: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `ModelHandle.step`."""
+        given = forward_batch(batch) if isinstance(batch, PagedBatch) else batch
+        return self._bound().over_batch(given, token_ids, last)
+
+    @property
+    def kv_cache(self) -> KVCache:
+        """See `ModelHandle.kv_cache`."""
+        return self._bound().cache
+
+    def _bound(self) -> ModelRunner:
+        if self.runner is None:
+            raise PluginError(
+                "the model cannot run yet: return its regions() from plan_memory, and call forward from warmup on"
+            )
+        return self.runner
 
     def close(self) -> None:
         """Drops model and cache."""

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.middleware.cors import CORSMiddleware
 
 from specplug.errors import SpecplugError
+from specplug.server.answers.adapters import load_adapter, unload_adapter
 from specplug.server.answers.chat import create_chat_completion
 from specplug.server.answers.completions import create_completion
 from specplug.server.answers.tokenization import detokenize, tokenize
@@ -16,6 +17,7 @@ from specplug.server.answers.trace import create_trace, describe
 from specplug.server.errors import ApiError, install_handlers
 from specplug.server.middleware import OPEN_PATHS, Authentication, BodyLimits, ResponseCounter
 from specplug.server.pages import PAGE_PATHS, add_pages
+from specplug.server.protocol.adapters import LoadAdapterBody, UnloadAdapterBody
 from specplug.server.protocol.chat import ChatBody
 from specplug.server.protocol.completions import CompletionBody
 from specplug.server.protocol.tokens import AbortBody, DetokenizeBody, TokenizeBody
@@ -42,6 +44,8 @@ def create_app(state: ServerState) -> FastAPI:
     _add_tokens(app, state)
     _add_status(app, state)
     _add_trace(app, state)
+    if state.settings.updates_adapters:
+        _add_adapters(app, state)
     if state.settings.playground:
         add_pages(app)
     guard(app, state.settings)
@@ -111,11 +115,23 @@ def _add_trace(app: FastAPI, state: ServerState) -> None:
         return describe(state)
 
 
+def _add_adapters(app: FastAPI, state: ServerState) -> None:
+    @app.post("/v1/load_lora_adapter")
+    async def load(body: LoadAdapterBody) -> Response:
+        """Load a LoRA adapter; its name is the name of a model then."""
+        return await load_adapter(state, body)
+
+    @app.post("/v1/unload_lora_adapter")
+    async def unload(body: UnloadAdapterBody) -> Response:
+        """Unload a LoRA adapter; requests that use it run on."""
+        return await unload_adapter(state, body)
+
+
 def _add_status(app: FastAPI, state: ServerState) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """List the names under which the model is served."""
-        return {"object": "list", "data": [_model(state, name) for name in state.settings.model_names]}
+        """List the names under which the model is served, and the loaded adapters."""
+        return {"object": "list", "data": [_model(state, name) for name in state.model_names]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
@@ -150,12 +166,14 @@ def _add_status(app: FastAPI, state: ServerState) -> None:
 
 def _model(state: ServerState, name: str) -> dict[str, Any]:
     engine = state.engine
+    folders = {each.lora_name: each.lora_path for each in engine.lora_requests}
+    adapter = state.adapter_of(name)
     return {
         "id": name,
         "object": "model",
         "created": state.created,
         "owned_by": "specplug",
-        "root": engine.config.model,
-        "parent": None,
+        "root": engine.config.model if adapter is None else folders.get(adapter),
+        "parent": None if adapter is None else state.settings.model_names[0],
         "max_model_len": engine.engine.plan.max_model_len,
     }

@@ -29,6 +29,7 @@ class ServerSettings:
         speculative_metrics: what responses say about speculation, as `metrics.speculative_decoding`.
         retry_after: what refused clients are told to wait.
         playground: whether the playground is served at `/`.
+        updates_adapters: whether requests may load and unload LoRA adapters.
     """
 
     model_names: tuple[str, ...]
@@ -43,3 +44,4 @@ class ServerSettings:
     speculative_metrics: SpeculativeMetrics = "none"
     retry_after: int = 1
     playground: bool = True
+    updates_adapters: bool = False

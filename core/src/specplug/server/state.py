@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ class ServerState:
         is_draining: whether the server is about to end and takes no more requests.
         created: when the server started, in seconds of the epoch.
         num_requests: how many requests for completions are in work.
+        loading: held while an adapter is loaded.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class ServerState:
         self.is_draining = False
         self.created = int(time.time())
         self.num_requests = 0
+        self.loading = asyncio.Lock()
         self._engine: AsyncLLM | None = None
         self._defaults: dict[str, Any] = {}
         self._in_work: dict[str, list[str]] = {}
@@ -82,13 +85,23 @@ class ServerState:
         """The sampling parameters that the model's generation_config recommends."""
         return self._defaults
 
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names that requests may use: the model's own, then those of the loaded adapters."""
+        adapters = () if self._engine is None else self._engine.lora_requests
+        return (*self.settings.model_names, *(each.lora_name for each in adapters))
+
+    def adapter_of(self, model: str | None) -> str | None:
+        """The adapter that a model's name stands for; None if it is the model's own."""
+        return None if model is None or model in self.settings.model_names else model
+
     def check_model(self, name: str | None) -> str:
-        """The name of the model for a response.
+        """The name of the model for a response: one of its own, or a loaded adapter's.
 
         Raises:
             ApiError: there is no such model.
         """
-        names = self.settings.model_names
+        names = self.model_names
         if name is not None and name not in names:
             raise ApiError(
                 404,

@@ -88,6 +88,7 @@ class Assembly:
             finished=self._num_finished == len(self._progress),
             metrics=self._frontend.times(self._submission),
             num_cached_tokens=self._first.num_cached_tokens or 0,
+            lora_request=self._submission.lora_request,
         )
 
     def _scores(self) -> list[PositionLogprobs | None] | None:

@@ -64,6 +64,7 @@ class AsyncEncoding:
         return await self._in_encoder(lambda: self._frontend.render(messages, **options))
 
     async def _in_encoder(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        self._frontend.engine.lock.check_process()
         try:
             future = self._encoder.submit(function, *arguments)
         except RuntimeError as error:

@@ -28,6 +28,16 @@ def check_output_kind(value: Any) -> None:
         raise RequestError(f"output_kind={shown(value)}: expected one of {', '.join(get_args(OutputKind))}")
 
 
+def check_timeout(value: Any) -> None:
+    """Refuses what is not a positive number of seconds or None.
+
+    Raises:
+        RequestError: the message says what was given.
+    """
+    if value is not None and not (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
+        raise RequestError(f"timeout={shown(value)}: expected a positive number of seconds, or None")
+
+
 class RequestStream:
     """The outputs of one prompt as an asynchronous iterator. `AsyncLLM.submit` makes it; one task may iterate over it.
 
@@ -176,6 +186,7 @@ class RequestStream:
             if self._failure is not None:  # of the outputs of a stream that delivers the last one only
                 self._failure_outputs(self._take())
                 break
+            self._frontend.engine.lock.check_process()
             self._waiter = self.loop.create_future()
             await self._waiter
         self.close()

@@ -106,7 +106,7 @@ def _spread(probs: DraftDistributions, nodes: int, vocabulary: int) -> torch.Ten
     values = probs.values.detach().float().cpu()[index].clone()
     if probs.token_ids is None:
         return values
-    full = torch.zeros(len(values), vocabulary)
+    full = torch.zeros(len(values), vocabulary, dtype=torch.float32, device="cpu")
     return full.index_add_(1, probs.token_ids.cpu(), values)
 
 

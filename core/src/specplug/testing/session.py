@@ -13,7 +13,7 @@ from specplug.engine.engine import Engine
 from specplug.errors import GenerationError
 from specplug.host.loading import max_nodes_of
 from specplug.llm import LLM
-from specplug.model.compile.cuda_graphs import CAPTURED_TOKENS
+from specplug.model.compile.cuda_graphs import CAPTURED_TOKENS, MOST_CAPTURED
 from specplug.model.kv_cache import BlockAllocator
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
@@ -100,6 +100,7 @@ class Session:
             num_speculative_tokens=max(map(max_nodes_of, self.engine.chain.speculators)),
             dtype=self.engine.runner.cache.dtype,
             compiled_output_tokens=CAPTURED_TOKENS if self.engine.runner.cache.device.type == "cuda" else 0,
+            loop_rows=MOST_CAPTURED if self.engine.runner.cache.device.type == "cuda" else 0,
         )
         return list(self.speculator.plan_memory(budget=budget) or ())
 

@@ -29,14 +29,14 @@ def chi_square_p(observed: torch.Tensor, expected: torch.Tensor, least: float = 
     if len(wanted) < 2:
         return 1.0
     statistic = ((counts - wanted).square() / wanted).sum()
-    freedom = torch.tensor((len(wanted) - 1) / 2, dtype=torch.float64)
+    freedom = torch.tensor((len(wanted) - 1) / 2, dtype=torch.float64, device="cpu")
     return float(torch.special.gammaincc(freedom, statistic / 2))
 
 
 def uniform_p(values: torch.Tensor, bins: int = 32) -> float:
     """The p-value of values in [0, 1) that should be uniform."""
     counts = torch.bincount((values * bins).long().clamp(0, bins - 1), minlength=bins)
-    return chi_square_p(counts, torch.full((bins,), len(values) / bins))
+    return chi_square_p(counts, torch.full((bins,), len(values) / bins, dtype=torch.float32, device="cpu"))
 
 
 def joint_p_values(samples: torch.Tensor, joint: torch.Tensor) -> dict[str, float]:

@@ -86,7 +86,7 @@ class Targets:
     def _generate(self, folder: Path, prompt: list[int], count: int) -> tuple[list[int], float]:
         """Greedy output, and the smallest gap between the two best logits on the way. No cache, no generation config."""
         model = self.reference(folder)
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], dtype=torch.int64, device="cpu")
         margin, past = float("inf"), None
         fed = ids
         with torch.no_grad():
@@ -103,12 +103,16 @@ class Targets:
 def repetitive_prompt(length: int, vocabulary: int, seed: int) -> list[int]:
     """Token ids that come back, so that methods which look tokens up find some."""
     generator = torch.Generator().manual_seed(seed)
-    period = int(torch.randint(3, 8, (1,), generator=generator))
+    period = int(torch.randint(3, 8, (1,), generator=generator, dtype=torch.int64, device="cpu"))
     low = min(3, vocabulary - 1)
-    pattern = torch.randint(low, vocabulary, (period,), generator=generator).tolist()
+    pattern = torch.randint(low, vocabulary, (period,), generator=generator, dtype=torch.int64, device="cpu").tolist()
     tokens = (pattern * (length // period + 1))[:length]
-    for position in torch.randint(0, length, (length // 9,), generator=generator).tolist():
-        tokens[position] = int(torch.randint(low, vocabulary, (1,), generator=generator))
+    for position in torch.randint(
+        0, length, (length // 9,), generator=generator, dtype=torch.int64, device="cpu"
+    ).tolist():
+        tokens[position] = int(
+            torch.randint(low, vocabulary, (1,), generator=generator, dtype=torch.int64, device="cpu")
+        )
     return tokens
 
 

@@ -53,7 +53,7 @@ class TextStream:
         new = len(self._waiting)
         self._starts.append(new)
         self._waiting += piece
-        if not piece or not may_stop:
+        if not piece or not may_stop or not self._stop:
             return False
         hits = [(place, s) for s in self._stop if (place := self._waiting.find(s, max(0, new - len(s) + 1))) >= 0]
         if not hits:
@@ -71,10 +71,14 @@ class TextStream:
 
         Text that was held back before belongs to the first of them. The last one has no text if it was not pushed.
         """
-        end = len(self._waiting) if self._finished else max(0, len(self._waiting) - self._held_back)
-        bounds = [0, *(min(start, end) for start in self._starts[1:]), end]
-        pieces = [self._waiting[a:b] for a, b in pairwise(bounds)]
+        waiting = self._waiting
+        end = len(waiting) if self._finished else max(0, len(waiting) - self._held_back)
+        if len(self._starts) > 1:
+            bounds = [0, *(min(start, end) for start in self._starts[1:]), end]
+            pieces = [waiting[a:b] for a, b in pairwise(bounds)]
+        else:
+            pieces = [waiting[:end]]
         self._starts.clear()
-        self._released.append(self._waiting[:end])
-        self._waiting = self._waiting[end:]
-        return [*pieces, *[""] * (count - len(pieces))]
+        self._released.append(waiting[:end])
+        self._waiting = waiting[end:]
+        return pieces + [""] * (count - len(pieces))

@@ -79,7 +79,7 @@ class Ingress:
         if not isinstance(name, str):  # a replica says what is wrong with it, if something is
             return models[0], self._handles[0]
         for model, handle in zip(models, self._handles, strict=True):
-            if name in model.names:
+            if name in model.served:
                 return model, handle
         served = ", ".join(self._options.settings.model_names)
         raise ApiError(404, f"there is no model {name!r} here; served: {served}", param="model", code="model_not_found")

@@ -16,7 +16,8 @@ DEFAULT_DRAIN_SECONDS = 300.0
 DEFAULT_REPLICA_SECONDS = 600.0
 _ROUTINGS: tuple[str, ...] = get_args(Routing)
 _OF_ENGINE_CALL = ("max_queued_requests",)  # an argument of AsyncLLM, not of its configuration
-_OF_RAY = ("model_names", "root_path")  # settings of a server that this module decides
+# Settings of a server that this module decides; an adapter that is loaded by a request would be in one replica alone.
+_OF_RAY = ("model_names", "root_path", "updates_adapters")
 _ROUTERS = {
     "conversation": "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter",
     "prefix": "ray.serve.llm.request_router.PrefixCacheAffinityRouter",
@@ -30,6 +31,7 @@ class ModelOptions:
     Attributes:
         model: a folder, a hub name, or `tiny`; every node of the cluster must find it.
         names: its names in requests.
+        adapters: the names of its LoRA adapters and their folders.
         engine: keywords of `AsyncLLM`.
         settings: of the server in each replica.
         deployment: options of Ray's deployment.
@@ -40,6 +42,12 @@ class ModelOptions:
     engine: Mapping[str, Any]
     settings: ServerSettings
     deployment: Mapping[str, Any]
+    adapters: Mapping[str, str] = attrs.field(factory=dict)
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """All names in requests that mean it: with an adapter's, that is used."""
+        return (*self.names, *self.adapters)
 
     @property
     def deployment_name(self) -> str:
@@ -88,7 +96,7 @@ def read_options(args: Mapping[str, Any]) -> AppOptions:
         for number, each in enumerate(models)
     )
     _check_distinct(read)
-    names = tuple(name for each in read for name in each.names)
+    names = tuple(name for each in read for name in each.served)
     longest = max(each.deployment["graceful_shutdown_timeout_s"] for each in read)
     return AppOptions(
         models=read,
@@ -127,6 +135,7 @@ def _read_model(given: Any, server: Mapping[str, Any], place: str) -> ModelOptio
         engine=engine,
         settings=_settings({**shared, **own}, tuple(names), f"{place}server"),
         deployment=_deployment(deployment, routing, config.max_num_seqs),
+        adapters={each.lora_name: each.lora_path for each in config.lora_modules},
     )
 
 
@@ -161,10 +170,10 @@ def _settings(given: Mapping[str, Any], names: tuple[str, ...], place: str) -> S
 
 
 def _check_distinct(models: Sequence[ModelOptions]) -> None:
-    names = [name for model in models for name in model.names]
+    names = [name for model in models for name in model.served]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ConfigurationError(f"served_model_name={twice!r} is given to several models; each needs its own")
+        raise ConfigurationError(f"the name {twice!r} is given to several models or adapters; each needs its own")
     places = [model.deployment_name for model in models]
     if len(set(places)) < len(places):
         raise ConfigurationError(f"these names of models make the same name of a deployment: {', '.join(places)}")

@@ -67,7 +67,7 @@ def add_status(app: FastAPI, served: Served) -> None:
     async def model(name: str) -> dict[str, Any]:
         """Describe one of these names."""
         for each in served:
-            if name in each[0].names:
+            if name in each[0].served:
                 return next(card for card in await _cards(*each, started) if card["id"] == name)
         raise ApiError(404, f"there is no model {name!r} here", param="model", code="model_not_found")
 
@@ -93,9 +93,9 @@ async def _cards(model: ModelOptions, handle: DeploymentHandle, started: int) ->
             "object": "model",
             "created": min((reply["created"] for reply in replies), default=started),
             "owned_by": "specplug",
-            "root": model.model,
-            "parent": None,
+            "root": model.adapters.get(name, model.model),
+            "parent": model.names[0] if name in model.adapters else None,
             **known,
         }
-        for name in model.names
+        for name in model.served
     ]

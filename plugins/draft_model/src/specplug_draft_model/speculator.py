@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -21,6 +21,7 @@ from specplug import (
     MemoryRegion,
     Proposal,
     SpeculatorTraits,
+    argmax_with_prob,
     hookimpl,
 )
 from specplug_draft_model.sequence import DraftSequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from specplug import (
         MemoryBudget,
         ModelHandle,
+        PagedBatch,
         ProposalBatch,
         ProposalRow,
         Resources,
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("specplug.draft_model")
 EMBEDDED = "tiny"
 _LEAST = 1e-30
+_WIDTHS = 16
+"""Hidden sizes that a layer's intermediate results of a token take, gated MLP included."""
 _COPIES_TO_DRAW = 8
 """Copies of a row's distribution that exist at once while it is truncated (sorted values and indices, sums, scattered) and
 sampled from. The distributions of earlier tokens exist too, and at the end all of them twice, when they are stacked."""
@@ -99,6 +103,7 @@ class DraftModelSpeculator:
     _target_ids: list[int] | None = attrs.field(default=None, init=False, repr=False)
     _draft_ids: list[int] | None = attrs.field(default=None, init=False, repr=False)
     _reported_ids: torch.Tensor | None = attrs.field(default=None, init=False, repr=False)
+    _loop: Any = attrs.field(default=None, init=False, repr=False)
 
     @property
     def samples(self) -> bool:
@@ -110,6 +115,9 @@ class DraftModelSpeculator:
         """The draft model's weights and KV cache, and the peak of drafting: logits, and distributions of sampled drafts."""
         rows = budget.max_num_seqs
         bytes_ = 2 * rows * self.model.vocab_size * self.model.dtype.itemsize
+        bytes_ += 3 * budget.loop_rows * self.model.vocab_size * torch.float32.itemsize
+        width = self.model.config.get_text_config().hidden_size
+        bytes_ += budget.loop_tokens(self.num_speculative_tokens) * _WIDTHS * width * self.model.dtype.itemsize
         if self.samples:
             held = max(2 * self.num_speculative_tokens, self.num_speculative_tokens + _COPIES_TO_DRAW)
             bytes_ += rows * held * self.vocabulary.size * torch.float32.itemsize
@@ -128,6 +136,8 @@ class DraftModelSpeculator:
             self._target_ids = self.vocabulary.target_ids.tolist()
             self._draft_ids = self.vocabulary.draft_ids.tolist()
         self._reported_ids = self.vocabulary.reported_ids(self.device)
+        if self.model.device.type != "cpu":
+            self.use_loop(resources)
         for count in resources.row_buckets if self.model.device.type != "cpu" else (1,):
             rows = []
             for block in range(min(count, resources.num_blocks)):
@@ -136,14 +146,22 @@ class DraftModelSpeculator:
                 rows.append(ForwardRow([self.vocabulary.unknown], 0, table))
             self.model.forward(rows)
 
+    def use_loop(self, resources: Resources) -> None:
+        """Drafts greedily without looking at the tokens in between; pays where the host would wait for them."""
+        self._loop = resources.compile_loop(self._begin, self._round, self.model.kv_cache, self.num_speculative_tokens)
+
     @hookimpl
     def propose(self, batch: ProposalBatch) -> Proposal:
         """Drafts a chain for every row with a budget that is within the draft's context."""
         for row_id, _ in batch.ended:
             self._sequences.pop(row_id, None)
         drafts = [_Draft(row, self._most_tokens(row)) for row in batch.rows]
+        for draft in drafts:
+            self._follow(draft.row)
+        if self._loop is not None and not (self.samples and any(row.gains_by_sampling for row in batch.rows)):
+            self._draft_in_loop(drafts)
         logits = self._catch_up(drafts)
-        active = [draft for draft in drafts if draft.max_tokens]
+        active = [draft for draft in drafts if draft.max_tokens and not draft.tokens]
         asks = any(row.budget.may_stop for row in batch.rows)
         while active and logits is not None:
             active, logits = self._extend(active, logits, asks)
@@ -157,6 +175,54 @@ class DraftModelSpeculator:
         room = self.max_model_len - len(row.tokens) + 1
         return max(0, min(row.budget.max_nodes, row.budget.max_depth, self.num_speculative_tokens, room))
 
+    def _follow(self, row: ProposalRow) -> None:
+        """Takes in what became of a row's draft."""
+        if row.is_new:
+            self._sequences[row.row_id] = DraftSequence.begin(row)
+        self._sequences[row.row_id].settle(row, self.method)
+
+    def _draft_in_loop(self, drafts: Sequence[_Draft]) -> None:
+        """Drafts for rows with few new tokens in one launch: their most likely chains, each as long as its budget."""
+        assert self._loop is not None
+        chosen, rows = [], []
+        for draft in drafts:
+            row, stored = draft.row, self._sequences[draft.row.row_id].num_stored
+            if draft.max_tokens and 0 < len(row.tokens) - stored <= 1 + self.num_speculative_tokens:
+                assert row.table is not None, "core gives every row its blocks"
+                chosen.append(draft)
+                rows.append(ForwardRow(self.vocabulary.to_draft(row.tokens[stored:]), stored, row.table))
+        if not chosen:
+            return
+        with torch.inference_mode():
+            found = self._loop(rows, [draft.max_tokens for draft in chosen]).transpose(0, 1).tolist()
+        for draft, chain in zip(chosen, found, strict=True):
+            sequence = self._sequences[draft.row.row_id]
+            sequence.num_stored = len(draft.row.tokens)
+            sequence.num_speculative += draft.max_tokens - 1
+            least, chance = self.settings.draft_confidence_threshold, 1.0
+            for token, sure in chain[: draft.max_tokens]:
+                if sure < least:
+                    draft.max_tokens = len(draft.tokens)
+                    break
+                chance *= sure
+                draft.tokens.append(int(token))
+                draft.chances.append(chance)
+
+    def _choose(self, logits: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """[N, draft vocabulary] → the draft's id of the most likely shared token; the target's, with its probability."""
+        ids, chances = argmax_with_prob(self.vocabulary.restrict(logits))
+        own, theirs = self.vocabulary.draft_ids, self.vocabulary.target_ids
+        columns = [(ids if theirs is None else theirs[ids]).double(), chances.double()]  # float64 holds every id
+        return [ids if own is None else own[ids]], torch.stack(columns, dim=-1)
+
+    def _begin(
+        self, batch: PagedBatch, ids: torch.Tensor, last: torch.Tensor
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        return self._choose(self.model.step(batch, ids, last))
+
+    def _round(self, batch: PagedBatch, ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        return self._choose(self.model.step(batch, ids))
+
     def _catch_up(self, drafts: Sequence[_Draft]) -> torch.Tensor | None:
         """Processes the committed tokens that the draft model has not seen: usually one or two of a row.
 
@@ -165,11 +231,7 @@ class DraftModelSpeculator:
         """
         waiting: list[tuple[int, DraftSequence, int]] = []
         for index, draft in enumerate(drafts):
-            row = draft.row
-            if row.is_new:
-                self._sequences[row.row_id] = DraftSequence.begin(row)
-            sequence = self._sequences[row.row_id]
-            sequence.settle(row, self.method)
+            row, sequence = draft.row, self._sequences[draft.row.row_id]
             # A row beyond the draft's context is run up to that too: a shorter row may find its blocks in the prefix cache.
             stop = len(row.tokens) if draft.max_tokens else min(row.new_positions.stop, self.max_model_len)
             if sequence.num_stored < stop:
@@ -191,7 +253,7 @@ class DraftModelSpeculator:
             logits = self.model.forward(rows)
             last.update((index, logits[place]) for index, place in finished)
             waiting = [entry for entry in waiting if entry[1].num_stored < entry[2]]
-        active = [index for index, draft in enumerate(drafts) if draft.max_tokens]
+        active = [index for index, draft in enumerate(drafts) if index in last]
         return torch.stack([last[index] for index in active]) if active else None
 
     def _extend(

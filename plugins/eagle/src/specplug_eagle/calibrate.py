@@ -135,8 +135,8 @@ def write_texts(target: Target, prompts: Sequence[Sequence[int]], tokens: int) -
     each = max(STEPS + 2, -(-tokens // len(prompts)))
     texts = []
     for prompt, answer in zip(prompts, continue_texts(target, prompts, Writing(max_tokens=each)), strict=True):
-        ids = torch.tensor([*prompt, *answer], dtype=torch.int32)
-        texts.append(Sample(ids, torch.arange(len(ids)) >= len(prompt)))
+        ids = torch.tensor([*prompt, *answer], dtype=torch.int32, device="cpu")
+        texts.append(Sample(ids, torch.arange(len(ids), dtype=torch.int64, device="cpu") >= len(prompt)))
     return texts
 
 

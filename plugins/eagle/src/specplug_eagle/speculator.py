@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -23,6 +24,7 @@ from specplug import (
 from specplug_eagle.checkpoint import EagleCheckpoint, resolve_layer_ids, validate
 from specplug_eagle.drafting.chain import Chain
 from specplug_eagle.drafting.dynamic_tree import DynamicTree
+from specplug_eagle.drafting.loop import ChainLoop
 from specplug_eagle.drafting.runner import HeadRunner, HeadSequence, Roots
 from specplug_eagle.drafting.static_tree import StaticTree
 from specplug_eagle.drafting.tree_draft import EMPTY
@@ -65,6 +67,7 @@ class EagleSpeculator:
     tree: Chain | StaticTree | DynamicTree
     traits: SpeculatorTraits
     _runner: HeadRunner | None = attrs.field(default=None, init=False, repr=False)
+    _loop: ChainLoop | None = attrs.field(default=None, init=False, repr=False)
     _sequences: dict[int, HeadSequence] = attrs.field(factory=dict, init=False, repr=False)
 
     @hookimpl
@@ -73,6 +76,9 @@ class EagleSpeculator:
         spec = self.checkpoint.spec
         layer = KVLayer(spec.num_kv_heads, spec.head_dim, spec.head_dim)
         tokens = budget.max_num_batched_tokens
+        loops = isinstance(self.tree, Chain)
+        if loops:
+            tokens += budget.loop_tokens(self.tree.max_depth)
         states = (
             tokens * (spec.feature_size + 6 * spec.hidden_size + 2 * spec.intermediate_size) * budget.dtype.itemsize
         )
@@ -81,7 +87,8 @@ class EagleSpeculator:
         copies = 1 if isinstance(self.tree, Chain) and self.target.device.type == "cpu" else 2 * width
         if self.tree.samples:
             copies = max(2 * inner, inner + _COPIES_TO_DRAW * width)
-        logits = budget.max_num_seqs * copies * spec.draft_vocab_size * torch.float32.itemsize
+        rows = budget.max_num_seqs + (budget.loop_rows if loops else 0)
+        logits = rows * copies * spec.draft_vocab_size * torch.float32.itemsize
         ids = spec.draft_vocab_size * torch.int64.itemsize if spec.draft_vocab_size != spec.vocab_size else 0
         return [
             MemoryRegion("head weights", "weights", fixed_bytes=self.weights.num_bytes()),
@@ -114,6 +121,13 @@ class EagleSpeculator:
             hidden = torch.zeros(len(rows), head.spec.hidden_size, dtype=self.target.dtype, device=resources.device)
             with torch.inference_mode():
                 self._runner.run(rows, None, hidden)
+        if isinstance(self.tree, Chain) and resources.device.type != "cpu":
+            self.use_loop(resources)
+
+    def use_loop(self, resources: Resources) -> None:
+        """Drafts greedy chains without looking at their tokens in between; pays where the host would wait for them."""
+        assert self._runner is not None, "warmup builds the head first"
+        self._loop = ChainLoop(self._runner, resources, self.traits.hidden_states, self.tree.max_depth)
 
     @hookimpl
     def propose(self, batch: ProposalBatch) -> Proposal:
@@ -122,7 +136,14 @@ class EagleSpeculator:
             self._sequences.pop(row_id, None)
         drafts = [EMPTY] * len(batch.rows)
         with torch.inference_mode():
-            roots, places = self._catch_up(batch)
+            entries = self._new_entries(batch)
+            if self._loop is not None and not self._samples(batch):
+                drafting = [place for place in entries if batch.rows[place].budget.max_nodes]
+                rows = [batch.rows[place] for place in drafting]
+                found = self._loop.draft(rows, [entries.pop(place) for place in drafting])
+                for place, draft in zip(drafting, found, strict=True):
+                    drafts[place] = draft
+            roots, places = self._catch_up(batch, entries)
             if roots is not None and self._runner is not None:
                 for place, draft in zip(places, self.tree.draft(roots, self._runner), strict=True):
                     drafts[place] = draft
@@ -133,25 +154,32 @@ class EagleSpeculator:
             probs=[draft.probs for draft in drafts],
         )
 
-    def _catch_up(self, batch: ProposalBatch) -> tuple[Roots | None, list[int]]:
-        """Runs the head over every new target state with the token after it. Their KV overwrites that of drafts.
+    def _samples(self, batch: ProposalBatch) -> bool:
+        """Whether any token is sampled."""
+        return self.tree.samples and any(row.gains_by_sampling for row in batch.rows)
 
-        Returns:
-            The rows that may draft, and their indices in the batch.
-        """
-        assert self._runner is not None, "warmup comes before propose"
-        rows, owners = [], []
+    def _new_entries(self, batch: ProposalBatch) -> dict[int, ForwardRow]:
+        """The rows with new target states, by their index in the batch: each state with the token after it."""
+        entries = {}
         for place, row in enumerate(batch.rows):
             sequence = self._follow(row)
             if len(row.new_positions):
                 assert row.table is not None, "core gives every row its blocks"
                 start, stop = row.new_positions.start, row.new_positions.stop
-                rows.append(ForwardRow(row.tokens[start + 1 : stop + 1], start, row.table, first=sequence.begin))
-                owners.append(place)
-        if not rows:
+                entries[place] = ForwardRow(row.tokens[start + 1 : stop + 1], start, row.table, first=sequence.begin)
+        return entries
+
+    def _catch_up(self, batch: ProposalBatch, entries: dict[int, ForwardRow]) -> tuple[Roots | None, list[int]]:
+        """Runs the head over every new target state. Their KV overwrites that of drafts.
+
+        Returns:
+            The rows that may draft, and their indices in the batch.
+        """
+        assert self._runner is not None, "warmup comes before propose"
+        if not entries:
             return None, []
-        count = sum(len(row.tokens) for row in rows)
-        features = [batch.hidden_states[boundary][:count] for boundary in self.traits.hidden_states]
+        owners, rows = list(entries), list(entries.values())
+        features = self._features(batch, owners)
         fused = self._runner.head.fuse(features[0] if len(features) == 1 else torch.cat(features, dim=-1))
         result = self._runner.run(rows, None, fused)
         last, drafting = -1, []
@@ -170,6 +198,15 @@ class EagleSpeculator:
             hidden=result.feedback[at],
         )
         return roots, places
+
+    def _features(self, batch: ProposalBatch, owners: Sequence[int]) -> list[torch.Tensor]:
+        """The new states of these rows, [T, hidden] per boundary."""
+        states = [batch.hidden_states[boundary] for boundary in self.traits.hidden_states]
+        spans = [batch.rows[place].new_states for place in owners]
+        count = sum(span.stop - span.start for span in spans)
+        if spans[0].start == 0 and spans[-1].stop == count:  # nobody is left out
+            return [part[:count] for part in states]
+        return [torch.cat([part[span] for span in spans]) for part in states]
 
     def _follow(self, row: ProposalRow) -> HeadSequence:
         """Updates a row's record. After a gap in its states, the row begins anew: earlier positions are masked."""

@@ -14,6 +14,7 @@ import attrs
 
 from specplug.cli.options import make_params
 from specplug.cli.process import import_libraries
+from specplug.cli.run.kernels import start_without_kernels
 from specplug.cli.views.startup import StartupView
 from specplug.cli.views.stats import Meter, show_meter
 from specplug.cli.views.text import TextView
@@ -80,6 +81,7 @@ def run_job(job: ChatJob, out: Terminal, err: Terminal) -> None:
         import_libraries()
         from specplug.async_llm import AsyncLLM
 
+        start_without_kernels(job.engine, err, quiet=job.quiet)
         llm = AsyncLLM(job.target, on_step=view, **job.engine)
     with llm, _plain_interrupts(), asyncio.Runner() as runner:
         Conversation(job, llm, out, err).run(runner)

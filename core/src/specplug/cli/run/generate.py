@@ -14,6 +14,7 @@ import attrs
 from specplug.cli.inputs import PromptLine
 from specplug.cli.options import DEFAULTS, make_params
 from specplug.cli.process import import_libraries
+from specplug.cli.run.kernels import start_without_kernels
 from specplug.cli.views.startup import StartupView
 from specplug.cli.views.stats import Meter, show_meter, show_totals
 from specplug.cli.views.text import TextView
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 
 _PROMPT_INDEX = re.compile(r"^prompts\[(\d+)\]: ")
 _HEADER_WIDTH = 60
-_WITHOUT_KERNELS = (
-    "The native kernels are being compiled in the background, once. This run uses PyTorch's; later ones are faster."
-)
 
 
 @attrs.frozen
@@ -77,8 +75,8 @@ def run_job(job: GenerateJob, out: Terminal, err: Terminal) -> None:
         import_libraries()
         from specplug.llm import LLM
 
-        if _starts_without_kernels(job) and not job.quiet:
-            err.paragraph(_WITHOUT_KERNELS, style="dim")
+        if not job.is_file:
+            start_without_kernels(job.engine, err, quiet=job.quiet)
         llm = LLM(job.target, on_step=view, **job.engine)
     with llm:
         params = _params(job, llm, err)
@@ -90,15 +88,6 @@ def run_job(job: GenerateJob, out: Terminal, err: Terminal) -> None:
         except RequestError as error:
             raise _with_location(error, job) from error
         _report_unverified(err, llm)
-
-
-def _starts_without_kernels(job: GenerateJob) -> bool:
-    """Decides that a single prompt need not wait until the native kernels are compiled, and starts with those of PyTorch."""
-    from specplug import native
-    from specplug.model.device import choose_device
-
-    is_long = job.is_file or bool(job.engine.get("compile"))
-    return not is_long and choose_device(job.engine.get("device", "auto")).type == "cpu" and native.go_without()
 
 
 def _report_unverified(err: Terminal, llm: LLM) -> None:
@@ -140,7 +129,7 @@ def _stream(job: GenerateJob, params: SamplingParams, llm: LLM, out: Terminal, e
         err.paragraph(shown.legend, style="dim")
     meter = Meter()
     try:
-        for piece in llm.stream(job.prompts[0].prompt, params):
+        for piece in llm.stream(job.prompts[0].prompt, params, lora_request=job.prompts[0].lora):
             meter.add(piece)
             shown.show(piece)
     finally:
@@ -154,7 +143,12 @@ def _run_all(job: GenerateJob, params: list[SamplingParams], llm: LLM, out: Term
     started = time.perf_counter()
     failure: GenerationError | None = None
     try:
-        outputs = llm.generate([line.prompt for line in job.prompts], params, use_tqdm=err.is_live and not job.quiet)
+        outputs = llm.generate(
+            [line.prompt for line in job.prompts],
+            params,
+            use_tqdm=err.is_live and not job.quiet,
+            lora_request=[line.lora for line in job.prompts],
+        )
     except GenerationError as error:  # raised after the other outputs are shown
         failure, outputs = error, error.outputs
     seconds = time.perf_counter() - started

@@ -20,6 +20,7 @@ _LOOKS = {  # of each part: colour, and letter where there is none
     "draft weights": ("magenta", "d"),
     "draft KV cache": ("yellow", "k"),
     "verification buffers": ("green", "v"),
+    "LoRA adapters": ("white", "L"),
 }
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 

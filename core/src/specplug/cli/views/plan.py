@@ -100,6 +100,7 @@ class PlanReport:
                 "draft_kv": plan.draft_kv,
                 "buffers": plan.buffers,
                 **({"recurrent_state": plan.recurrent_state} if plan.recurrent_state else {}),
+                "adapters": plan.adapters,
             },
             "context_length": self.context_length,
             "max_model_len": plan.max_model_len,

@@ -28,7 +28,15 @@ from specplug.model.compile.artifacts import (
     quiet_tracing,
 )
 from specplug.model.compile.cuda_graphs import MOST_CAPTURED, CudaGraphs
-from specplug.model.compile.trace import EXAMPLE_TOKENS, Step, StepGraph, tensors_of, trace_step, weights_of
+from specplug.model.compile.trace import (
+    EXAMPLE_TOKENS,
+    Step,
+    StepGraph,
+    TensorBatch,
+    tensors_of,
+    trace_step,
+    weights_of,
+)
 from specplug.model.difference import TOLERANCE, relative_difference
 from specplug.model.kv_cache import BlockTable, KVCache
 from specplug.model.load.packing import PackedLinear
@@ -53,11 +61,12 @@ class CompiledStep:
         self._fixed = list(fixed)
         self.graphs: CudaGraphs | None = None
 
-    def __call__(self, batch: PagedBatch, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+    def __call__(self, batch: PagedBatch | TensorBatch, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
         """See `Resources.compile`; what is returned outlives later calls."""
-        outputs = None if self.graphs is None else self.graphs.replay(forward_batch(batch), inputs)
-        if outputs is not None:
-            return outputs
+        if isinstance(batch, PagedBatch) and self.graphs is not None:
+            outputs = self.graphs.replay(forward_batch(batch), inputs)
+            if outputs is not None:
+                return outputs
         dense = [tensor.contiguous() for tensor in inputs]
         return self.over_tensors(batch.positions, batch.plan, batch.write_slots, *dense)
 

@@ -19,7 +19,7 @@ from specplug.model.staging import StagedInputs, staged_length
 
 MOST_TOKENS = 256
 LONGEST_PLAN = 1 << 17
-_NO_WORK = [[0, 0, 1, 4, 0, 0, 0, 0]]
+NO_WORK = [[0, 0, 1, 4, 0, 0, 0, 0]]
 """The plan of a batch without rows."""
 TensorStep = Callable[..., Sequence[torch.Tensor]]
 
@@ -81,7 +81,7 @@ class CudaGraphs:
         """A graph of one run, which copies its staged inputs first; a batch without rows is staged meanwhile."""
         ids, positions, slots, index, plan = self._staged.tensors(bucket)
         inputs = [ids, index] if self._inputs is None else [tensor[:bucket] for tensor in self._inputs]
-        self._staged.write([[], [], [], []], bucket, _NO_WORK)
+        self._staged.write([[], [], [], []], bucket, NO_WORK)
         self._staged.copy(bucket)
         torch.cuda.synchronize(stream.device)
         with torch.cuda.stream(stream):  # compiles kernels and fills libraries' workspaces, which a capture must not

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+import attrs
 import torch
 
 from specplug import native
@@ -18,9 +20,12 @@ from specplug.model.compile.compiled import (
     measure_rounding,
 )
 from specplug.model.compile.cuda_graphs import CudaGraphs, TensorStep
-from specplug.model.compile.trace import EXAMPLE_LOGITS, EXAMPLE_TOKENS, Step, TensorBatch, weights_of
+from specplug.model.compile.trace import EXAMPLE_LOGITS, EXAMPLE_SEGMENTS, EXAMPLE_TOKENS, Step, TensorBatch, weights_of
 from specplug.model.rows import ForwardRow
 from specplug.model.runner import ModelRunner
+
+if TYPE_CHECKING:
+    from specplug.lora.layers import AdapterLayers
 
 _CONVENTION = 2  # the order of inputs and outputs, which an artifact depends on
 
@@ -43,6 +48,53 @@ def compile_forward(runner: ModelRunner) -> CompiledStep:
         check,
         runner.architecture.name,
         _key(runner),
+    )
+
+
+def compile_adapted_forward(runner: ModelRunner, adapters: AdapterLayers) -> CompiledStep:
+    """The same for batches with adapters, whose segments are one more input. The first slot of adapters is overwritten.
+
+    Raises:
+        CompileError: see `compile_forward`.
+    """
+    whole = torch.nn.ModuleDict({"model": runner.model, "adapters": adapters})
+    plain = forward_step(runner)
+
+    def step(
+        batch: TensorBatch, ids: torch.Tensor, logits_index: torch.Tensor, segments: torch.Tensor
+    ) -> Sequence[torch.Tensor]:
+        with adapters.applied(segments, to_all=True):
+            return plain(batch, ids, logits_index)
+
+    def over_adapted_rows(run: TensorStep) -> RowsStep:
+        def run_rows(rows: list[ForwardRow]) -> Any:
+            batch = ForwardBatch([attrs.evolve(row, adapter=0) for row in rows], runner.cache)
+            segments = torch.tensor([[0, batch.num_tokens, 0]], dtype=torch.int32, device="cpu")
+            return run(*batch.step_inputs, segments)
+
+        return run_rows
+
+    def own(positions: torch.Tensor, plan: torch.Tensor, slots: torch.Tensor, *inputs: torch.Tensor) -> Any:
+        return step(TensorBatch(positions, plan, slots, runner.cache_tensors), *inputs)
+
+    def check(compiled: CompiledStep) -> None:
+        adapters.fill_randomly(0)
+        try:
+            ours, theirs = over_adapted_rows(compiled.over_tensors), over_adapted_rows(own)
+            change = measure_change(ours, theirs, _longest(runner), runner.architecture.vocab_size)
+            check_change("compiled with adapters, it gives other logits", change, runner.cache.keys[0].dtype)
+        finally:
+            adapters.fill(0, None)
+
+    segments = torch.zeros(EXAMPLE_SEGMENTS, 3, dtype=torch.int32, device=runner.device)
+    return build_step(
+        step,
+        whole,
+        runner.cache,
+        [*example_inputs(runner.device), segments],
+        check,
+        f"{runner.architecture.name} with adapters",
+        _key(runner, {name: list(tensor.shape) for name, tensor in weights_of(adapters).items()}),
     )
 
 
@@ -116,7 +168,7 @@ def _longest(runner: ModelRunner) -> int:
     return min(runner.architecture.context_length, runner.cache.num_slots)
 
 
-def _key(runner: ModelRunner) -> str:
+def _key(runner: ModelRunner, adapters: dict[str, list[int]] | None = None) -> str:
     """What a compiled forward depends on, without a trace: that would take a start most of its time.
 
     The model's code is covered by the versions, and by the check before use.
@@ -132,5 +184,6 @@ def _key(runner: ModelRunner) -> str:
         "native": native.key(),
         "threads": torch.get_num_threads(),
         "device": device_name(runner.device),
+        **({} if adapters is None else {"adapters": adapters}),
     }
     return cache_key(runner.architecture.name, facts)

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from specplug.contract.resources import KVLayer
 from specplug.errors import UnsupportedModelError
 from specplug.model.attention.interface import SITE
+from specplug.model.linears import LinearLayer, LinearUses
 from specplug.model.load import masks
 from specplug.model.load.library_output import quiet_transformers
 from specplug.model.load.masks import Mask
@@ -76,6 +77,7 @@ class Architecture:
         towers: the modules that text never reaches (images, sound); they are not loaded.
         state_calls: the calls that carry recurrent state from token to token, in the order they run.
         shards: how it is split over ranks.
+        linears: the linear layers that an adapter can be added to.
     """
 
     name: str
@@ -120,6 +122,8 @@ class Architecture:
             weight_bytes=shards.weight_bytes(self.weight_bytes, size),
             shards=shards,
         )
+
+    linears: tuple[LinearLayer, ...] = ()
 
     def loaded_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
         """Bytes of the weights as they are held: a packed output layer is a second copy of a tied table."""
@@ -264,7 +268,7 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
     except Exception as error:
         raise build_failure(model_type, error) from error
     sizes, tied_head_bytes = _sizes(model), _tied_head_bytes(model)
-    streams = _Streams(model)
+    streams, linears = _Streams(model), LinearUses(model, _TRACE_TOKENS)
     trace = _run(model, model_type, dtype)
     layers = _decoder_layers(model, trace)
     towers = find_towers(model, layers, trace.used) if type(model.config) is type(config) else ()
@@ -307,6 +311,7 @@ def inspect_architecture(config: Any, dtype: torch.dtype, *, trust_remote_code: 
         towers=towers,
         state_calls=tuple(trace.states),
         shards=shard_plan(model),
+        linears=linears.over_all_tokens,
     )
 
 

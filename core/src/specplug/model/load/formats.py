@@ -25,8 +25,8 @@ def without_config(folder: Path) -> CheckpointError:
     if (folder / ADAPTER).is_file():
         base = _base_model(folder)
         return CheckpointError(
-            f"{folder} has no config.json: it is an adapter (LoRA){f' for {base}' if base else ''}, not a model; merge it into "
-            "its base model with peft's merge_and_unload(), and give the folder of the result"
+            f"{folder} has no config.json: it is an adapter (LoRA){f' for {base}' if base else ''}, not a model; give its "
+            f"base model, and the adapter as lora_modules={{'name': '{folder}'}} (--lora-modules name={folder})"
         )
     known = {
         "*.gguf": "it holds a GGUF file; give a folder with the same model as safetensors",
@@ -51,8 +51,8 @@ def check_no_adapter(folder: Path) -> None:
     """
     if (folder / ADAPTER).is_file():
         raise CheckpointError(
-            f"{folder} has an adapter ({ADAPTER}) next to its config.json, and adapters are not applied; merge it with peft's "
-            f"merge_and_unload(), or remove {ADAPTER} to run the model without it"
+            f"{folder} has an adapter ({ADAPTER}) next to its config.json, and would not be applied: move its files to a "
+            f"folder of their own and give that as lora_modules, merge it with peft's merge_and_unload(), or remove {ADAPTER}"
         )
 
 

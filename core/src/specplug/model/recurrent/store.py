@@ -94,8 +94,9 @@ class StateStore:
         """Bytes of all memories."""
         return sum(memory.num_bytes for memory in self.memories)
 
-    def begin(self, rows: Sequence[ForwardRow]) -> StateBatch:
-        """Prepares the layers for a forward.
+    @contextmanager
+    def running(self, rows: Sequence[ForwardRow]) -> Iterator[None]:
+        """Within it, the model's layers run these rows from where their states are.
 
         Raises:
             RuntimeError: a row begins where its state cannot be brought to.
@@ -107,9 +108,16 @@ class StateStore:
         batch = StateBatch(states, self.held, self._device)
         for state in states:  # not known if the forward fails in the middle
             self._bases[state.slot] = -1
-        for site in self._sites:
-            site.start(batch)
-        return batch
+        try:
+            for site in self._sites:
+                site.start(batch)
+            yield
+        finally:
+            for site in self._sites:
+                site.start(None)
+        for row, state in zip(rows, states, strict=True):
+            self._bases[state.slot] = row.start + state.count - state.width
+            self._entries[state.slot] = range(state.width)
 
     def _row(self, row: ForwardRow, first: int) -> StateRow:
         if row.slot < 0:
@@ -136,17 +144,6 @@ class StateStore:
             passed=max(0, following - row.start),
             ancestors=None if row.tree is None else row.tree.visible.numpy(),
         )
-
-    def finish(self, rows: Sequence[ForwardRow], batch: StateBatch) -> None:
-        """After a forward: notes where the states are."""
-        for row, state in zip(rows, batch.rows, strict=True):
-            self._bases[state.slot] = row.start + state.count - state.width
-            self._entries[state.slot] = range(state.width)
-
-    def detach(self) -> None:
-        """Takes the batch from the layers."""
-        for site in self._sites:
-            site.start(None)
 
     def keep(self, slot: int, entries: Sequence[int]) -> None:
         """After verification: the row's tokens after its state are these entries, in order; the others are dropped."""

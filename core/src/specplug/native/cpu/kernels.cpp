@@ -3,6 +3,7 @@
 #include "attention/attention_op.h"
 #include "copy_rows.h"
 #include "gemm/linear_op.h"
+#include "low_rank.h"
 #include "operators.h"
 
 const specplug::Operators& specplug::operators() {
@@ -11,6 +12,7 @@ const specplug::Operators& specplug::operators() {
       &attend_rope,
       &copy_rows,
       &argmax_with_prob,
+      &add_low_rank,
 #if SPECPLUG_PACKS_BF16
       &pack,
       &linear,

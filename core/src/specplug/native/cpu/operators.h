@@ -19,6 +19,7 @@ struct Operators {
                           const Tensor&, double, int64_t, double, const MaybeTensor&, const Tensor&, const Tensor&);
   void (*copy_rows)(at::TensorList, at::IntArrayRef, at::IntArrayRef, at::TensorList, at::IntArrayRef);
   std::tuple<Tensor, Tensor> (*argmax_with_prob)(const Tensor&);
+  Tensor (*add_low_rank)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&);
   void (*pack_weight)(const Tensor&, const Tensor&) = nullptr;
   Tensor (*linear)(const Tensor&, const Tensor&, const MaybeTensor&, int64_t) = nullptr;
   std::tuple<Tensor, Tensor> (*linears_2)(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&,

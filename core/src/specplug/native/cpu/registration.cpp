@@ -11,6 +11,7 @@ TORCH_LIBRARY_IMPL(specplug, CPU, library) {
   library.impl("attend_rope", operators.attend_rope);
   library.impl("copy_rows", operators.copy_rows);
   library.impl("argmax_with_prob", operators.argmax_with_prob);
+  library.impl("add_low_rank", operators.add_low_rank);
   if (!operators.linear) return;
   library.impl("pack_weight", operators.pack_weight);
   library.impl("linear", operators.linear);

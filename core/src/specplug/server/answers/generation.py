@@ -27,9 +27,10 @@ async def start(
     kind: OutputKind,
     timeout: float | None,
     cache_salt: str | None,
+    adapter: str | None = None,
     trace: bool = False,
 ) -> list[RequestStream]:
-    """Queues the prompts of a request; `trace` asks for the details of each step.
+    """Queues the prompts of a request, for an adapter if it names one; `trace` asks for the details of each step.
 
     Raises:
         ApiError: it cannot be served, or not now.
@@ -40,6 +41,7 @@ async def start(
             [attrs.evolve(prompt, cache_salt=cache_salt) for prompt in prompts],
             params,
             names,
+            lora_request=adapter,
             output_kind=kind,
             timeout=min(limits, default=None),
             trace=trace,

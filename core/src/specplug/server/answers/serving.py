@@ -93,6 +93,7 @@ async def serve(
                         kind="delta" if body.stream else "final_only",
                         timeout=body.timeout,
                         cache_salt=body.cache_salt,
+                        adapter=state.adapter_of(model),
                     )
                 )
             except SpecplugError as error:

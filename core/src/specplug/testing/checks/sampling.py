@@ -35,7 +35,7 @@ def sampling(subject: Subject) -> str:
     with subject.start(folder, max_num_seqs=_BATCH, max_num_batched_tokens=4000, max_model_len=32, seed=1) as session:
         outputs = session.generate([prompt] * trials, [params] * trials)
         stats = session.engine.stats
-    samples = torch.tensor([output[:3] for output in outputs])
+    samples = torch.tensor([output[:3] for output in outputs], dtype=torch.int64, device="cpu")
     values = joint_p_values(samples, joint_of_three(subject, folder, prompt))
     for what, value in values.items():
         if value < THRESHOLD:
@@ -53,7 +53,9 @@ def sampling(subject: Subject) -> str:
 def continuing_prompt(subject: Subject, folder: Path) -> list[int]:
     """A pattern, repeated, that the target itself is likely to go on with: methods that look tokens up draft there."""
     generator = torch.Generator().manual_seed(0)
-    patterns = torch.stack([torch.randperm(V, generator=generator)[:_PERIOD] for _ in range(_PATTERNS)])
+    patterns = torch.stack(
+        [torch.randperm(V, generator=generator, dtype=torch.int64, device="cpu")[:_PERIOD] for _ in range(_PATTERNS)]
+    )
     known = 3 * _PERIOD
     batch = patterns.repeat(1, 4)
     with torch.no_grad():
@@ -66,12 +68,14 @@ def continuing_prompt(subject: Subject, folder: Path) -> list[int]:
 
 def joint_of_three(subject: Subject, folder: Path, prompt: list[int]) -> torch.Tensor:
     """Exact float64 [V, V, V] probabilities of the first three tokens, from Transformers' own logits."""
-    pairs = torch.cartesian_prod(torch.arange(V), torch.arange(V))
-    batch = torch.cat([torch.tensor([prompt]).expand(V * V, -1), pairs], dim=1)
+    pairs = torch.cartesian_prod(
+        torch.arange(V, dtype=torch.int64, device="cpu"), torch.arange(V, dtype=torch.int64, device="cpu")
+    )
+    batch = torch.cat([torch.tensor([prompt], dtype=torch.int64, device="cpu").expand(V * V, -1), pairs], dim=1)
     with torch.no_grad():
         logits = subject.targets.reference(folder)(batch, use_cache=False).logits[:, len(prompt) - 1 :, :V]
     first, second, third = (process(logits[:, i].float(), [TARGET_PARAMS] * V * V).double() for i in range(3))
-    prefix = first[0][pairs[:, 0]] * second[torch.arange(V * V), pairs[:, 1]]
+    prefix = first[0][pairs[:, 0]] * second[torch.arange(V * V, dtype=torch.int64, device="cpu"), pairs[:, 1]]
     return (prefix[:, None] * third).view(V, V, V)
 
 
@@ -143,12 +147,16 @@ def distributions(subject: Subject) -> str:
             expected[depth] += probs
             probability = float(probs[token])
             below = float(probs[probs > probability].sum()) + float(probs[:token][probs[:token] == probability].sum())
-            quantiles.append(below + probability * float(torch.rand((), generator=generator)))
+            quantiles.append(
+                below + probability * float(torch.rand((), generator=generator, dtype=torch.float32, device="cpu"))
+            )
             left[parent] = probs.clone()
             left[parent][token] = 0  # siblings are drawn without replacement
             nodes += 1
     values = {f"the tokens at depth {depth}": chi_square_p(counts[depth], expected[depth]) for depth in sorted(counts)}
-    values["the draws' quantiles in their distributions"] = uniform_p(torch.tensor(quantiles))
+    values["the draws' quantiles in their distributions"] = uniform_p(
+        torch.tensor(quantiles, dtype=torch.float32, device="cpu")
+    )
     for what, value in values.items():
         if value < THRESHOLD:
             depth = min(counts)

@@ -16,7 +16,7 @@ class HeadRunner:
 
     def __init__(self, head: DraftHead, resources: Resources, cache: KVCache) -> None:
         self.head = head
-        self._cache = cache
+        self.cache = cache
         example = torch.zeros(1, head.spec.hidden_size, dtype=cache.keys[0].dtype, device=resources.device)
         self._step = resources.compile(self._layers, head, cache, [example, example])
 
@@ -32,9 +32,13 @@ class HeadRunner:
             tokens: int64 [T], target ids; None means those of `rows`.
             hidden: [T, hidden]: fused target states, or the feedback of the step before.
         """
-        batch = PagedBatch(rows, self._cache)
-        ids = batch.input_ids if tokens is None else tokens
-        return HeadOutput(*self._step(batch, self.head.embed(ids), hidden))
+        batch = PagedBatch(rows, self.cache)
+        return HeadOutput(*self.step(batch, batch.input_ids if tokens is None else tokens, hidden))
+
+    def step(self, batch: PagedBatch, tokens: torch.Tensor, hidden: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The same over a batch: the input of `DraftHead.logits` and the feedback, [T, hidden] each."""
+        output: Sequence[torch.Tensor] = self._step(batch, self.head.embed(tokens), hidden)
+        return output
 
     def log_probs(self, output: torch.Tensor) -> torch.Tensor:
         """[..., hidden] → float32 log-probabilities [..., draft vocabulary]."""

@@ -123,7 +123,9 @@ def _texts(args: argparse.Namespace, target: Target, reporter: Reporter) -> tupl
     if len(training) < 2:
         raise ConfigurationError(f"{data} holds a single text; give more, or --held-out FILE")
     count = min(max(1, round(len(training) * args.held_out_part)), len(training) - 1)
-    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    order = torch.randperm(
+        len(training), generator=torch.Generator().manual_seed(args.seed), dtype=torch.int64, device="cpu"
+    ).tolist()
     return [training[i] for i in sorted(order[count:])], [training[i] for i in sorted(order[:count])]
 
 

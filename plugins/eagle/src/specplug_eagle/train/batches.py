@@ -30,13 +30,15 @@ class Batch:
 def plan_epoch(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int) -> list[tuple[int, ...]]:
     """Shuffles texts into micro-batches of at most `batch_tokens` padded tokens (or one text), similar lengths together."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(lengths), generator=generator).tolist()
+    order = torch.randperm(len(lengths), generator=generator, dtype=torch.int64, device="cpu").tolist()
     mean = max(1, sum(lengths) // len(lengths))
     stretch = _SORTED_TOGETHER * max(1, batch_tokens // mean)
     batches: list[tuple[int, ...]] = []
     for start in range(0, len(order), stretch):
         batches += fill(sorted(order[start : start + stretch], key=lambda i: lengths[i]), lengths, batch_tokens)
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    return [
+        batches[i] for i in torch.randperm(len(batches), generator=generator, dtype=torch.int64, device="cpu").tolist()
+    ]
 
 
 def fill(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[tuple[int, ...]]:
@@ -56,8 +58,8 @@ def fill(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> lis
 def collate(samples: Sequence[Sample], indices: tuple[int, ...], device: torch.device) -> Batch:
     """Pads texts with token 0 on the right."""
     length = max(len(samples[index]) for index in indices)
-    ids = torch.zeros(len(indices), length, dtype=torch.int64)
-    learned = torch.zeros(len(indices), length, dtype=torch.bool)
+    ids = torch.zeros(len(indices), length, dtype=torch.int64, device="cpu")
+    learned = torch.zeros(len(indices), length, dtype=torch.bool, device="cpu")
     for row, index in enumerate(indices):
         sample = samples[index]
         ids[row, : len(sample)] = sample.ids

@@ -93,7 +93,7 @@ def new_head(
     )
     with torch.no_grad():
         if head.fc is not None and spec.hidden_size == spec.target_hidden_size:
-            head.fc.weight[:, -spec.hidden_size :] += torch.eye(spec.hidden_size)
+            head.fc.weight[:, -spec.hidden_size :] += torch.eye(spec.hidden_size, dtype=torch.float32, device="cpu")
         weight = target.final_norm_weight()
         if head.norm is not None and weight is not None and spec.hidden_size == target.hidden_size:
             head.norm.weight.copy_(weight)

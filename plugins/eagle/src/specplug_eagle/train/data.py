@@ -72,7 +72,7 @@ def read_samples(path: Path, tokenizer: Any, vocab_size: int, max_length: int) -
             raise ConfigurationError(f"{path}, line {number}: {error}") from error
         except Exception as error:  # a chat template may raise anything
             raise ConfigurationError(f"{path}, line {number}: {type(error).__name__}: {error}") from error
-        mask = torch.tensor(learned[:max_length], dtype=torch.bool)
+        mask = torch.tensor(learned[:max_length], dtype=torch.bool, device="cpu")
         if bool(mask[SHORTEST - 1 :].any()):
             samples.append(Sample(torch.from_numpy(np.asarray(ids[:max_length], dtype=np.int32)), mask))
     if not samples:
@@ -113,7 +113,7 @@ def fingerprint(samples: Sequence[Sample]) -> str:
 
 def count_tokens(samples: Sequence[Sample], vocab_size: int) -> torch.Tensor:
     """How often each token is a label: int64 [vocabulary]."""
-    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    counts = torch.zeros(vocab_size, dtype=torch.int64, device="cpu")
     for start in range(0, len(samples), 4096):
         learned = torch.cat([sample.ids[sample.learned] for sample in samples[start : start + 4096]])
         counts += torch.bincount(learned, minlength=vocab_size)

@@ -59,20 +59,20 @@ def evaluate(
     Returns:
         Means; all zero and one if no text is long enough for a chain.
     """
-    sums = torch.zeros(4, gamma, dtype=torch.float64)
+    sums = torch.zeros(4, gamma, dtype=torch.float64, device="cpu")
     rows = 0
     for batch in batches:
         given, length = states(batch), batch.ids.shape[1]
         with autocast(batch.ids.device):
             outputs = unroll(head, given.features, batch.ids, gamma)
-            agree = torch.zeros(gamma, batch.ids.numel(), device=batch.ids.device)
+            agree = torch.zeros(gamma, batch.ids.numel(), device=batch.ids.device, dtype=torch.float32)
             overlap = torch.zeros_like(agree)
             final = given.final.flatten(0, 1)
             for piece in pieces(head, outputs, final, batch.labels, length, target.logits):
                 agree[:, piece.positions] = _agreement(head, piece)
                 overlap[:, piece.positions] = _overlap(head, piece, temperature)
         chains = _chain_starts(batch.labels, batch.ids.numel(), length, gamma)
-        steps = torch.arange(gamma, device=chains.device)[:, None]
+        steps = torch.arange(gamma, device=chains.device, dtype=torch.int64)[:, None]
         agree, overlap = agree.gather(1, chains + steps), overlap.gather(1, chains + steps)
         rows += chains.shape[-1]
         for place, values in enumerate((agree, overlap, agree.cumprod(0), overlap.cumprod(0))):
@@ -105,5 +105,5 @@ def _chain_starts(labels: torch.Tensor, count: int, length: int, gamma: int) -> 
     learned = torch.zeros(count + gamma, dtype=torch.bool, device=labels.device)
     learned[labels] = True
     whole = learned.unfold(0, gamma, 1).all(-1)[:count]
-    start = torch.arange(count, device=labels.device)
+    start = torch.arange(count, device=labels.device, dtype=torch.int64)
     return start[whole & (start % length + gamma <= length)][None]

@@ -48,7 +48,7 @@ def pieces(
         target_logits: the target's output layer.
     """
     steps = len(outputs)
-    back = torch.arange(1, steps + 1, device=outputs.device)[:, None]
+    back = torch.arange(1, steps + 1, device=outputs.device, dtype=torch.int64)[:, None]
     width = max(steps * head.spec.draft_vocab_size, head.spec.vocab_size)
     size = max(1, _LOGITS_AT_ONCE.get(outputs.device.type, 2**24) // width)
     for positions in labels.split(size):
@@ -94,7 +94,7 @@ def backward(
         The mean loss of a label, summed over steps with their weights; without gradient.
     """
     held = outputs.detach().requires_grad_()
-    total = torch.zeros((), device=outputs.device)
+    total = torch.zeros((), device=outputs.device, dtype=torch.float32)
     for piece in pieces(head, held, final, labels, length, target_logits):
         loss = piece_loss(head, piece, decay) / len(labels)
         (loss * scale).backward()

@@ -80,10 +80,10 @@ def regenerate(
 def continue_texts(target: Target, prompts: Sequence[Sequence[int]], writing: Writing) -> list[list[int]]:
     """The target's continuations of a batch of prompts, each up to its end-of-text token."""
     longest = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.int64, device="cpu")
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64, device="cpu")
         mask[row, longest - len(prompt) :] = 1
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if writing.temperature:

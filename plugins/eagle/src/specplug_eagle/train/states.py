@@ -87,8 +87,10 @@ class CachedStates:
     def __call__(self, batch: Batch) -> States:
         """Implements `StateSource`."""
         length, width = batch.ids.shape[1], len(self._boundaries) * self._target.hidden_size
-        features = torch.zeros(len(batch.indices), length, width, dtype=self._target.dtype)
-        final = torch.zeros(len(batch.indices), length, self._target.hidden_size, dtype=self._target.dtype)
+        features = torch.zeros(len(batch.indices), length, width, dtype=self._target.dtype, device="cpu")
+        final = torch.zeros(
+            len(batch.indices), length, self._target.hidden_size, dtype=self._target.dtype, device="cpu"
+        )
         for row, index in enumerate(batch.indices):
             stored = self._file(self._shard_of[index])
             feature, state = stored.get_tensor(f"{index}.features"), stored.get_tensor(f"{index}.final")

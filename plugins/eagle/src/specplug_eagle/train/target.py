@@ -152,7 +152,7 @@ class Target:
         digest = hashlib.sha256(f"{type(self.model).__name__} {self.dtype}".encode())
         for name, parameter in self.model.named_parameters():
             flat = parameter.detach().flatten()
-            at = torch.linspace(0, len(flat) - 1, min(64, len(flat)), dtype=torch.float64).long()
+            at = torch.linspace(0, len(flat) - 1, min(64, len(flat)), dtype=torch.float64, device="cpu").long()
             digest.update(f"{name} {tuple(parameter.shape)}".encode())
             digest.update(flat[at.to(flat.device)].float().cpu().numpy().tobytes())
         return digest.hexdigest()

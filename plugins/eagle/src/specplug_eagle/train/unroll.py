@@ -58,7 +58,7 @@ class UnrolledAttention:
     def _mask(self, step: int, window: int | None, device: torch.device) -> torch.Tensor:
         """Which keys of which step each row sees at this step: bool [T, (step + 1) · T]."""
         if (step, window) not in self._masks:
-            row = torch.arange(self._shape[1], device=device)
+            row = torch.arange(self._shape[1], device=device, dtype=torch.int64)
             own = row[:, None] == row
             parts = [row[:, None] >= row, *[own] * step]
             if window is not None:
@@ -83,7 +83,7 @@ def unroll(head: DraftHead, features: torch.Tensor, ids: torch.Tensor, steps: in
     rows, length = ids.shape
     attend = UnrolledAttention(rows, length)
     dtype = next(head.parameters()).dtype
-    positions = torch.arange(length, device=ids.device).repeat(rows)
+    positions = torch.arange(length, device=ids.device, dtype=torch.int64).repeat(rows)
     hidden = head.fuse(features.flatten(0, 1).to(dtype)).to(dtype)
     outputs = []
     for step in range(steps):
