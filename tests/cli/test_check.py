@@ -45,7 +45,7 @@ def test_a_part_of_the_kit_does_not_make_a_method_conformant(tmp_path: Path) -> 
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["CHECK", "VERDICT", "SECONDS", "EVIDENCE"]
     assert [line.split()[:2] for line in lines[1:4]] == [["startup", "ok"], ["budgets", "ok"], ["tokens", "ok"]]
-    assert lines[-1] == "fake (specplug-fake 1.2): only 3 of 23 checks were run; none failed"
+    assert lines[-1] == "fake (specplug-fake 1.2): only 3 of 24 checks were run; none failed"
     assert result.stderr == ""
 
 

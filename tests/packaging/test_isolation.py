@@ -27,6 +27,25 @@ PROMPT = "x = [0, 1, 0, 1, 0, 1,"
 GENERATE = ("generate", "tiny", "--prompt", PROMPT, "--max-tokens", "24", "--temperature", "0")
 
 
+HOSTED = """
+import sys
+from array import array
+from specplug.host import ArrayTokens, HostLimits, SpeculatorHost
+
+limits = HostLimits(vocab_size=4096, max_model_len=64, max_num_seqs=2)
+host = SpeculatorHost({"method": sys.argv[1], "num_speculative_tokens": 3}, limits, strict=True)
+row = host.add(ArrayTokens(array("i", [*range(5, 13), *range(5, 10)]), 13))
+(draft,) = host.propose([row])
+print("drafted:", draft.tokens)
+host.end(row)
+host.propose([])
+host.close()
+assert not {"vllm", "ray"} & sys.modules.keys()
+"""
+IN_A_HOST = dict.fromkeys(("ngram", "suffix"), "drafted: [10, 11, 12]\n")
+"""What those draft in an engine of another's; the others read target states, or share block tables."""
+
+
 @pytest.fixture(scope="module")
 def with_core(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     environment = Environment(tmp_path_factory.mktemp("isolated"))
@@ -73,6 +92,9 @@ def test_a_plugin_alone(with_core: Environment, folder: str) -> None:
             fast = with_core.specplug(*GENERATE, "--stats", *config)
             assert fast.returncode == 0, fast.stderr
             assert plain.stdout.strip() in fast.stdout
+            if method in IN_A_HOST:
+                hosted = with_core.run("python", "-c", HOSTED, method)
+                assert (hosted.returncode, hosted.stdout) == (0, IN_A_HOST[method]), hosted.stderr
             if method in CHECKED:
                 checked = with_core.specplug("check", method, "--quick", "--only", "greedy", *CHECKED[method], *config)
                 assert checked.returncode == 0, checked.stdout + checked.stderr

@@ -56,7 +56,7 @@ def test_a_new_package_passes_its_own_tests(fresh: Environment, name: str, tmp_p
 
 def test_a_new_package_is_checked_by_the_command(fresh: Environment) -> None:
     printed = printed_by(fresh.specplug("check", "my_lookup", "--quick", "--only", "tokens"))
-    assert printed.splitlines()[-1] == "my_lookup (specplug-my-lookup 0.1.0): only 2 of 23 checks were run; none failed"
+    assert printed.splitlines()[-1] == "my_lookup (specplug-my-lookup 0.1.0): only 2 of 24 checks were run; none failed"
 
 
 def test_a_new_model_package_is_checked_by_the_command(fresh: Environment, tmp_path: Path) -> None:

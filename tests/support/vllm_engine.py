@@ -34,13 +34,15 @@ class Engine:
     def __init__(self, llm: Any) -> None:
         self.llm = llm
 
-    def greedy(self, prompts: list[str], max_tokens: int | list[int] = 48, **options: Any) -> list[list[int]]:
-        """The tokens of greedy outputs."""
+    def greedy(
+        self, prompts: list[str], max_tokens: int | list[int] = 48, adapters: Any = None, **options: Any
+    ) -> list[list[int]]:
+        """The tokens of greedy outputs; `adapters` has a LoRA request, or None, for each prompt."""
         from vllm import SamplingParams
 
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
-        params = [SamplingParams(temperature=0, max_tokens=limit, ignore_eos=True, **options) for limit in limits]
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        params = [SamplingParams(**{"temperature": 0, "max_tokens": n, "ignore_eos": True, **options}) for n in limits]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -248,6 +249,33 @@ class WrongHook(Lookup):
         pass
 
 
+class ReachesIntoAView(Lookup):
+    """Takes every row's tokens for a list of specplug's own."""
+
+    @hookimpl
+    def propose(self, batch: Any) -> Proposal:
+        return Proposal([self.draft(row.tokens._tokens, row.budget.max_nodes) for row in batch.rows])
+
+
+class LearnsFromViews(Learner):
+    """Keeps views, and reads them after their rows have ended: another row's tokens are there by then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.views: dict[int, Any] = {}
+        self.ended: list[Any] = []
+
+    @hookimpl
+    def propose(self, batch: Any) -> Proposal:
+        self.ended += [self.views.pop(row_id) for row_id, _ in batch.ended]
+        for view in self.ended if batch.rows else []:
+            tokens = list(view)
+            self.followed |= dict(zip(pairwise(tokens), tokens[2:], strict=False))
+        self.ended = [] if batch.rows else self.ended
+        self.views |= {row.row_id: row.tokens for row in batch.rows}
+        return Proposal([self.draft(row.tokens[-2:], row.budget.max_nodes) for row in batch.rows])
+
+
 class TouchesTokens(Lookup):
     """Puts a token among the committed ones, and forgets to take it out again."""
 
@@ -398,6 +426,8 @@ BROKEN: dict[str, Case] = {
     "ignoring seeds": Case(_plain(IgnoresSeeds), {"seeds", "parameters"}),
     "ignoring penalties": Case(_plain(IgnoresPenalties), {"parameters"}),
     "running over the end": Case(_plain(RunsOverTheEnd), {"endings"}),
+    "reaching into a view of tokens": Case(_plain(ReachesIntoAView), {"hosts"}),
+    "views kept after their rows": Case(_plain(LearnsFromViews), {"hosts"}),
     "touching committed tokens": Case(_plain(TouchesTokens), {"counters", "greedy", "seeds", "parameters", "endings"}),
     "global randomness in a token-only speculator": Case(_plain(GlobalRandomness), {"tokens"}),
     "stale KV after a rollback": Case(_model(StaleKV), {"rollback", "rows"}),

@@ -90,7 +90,7 @@ def test_a_check_that_saw_no_draft_says_so(targets: Targets) -> None:
     silent = Case(lambda config, target: Silent(), set())
     results = {result.check.name: result for result in check(silent, targets)}
     unseen = {name for name, result in results.items() if result.verdict == "nothing seen"}
-    assert unseen == _NEED_DRAFTS | {"rollback", "rows", "prefixes", "progress"}
+    assert unseen == _NEED_DRAFTS | {"rollback", "rows", "prefixes", "hosts", "progress"}
     assert all("drafted nothing" in results[name].text for name in unseen)
 
 

@@ -27,19 +27,31 @@ def raises(config: Any, target: Any) -> Any:
     def answer(batch: Any) -> Any:
         raise ZeroDivisionError("a bug in the plugin")
 
+    return Speculator(answer, token_only=True)
+
+
+def raises_late(config: Any, target: Any) -> Any:
+    """Keeps state, as far as its traits say; fails in its second call alone, and repeats the last token in the others."""
+    calls = iter(range(10**6))
+
+    def answer(batch: Any) -> Any:
+        if next(calls) == 1:
+            raise ZeroDivisionError("a bug in the plugin")
+        return Proposal([[row.tokens[-1]] * row.budget.max_nodes for row in batch.rows])
+
     return Speculator(answer)
 
 
 def garbage(config: Any, target: Any) -> Any:
-    answers = iter([7, "text", Proposal([[10**9]]), Proposal([[-1] * 3] * 99)])
-    return Speculator(lambda batch: next(answers, None))
+    answers = iter([7, Proposal([[10**9]] * 4), Proposal([[-1] * 3] * 99)])
+    return Speculator(lambda batch: next(answers), token_only=True)
 
 
 def exits(config: Any, target: Any) -> Any:
     def answer(batch: Any) -> Any:
         raise SystemExit(3)
 
-    return Speculator(answer)
+    return Speculator(answer, token_only=True)
 
 
 def hangs(config: Any, target: Any) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import functools
+import importlib
 import json
+import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="needs vLLM: see CONTRIBUTING.md")
 
@@ -25,28 +28,23 @@ CHAIN = {**SUFFIX, "fallback": NGRAM}
 Plain = Callable[..., list[list[int]]]
 
 
-@functools.cache
-def readme_plugin() -> type:
-    """The ten-line plugin of README.md, unchanged: the class of its first block that has one."""
-    block = next(b for b in blocks_of(ROOT / "README.md") if b.language == "python" and "class LastSeen" in b.text)
-    source = block.text.partition("\n\nllm =")[0]
-    names: dict[str, Any] = {}
-    exec(compile(source, block.name, "exec"), names)
-    found: type = names["LastSeen"]
-    return found
+HOST = {"plugins": {"last_seen": "last_seen"}}
 
 
-def last_seen(config: Any, target: Any) -> Any:
-    return readme_plugin()()
-
-
-HOST = {"plugins": {"last_seen": "test_vllm_output:last_seen"}}
+@pytest.fixture
+def last_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ten-line plugin of README.md as the file that docs/vllm.md shows."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "last_seen", raising=False)
+    source = next(block.text for block in blocks_of(ROOT / "docs/vllm.md") if block.file == "last_seen.py")
+    (tmp_path / "last_seen.py").write_text(source, encoding="utf-8")
 
 
 @pytest.mark.parametrize("config", [NGRAM, SUFFIX, LAST_SEEN, CHAIN], ids=["ngram", "suffix", "last_seen", "fallback"])
-def test_output_and_acceptance(config: dict[str, Any], plain: Plain, modules: Path) -> None:
+def test_output_and_acceptance(config: dict[str, Any], plain: Plain, last_seen: None) -> None:
+    expected = plain(PROMPTS)
     with start(config, host=HOST) as engine:
-        assert engine.greedy(PROMPTS) == plain(PROMPTS)
+        assert engine.greedy(PROMPTS) == expected
         stats = engine.proposer.host.stats
         assert sum(engine.proposer.host.faults.values()) == 0
     own = {**config, "num_speculative_tokens": NUM_TOKENS}
@@ -56,23 +54,24 @@ def test_output_and_acceptance(config: dict[str, Any], plain: Plain, modules: Pa
         max_num_seqs=4,
         max_model_len=256,
         speculative_config=own,
-        plugins={"last_seen": last_seen},
+        plugins={"last_seen": importlib.import_module("last_seen")},
     ) as llm:
         llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=48, ignore_eos=True))
-        expected = llm.engine.stats
+        own_stats = llm.engine.stats
     assert stats.num_accepted_draft_tokens > 20
     if config in (NGRAM, LAST_SEEN):  # the same chains for the same tokens; vLLM counts the last step of a request too
         assert stats.num_accepted_draft_tokens == pytest.approx(
-            expected.num_accepted_draft_tokens, abs=len(PROMPTS) * 2
+            own_stats.num_accepted_draft_tokens, abs=len(PROMPTS) * 2
         )
-    spread = 4 * NUM_TOKENS / (2 * min(stats.num_spec_steps, expected.num_spec_steps) ** 0.5)
+    spread = 4 * NUM_TOKENS / (2 * min(stats.num_spec_steps, own_stats.num_spec_steps) ** 0.5)
     assert stats.mean_acceptance_length is not None
-    assert stats.mean_acceptance_length == pytest.approx(expected.mean_acceptance_length, abs=min(0.5, spread))
+    assert stats.mean_acceptance_length == pytest.approx(own_stats.mean_acceptance_length, abs=min(0.5, spread))
 
 
 def test_vllm_counts_the_same(plain: Plain) -> None:
+    expected = plain(PROMPTS)
     with start(NGRAM) as engine:
-        assert engine.greedy(PROMPTS) == plain(PROMPTS)
+        assert engine.greedy(PROMPTS) == expected
         found = {metric.name: metric for metric in engine.llm.get_metrics()}
         stats = engine.proposer.host.stats
     drafted = found["vllm:spec_decode_num_draft_tokens"].value
@@ -130,6 +129,7 @@ def test_preemption(plain: Plain, modules: Path) -> None:
 def test_abort(plain: Plain) -> None:
     from vllm import SamplingParams as VllmParams
 
+    expected = plain(PROMPTS)
     with start(SUFFIX) as engine:
         core = engine.llm.llm_engine
         for number, prompt in enumerate(PROMPTS[:3]):
@@ -140,50 +140,86 @@ def test_abort(plain: Plain) -> None:
         done: dict[str, list[int]] = {}
         while core.has_unfinished_requests():
             done |= {output.request_id: list(output.outputs[0].token_ids) for output in core.step() if output.finished}
-        expected = plain(PROMPTS)
         assert [done["0"], done["2"]] == [expected[0], expected[2]]
         assert engine.greedy(PROMPTS) == expected
         assert len(engine.proposer.known_rows()) <= 4
         assert engine.proposer.host.faults == {"suffix": 0}
 
 
-def test_json_schema(plain: Plain) -> None:
+def test_json_schema() -> None:
+    """A schema that leaves no choice but the values, without white space: every output ends in time."""
     from vllm.sampling_params import StructuredOutputsParams
 
-    schema = {
-        "type": "object",
-        "properties": {"name": {"type": "string", "maxLength": 8}, "tags": {"enum": ["a", "b"]}},
-        "required": ["name", "tags"],
-    }
-    options: dict[str, Any] = {"structured_outputs": StructuredOutputsParams(json=schema)}
-    with start(NGRAM) as engine:
-        outputs = engine.greedy(PROMPTS[:2], 64, **options)
-        texts = [engine.llm.get_tokenizer().decode(output, skip_special_tokens=True) for output in outputs]
-    assert outputs == plain(PROMPTS[:2], 64, **options)
-    assert any(text.lstrip().startswith("{") for text in texts)
-    assert sum(set(json.loads(text)) == {"name", "tags"} for text in texts if text.rstrip().endswith("}")) >= 1
+    values: dict[str, Any] = {"kind": {"enum": ["stack", "queue"]}, "empty": {"type": "boolean"}}
+    schema = {"type": "object", "properties": values, "required": [*values], "additionalProperties": False}
+    compact = {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
+    outputs = []
+    for config in (None, NGRAM):
+        with start(config, **compact) as engine:
+            options = {"structured_outputs": StructuredOutputsParams(json=schema), "ignore_eos": False}
+            outputs.append(engine.greedy(PROMPTS, 64, **options))
+            decode = engine.llm.get_tokenizer().decode
+            if config is not None:
+                assert engine.proposer.host.stats.num_draft_tokens > 0
+                assert engine.proposer.host.faults == {"ngram": 0}
+    assert outputs[0] == outputs[1]
+    for output in outputs[1]:
+        found = json.loads(decode(output, skip_special_tokens=True))
+        assert set(found) == set(values)
+        assert (found["kind"] in ("stack", "queue"), type(found["empty"])) == (True, bool)
 
 
-def test_sampled_output_has_the_targets_distribution() -> None:
-    """The first two tokens of many sampled outputs, with and without drafts, by a test of homogeneity."""
-    from scipy.stats import chi2_contingency
+@pytest.fixture
+def repaired_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, vLLM 0.32 drops what its `expand_kernel` computes: temperatures of draft tokens are uninitialised memory.
+
+    So sampled output is wrong with every method of speculation, vLLM's own too (docs/vllm.md). This computes them.
+    """
+    from vllm.v1.sample import rejection_sampler
+
+    def expanded(values: Any, ends: Any, count: int, replace_from: int = 0, replace_to: int = 0) -> Any:
+        counts = torch.diff(ends, prepend=ends.new_zeros(1))
+        return torch.where(values == replace_from, replace_to, values).repeat_interleave(counts, output_size=count)
+
+    monkeypatch.setattr(rejection_sampler, "expand_batch_to_tokens", expanded)
+
+
+def test_sampled_output_has_the_targets_distribution(repaired_sampler: None) -> None:
+    """Three tokens after the first, of many outputs with and without drafts: a chi-square test of homogeneity.
+
+    No top_k: vLLM 0.32 fails with it on a CPU, whatever method drafts (docs/vllm.md).
+    """
     from vllm import SamplingParams as VllmParams
 
-    def counts(config: Any) -> dict[tuple[int, ...], int]:
+    def counts(config: Any, temperature: float) -> Counter[tuple[int, ...]]:
         with start(config, max_num_seqs=64) as engine:
-            params = VllmParams(temperature=0.7, top_k=4, n=64, max_tokens=3, ignore_eos=True)
-            found: dict[tuple[int, ...], int] = {}
-            for _ in range(20):
-                for output in engine.llm.generate(["x = [0, 1, 0, 1, 0, 1,"], params, use_tqdm=False)[0].outputs:
-                    key = tuple(output.token_ids[1:3])
-                    found[key] = found.get(key, 0) + 1
+            params = VllmParams(temperature=temperature, n=64, max_tokens=4, ignore_eos=True)
+            found: Counter[tuple[int, ...]] = Counter()
+            for _ in range(ROUNDS):
+                outputs = engine.llm.generate(["x = [0, 1, 0, 1, 0, 1,"], params, use_tqdm=False)[0].outputs
+                found.update(tuple(output.token_ids[1:4]) for output in outputs)
             if config is not None:
-                assert engine.proposer.host.stats.num_accepted_draft_tokens > 100
+                stats = engine.proposer.host.stats
+                assert stats.num_accepted_draft_tokens > 200
+                assert stats.num_draft_tokens - stats.num_accepted_draft_tokens > 200
             return found
 
-    drafted, own = counts(NGRAM), counts(None)
-    keys = [key for key in drafted.keys() | own.keys() if drafted.get(key, 0) + own.get(key, 0) >= 20]
-    table = [[each.get(key, 0) for key in keys] for each in (drafted, own)]
-    rest = [sum(each.values()) - sum(row) for each, row in zip((drafted, own), table, strict=True)]
-    table = [[*row, left] for row, left in zip(table, rest, strict=True)] if min(rest) else table
-    assert chi2_contingency(table).pvalue > 1e-4
+    plain = counts(None, 0.5)
+    assert sum(plain.values()) == 64 * ROUNDS
+    assert _pvalue(counts(NGRAM, 0.5), plain) > 1e-3
+    assert _pvalue(counts(None, 0.4), plain) < 1e-6, "the test is too weak to see another temperature"
+
+
+ROUNDS = 30
+
+
+def _pvalue(one: Counter[Any], other: Counter[Any]) -> float:
+    """Of the hypothesis that two samples come from one distribution; rare outcomes are counted together."""
+    from scipy.stats import chi2_contingency
+
+    keys = [key for key in one.keys() | other.keys() if one[key] + other[key] >= 20]
+    table = [[each[key] for key in keys] for each in (one, other)]
+    rest = [sum(each.values()) - sum(row) for each, row in zip((one, other), table, strict=True)]
+    return float(
+        chi2_contingency([[*row, left] if sum(rest) else row for row, left in zip(table, rest, strict=True)]).pvalue
+    )

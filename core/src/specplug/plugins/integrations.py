@@ -1,8 +1,8 @@
 """Finds installed integrations: packages that run speculators inside other engines. Nothing is imported.
 
-An integration is an entry point of the group `specplug.integrations`. Its package names each distribution of the other engine
-that it runs in, with the versions it supports, as an extra of its own: one has several where there is one for every kind of
-device. It works if the requirements of any of its extras are met.
+An integration is an entry point of the group `specplug.integrations`, with the name of the other engine. Its package requires
+that engine's distribution; where there is one for every kind of device, it names each, with the versions it supports, as an
+extra of its own, and works if the requirements of any of these are met.
 """
 
 from __future__ import annotations
@@ -12,11 +12,16 @@ from typing import Literal
 
 import attrs
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from specplug.plugins.finder import core_reason, core_requirement_of, location_of
 
 GROUP = "specplug.integrations"
-HINT = "No integration is installed. To run speculators inside vLLM:  pip install specplug-vllm"
+KNOWN = {
+    "vllm": "To run speculators inside vLLM:  pip install specplug-vllm",
+    "ray": "To serve from several replicas on Ray Serve:  pip install specplug-ray",
+}
+"""A line for each engine whose integration is not installed."""
 IntegrationStatus = Literal["ok", "missing", "incompatible", "failed"]
 
 
@@ -79,8 +84,10 @@ def _record(entry: metadata.EntryPoint, dist: metadata.Distribution) -> Integrat
         return attrs.evolve(record, status="failed", reason=f"its metadata cannot be read: {why}; install it again")
     if reason:
         return attrs.evolve(record, status="incompatible", reason=reason)
-    hosts = [r for r in requirements if r.marker is not None and any(r.marker.evaluate({"extra": e}) for e in extras)]
-    hosts = [r for r in hosts if r.marker is not None and not r.marker.evaluate({"extra": ""})]
+    always = [r for r in requirements if _applies(r)]
+    hosts = [r for r in always if canonicalize_name(r.name) == canonicalize_name(entry.name)]
+    if not hosts:
+        hosts = [r for r in requirements if r not in always and any(_applies(r, extra) for extra in extras)]
     others = []
     for host in hosts:
         try:
@@ -98,3 +105,7 @@ def _record(entry: metadata.EntryPoint, dist: metadata.Distribution) -> Integrat
         names = " or ".join(f"{host.name}{host.specifier}" for host in hosts)
         return attrs.evolve(record, status="missing", reason=f"needs {names}, which is not installed")
     return record
+
+
+def _applies(requirement: Requirement, extra: str = "") -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})

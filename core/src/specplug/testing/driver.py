@@ -12,7 +12,6 @@ import torch
 
 from specplug.contract.types import Proposal, ProposalBatch, Verdict
 from specplug.plugins.registry import RegisteredSpeculator
-from specplug.request import Request
 from specplug.sampling.params import SamplingParams
 from specplug.speculation.draft_length import FixedDraftLength
 from specplug.speculation.row import Row
@@ -37,7 +36,7 @@ class RandomAcceptance:
         self.depths: list[int] = []
         self._copies: dict[int, tuple[int, int]] = {}
 
-    def __call__(self, requests: Sequence[Request], offsets: Sequence[int], logits: torch.Tensor) -> Verdict:
+    def __call__(self, requests: Sequence[Row], offsets: Sequence[int], logits: torch.Tensor) -> Verdict:
         """Decides at random."""
         accepted, following = [], []
         for request in requests:
@@ -56,7 +55,7 @@ class RandomAcceptance:
             following.append(self._next(request, walked))
         return Verdict(accepted, following)
 
-    def _next(self, request: Request, walked: Sequence[int]) -> int:
+    def _next(self, request: Row, walked: Sequence[int]) -> int:
         distance, left = self._copies.get(request.number, (0, 0))
         if not left:
             distance = self.random.choice([0, 2, 3, 5])

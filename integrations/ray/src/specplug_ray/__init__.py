@@ -22,8 +22,14 @@ def build_openai_app(args: Mapping[str, Any]) -> Application:
         An ingress and one deployment for each model. Nothing is started or loaded.
 
     Raises:
-        ConfigurationError: a key is unknown, missing or has an invalid value; the message names it.
+        ConfigurationError: a key is unknown, missing or has an invalid value, which the message names; or there is no Ray.
     """
-    from specplug_ray.build import build
+    try:
+        from specplug_ray.build import build
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "ray":
+            raise
+        from specplug.errors import ConfigurationError
 
+        raise ConfigurationError("Ray is not installed: pip install 'ray[serve]'") from error
     return build(args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,9 @@ from specplug.host import ArrayTokens, HostLimits, HostRow, SpeculatorHost
 from specplug_vllm.counters import CounterFile
 from specplug_vllm.settings import HOST_KEY, HostSettings, speculative_config
 from specplug_vllm.target import VllmTarget
-from specplug_vllm.versions import check_version
+from specplug_vllm.versions import WRONG_SAMPLES, check_vllm
+
+logger = logging.getLogger("specplug")
 
 
 @attrs.define(eq=False)
@@ -44,15 +47,16 @@ class SpecplugProposer:
         vllm_config: vLLM's. Its `additional_config["specplug"]` is the speculative configuration.
 
     Raises:
-        SpecplugError: this vLLM was not checked, the configuration is wrong, or a speculator needs what vLLM does not give.
+        SpecplugError: there is no vLLM, or one that was not checked; the configuration is wrong; or a speculator needs what
+            vLLM does not give.
     """
 
     def __init__(self, vllm_config: Any) -> None:
-        import vllm
-
-        check_version(vllm.__version__)
+        check_vllm()
         speculative = vllm_config.speculative_config
         additional = vllm_config.additional_config
+        if vllm_config.device_config.device_type == "cpu":
+            logger.warning(WRONG_SAMPLES)
         self.num_speculative_tokens: int = speculative.num_speculative_tokens
         config = speculative_config(additional, self.num_speculative_tokens)
         settings = HostSettings.parse(additional.get(HOST_KEY, {}))

