@@ -48,7 +48,7 @@ def refusal(architecture: str, options: dict[str, Any]) -> str:
     [
         ("hrm_text", SIZES, "calls? Transformers' attention interface"),
         ("diffllama", SIZES, "its 3 layers call Transformers' attention interface 6 times in one forward"),
-        ("bloom", SIZES, "none of its 3 layers calls Transformers' attention interface"),
+        ("bloom", SIZES, "does not use Transformers' attention interface"),
         ("falcon", SIZES, "does not use Transformers' attention interface"),
         ("gptj", SIZES, "does not use Transformers' attention interface"),
         ("longcat_flash", {"num_hidden_layers": 2}, "branches on the values of tensors"),

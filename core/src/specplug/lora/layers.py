@@ -41,9 +41,10 @@ class AdaptedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.__dict__["linear"] = linear
-        options: Any = {"dtype": dtype, "device": device}
-        self.register_buffer("down", torch.zeros(num_slots, rank, layer.in_features, **options), persistent=False)
-        self.register_buffer("up", torch.zeros(num_slots, rank, layer.out_features, **options), persistent=False)
+        down = torch.zeros(num_slots, rank, layer.in_features, dtype=dtype, device=device)
+        up = torch.zeros(num_slots, rank, layer.out_features, dtype=dtype, device=device)
+        self.register_buffer("down", down, persistent=False)
+        self.register_buffer("up", up, persistent=False)
         ranks = torch.zeros(num_slots, dtype=torch.int32, device=device)
         self.register_buffer("ranks", ranks, persistent=False)
         self.slot_ranks = [0] * num_slots

@@ -149,7 +149,7 @@ class _Engine:
     def _step(self, number: int, place: _Place) -> bool:
         """Commits what is accepted of a row's draft, and a token more; returns whether the row goes on."""
         row = place.row
-        verdict = self._accept([row], [0], torch.empty(0))
+        verdict = self._accept([row], [0], torch.empty(0, dtype=torch.float32, device="cpu"))
         path = verdict.accepted[0]
         drafted = [] if row.draft is None else [int(row.draft.tokens[node]) for node in path]
         begin = len(row.tokens)
