@@ -111,7 +111,7 @@ def plan_engine(
         num_speculative_tokens=max([max_nodes_of(s) for s in speculators], default=0),
         dtype=dtype,
         compiled_output_tokens=CAPTURED_TOKENS if device.type == "cuda" else 0,
-        loop_rows=MOST_CAPTURED if device.type == "cuda" else 0,
+        loop_rows=min(MOST_CAPTURED, config.max_num_seqs) if device.type == "cuda" else 0,
     )
     regions = [plan_regions(speculator, budget) for speculator in speculators]
     num_entries = min(config.max_num_batched_tokens, config.max_num_seqs * (1 + budget.num_speculative_tokens))

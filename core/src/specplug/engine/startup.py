@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -338,7 +339,7 @@ def _resources(
             row_buckets=row_buckets(config.max_num_seqs),
             hidden_states={b: states.delivery[b] for b in speculator.traits.hidden_states},
             compile=compile_step if compiles else no_compile,
-            compile_loop=compile_loop if compiles else plain_loop,
+            compile_loop=partial(compile_loop, most_rows=config.max_num_seqs) if compiles else plain_loop,
         )
         for speculator, own in zip(planned.speculators, caches, strict=True)
     ]

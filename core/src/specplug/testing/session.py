@@ -100,7 +100,7 @@ class Session:
             num_speculative_tokens=max(map(max_nodes_of, self.engine.chain.speculators)),
             dtype=self.engine.runner.cache.dtype,
             compiled_output_tokens=CAPTURED_TOKENS if self.engine.runner.cache.device.type == "cuda" else 0,
-            loop_rows=MOST_CAPTURED if self.engine.runner.cache.device.type == "cuda" else 0,
+            loop_rows=min(MOST_CAPTURED, config.max_num_seqs) if self.engine.runner.cache.device.type == "cuda" else 0,
         )
         return list(self.speculator.plan_memory(budget=budget) or ())
 

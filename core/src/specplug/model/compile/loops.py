@@ -77,19 +77,29 @@ class _Captured:
 
 
 class CapturedLoop(DraftLoop):
-    """A loop as CUDA graphs; for the arguments see `DraftLoop`. Its cache is on a GPU, with native attention.
+    """A loop as CUDA graphs; for the other arguments see `DraftLoop`. Its cache is on a GPU, with native attention.
+
+    Args:
+        most_rows: of a batch; up to `MOST_CAPTURED` are captured.
 
     Raises:
         RuntimeError: a step does something that cannot be captured.
     """
 
     def __init__(
-        self, begin: LoopStep, step: LoopStep, cache: KVCache, most: int, inputs: Sequence[torch.Tensor] = ()
+        self,
+        begin: LoopStep,
+        step: LoopStep,
+        cache: KVCache,
+        most: int,
+        inputs: Sequence[torch.Tensor] = (),
+        most_rows: int = MOST_CAPTURED,
     ) -> None:
         super().__init__(begin, step, cache, most, inputs)
         device = cache.device
-        self._buckets = token_buckets(MOST_CAPTURED)
-        length = _Layout(MOST_CAPTURED, MOST_CAPTURED * (1 + most), most - 1).length
+        self._buckets = token_buckets(min(most_rows, MOST_CAPTURED))
+        widest = self._buckets[-1]
+        length = _Layout(widest, widest * (1 + most), most - 1).length
         self._buffer = torch.zeros(length, dtype=torch.int32, device=device)
         self._host = torch.zeros(length, dtype=torch.int32, pin_memory=True)
         self._numbers = self._host.numpy()
@@ -191,15 +201,21 @@ class CapturedLoop(DraftLoop):
 
 
 def compile_loop(
-    begin: LoopStep, step: LoopStep, kv_cache: KVCache, most: int, inputs: Sequence[torch.Tensor] = ()
+    begin: LoopStep,
+    step: LoopStep,
+    kv_cache: KVCache,
+    most: int,
+    inputs: Sequence[torch.Tensor] = (),
+    *,
+    most_rows: int = MOST_CAPTURED,
 ) -> DraftLoop:
-    """See `Resources.compile_loop`. Where nothing can be captured, everything is launched from Python."""
+    """See `Resources.compile_loop`; `most_rows` is the most of a batch. What cannot be captured is launched from Python."""
     plain = plain_loop(begin, step, kv_cache, most, inputs)
     if kv_cache.device.type != "cuda" or not can_attend_natively(kv_cache):
         return plain
     try:
         with as_compile_error():
-            captured = CapturedLoop(begin, step, kv_cache, most, inputs)
+            captured = CapturedLoop(begin, step, kv_cache, most, inputs, most_rows)
             _check(captured, plain, kv_cache)
     except CompileError as error:
         torch.cuda.synchronize(kv_cache.device)
