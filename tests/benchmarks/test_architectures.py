@@ -30,7 +30,7 @@ def test_the_page_says_of_every_type_what_becomes_of_it() -> None:
     assert pages["doge", "default"] == "refused"  # a mask of its own
 
 
-@pytest.mark.parametrize("name", ["falcon", "roberta", "llama4_text", "doge"])
+@pytest.mark.parametrize("name", ["falcon", "roberta", "diffllama", "doge"])
 def test_the_page_gives_the_reason_of_a_refusal_as_it_is_today(name: str) -> None:
     [reason] = {
         reason for row, _, outcome, reason in outcomes_of(PAGE.read_text()) if (row, outcome) == (name, "refused")

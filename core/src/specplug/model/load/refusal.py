@@ -79,9 +79,9 @@ def _own_attention(model_type: str) -> UnsupportedModelError:
     from transformers import __version__
 
     return UnsupportedModelError(
-        f"model type '{model_type}' does not use Transformers' attention interface, through which the KV cache is paged: in "
-        f"Transformers {__version__} its layers attend by code of their own, and a release that moves them to the interface is "
-        "needed; give a model that uses it"
+        f"model type '{model_type}' does not use Transformers' attention interface, through which the KV cache is paged "
+        f"(Transformers {__version__} has code of its own there); give a model that uses it, or wait for a release that "
+        "moves it"
     )
 
 
