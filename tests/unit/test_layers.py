@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -133,3 +134,9 @@ def test_core_knows_no_plugin() -> None:
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in SHIPPED_METHODS
         ]
     assert not found
+
+
+def test_test_modules_have_names_of_their_own() -> None:
+    """pytest cannot hold two modules of one name, and finds that out only where both folders are run."""
+    names = Counter(path.name for path in Path(__file__).parents[1].rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []

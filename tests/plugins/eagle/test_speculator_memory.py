@@ -127,7 +127,7 @@ def test_the_peak_of_drafting_is_planned(tmp_path: Path, tree: dict[str, Any], m
     with LLM(wide, skip_tokenizer_init=True, strict=True, check_parity=False, **options) as llm:
         runner, (registered,) = head_speculator_of(llm)._runner, llm.engine.chain.speculators
         assert runner is not None
-        cache = runner._cache
+        cache = runner.cache
         counter = PeakBytes([*runner.head.parameters(), *runner.head.buffers(), *cache.keys, *cache.values])
         propose = registered.propose
 
