@@ -51,7 +51,7 @@ def test_a_new_package_passes_its_own_tests(fresh: Environment, name: str, tmp_p
         quick.joinpath(file.name).write_text(text, encoding="utf-8")
     options = ("-q", "-p", "no:xdist", "-p", "no:cacheprovider")
     printed = printed_by(fresh.run("python", "-m", "pytest", *options, str(quick)))
-    assert "23 passed" in printed
+    assert "24 passed" in printed
 
 
 def test_a_new_package_is_checked_by_the_command(fresh: Environment) -> None:
