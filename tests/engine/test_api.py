@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import select
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from specplug.errors import CheckpointError, ConfigurationError, RequestError
 from specplug.metrics import Counter, Gauge, Vector
 from specplug.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from support.engines import assert_idle
+from support.forks import said_by
 from support.models import VOCABULARY
 from support.speculators import Oracle, TokenSpeculator, TreeSpeculator, provide
 
@@ -179,14 +178,7 @@ def test_a_forked_process_gets_an_error_and_no_hang(words: LLM, use: str) -> Non
             os.write(write, str(error).encode())
         finally:
             os._exit(0)
-    try:
-        ready, _, _ = select.select([read], [], [], 20)
-        said = os.read(read, 4096).decode() if ready else "nothing: it hangs"
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        os.close(read)
-        os.close(write)
+    said = said_by(child, read, write)
     assert f"the engine belongs to process {os.getpid()}, from which this one was forked" in said
     assert "start method 'spawn'" in said
     assert [piece.token_ids for piece in stream], "the engine goes on in the process that it belongs to"

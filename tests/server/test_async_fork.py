@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import select
-import signal
 from collections.abc import Iterator
 
 import pytest
 
 from specplug import AsyncLLM, SamplingParams
 from specplug.streams.stream import RequestStream
+from support.forks import said_by
 from support.models import save_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
@@ -52,14 +51,7 @@ def test_a_forked_process_gets_an_error_and_no_hang(engine: AsyncLLM, use: str) 
                 os.write(write, f"{type(error).__name__} {error}".encode())
             finally:
                 os._exit(0)
-        try:
-            ready, _, _ = await asyncio.to_thread(select.select, [read], [], [], 20)
-            said = os.read(read, 4096).decode() if ready else "nothing: it hangs"
-        finally:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            os.close(read)
-            os.close(write)
+        said = await asyncio.to_thread(said_by, child, read, write)
         assert [output async for output in stream], "the engine goes on in the process that it belongs to"
         return said
 
