@@ -272,7 +272,7 @@ def test_the_configuration_is_as_it_is(tmp_path: Path) -> None:
 
 
 def test_the_handle_is_what_the_contract_says(tmp_path: Path) -> None:
-    from specplug.contract.resources import WeightsHandle
+    from specplug.contract.models import WeightsHandle
 
     _safe(tmp_path)
     handle = opened(tmp_path)

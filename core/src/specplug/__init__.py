@@ -16,15 +16,8 @@ if TYPE_CHECKING:
     from specplug.async_llm import AsyncLLM
     from specplug.config.engine import EngineConfig
     from specplug.contract.hooks import hookimpl
-    from specplug.contract.resources import (
-        KVLayer,
-        MemoryBudget,
-        MemoryRegion,
-        ModelHandle,
-        Resources,
-        TargetModel,
-        WeightsHandle,
-    )
+    from specplug.contract.models import ModelHandle, TargetModel, WeightsHandle
+    from specplug.contract.resources import KVLayer, MemoryBudget, MemoryRegion, Resources
     from specplug.contract.settings import SpeculativeConfig
     from specplug.contract.types import (
         Budget,
@@ -36,12 +29,9 @@ if TYPE_CHECKING:
         ProposalRow,
         Speculator,
         SpeculatorTraits,
-        TargetDistributions,
         TokenView,
-        Verdict,
-        VerificationBatch,
-        VerificationRow,
     )
+    from specplug.contract.verification import TargetDistributions, Verdict, VerificationBatch, VerificationRow
     from specplug.engine.engine import Engine
     from specplug.engine.startup import StepReport
     from specplug.errors import (
@@ -88,11 +78,10 @@ _HOMES = {
         "KVLayer",
         "MemoryBudget",
         "MemoryRegion",
-        "ModelHandle",
         "Resources",
-        "TargetModel",
-        "WeightsHandle",
     ),
+    "specplug.contract.models": ("ModelHandle", "TargetModel", "WeightsHandle"),
+    "specplug.contract.verification": ("TargetDistributions", "Verdict", "VerificationBatch", "VerificationRow"),
     "specplug.contract.settings": ("SpeculativeConfig",),
     "specplug.contract.types": (
         "Budget",
@@ -104,11 +93,7 @@ _HOMES = {
         "ProposalRow",
         "Speculator",
         "SpeculatorTraits",
-        "TargetDistributions",
         "TokenView",
-        "Verdict",
-        "VerificationBatch",
-        "VerificationRow",
     ),
     "specplug.engine.engine": ("Engine",),
     "specplug.engine.startup": ("StepReport",),

@@ -31,16 +31,11 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from specplug.contract.resources import MemoryBudget, MemoryRegion, Resources, TargetModel
+    from specplug.contract.models import TargetModel
+    from specplug.contract.resources import MemoryBudget, MemoryRegion, Resources
     from specplug.contract.settings import SpeculativeConfig
-    from specplug.contract.types import (
-        Proposal,
-        ProposalBatch,
-        Speculator,
-        TargetDistributions,
-        Verdict,
-        VerificationBatch,
-    )
+    from specplug.contract.types import Proposal, ProposalBatch, Speculator
+    from specplug.contract.verification import TargetDistributions, Verdict, VerificationBatch
 
 PROJECT = "specplug"
 hookspec = pluggy.HookspecMarker(PROJECT)

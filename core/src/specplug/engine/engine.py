@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 
-from specplug.contract.types import Verdict
+from specplug.contract.verification import Verdict
 from specplug.engine.commit import clear_kv, commit_tokens, kv_moves, score_output, score_prompts
 from specplug.engine.contention import CoreContention
 from specplug.engine.fair_lock import FairLock

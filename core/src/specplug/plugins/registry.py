@@ -13,7 +13,8 @@ import pluggy
 from specplug import threads
 from specplug.contract.hooks import PROJECT, SpeculatorHooks, hookimpl
 from specplug.contract.settings import SpeculativeConfig
-from specplug.contract.types import SpeculatorTraits, Verdict
+from specplug.contract.types import SpeculatorTraits
+from specplug.contract.verification import Verdict
 from specplug.errors import PluginError, SpecplugError, did_you_mean
 from specplug.plugins.calls import HookCall, Observers
 from specplug.plugins.finder import PluginRecord, find_plugins

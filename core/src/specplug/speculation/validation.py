@@ -10,7 +10,8 @@ import attrs
 import numpy as np
 import torch
 
-from specplug.contract.types import Budget, DraftDistributions, Proposal, Verdict
+from specplug.contract.types import Budget, DraftDistributions, Proposal
+from specplug.contract.verification import Verdict
 from specplug.errors import PluginError
 from specplug.model.device import to_device
 from specplug.speculation.draft import Draft, depths_of

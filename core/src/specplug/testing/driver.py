@@ -10,7 +10,8 @@ from typing import Any
 import attrs
 import torch
 
-from specplug.contract.types import Proposal, ProposalBatch, Verdict
+from specplug.contract.types import Proposal, ProposalBatch
+from specplug.contract.verification import Verdict
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.sampling.params import SamplingParams
 from specplug.speculation.draft_length import FixedDraftLength

@@ -10,7 +10,8 @@ from pathlib import Path
 import attrs
 import torch
 
-from specplug.contract.types import Budget, DraftDistributions, Proposal, ProposalBatch, Verdict
+from specplug.contract.types import Budget, DraftDistributions, Proposal, ProposalBatch
+from specplug.contract.verification import Verdict
 from specplug.request import Request
 from specplug.sampling.params import SamplingParams
 from specplug.speculation.draft import depths_of

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from specplug.contract.resources import MemoryBudget, MemoryRegion
-from specplug.contract.types import Proposal, ProposalBatch, ProposalRow, Verdict
+from specplug.contract.types import Proposal, ProposalBatch, ProposalRow
+from specplug.contract.verification import Verdict
 from specplug.engine.engine import Engine
 from specplug.errors import GenerationError
 from specplug.host.loading import max_nodes_of

@@ -13,7 +13,8 @@ from typing import cast
 import attrs
 import torch
 
-from specplug.contract.types import Proposal, TargetDistributions, VerificationBatch
+from specplug.contract.types import Proposal
+from specplug.contract.verification import TargetDistributions, VerificationBatch
 from specplug.model.device import to_device
 from specplug.sampling.randomness import EngineRandomness, Stream
 from specplug.speculation.verification.distributions import draft_distributions, sample_residual

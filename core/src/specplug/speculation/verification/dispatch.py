@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from specplug.contract.types import Proposal, Verdict, VerificationBatch, VerificationRow
+from specplug.contract.types import Proposal
+from specplug.contract.verification import Verdict, VerificationBatch, VerificationRow
 from specplug.errors import ModelOutputError, PluginError
 from specplug.model.device import to_device
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator

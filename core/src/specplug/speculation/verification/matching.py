@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from specplug.contract.types import Proposal, TargetDistributions, VerificationBatch, VerificationRow
+from specplug.contract.types import Proposal
+from specplug.contract.verification import TargetDistributions, VerificationBatch, VerificationRow
 from specplug.sampling.randomness import EngineRandomness, exponential_noise, race
 from specplug.sampling.workspace import Workspace
 from specplug.speculation.draft import depths_of

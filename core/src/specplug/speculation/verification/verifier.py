@@ -10,7 +10,8 @@
 from __future__ import annotations
 
 from specplug.contract.hooks import hookimpl
-from specplug.contract.types import Proposal, TargetDistributions, Verdict, VerificationBatch
+from specplug.contract.types import Proposal
+from specplug.contract.verification import TargetDistributions, Verdict, VerificationBatch
 from specplug.sampling.randomness import EngineRandomness
 from specplug.sampling.workspace import Workspace
 from specplug.speculation.verification import chains, matching, siblings

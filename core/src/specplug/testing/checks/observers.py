@@ -6,7 +6,8 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from specplug.contract.hooks import hookimpl
-from specplug.contract.types import Proposal, ProposalBatch, Verdict
+from specplug.contract.types import Proposal, ProposalBatch
+from specplug.contract.verification import Verdict
 from specplug.errors import PluginError
 from specplug.testing.check import Check
 from specplug.testing.driver import mixed_params

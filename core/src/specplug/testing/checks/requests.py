@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import attrs
 import torch
 
-from specplug.contract.types import Verdict
+from specplug.contract.verification import Verdict
 from specplug.request import Request
 from specplug.sampling.params import SamplingParams
 from specplug.testing.check import Check

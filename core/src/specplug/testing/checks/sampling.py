@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from specplug.contract.types import Proposal, ProposalBatch, Verdict
+from specplug.contract.types import Proposal, ProposalBatch
+from specplug.contract.verification import Verdict
 from specplug.request import Request
 from specplug.sampling.distributions import process
 from specplug.sampling.params import SamplingParams

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from specplug.contract.types import Proposal, ProposalBatch, Verdict
+from specplug.contract.types import Proposal, ProposalBatch
+from specplug.contract.verification import Verdict
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
 from specplug.sampling.params import SamplingParams
