@@ -11,7 +11,7 @@ from architectures import all_cases, as_table, run_cases
 from tiny_configs import tiny_config
 
 from specplug.errors import UnsupportedModelError
-from specplug.model.load.architecture import inspect_architecture
+from specplug.model.architecture.inspection import inspect_architecture
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 

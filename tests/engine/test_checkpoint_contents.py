@@ -75,7 +75,7 @@ def test_integers_as_weights_are_refused_before_weights_are_read(folder: Path, t
 
 def test_a_parameter_of_the_model_itself_is_no_quantisation_scale(tmp_path: Path) -> None:
     """BERT-like norms apart, some models have parameters that are called scales."""
-    from specplug.model.load.architecture import inspect_architecture
+    from specplug.model.architecture.inspection import inspect_architecture
     from specplug.model.load.checkpoint import read_headers
     from specplug.model.load.weights import count_weights
 

@@ -305,7 +305,7 @@ def test_padded_rows_give_what_separate_rows_give(tmp_path: Path) -> None:
 
 
 def test_configs_are_never_written_to() -> None:
-    from specplug.model.load.architecture import inspect_architecture
+    from specplug.model.architecture.inspection import inspect_architecture
 
     config = make_config("gpt2")
     before = config.to_dict()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from specplug import LLM, ConfigurationError, EngineDeadError, SamplingParams, StartupError
-from specplug.model.load.architecture import inspect_architecture
+from specplug.model.architecture.inspection import inspect_architecture
 from specplug.model.parallel.torchrun import launched_rank
 from support.drafting import drafted_by, perturbed_copy
 from support.engines import assert_idle, squeeze_blocks

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from specplug import LLM, Proposal, SamplingParams, SpecplugError, SpeculatorTraits, hookimpl, native
 from specplug.errors import UnsupportedModelError
-from specplug.model.load import masks
-from specplug.model.load.architecture import inspect_architecture
-from specplug.model.load.masks import learn_mask
+from specplug.model.architecture import masks
+from specplug.model.architecture.inspection import inspect_architecture
+from specplug.model.architecture.masks import learn_mask
 from specplug.model.load.narrow_copy import make_narrow_copy
 from specplug.model.load.parity import measure_attention, measure_difference
 from support.models import VOCABULARY, make_config, save_model

@@ -11,9 +11,9 @@ import torch
 from specplug import LLM, RequestError, SamplingParams
 from specplug.config.engine import EngineConfig
 from specplug.engine.planning import plan_engine
+from specplug.model.architecture.inspection import inspect_architecture
 from specplug.model.head import Head
 from specplug.model.kv_cache import BlockTable
-from specplug.model.load.architecture import inspect_architecture
 from specplug.model.load.checkpoint import load_config
 from specplug.model.load.narrow_copy import make_narrow_copy
 from specplug.model.load.weights import load_model

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from specplug.errors import UnsupportedModelError
-from specplug.model.load.architecture import inspect_architecture
+from specplug.model.architecture.inspection import inspect_architecture
 from support.models import make_config
 
 LONGEST = 300

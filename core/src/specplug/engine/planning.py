@@ -16,13 +16,14 @@ from specplug.engine.memory_plan import MemoryPlan, default_budget, solve
 from specplug.errors import CheckpointError, ConfigurationError, PluginError
 from specplug.host.loading import check_traits, load_speculators, max_nodes_of, plan_regions, wants_top_k_at_drafts
 from specplug.lora.room import AdapterRoom, plan_room
+from specplug.model.architecture.architecture import Architecture
+from specplug.model.architecture.inspection import inspect_architecture
+from specplug.model.architecture.refusal import check_kind
 from specplug.model.compile.cuda_graphs import CAPTURED_TOKENS, MOST_CAPTURED
 from specplug.model.compile.memory import StepModel, step_bytes
 from specplug.model.device import choose_device
-from specplug.model.load.architecture import Architecture, inspect_architecture
 from specplug.model.load.checkpoint import choose_dtype, load_config, read_headers, resolve_checkpoint
 from specplug.model.load.quantised import is_quantised
-from specplug.model.load.refusal import check_kind
 from specplug.model.load.tokenizer import load_tokenizer
 from specplug.model.load.weights import count_weights
 from specplug.model.parallel.plan import check_ranks

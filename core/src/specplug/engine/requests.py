@@ -11,7 +11,7 @@ import torch
 
 from specplug.engine.memory_plan import MemoryPlan
 from specplug.errors import RequestError
-from specplug.model.load.architecture import Architecture
+from specplug.model.architecture.architecture import Architecture
 from specplug.request import Request
 from specplug.sampling.params import MAX_SEED, SamplingParams
 from specplug.sampling.randomness import EngineRandomness, RowRandomness

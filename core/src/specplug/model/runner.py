@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from specplug.contract.types import Boundary
+from specplug.model.architecture.architecture import Architecture
 from specplug.model.attention.interface import SITE, AttendedBatch, AttentionSite
 from specplug.model.batch import ForwardBatch, can_attend_natively
 from specplug.model.compile.compiled import CompiledStep
 from specplug.model.compile.cuda_graphs import CudaGraphs
 from specplug.model.compile.trace import TensorBatch, tensors_of
 from specplug.model.kv_cache import KVCache
-from specplug.model.load.architecture import Architecture
 from specplug.model.recurrent.store import StateStore
 from specplug.model.rows import ForwardRow
 from specplug.model.taps import Taps

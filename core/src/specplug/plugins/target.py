@@ -11,11 +11,12 @@ import torch
 
 from specplug.contract.resources import MemoryRegion
 from specplug.errors import PluginError, UnsupportedModelError
+from specplug.model.architecture.inspection import inspect_architecture
+from specplug.model.architecture.refusal import check_kind
 from specplug.model.compile.trace import TensorBatch
 from specplug.model.device import choose_device
 from specplug.model.head import Head
 from specplug.model.kv_cache import KVCache
-from specplug.model.load.architecture import inspect_architecture
 from specplug.model.load.checkpoint import (
     choose_dtype,
     load_config,
@@ -25,7 +26,6 @@ from specplug.model.load.checkpoint import (
     resolve_checkpoint,
 )
 from specplug.model.load.quantised import is_quantised
-from specplug.model.load.refusal import check_kind
 from specplug.model.load.tokenizer import load_tokenizer
 from specplug.model.load.weights import count_weights, load_model
 from specplug.model.paged import PagedBatch, forward_batch

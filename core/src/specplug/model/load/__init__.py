@@ -1,1 +1,1 @@
-"""From a checkpoint to a model that runs: files, weights, architecture, tokenizer, parity probe."""
+"""From a checkpoint to a model that runs: files, weights, tokenizer, parity probe."""

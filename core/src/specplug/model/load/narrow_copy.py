@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from specplug.errors import UnsupportedModelError
+from specplug.model.architecture.architecture import Architecture
+from specplug.model.architecture.inspection import inspect_architecture
+from specplug.model.architecture.trace import disable_padding_checks
 from specplug.model.attention.interface import IMPLEMENTATION, register
 from specplug.model.kv_cache import KVCache
-from specplug.model.load.architecture import Architecture, disable_padding_checks, inspect_architecture
 from specplug.model.load.wrappers import drop_towers, make_model
 from specplug.model.runner import ModelRunner
 

@@ -13,8 +13,9 @@ import torch
 
 from specplug import native
 from specplug.errors import CheckpointError, one_line
+from specplug.model.architecture.architecture import Architecture
+from specplug.model.architecture.trace import disable_padding_checks
 from specplug.model.attention.interface import IMPLEMENTATION, register
-from specplug.model.load.architecture import Architecture, disable_padding_checks
 from specplug.model.load.checkpoint import TensorHeader, read_headers
 from specplug.model.load.int8 import quantise_linears
 from specplug.model.load.library_output import quiet_transformers

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import torch
 
-from specplug.model.load.architecture import Architecture
+from specplug.model.architecture.architecture import Architecture
 
 JOINED, READY = "joined", "ready"  # a rank's words to the first one
 

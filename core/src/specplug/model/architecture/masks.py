@@ -15,7 +15,7 @@ from typing import Any
 import attrs
 import torch
 
-from specplug.model.load.max_length import chunk_size
+from specplug.model.architecture.max_length import chunk_size
 
 RECORDING = "specplug-recording"
 _FACT = "recorded_mask"

@@ -41,7 +41,7 @@ def check_kind(config: Any, *, trust_remote_code: bool) -> None:
 
 def build_failure(model_type: str, error: Exception) -> UnsupportedModelError:
     """For a model that Transformers does not build with our attention."""
-    from specplug.model.load.masks import RECORDING
+    from specplug.model.architecture.masks import RECORDING
 
     if isinstance(error, KeyError) and error.args == (RECORDING,):
         return _own_attention(model_type)
