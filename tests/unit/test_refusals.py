@@ -10,6 +10,8 @@ import torch
 from transformers import AutoConfig
 
 from specplug.errors import UnsupportedModelError
+from specplug.model.architecture import inspection
+from specplug.model.architecture.architecture import Architecture
 from specplug.model.architecture.inspection import inspect_architecture
 from support.models import make_config
 
@@ -129,3 +131,28 @@ def test_layers_with_scaled_rope_beside_others_do_not_lengthen_the_context() -> 
     rope = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": dict(LINEAR)}
     config = make_config("gemma3_text", rope_parameters=rope)
     assert inspect_architecture(config, torch.float32).context_length == 160
+
+
+def test_a_model_is_traced_once_for_all_its_folders_and_again_for_what_changes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    traced: list[str] = []
+    own = inspection.run_trace
+    monkeypatch.setattr(inspection, "run_trace", lambda model, *rest: (traced.append(rest[0]), own(model, *rest))[1])
+
+    def inspect(
+        folder: str, dtype: torch.dtype = torch.float32, *, trust: bool = False, **changes: int
+    ) -> Architecture:
+        config = make_config("llama", vocab_size=77, **changes)
+        config.name_or_path = folder
+        found = inspection.inspect_architecture(config, dtype, trust_remote_code=trust)
+        assert config.name_or_path == folder
+        return found
+
+    assert inspect("a") is inspect("b")
+    assert len(traced) == 1
+    assert inspect("a", torch.bfloat16).weight_bytes < inspect("a").weight_bytes
+    assert len(inspect("a", num_hidden_layers=1).calls) == 1
+    assert len(traced) == 3
+    assert inspect("a", trust=True) == inspect("a")  # its code may have changed
+    assert len(traced) == 4
