@@ -1,1 +1,1 @@
-"""Recurrent state: what a row keeps beside its KV in convolution, delta-rule and state-space layers."""
+"""Recurrent state: what a row keeps next to its KV in convolution, delta-rule and state-space layers."""

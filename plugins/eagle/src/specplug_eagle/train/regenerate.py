@@ -44,7 +44,7 @@ def regenerate(
     Args:
         target: the target.
         prompts: token ids.
-        file: JSON lines; beside it, a file of the same name with `.made_for` records its target, prompts and settings.
+        file: JSON lines; next to it, a file of the same name with `.made_for` records its target, prompts and settings.
         writing: settings.
         progress: called with the number of texts written.
 
