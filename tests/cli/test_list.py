@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from fake_plugins import install, specplug
 from specplug.cli import plugin_report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from pathlib import Path
     from subprocess import CompletedProcess
 
@@ -136,16 +135,16 @@ def test_verbose_adds_where_it_comes_from_and_why_not(site: Path) -> None:
     assert "ambiguous     2 packages provide 'twin'" in text
 
 
-def test_verbose_check_shows_tracebacks(site: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verbose_check_shows_tracebacks(
+    site: Path, checked: CompletedProcess[str], run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Imports take seconds, so what `checked` found is answered again."""
     monkeypatch.syspath_prepend(site)
-    import_once = functools.cache(lambda names, own=plugin_report._import: own([records[name] for name in names]))
-    records: dict[str, Any] = {}
-
-    def remember(asked: Sequence[Any]) -> list[dict[str, Any]]:
-        records.update((each.method, each) for each in asked)
-        return import_once(tuple(each.method for each in asked))
-
-    monkeypatch.setattr(plugin_report, "_import", remember)
+    answers = {item["method"]: item | {"verifiers": []} for item in json.loads(checked.stdout)}
+    for answer in answers.values():
+        if answer["hooks"] is None:
+            del answer["hooks"]
+    monkeypatch.setattr(plugin_report, "_import", lambda asked: [answers[each.method] for each in asked])
     text = run("list", "--check").stdout
     assert "failed        ModuleNotFoundError" in text
     assert "Traceback" not in text
