@@ -15,6 +15,7 @@ from specplug import LLM, SamplingParams, Verdict, hookimpl
 from specplug.errors import GenerationError, RequestError
 from support.engines import assert_idle
 from support.follow import Follow
+from support.marks import slow_except
 from support.models import VOCABULARY
 from support.speculators import ModelSpeculator, Oracle, TokenSpeculator, TreeSpeculator, provide
 
@@ -150,7 +151,7 @@ class Failing:
 
 
 @pytest.mark.parametrize("place", ["step", "schedule", "forward", "verify", "propose", "after propose"])
-@pytest.mark.parametrize("kind", ["plain", "chain", "tree", "model"])
+@pytest.mark.parametrize("kind", slow_except(["plain", "chain", "tree", "model"], "tree", "model"))
 def test_an_interrupt_leaves_nothing_running(
     folder: Path, kind: str, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
