@@ -17,12 +17,11 @@ from specplug.engine.planning import plan_engine
 from specplug.model.kv_cache import BlockTable
 from specplug.model.rows import ForwardRow
 from support.adapters import ALL_LINEARS, merge_adapter, save_adapter
-from support.drafting import drafted_by, perturbed_copy
+from support.drafting import options_of, perturbed_copy
 from support.engines import assert_idle, squeeze_blocks
 from support.heads import save_eagle3
 from support.models import VOCABULARY, save_model
 from support.reference import MARGIN, generate
-from support.speculators import Oracle, TreeSpeculator, provide
 
 NEW_TOKENS = 12
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
@@ -72,21 +71,6 @@ def expected(models: dict[str, Path]) -> list[tuple[list[int], dict[str | None, 
 
 def modules(models: dict[str, Path]) -> dict[str, Path]:
     return {name: models[name] for name in NAMES if name}
-
-
-def options_of(speculator: str, models: dict[str, Path], known: list[list[int]]) -> dict[str, Any]:
-    if speculator == "plain":
-        return {}
-    if speculator == "ngram":
-        config = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-        return {"speculative_config": config}
-    if speculator == "draft_model":
-        return drafted_by(models["draft"])
-    if speculator.startswith("eagle3"):
-        tree = {"tree_depth": 3, "tree_top_k": 4, "tree_total_tokens": 14} if "tree" in speculator else {}
-        config = {"method": "eagle3", "model": str(models["head"]), "num_speculative_tokens": 3, **tree}
-        return {"speculative_config": config}
-    return provide(lambda c, t: TreeSpeculator(Oracle(known, VOCABULARY), (0, 2, "final"), 9, top_k=2))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from specplug import LLM, ForwardRow, MemoryBudget, MemoryRegion, Proposal, ProposalBatch, Resources, hookimpl
 from specplug.speculation.draft_length import FixedDraftLength
 from specplug_draft_model import DraftModelSpeculator, load_speculator
+from support.models import VOCABULARY
 from support.reference import load_reference
+from support.speculators import Oracle, TreeSpeculator, provide
 
 
 def drafted_by(model: Path | str, gamma: int = 4, **keys: Any) -> dict[str, Any]:
@@ -27,6 +30,29 @@ def drafted_by(model: Path | str, gamma: int = 4, **keys: Any) -> dict[str, Any]
             **keys,
         }
     }
+
+
+def options_of(kind: str, models: dict[str, Path], known: Sequence[list[int]] = ()) -> dict[str, Any]:
+    """LLM options of a way to draft: plain, ngram, draft_model, eagle3, eagle3 tree, or tree.
+
+    Args:
+        kind: the way.
+        models: the folders of `draft` and `head`.
+        known: sequences that the tree's oracle knows.
+    """
+    if kind == "plain":
+        return {}
+    if kind == "ngram":
+        config = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+        return {"speculative_config": config}
+    if kind == "draft_model":
+        return drafted_by(models["draft"])
+    if kind.startswith("eagle3"):
+        tree = {"tree_depth": 3, "tree_top_k": 4, "tree_total_tokens": 14} if "tree" in kind else {}
+        config = {"method": "eagle3", "model": str(models["head"]), "num_speculative_tokens": 3, **tree}
+        return {"speculative_config": config}
+    assert kind == "tree", kind
+    return provide(lambda c, t: TreeSpeculator(Oracle(list(known), VOCABULARY), (0, 2, "final"), 9, top_k=2))
 
 
 def speculator_of(llm: LLM) -> DraftModelSpeculator:
