@@ -121,7 +121,10 @@ def check_completion(folder: Path, prompt: list[int], completion: CompletionOutp
 
 
 @pytest.mark.parametrize("tight", slow_except([False, True], True))
-@pytest.mark.parametrize("kind", ["plain", "chain", "tree", "tree with top k", "model"])
+@pytest.mark.parametrize(
+    "kind",
+    slow_except(["plain", "chain", "tree", "tree with top k", "model"], "plain", "tree with top k", "model"),
+)
 def test_equal_transformers_log_softmax(folder: Path, known: list[list[int]], kind: str, tight: bool) -> None:
     prompts, params = requests()
     oracle = Oracle(known, VOCABULARY, hit_rate=0.9)

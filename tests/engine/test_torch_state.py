@@ -16,6 +16,7 @@ from specplug import LLM, SamplingParams, hookimpl
 from specplug.model.torch_state import own_torch_state
 from specplug.testing.models import save_words
 from support.heads import TREES, save_eagle3
+from support.marks import slow_except
 from support.models import VOCABULARY, save_model
 from support.speculators import ModelSpeculator, Oracle, TokenSpeculator, TreeSpeculator, provide
 
@@ -113,7 +114,7 @@ def run(llm: LLM) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_except(KINDS, "plain", "tree", "model", "eagle tree"))
 def test_what_the_caller_has_set_does_not_reach_in(kind: str, folder: Path, head: Path) -> None:
     with start(kind, folder, head) as llm:
         expected = run(llm)

@@ -139,7 +139,7 @@ def test_characters_of_several_tokens_arrive_whole(client: openai.OpenAI, http: 
     """Only bytes of these characters are sampled, and drafts put several of them into a chunk."""
     ids = http.post("/tokenize", json={"prompt": "é你好ß🙂"}).json()["tokens"]
     assert len(ids) > 10
-    for seed in range(4):
+    for seed in range(2):
         options: dict[str, Any] = {"model": "tiny", "temperature": 0.3, "max_tokens": 120, "seed": seed}
         options["extra_body"] = {"allowed_token_ids": ids}
         whole = client.completions.create(prompt="é 你好 ß🙂" * 3, **options).choices[0].text
