@@ -11,7 +11,6 @@ from specplug.bench.comparison import Comparison, Watcher, compare
 from specplug.bench.contestants import PLAIN, EngineContestant
 from specplug.bench.summary import summarize
 from specplug.bench.workload import BenchPrompt, Cell, Workload
-from support.marks import slow_except
 
 OPTIONS: dict[str, Any] = {"dtype": "float32", "device": "cpu", "memory": "256MiB", "max_num_seqs": 2}
 CONFIG = {"method": "memoriser", "num_speculative_tokens": 4}
@@ -45,7 +44,8 @@ def measure(cells: list[Cell], *, one_at_a_time: bool) -> Comparison:
     return compare([plain, learner], cells, WORKLOAD, 2, Watcher(), one_at_a_time=one_at_a_time)
 
 
-@pytest.mark.parametrize("one_at_a_time", slow_except([False, True], True))
+@pytest.mark.slow
+@pytest.mark.parametrize("one_at_a_time", [False, True])
 def test_a_memoriser_gains_nothing(one_at_a_time: bool) -> None:
     cells = [Cell(1, 0.0)] if one_at_a_time else [Cell(1, 0.0), Cell(1, 0.5)]
     comparison = measure(cells, one_at_a_time=one_at_a_time)

@@ -77,6 +77,7 @@ def check_result(line: dict[str, Any]) -> None:
         assert line["same_outputs_as_plain"] is None
 
 
+@pytest.mark.slow
 def test_a_table_a_report_and_a_picture(run: Callable[..., Any], prompts: str, tmp_path: Path) -> None:
     report, plot = tmp_path / "report.json", tmp_path / "plot.svg"
     result = run(*BENCH, "--prompts", prompts, CONFIG, NGRAM, "--json", str(report), "--plot", str(plot))
@@ -127,6 +128,7 @@ def test_the_peer_alone(run: Callable[..., Any], prompts: str) -> None:
     assert methods == ["plain decoding", "transformers generate"]
 
 
+@pytest.mark.slow
 def test_one_engine_at_a_time(run: Callable[..., Any], prompts: str) -> None:
     result = run(*BENCH, "--prompts", prompts, CONFIG, NGRAM, "--one-at-a-time", "--json", "-")
     assert (result.exit_code, result.stderr) == (0, ""), result.output

@@ -88,6 +88,7 @@ def test_piped(run: Callable[..., Any], installed: Callable[..., None], monkeypa
     assert "On your own model:" in text
 
 
+@pytest.mark.slow
 def test_what_learns_is_timed_on_prompts_that_are_new_to_it(
     run: Callable[..., Any], installed: Callable[..., None]
 ) -> None:
@@ -119,6 +120,7 @@ def test_prompts_suit_the_model() -> None:
         assert output.finish_reason == "stop"
 
 
+@pytest.mark.slow
 def test_methods_can_be_chosen_and_outputs_cut(run: Callable[..., Any], lookup: str) -> None:
     result = run("demo", "--method", "lookup", "--max-tokens", "6", "--num-speculative-tokens", "2")
     assert result.exit_code == 0, result.output
