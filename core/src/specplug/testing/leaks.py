@@ -37,13 +37,18 @@ class LiveTensors:
 
 @contextlib.contextmanager
 def only_what_is_new() -> Iterator[None]:
-    """Leaves everything that exists now out of `live_tensors` and `live_bytes`, which are then quick."""
+    """Leaves everything that exists now out of `live_tensors` and `live_bytes`, which are then quick.
+
+    Where the process has frozen its imports, as `specplug` has, they stay frozen: collections would go through all of PyTorch.
+    """
+    has_frozen = gc.get_freeze_count() > 0
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not has_frozen:
+            gc.unfreeze()
 
 
 @contextlib.contextmanager
