@@ -19,7 +19,7 @@ from support.statistics import THRESHOLD, worst_p_value
 V = 16
 PROMPT = [3, 7, 5, 11]
 REQUESTS = 10_000
-FEWER_REQUESTS = 4_000
+FEWER_REQUESTS = 2_000
 """Whether rows, drafts and verdicts belong together; `test_lossless_rules` sees a bias of one percent in the rule itself."""
 SAMPLING = SamplingParams(temperature=0.7, top_k=9, top_p=0.95, max_tokens=4, ignore_eos=True)
 
@@ -111,13 +111,14 @@ def test_joint_of_three_tokens(
     assert worst_p_value(samples, joint) > THRESHOLD
 
 
-def test_planted_bias_is_seen(folder: Path, joint: np.ndarray) -> None:
-    """1 % of the trials with one wrong token fails at the vectorised verifier's number of trials."""
+@pytest.mark.parametrize(("trials", "every"), [(200_000, 100), (2_000, 33), (800, 20)])
+def test_planted_bias_is_seen(folder: Path, joint: np.ndarray, trials: int, every: int) -> None:
+    """One wrong token in 1 % of the vectorised verifier's trials, 3 % of 2,000 requests, or 5 % of 800."""
     rng = np.random.default_rng(0)
-    drawn = rng.choice(V**3, size=200_000, p=joint.ravel() / joint.sum())
+    drawn = rng.choice(V**3, size=trials, p=joint.ravel() / joint.sum())
     samples = np.stack([drawn // V**2, drawn // V % V, drawn % V], axis=1)
     assert worst_p_value(samples, joint) > THRESHOLD
-    samples[::100, 2] = 3
+    samples[::every, 2] = 3
     assert worst_p_value(samples, joint) < THRESHOLD
 
 

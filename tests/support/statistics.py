@@ -9,13 +9,18 @@ THRESHOLD = 1e-6
 
 
 def p_value(counts: np.ndarray, probs: np.ndarray, least_expected: float = 10.0) -> float:
-    """Pearson's chi-square p-value of observed counts; rare cells are merged, impossible ones must stay empty."""
+    """Pearson's chi-square p-value of observed counts; rare cells are merged, impossible ones must stay empty.
+
+    It is 1 where all cells are rare: then there is nothing to compare.
+    """
     counts, probs = counts.ravel().astype(float), probs.ravel().astype(float)
     total = counts.sum()
     if counts[probs <= 0].any():
         return 0.0
     expected = probs / probs.sum() * total
     common = expected >= least_expected
+    if not common.any():
+        return 1.0
     observed = np.append(counts[common], counts[~common].sum())
     wanted = np.append(expected[common], expected[~common].sum())
     if wanted[-1] < least_expected:
@@ -27,7 +32,9 @@ def p_value(counts: np.ndarray, probs: np.ndarray, least_expected: float = 10.0)
 
 
 def worst_p_value(samples: np.ndarray, joint: np.ndarray) -> float:
-    """The smallest p-value of the joint of three tokens and of each position's marginal.
+    """The smallest p-value of the joint of three tokens, of each two of them, and of each position's marginal.
+
+    What is wrong with every 20th token is seen in 800 trials, 3 % in 2,000, 1 % in 200,000 (`test_planted_bias_is_seen`).
 
     Args:
         samples: int [trials, 3].
@@ -36,7 +43,8 @@ def worst_p_value(samples: np.ndarray, joint: np.ndarray) -> float:
     vocabulary = joint.shape[0]
     flat = samples[:, 0] * vocabulary**2 + samples[:, 1] * vocabulary + samples[:, 2]
     values = [p_value(np.bincount(flat, minlength=vocabulary**3), joint)]
-    for position in range(3):
-        marginal = joint.sum(axis=tuple(axis for axis in range(3) if axis != position))
-        values.append(p_value(np.bincount(samples[:, position], minlength=vocabulary), marginal))
+    for positions in ((0,), (1,), (2,), (0, 1), (1, 2), (0, 2)):
+        marginal = joint.sum(axis=tuple(axis for axis in range(3) if axis not in positions))
+        cells = np.ravel_multi_index(tuple(samples[:, positions].T), (vocabulary,) * len(positions))
+        values.append(p_value(np.bincount(cells, minlength=marginal.size), marginal))
     return min(values)

@@ -68,20 +68,31 @@ def engine(reference: Stepwise, head: Path, **options: Any) -> LLM:
 
 
 @pytest.mark.parametrize(
-    ("head", "tested", "options"),
+    ("head", "tested", "options", "times"),
     slow_except(
         [
-            ("EAGLE-3", ("temperature", "top-p"), {}),
-            ("reduced", ("top-k", "min-p"), SAMPLED),
-            ("EAGLE-1", ("penalties", "top-p"), {"speculative_token_tree": TREE}),
-            ("EAGLE-3", ("temperature", "penalties"), {"speculative_token_tree": TREE, **SAMPLED}),
-            ("reduced", ("top-p", "top-k"), {"speculative_token_tree": TREE, **SAMPLED}),
-            ("reduced", ("min-p", "temperature"), DYNAMIC),
+            ("EAGLE-3", ("temperature", "top-p"), {}, 1800),
+            ("reduced", ("top-k", "min-p"), SAMPLED, 1800),
+            ("EAGLE-1", ("penalties", "top-p"), {"speculative_token_tree": TREE}, 1800),
+            ("EAGLE-3", ("temperature", "penalties"), {"speculative_token_tree": TREE, **SAMPLED}, 1800),
+            ("reduced", ("top-p", "top-k"), {"speculative_token_tree": TREE, **SAMPLED}, 1800),
+            ("reduced", ("min-p", "temperature"), DYNAMIC, 1800),
+            ("EAGLE-3", ("temperature", "penalties"), {"speculative_token_tree": TREE, **SAMPLED}, 800),
+            ("reduced", ("min-p", "temperature"), DYNAMIC, 800),
         ],
-        ("EAGLE-3", ("temperature", "penalties"), {"speculative_token_tree": TREE, **SAMPLED}),
-        ("reduced", ("min-p", "temperature"), DYNAMIC),
+        ("EAGLE-3", ("temperature", "penalties"), {"speculative_token_tree": TREE, **SAMPLED}, 800),
+        ("reduced", ("min-p", "temperature"), DYNAMIC, 800),
     ),
-    ids=["chain", "sampled chain", "tree", "sampled tree", "sampled reduced tree", "dynamic"],
+    ids=[
+        "chain",
+        "sampled chain",
+        "tree",
+        "sampled tree",
+        "sampled reduced tree",
+        "dynamic",
+        "sampled tree, fewer",
+        "dynamic, fewer",
+    ],
 )
 def test_joint_of_three_tokens(
     reference: Stepwise,
@@ -90,9 +101,10 @@ def test_joint_of_three_tokens(
     head: str,
     tested: tuple[str, str],
     options: dict[str, Any],
+    times: int,
 ) -> None:
     """Different sampling parameters side by side in the same batches; rows with less room draft less."""
-    names = list(tested) * 1800
+    names = list(tested) * times
     params = [
         attrs.evolve(PARAMS[name], num_speculative_tokens=(None, 5, 2)[number % 3]) for number, name in enumerate(names)
     ]
