@@ -10,6 +10,7 @@ float32: plain, and with a speculator whose drafts are right now and then. The o
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import random
@@ -191,6 +192,7 @@ def _work(connection: Connection) -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     native.load()  # compiling the kernels is no part of any case's time
+    gc.freeze()  # collections go through what each case makes, not through all of PyTorch
     connection.send("ready")
     while (case := connection.recv()) is not None:
         with tempfile.TemporaryDirectory() as folder:
