@@ -1,11 +1,12 @@
-"""Keeps Transformers' progress bars, notices and reports out of our output."""
+"""Keeps progress bars, notices and reports of Transformers, and of the libraries that it calls, out of our output."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 
 
 @contextmanager
@@ -18,7 +19,8 @@ def quiet_transformers() -> Iterator[None]:
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        # Quantisers print banners and bars.
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

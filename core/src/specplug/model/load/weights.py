@@ -25,6 +25,7 @@ from specplug.model.load.quantised import (
     check_quantizer,
     companion_bytes,
     is_quantised,
+    kernel_bytes,
     prepare,
     stored_bytes,
 )
@@ -153,7 +154,8 @@ def count_weights(
         return architecture
     if becomes_dense(config):
         return attrs.evolve(architecture, weight_bytes=architecture.weight_bytes + companion_bytes(used))
-    return attrs.evolve(architecture, weight_bytes=architecture.buffer_bytes + stored_bytes(used, dtype))
+    held = stored_bytes(used, dtype) + kernel_bytes(config, used, dtype, device)
+    return attrs.evolve(architecture, weight_bytes=architecture.buffer_bytes + held)
 
 
 def _check_not_quantised(
