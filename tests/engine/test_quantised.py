@@ -53,8 +53,9 @@ def test_equals_transformers_generate_of_the_same_checkpoint(root: Path, kind: s
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_plan_counts_the_stored_bytes(root: Path, kind: str, dtype: str) -> None:
+def test_the_plan_counts_the_stored_bytes(root: Path, kind: str, dtype: str, capfd: pytest.CaptureFixture[str]) -> None:
     folder = saved(root, kind, dtype)
+    capfd.readouterr()
     plan = plan_engine(EngineConfig(model=str(folder), skip_tokenizer_init=True, memory=64 << 20))
     if becomes_dense(plan.model_config) or kind in ("gptq", "awq"):  # in the first forward
         with LLM(folder, skip_tokenizer_init=True, memory="64MiB") as llm:
@@ -63,6 +64,7 @@ def test_the_plan_counts_the_stored_bytes(root: Path, kind: str, dtype: str) -> 
     else:
         held = held_bytes(load_model(folder, plan.model_config, plan.dtype, CPU))
     assert held == pytest.approx(plan.facade.weight_bytes, rel=0.02)
+    assert capfd.readouterr().out == ""
 
 
 @pytest.mark.parametrize("kind", ["compressed-tensors-int4", "torchao-int8"])

@@ -29,13 +29,18 @@ _BASES = {"mxfp4": ("gpt_oss", {"intermediate_size": 64})}
 _SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_hidden_layers": 2}
 
 
-def save_quantised(folder: Path, kind: str, dtype: str) -> Path:
-    """Writes a tiny model of a kind in `KINDS`, its other weights in a dtype; returns its folder."""
-    base, sizes = _BASES.get(kind, ("llama", {}))
-    plain = save_model(folder / "plain", base, **{**_SIZES, **sizes})
-    AutoModelForCausalLM.from_pretrained(plain, dtype=dtype).save_pretrained(plain)
-    KINDS[kind](plain, folder / kind)
+def save_quantised(folder: Path, kind: str, dtype: str, **sizes: Any) -> Path:
+    """Writes a random model of a kind in `KINDS`, its other weights in a dtype, tiny by default; returns its folder."""
+    KINDS[kind](save_plain(folder / "plain", kind, dtype, **sizes), folder / kind)
     return folder / kind
+
+
+def save_plain(folder: Path, kind: str, dtype: str, **sizes: Any) -> Path:
+    """Writes what a kind quantises; returns its folder."""
+    base, own = _BASES.get(kind, ("llama", {}))
+    plain = save_model(folder, base, **{**_SIZES, **own, **sizes})
+    AutoModelForCausalLM.from_pretrained(plain, dtype=dtype).save_pretrained(plain)
+    return plain
 
 
 def _by_transformers(plain: Path, folder: Path, config: Any) -> None:

@@ -7,6 +7,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
+from threading import Lock
+
+_redirecting = Lock()
 
 
 @contextmanager
@@ -19,11 +22,17 @@ def quiet_transformers() -> Iterator[None]:
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:
-        # Quantisers print banners and bars.
-        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def quiet_quantizer() -> Iterator[None]:
+    """Silences Transformers and the packages of quantised formats, which print banners and bars; one thread at a time."""
+    with _redirecting, quiet_transformers(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        yield

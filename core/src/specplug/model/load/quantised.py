@@ -12,7 +12,7 @@ import torch
 
 from specplug.errors import CheckpointError, one_line
 from specplug.model.load.checkpoint import TensorHeader, choose_dtype
-from specplug.model.load.library_output import quiet_transformers
+from specplug.model.load.library_output import quiet_quantizer
 
 # Tensors of quantised weights: scales, zero points, packed integers, of all common formats.
 COMPANION = re.compile(
@@ -62,7 +62,7 @@ def check_quantizer(folder: Path, config: Any, dtype: torch.dtype, device: torch
     settings = config.quantization_config
     method = settings.get("quant_method") or "bitsandbytes"
     try:
-        with quiet_transformers():
+        with quiet_quantizer():
             quantizer = AutoHfQuantizer.from_config(copy.deepcopy(settings), pre_quantized=True)
             quantizer.validate_environment(device_map=options.get("device_map"), weights_only=True)
     except ImportError as error:

@@ -17,7 +17,7 @@ from specplug.model.attention.interface import IMPLEMENTATION, register
 from specplug.model.load.architecture import Architecture, disable_padding_checks
 from specplug.model.load.checkpoint import TensorHeader, read_headers
 from specplug.model.load.int8 import quantise_linears
-from specplug.model.load.library_output import quiet_transformers
+from specplug.model.load.library_output import quiet_quantizer, quiet_transformers
 from specplug.model.load.packing import pack_linears
 from specplug.model.load.quantised import (
     COMPANION,
@@ -72,7 +72,7 @@ def load_model(
     if num_ranks > 1:
         options = sharding_options(shards, num_ranks)
     try:
-        with quiet_transformers():
+        with quiet_quantizer() if is_quantised(config) else quiet_transformers():
             model, report = text_part(config, towers).from_pretrained(
                 folder,
                 config=prepared,
