@@ -238,7 +238,7 @@ def test_it_is_planned_and_shown(root: Path) -> None:
         assert llm.engine.runner.states.num_bytes == llm.engine.plan.recurrent_state == planned.plan.recurrent_state
 
 
-DRAFT_CASES = [(target, draft) for target in ("llama", "qwen3_next") for draft in ONE_OF_EACH]
+DRAFT_CASES = [(target, draft) for target in ("llama", "qwen3_next") for draft in (*ONE_OF_EACH, "mamba2")]
 
 
 @pytest.mark.parametrize(("target", "draft"), slow_except(DRAFT_CASES, ("llama", "lfm2"), ("qwen3_next", "bamba")))
