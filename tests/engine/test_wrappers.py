@@ -90,7 +90,7 @@ def test_the_parity_probe_finds_a_narrow_copy_whatever_the_tower_holds(root: Pat
     assert narrow.model.model.vision_tower is None
 
 
-@pytest.mark.parametrize("kind", WRAPPERS)
+@pytest.mark.parametrize("kind", [kind for kind in WRAPPERS if kind != "qwen3_5"])  # it needs states
 def test_the_head_that_speculators_get_gives_the_models_logits(root: Path, kind: str) -> None:
     config = load_config(saved(root, kind))
     narrow = make_narrow_copy(config, inspect_architecture(config, torch.float32), 12, 4)
