@@ -10,6 +10,7 @@ without compiling; every round measures each of them once, in turn, and ratios a
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import sys
 import tempfile
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     given = parser.parse_args()
     transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     sampling = SamplingParams(temperature=0, max_tokens=given.tokens, ignore_eos=True)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
         made = engines(given.kinds, Path(folder), opened)
