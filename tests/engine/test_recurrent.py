@@ -262,8 +262,8 @@ def test_a_recurrent_draft_that_is_the_target_is_accepted(root: Path, kind: str)
     folder = _folder(root, kind)
     pairs = _pairs(root, kind)
     with LLM(folder, skip_tokenizer_init=True, strict=True, memory="64MiB", **drafted_by(folder)) as llm:
-        llm.generate([prompt for prompt, _ in pairs], GREEDY)
-        llm.generate([pairs[0][0]], SamplingParams(temperature=0, n=3, max_tokens=NEW_TOKENS))
+        for prompts, number in (([prompt for prompt, _ in pairs], 1), ([pairs[0][0]], 3)):
+            llm.generate(prompts, SamplingParams(temperature=0, n=number, max_tokens=NEW_TOKENS, ignore_eos=True))
         stats = llm.engine.stats
         assert stats.num_accepted_draft_tokens > 0.95 * stats.num_draft_tokens > 50
 
