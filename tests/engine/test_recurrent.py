@@ -238,8 +238,38 @@ def test_it_is_planned_and_shown(root: Path) -> None:
         assert llm.engine.runner.states.num_bytes == llm.engine.plan.recurrent_state == planned.plan.recurrent_state
 
 
-def test_a_recurrent_draft_is_refused(root: Path) -> None:
-    llama = root / "llama"
-    target = llama if llama.exists() else save_model(llama, "llama")
-    with pytest.raises(UnsupportedModelError, match=r"has recurrent layers .*give a draft model with attention alone"):
-        LLM(target, skip_tokenizer_init=True, memory="64MiB", **drafted_by(_folder(root, "lfm2")))
+DRAFT_CASES = [(target, draft) for target in ("llama", "qwen3_next") for draft in (*ONE_OF_EACH, "mamba2")]
+
+
+@pytest.mark.parametrize(("target", "draft"), slow_except(DRAFT_CASES, ("llama", "lfm2"), ("qwen3_next", "bamba")))
+def test_a_recurrent_draft_equals_generate(root: Path, target: str, draft: str) -> None:
+    """Ragged rows, chunked prefill, preemptions and forks; a draft that is the target itself is accepted nearly always."""
+    folder = _target(root, target)
+    pairs = decisive_prompts(folder, ROWS, NEW_TOKENS, VOCABULARY)
+    with LLM(folder, skip_tokenizer_init=True, strict=True, **TIGHT, **drafted_by(_folder(root, draft))) as llm:
+        squeeze_blocks(llm, BLOCKS)
+        outputs = llm.generate([prompt for prompt, _ in pairs], GREEDY)
+        assert [output.outputs[0].token_ids for output in outputs] == [output for _, output in pairs]
+        assert llm.engine.scheduler.num_preemptions > 0
+        forked = llm.generate([pairs[0][0]], SamplingParams(temperature=0, n=3, max_tokens=NEW_TOKENS))[0]
+        assert [each.token_ids for each in forked.outputs] == [pairs[0][1]] * 3
+        assert_idle(llm)
+
+
+@pytest.mark.parametrize("kind", slow_except(ONE_OF_EACH, "lfm2"))
+def test_a_recurrent_draft_that_is_the_target_is_accepted(root: Path, kind: str) -> None:
+    """So its states are those of the committed tokens, after accepted drafts and forks too."""
+    folder = _folder(root, kind)
+    pairs = _pairs(root, kind)
+    with LLM(folder, skip_tokenizer_init=True, strict=True, memory="64MiB", **drafted_by(folder)) as llm:
+        for prompts, number in (([prompt for prompt, _ in pairs], 1), ([pairs[0][0]], 3)):
+            llm.generate(prompts, SamplingParams(temperature=0, n=number, max_tokens=NEW_TOKENS, ignore_eos=True))
+        stats = llm.engine.stats
+        assert stats.num_accepted_draft_tokens > 0.95 * stats.num_draft_tokens > 50
+
+
+def _target(root: Path, kind: str) -> Path:
+    if kind in RECURRENT:
+        return _folder(root, kind)
+    folder = root / kind
+    return folder if folder.exists() else save_model(folder, kind)

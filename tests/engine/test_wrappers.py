@@ -14,7 +14,7 @@ from specplug.engine.planning import plan_engine
 from specplug.model.architecture.inspection import inspect_architecture
 from specplug.model.head import Head
 from specplug.model.kv_cache import BlockTable
-from specplug.model.load.checkpoint import load_config
+from specplug.model.load.checkpoint import load_config, read_headers
 from specplug.model.load.narrow_copy import make_narrow_copy
 from specplug.model.load.weights import load_model
 from specplug.model.rows import ForwardRow
@@ -26,6 +26,13 @@ from support.wrappers import WRAPPERS, save_wrapper
 
 NEW_TOKENS = 14
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
+
+
+TEXT_CLASSES = ("qwen3_5", "llama4")  # Transformers has a class of the text part alone that reads the whole checkpoint
+
+
+def _is_tower(name: str) -> bool:
+    return any(word in name for word in ("vision", "visual", "audio"))
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +71,11 @@ def test_what_a_text_does_not_reach_is_neither_planned_nor_loaded(
     folder = saved(root, kind)
     plan = plan_engine(EngineConfig(model=str(folder), skip_tokenizer_init=True, memory=64 << 20))
     towers = plan.architecture.towers
-    assert any(("vision" in tower) or ("visual" in tower) or ("audio" in tower) for tower in towers)
+    assert kind in TEXT_CLASSES or any(_is_tower(tower) for tower in towers)
     model = load_model(folder, plan.model_config, torch.float32, torch.device("cpu"), towers=towers)
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
-    assert not [name for name in names if name.startswith(tuple(f"{tower}." for tower in towers))]
+    assert not [name for name in names if _is_tower(name) or name.startswith(tuple(f"{tower}." for tower in towers))]
+    assert any(_is_tower(name) for name in read_headers(folder))
     held = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
     assert plan.facade.weight_bytes == sum(held.values())
     assert not caplog.records
@@ -82,7 +90,7 @@ def test_the_parity_probe_finds_a_narrow_copy_whatever_the_tower_holds(root: Pat
     assert narrow.model.model.vision_tower is None
 
 
-@pytest.mark.parametrize("kind", WRAPPERS)
+@pytest.mark.parametrize("kind", [kind for kind in WRAPPERS if kind != "qwen3_5"])  # it needs states
 def test_the_head_that_speculators_get_gives_the_models_logits(root: Path, kind: str) -> None:
     config = load_config(saved(root, kind))
     narrow = make_narrow_copy(config, inspect_architecture(config, torch.float32), 12, 4)

@@ -29,5 +29,7 @@ def held_bytes(model: torch.nn.Module) -> int:
 
     for tensor in (*model.parameters(), *model.buffers()):
         add(tensor)
+    for tensor in (value for part in model.modules() for value in vars(part).values()):
+        add(tensor)
     packed = [part for part in model.modules() if isinstance(part, PackedLinear) and not part.is_native]
     return sum(found.values()) + sum(part.num_bytes for part in packed)

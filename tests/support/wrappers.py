@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
-from support.models import SIZES, WINDOW
+from support.models import ARCHITECTURES, SIZES, WINDOW
+from support.recurrent import RECURRENT
 
 _TOWER = {
     "hidden_size": 32,
@@ -44,6 +45,41 @@ WRAPPERS: dict[str, dict[str, Any]] = {
             "intermediate_size": 48,
             "out_hidden_size": 32,
         },
+    },
+    "qwen3_5": {
+        "text_config": {**SIZES, "num_hidden_layers": 4, **RECURRENT["qwen3_5_text"], "rope_parameters": _ROPE},
+        "vision_config": {
+            "hidden_size": 32,
+            "depth": 2,
+            "num_heads": 4,
+            "intermediate_size": 48,
+            "out_hidden_size": 32,
+        },
+    },
+    "llama4": {
+        "text_config": {
+            **SIZES,
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "layer_types": ["chunked_attention", "chunked_attention", "full_attention"],
+            "attention_chunk_size": 128,
+        },
+        "vision_config": {**_TOWER, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+    },
+    "kimi_k25": {
+        "text_config": {"model_type": "deepseek_v3", **SIZES, **ARCHITECTURES["deepseek_v3"]},
+        "vision_config": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "pos_emb_height": 4,
+            "pos_emb_width": 4,
+        },
+        "projection_hidden_size": 32,
+        "tie_word_embeddings": False,
     },
     "voxtral": {
         "text_config": {"model_type": "llama", **SIZES},

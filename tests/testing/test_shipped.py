@@ -27,7 +27,7 @@ class TestNgram(SpeculatorConformance):
 @pytest.mark.slow
 class TestDraftModel(SpeculatorConformance):
     quick = True
-    architectures = ("qwen3",)
+    architectures = ("qwen3", "lfm2")
     deterministic = True
     samples = True
     owns_kv = True

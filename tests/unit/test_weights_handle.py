@@ -220,7 +220,7 @@ def test_models_are_never_unpickled(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a pickle: convert it to safetensors"):
         read_headers(tmp_path)
     with pytest.raises(CheckpointError, match="is a pickle: convert it to safetensors"):
-        LazyModel(str(tmp_path), None, None, torch.float32, CPU, "model")
+        LazyModel(str(tmp_path), None, None, torch.float32, CPU, "model", max_num_seqs=1)
 
 
 @pytest.mark.parametrize(

@@ -145,10 +145,13 @@ class ModelHandle(Protocol):
         dtype: the dtype of its parameters.
         device: the device it runs on.
         folder: its checkpoint's folder.
+        has_state: whether it has recurrent layers: then every `ForwardRow` needs the row's `row_id` as its `slot`, in `held`
+            how many of its tokens may be rejected, new rows need `begin`, and there is no `step`.
     """
 
     config: PretrainedConfig
     vocab_size: int
+    has_state: bool
     max_model_len: int
     weight_bytes: int
     dtype: torch.dtype
@@ -178,6 +181,20 @@ class ModelHandle(Protocol):
 
         Raises:
             PluginError: the model cannot run yet.
+        """
+        ...
+
+    def begin(self, slot: int, position: int, forked_from: int | None = None) -> int:
+        """Says from where a new row is to be run, and gives a fork its parent's recurrent state. From warm-up on.
+
+        Args:
+            slot: the row's `row_id`.
+            position: how many of its first tokens have KV.
+            forked_from: the row's, where these come from its parent.
+
+        Returns:
+            `position`; 0 for a model with recurrent state where no state of that position is kept. The row's tokens are then
+            run again from the first one, and their KV is stored again.
         """
         ...
 

@@ -118,7 +118,7 @@ def allocate_caches(
         {
             region.name: KVCache(region.layers, num_blocks, block_size, region.dtype or dtype, region.device or device)
             for region in own
-            if region.layers
+            if region.layers or (region.kind == "kv_cache" and region.dtype)  # a model without attention has no layers
         }
         for own in regions
     ]

@@ -44,7 +44,14 @@ class Head:
         self._base = _Passthrough()
         self._head = copy.copy(model)
         self._head._modules = dict(model._modules)
-        self._head._modules[model.base_model_prefix] = self._base  # type: ignore[index]
+        self._head._modules[self._base_name(model)] = self._base
+
+    def _base_name(self, model: torch.nn.Module) -> str:
+        """The child that holds the decoder; Llama 4 names another one as its `base_model_prefix`."""
+        prefix = str(model.base_model_prefix)
+        if prefix in model._modules:
+            return prefix
+        return next(name for name, child in model.named_children() if self._embedding in child.modules())
 
     @torch.inference_mode()
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:

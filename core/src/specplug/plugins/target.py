@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from specplug.contract.resources import MemoryRegion
-from specplug.errors import PluginError, UnsupportedModelError
+from specplug.errors import PluginError
 from specplug.model.architecture.inspection import inspect_architecture
 from specplug.model.architecture.refusal import check_kind
 from specplug.model.compile.trace import TensorBatch
@@ -29,6 +29,7 @@ from specplug.model.load.quantised import is_quantised
 from specplug.model.load.tokenizer import load_tokenizer
 from specplug.model.load.weights import count_weights, load_model
 from specplug.model.paged import PagedBatch, forward_batch
+from specplug.model.recurrent.layers import bytes_per_row
 from specplug.model.rows import ForwardRow
 from specplug.model.runner import ModelRunner
 from specplug.values import as_integer, as_tuple, is_integer, shown
@@ -105,6 +106,7 @@ class LazyModel:
         device: torch.device,
         label: str,
         *,
+        max_num_seqs: int,
         has_own_device: bool = False,
     ) -> None:
         self.folder: Path = resolve_checkpoint(source, revision)
@@ -117,11 +119,8 @@ class LazyModel:
         self._label = label
         self._has_own_device = has_own_device
         dense = inspect_architecture(self.config, self.dtype)
-        if dense.state_calls:
-            raise UnsupportedModelError(
-                f"{source} has recurrent layers ({dense.name}), whose state speculators cannot bring back after a rejected "
-                "draft: give a draft model with attention alone"
-            )
+        self.has_state = bool(dense.state_calls)
+        self._states = (max_num_seqs, 1)
         self._architecture = count_weights(self.folder, headers, self.config, dense, self.dtype, device)
         self.vocab_size = self._architecture.vocab_size
         self.max_model_len = self._architecture.context_length
@@ -134,11 +133,13 @@ class LazyModel:
     ) -> list[MemoryRegion]:
         """See `ModelHandle.regions`."""
         device = self.device if self._has_own_device else None
+        rows, held = self._states = (self._states[0], 1 + scratch_tokens_per_row)
         return [
             MemoryRegion(f"{self._label}.weights", "weights", fixed_bytes=self.weight_bytes, device=device),
             MemoryRegion(
                 f"{self._label}.kv",
                 "kv_cache",
+                fixed_bytes=rows * bytes_per_row(self._architecture.state_calls, held, self.dtype),
                 layers=self._architecture.kv_layers,
                 dtype=self.dtype,
                 scratch_tokens_per_row=scratch_tokens_per_row,
@@ -164,7 +165,7 @@ class LazyModel:
         """Connects the model to its KV cache, if the speculator planned one."""
         cache = caches.get(f"{self._label}.kv")
         if cache is not None and self._model is not None:
-            self.runner = ModelRunner(self._model, self._architecture, cache, self.device)
+            self.runner = ModelRunner(self._model, self._architecture, cache, self.device, states=self._states)
 
     def forward(
         self, rows: Sequence[ForwardRow], *, logits: Literal["last", "all"] | int | Sequence[int] = "last"
@@ -181,6 +182,16 @@ class LazyModel:
             end += len(row.tokens)
             index.extend(range(end - count, end))
         return runner.forward(rows, index)
+
+    def begin(self, slot: int, position: int, forked_from: int | None = None) -> int:
+        """See `ModelHandle.begin`."""
+        states = self._bound().states
+        if states is None:
+            return position
+        if forked_from is None or not states.reaches(forked_from, position):
+            return 0
+        states.copy(forked_from, slot)
+        return position
 
     def step(
         self, batch: PagedBatch | TensorBatch, token_ids: torch.Tensor, last: torch.Tensor | None = None
@@ -338,6 +349,7 @@ class TargetFacade:
             self.dtype,
             model_device,
             f"model {len(self.handles)}",
+            max_num_seqs=self.max_num_seqs,
             has_own_device=model_device != self.device,
         )
         self.handles.append(handle)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 if TYPE_CHECKING:
-    from specplug import ProposalRow
+    from specplug import ModelHandle, ProposalRow
 
 
 @attrs.define
@@ -23,9 +23,10 @@ class DraftSequence:
     num_speculative: int = 0
 
     @classmethod
-    def begin(cls, row: ProposalRow) -> DraftSequence:
+    def begin(cls, row: ProposalRow, model: ModelHandle) -> DraftSequence:
         """The state of a new row: a fork shares its parent's KV, a row may have some in the prefix cache, another has none."""
-        return cls(row.num_cached_tokens if row.forked_from is None else row.new_positions.start)
+        stored = row.num_cached_tokens if row.forked_from is None else row.new_positions.start
+        return cls(model.begin(row.row_id, stored, row.forked_from))
 
     def settle(self, row: ProposalRow, method: str) -> None:
         """Counts the draft tokens that were accepted: their KV is valid."""

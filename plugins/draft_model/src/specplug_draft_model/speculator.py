@@ -136,14 +136,14 @@ class DraftModelSpeculator:
             self._target_ids = self.vocabulary.target_ids.tolist()
             self._draft_ids = self.vocabulary.draft_ids.tolist()
         self._reported_ids = self.vocabulary.reported_ids(self.device)
-        if self.model.device.type != "cpu":
+        if self.model.device.type != "cpu" and not self.model.has_state:
             self.use_loop(resources)
         for count in resources.row_buckets if self.model.device.type != "cpu" else (1,):
             rows = []
             for block in range(min(count, resources.num_blocks)):
                 table = BlockTable(resources.block_size)
                 table.extend([block])
-                rows.append(ForwardRow([self.vocabulary.unknown], 0, table))
+                rows.append(ForwardRow([self.vocabulary.unknown], 0, table, slot=block))
             self.model.forward(rows)
 
     def use_loop(self, resources: Resources) -> None:
@@ -178,7 +178,7 @@ class DraftModelSpeculator:
     def _follow(self, row: ProposalRow) -> None:
         """Takes in what became of a row's draft."""
         if row.is_new:
-            self._sequences[row.row_id] = DraftSequence.begin(row)
+            self._sequences[row.row_id] = DraftSequence.begin(row, self.model)
         self._sequences[row.row_id].settle(row, self.method)
 
     def _draft_in_loop(self, drafts: Sequence[_Draft]) -> None:
@@ -245,7 +245,7 @@ class DraftModelSpeculator:
                 room -= sequence.num_stored - start
                 assert row.table is not None, "core gives every row its blocks"
                 tokens = self.vocabulary.to_draft(row.tokens[start : sequence.num_stored])
-                rows.append(ForwardRow(tokens, start, row.table))
+                rows.append(ForwardRow(tokens, start, row.table, slot=row.row_id))
                 if sequence.num_stored == stop and drafts[index].max_tokens:
                     finished.append((index, place))
                 if room == 0:
@@ -291,8 +291,10 @@ class DraftModelSpeculator:
         for draft in going:
             row = draft.row
             assert row.table is not None
-            rows.append(ForwardRow([draft.last], len(row.tokens) + len(draft.tokens) - 1, row.table))
-            self._sequences[row.row_id].num_speculative += 1
+            sequence, start = self._sequences[row.row_id], len(row.tokens) + len(draft.tokens) - 1
+            sequence.num_speculative += 1
+            held = sequence.num_speculative
+            rows.append(ForwardRow([draft.last], start, row.table, slot=row.row_id, held=held))
         return going, self.model.forward(rows)
 
     def _distributions(self, draft: _Draft) -> DraftDistributions | None:

@@ -12,7 +12,7 @@ import torch
 
 from specplug.errors import CheckpointError, one_line
 from specplug.model.load.checkpoint import TensorHeader, choose_dtype
-from specplug.model.load.library_output import quiet_transformers
+from specplug.model.load.library_output import quiet_quantizer
 
 # Tensors of quantised weights: scales, zero points, packed integers, of all common formats.
 COMPANION = re.compile(
@@ -20,6 +20,7 @@ COMPANION = re.compile(
     r"|\.quant_state\."
 )
 _NEED_A_GPU = ("fp8", "mxfp4")  # on a CPU their weights are dequantised while they are read
+_INT4_GROUPS = (32, 64, 128, 256)  # of PyTorch's int4 matmul for CPUs
 
 
 def is_quantised(config: Any) -> bool:
@@ -61,7 +62,7 @@ def check_quantizer(folder: Path, config: Any, dtype: torch.dtype, device: torch
     settings = config.quantization_config
     method = settings.get("quant_method") or "bitsandbytes"
     try:
-        with quiet_transformers():
+        with quiet_quantizer():
             quantizer = AutoHfQuantizer.from_config(copy.deepcopy(settings), pre_quantized=True)
             quantizer.validate_environment(device_map=options.get("device_map"), weights_only=True)
     except ImportError as error:
@@ -91,6 +92,19 @@ def stored_bytes(headers: Mapping[str, TensorHeader], dtype: torch.dtype) -> int
     )
 
 
+def kernel_bytes(config: Any, headers: Mapping[str, TensorHeader], dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes by which weights grow when the kernel of their format arranges them, in the first forward.
+
+    gptqmodel's for CPUs, PyTorch's int4 matmul, replaces eight zero points in an int32 by eight offsets and eight pairs of
+    scale and offset, and keeps the order of a layer's inputs.
+    """
+    if device.type != "cpu" or dtype.itemsize != 2 or not _runs_int4_matmul(_settings(config)):
+        return 0
+    sizes = {name: torch.Size(header.shape).numel() for name, header in headers.items()}
+    offsets = sum(size * (8 * 3 * dtype.itemsize - 4) for name, size in sizes.items() if name.endswith(".qzeros"))
+    return offsets + sum(4 * size for name, size in sizes.items() if name.endswith(".g_idx"))
+
+
 def companion_bytes(headers: Mapping[str, TensorHeader]) -> int:
     """Bytes of scales and the like, which are held next to weights that the first forward makes dense."""
     kept = {n: h for n, h in headers.items() if COMPANION.search(n) and not n.endswith("weight_packed")}
@@ -111,6 +125,15 @@ def _settings(config: Any) -> dict[str, Any]:
         if found := getattr(each, "quantization_config", None):
             return dict(found) if isinstance(found, dict) else dict(found.to_dict())
     return {}
+
+
+def _runs_int4_matmul(settings: Mapping[str, Any]) -> bool:
+    return (
+        settings.get("quant_method") in ("gptq", "awq")
+        and settings.get("bits") == 4
+        and settings.get("group_size") in _INT4_GROUPS
+        and settings.get("backend", "auto") == "auto"
+    )
 
 
 def _is_weight_only(settings: Mapping[str, Any]) -> bool:

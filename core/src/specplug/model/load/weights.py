@@ -18,7 +18,7 @@ from specplug.model.architecture.trace import disable_padding_checks
 from specplug.model.attention.interface import IMPLEMENTATION, register
 from specplug.model.load.checkpoint import TensorHeader, read_headers
 from specplug.model.load.int8 import quantise_linears
-from specplug.model.load.library_output import quiet_transformers
+from specplug.model.load.library_output import quiet_quantizer, quiet_transformers
 from specplug.model.load.packing import pack_linears
 from specplug.model.load.quantised import (
     COMPANION,
@@ -26,6 +26,7 @@ from specplug.model.load.quantised import (
     check_quantizer,
     companion_bytes,
     is_quantised,
+    kernel_bytes,
     prepare,
     stored_bytes,
 )
@@ -72,7 +73,7 @@ def load_model(
     if num_ranks > 1:
         options = sharding_options(shards, num_ranks)
     try:
-        with quiet_transformers():
+        with quiet_quantizer() if is_quantised(config) else quiet_transformers():
             model, report = text_part(config, towers).from_pretrained(
                 folder,
                 config=prepared,
@@ -154,7 +155,8 @@ def count_weights(
         return architecture
     if becomes_dense(config):
         return attrs.evolve(architecture, weight_bytes=architecture.weight_bytes + companion_bytes(used))
-    return attrs.evolve(architecture, weight_bytes=architecture.buffer_bytes + stored_bytes(used, dtype))
+    held = stored_bytes(used, dtype) + kernel_bytes(config, used, dtype, device)
+    return attrs.evolve(architecture, weight_bytes=architecture.buffer_bytes + held)
 
 
 def _check_not_quantised(

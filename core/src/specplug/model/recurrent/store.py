@@ -124,7 +124,7 @@ class StateStore:
             raise RuntimeError("a row of a model with recurrent state needs a slot")
         is_fresh = row.start == 0
         base, entries = (0, ()) if is_fresh else (self._bases[row.slot], self._entries[row.slot])
-        if base < 0 or not base <= row.start <= base + len(entries):
+        if not is_fresh and not self.reaches(row.slot, row.start):
             raise RuntimeError(
                 f"the recurrent state of slot {row.slot} is at {base}, {len(entries)} tokens follow, and a forward "
                 f"begins at {row.start}"
@@ -148,6 +148,11 @@ class StateStore:
     def keep(self, slot: int, entries: Sequence[int]) -> None:
         """After verification: the row's tokens after its state are these entries, in order; the others are dropped."""
         self._entries[slot] = entries
+
+    def reaches(self, slot: int, position: int) -> bool:
+        """Whether a forward of a row may begin at a position."""
+        base = self._bases[slot]
+        return 0 <= base <= position <= base + len(self._entries[slot])
 
     def copy(self, source: int, destination: int) -> None:
         """Gives a row the state of another one, for a fork."""
