@@ -23,6 +23,16 @@ inline void silu(float* at) {
     _mm512_storeu_ps(at + lane, _mm512_div_ps(_mm512_mul_ps(x, above), _mm512_add_ps(small, one)));
   }
 }
+#elif SPECPLUG_AVX2
+inline void silu(float* at) {
+  const __m256 one = _mm256_set1_ps(1.0f), sign = _mm256_set1_ps(-0.0f);
+  for (int64_t lane = 0; lane < kChannels; lane += 8) {
+    const __m256 x = _mm256_loadu_ps(at + lane);
+    const __m256 small = exp2_nonpositive(_mm256_mul_ps(_mm256_andnot_ps(sign, x), _mm256_set1_ps(-kLog2E)));
+    const __m256 above = _mm256_blendv_ps(one, small, x);  // by the sign
+    _mm256_storeu_ps(at + lane, _mm256_div_ps(_mm256_mul_ps(x, above), _mm256_add_ps(small, one)));
+  }
+}
 #else
 inline void silu(float* at) {
   for (int64_t lane = 0; lane < kChannels; ++lane) {
@@ -32,11 +42,29 @@ inline void silu(float* at) {
 }
 #endif
 
+// Loops over all channels of a unit have a length that the compiler knows: it unrolls them into registers.
+template <typename T>
+inline void read_channels(const T* from, int64_t lanes, float* to) {
+  if (lanes == kChannels) {
+    for (int64_t lane = 0; lane < kChannels; ++lane) to[lane] = to_float(from[lane]);
+    return;
+  }
+  for (int64_t lane = 0; lane < kChannels; ++lane) to[lane] = lane < lanes ? to_float(from[lane]) : 0.0f;
+}
+template <typename T>
+inline void store_channels(const float* from, int64_t lanes, T* to) {
+  if (lanes == kChannels) {
+    for (int64_t lane = 0; lane < kChannels; ++lane) store(to + lane, from[lane]);
+    return;
+  }
+  for (int64_t lane = 0; lane < lanes; ++lane) store(to + lane, from[lane]);
+}
+
 template <typename T>
 struct ConvolutionCall {
   int64_t channels, width, held, step;
-  const T* inputs;
-  const float *filters, *bias;  // filters [width, channels]
+  const T *inputs, *filters;  // filters [channels, width]
+  const float* bias;
   bool is_activated;
   T *memory, *out;
 
@@ -49,18 +77,14 @@ struct ConvolutionCall {
     float* sums = scratch.take(kChannels);
     float* factors = scratch.take(width * kChannels);
     T* own = memory + row.slot * size * channels + channel;
-    const auto read = [&](int64_t at, const T* from) {
-      float* to = sources + at * kChannels;
-      for (int64_t lane = 0; lane < lanes; ++lane) to[lane] = from ? to_float(from[lane]) : 0.0f;
-      for (int64_t lane = lanes; lane < kChannels; ++lane) to[lane] = 0.0f;
-    };
-    for (int64_t at = 0; at < width - 1; ++at) read(at, row.is_fresh ? nullptr : own + at * channels);
+    for (int64_t at = 0; at < width - 1; ++at) read_channels(own + at * channels, row.is_fresh ? 0 : lanes, sources + at * kChannels);
     for (int64_t at = 0; at < row.replayed + row.remaining; ++at)
-      read(width - 1 + at, own + (width - 1 + row.replay[at]) * channels);
-    for (int64_t at = 0; at < row.count; ++at) read(past + at, inputs + (row.first + at) * step + channel);
+      read_channels(own + (width - 1 + row.replay[at]) * channels, lanes, sources + (width - 1 + at) * kChannels);
+    for (int64_t at = 0; at < row.count; ++at)
+      read_channels(inputs + (row.first + at) * step + channel, lanes, sources + (past + at) * kChannels);
     for (int64_t tap = 0; tap < width; ++tap)
       for (int64_t lane = 0; lane < kChannels; ++lane)
-        factors[tap * kChannels + lane] = lane < lanes ? filters[tap * channels + channel + lane] : 0.0f;
+        factors[tap * kChannels + lane] = lane < lanes ? to_float(filters[(channel + lane) * width + tap]) : 0.0f;
     for (int64_t token = 0; token < row.count; ++token) {
       for (int64_t lane = 0; lane < kChannels; ++lane) sums[lane] = bias && lane < lanes ? bias[channel + lane] : 0.0f;
       int64_t source = past + token;
@@ -71,23 +95,19 @@ struct ConvolutionCall {
         source = source < past || !row.parents ? source - 1 : past + row.parents[source - past];
       }
       if (is_activated) silu(sums);
-      T* to = out + (row.first + token) * channels + channel;
-      for (int64_t lane = 0; lane < lanes; ++lane) store(to + lane, sums[lane]);
+      store_channels(sums, lanes, out + (row.first + token) * channels + channel);
     }
     const int64_t begin = row.replayed + row.passed;
-    for (int64_t at = begin; at < total; ++at) {
-      T* to = own + (at - begin) * channels;
-      for (int64_t lane = 0; lane < lanes; ++lane) store(to + lane, sources[at * kChannels + lane]);
-    }
+    for (int64_t at = begin; at < total; ++at) store_channels(sources + at * kChannels, lanes, own + (at - begin) * channels);
   }
 };
 
 template <typename T>
 inline void convolve(const Tensor& inputs, const Tensor& filters, const std::optional<Tensor>& bias, const Tensor& memory,
                      const std::vector<StateRow>& rows, bool is_activated, const Tensor& out) {
-  const int64_t channels = inputs.size(1), width = filters.size(0), units = (channels + kChannels - 1) / kChannels;
+  const int64_t channels = inputs.size(1), width = filters.size(1), units = (channels + kChannels - 1) / kChannels;
   const ConvolutionCall<T> call{channels, width, memory.size(1) - (width - 1), inputs.stride(0), data_of<T>(inputs),
-                                data_of<float>(filters), bias ? data_of<float>(*bias) : nullptr, is_activated,
+                                data_of<T>(filters), bias ? data_of<float>(*bias) : nullptr, is_activated,
                                 data_of<T>(memory), data_of<T>(out)};
   const int64_t grain = std::max<int64_t>(1, 16 * static_cast<int64_t>(rows.size()) / std::max<int64_t>(1, inputs.size(0)));
   at::parallel_for(0, static_cast<int64_t>(rows.size()) * units, grain, [&](int64_t begin, int64_t end) {
@@ -105,7 +125,7 @@ inline Tensor short_convolution(const Tensor& inputs, const Tensor& weight, cons
                   (!bias || bias->numel() == inputs.size(1)),
               "short_convolution: expected float or bfloat16 inputs and memory, not ", type, " ", inputs.sizes(), ", ",
               memory.scalar_type(), " ", memory.sizes(), ", weight ", weight.sizes());
-  const Tensor dense = with_dense_tokens(inputs), filters = weight.t().to(at::kFloat).contiguous();
+  const Tensor dense = with_dense_tokens(inputs), filters = weight.to(type).contiguous();
   std::optional<Tensor> added;
   if (bias) added = bias->to(at::kFloat).contiguous();
   const auto rows = read_rows(plan, memory.size(0), memory.size(1) - (weight.size(1) - 1), inputs.size(0));

@@ -85,6 +85,7 @@ struct ScanCall {
     const int64_t group = head / (heads / groups), window = row.width();
     float* state = states + ((row.slot * heads + head) * width + line) * size;
     float added[N];
+    for (int64_t at = N * size; at < 2 * N * size; at += 16) __builtin_prefetch(state + at, 1);  // the next lines
     if (row.is_fresh) std::fill_n(state, N * size, 0.0f);
     for (int64_t each = 0; each < row.replayed; ++each) {
       const int64_t entry = row.replay[each];
