@@ -213,7 +213,12 @@ def test_the_probe_sees_wrong_states(
 
         monkeypatch.setattr(StateStore, "_row", forgets)
     else:
-        monkeypatch.setattr("specplug.model.recurrent.batch.StateBatch.fresh", None)
+        known_rows = StateStore._row
+
+        def begins_with_what_is_there(self: StateStore, row: ForwardRow, first: int) -> StateRow:
+            return attrs.evolve(known_rows(self, row, first), is_fresh=False)
+
+        monkeypatch.setattr(StateStore, "_row", begins_with_what_is_there)
         monkeypatch.setattr(torch, "zeros", _ones_for_states)
     with pytest.raises(UnsupportedModelError, match="other logits packed and paged"):
         LLM(_folder(root, kind), skip_tokenizer_init=True, memory="64MiB").close()
@@ -231,9 +236,8 @@ def test_it_is_planned_and_shown(root: Path) -> None:
     planned = plan_engine(EngineConfig.create(str(_folder(root, "bamba")), memory="64MiB", max_num_seqs=3))
     assert not planned.caches_prefixes
     assert dict(planned.plan.parts)["recurrent state"] == planned.plan.recurrent_state > 0
-    with LLM(_folder(root, "bamba"), skip_tokenizer_init=True, memory="64MiB", max_num_seqs=3, compile=True) as llm:
+    with LLM(_folder(root, "bamba"), skip_tokenizer_init=True, memory="64MiB", max_num_seqs=3) as llm:
         assert llm.engine.prefix_cache is None
-        assert llm.engine.runner.compiled is None
         assert llm.engine.runner.states is not None
         assert llm.engine.runner.states.num_bytes == llm.engine.plan.recurrent_state == planned.plan.recurrent_state
 

@@ -22,20 +22,23 @@ def compile_forwards(runners: Sequence[ModelRunner], most_tokens: int) -> None:
     """Compiles each runner's forward, captures it on a GPU, and compares it with the model's own forward.
 
     A forward that cannot be compiled or captured, or that computes something else, runs uncompiled, with a one-line warning.
-    That of a model with recurrent state is never compiled: what a step does depends on where each row's state is.
+    That of a model with recurrent state is compiled where kernels run all its layers, and never with adapters: without kernels,
+    what a step does depends on where each row's state is.
 
     Args:
         runners: the target's and the drafts'.
         most_tokens: the largest batch in which every row decodes or verifies.
     """
     for runner in runners:
-        if runner.states is not None:
+        if runner.states is not None and not runner.states.has_all_kernels:
             logger.info("%s runs uncompiled: its layers have recurrent state", runner.architecture.name)
             continue
         try:
             runner.compiled = compile_forward(runner)
         except CompileError as error:
             logger.warning("%s runs uncompiled: %s", runner.architecture.name, error)
+        if runner.states is not None:
+            continue
         if runner.adapters is not None and runner.compiled is not None and runner.device.type == "cpu":
             try:
                 runner.compiled_adapted = compile_adapted_forward(runner, runner.adapters)

@@ -16,6 +16,8 @@ from specplug.model.compile.compiled import CompiledStep
 from specplug.model.compile.cuda_graphs import CudaGraphs
 from specplug.model.compile.trace import TensorBatch, tensors_of
 from specplug.model.kv_cache import KVCache
+from specplug.model.recurrent.batch import StateBatch
+from specplug.model.recurrent.memory import TracedRows
 from specplug.model.recurrent.store import StateStore
 from specplug.model.rows import ForwardRow
 from specplug.model.taps import Taps
@@ -86,18 +88,19 @@ class ModelRunner:
         """
         batch = ForwardBatch(rows, self.cache, logits_index)
         segments = None if self.adapters is None else self.adapters.segments(rows)
-        outputs = self._run_compiled(batch, segments, lasting=lasting)
-        if outputs is None:
-            keep: int | torch.Tensor = 0 if batch.wants_all else batch.logits_index
-            with self._states_of(rows), self._adapters_of(segments):
-                logits = self._run_model(batch, batch.input_ids, batch.position_ids, keep)
-        else:
-            logits, *states = outputs
-            self.taps.captured = dict(zip(self.taps.boundaries, states, strict=True))
+        with self._states_of(rows) as state_batch:
+            outputs = self._run_compiled(batch, segments, state_batch, lasting=lasting)
+            if outputs is None:
+                keep: int | torch.Tensor = 0 if batch.wants_all else batch.logits_index
+                with self._adapters_of(segments):
+                    logits = self._run_model(batch, batch.input_ids, batch.position_ids, keep)
+            else:
+                logits, *states = outputs
+                self.taps.captured = dict(zip(self.taps.boundaries, states, strict=True))
         return logits if logits_index is None else logits[: len(logits_index)]
 
     def _run_compiled(
-        self, batch: ForwardBatch, segments: torch.Tensor | None, *, lasting: bool
+        self, batch: ForwardBatch, segments: torch.Tensor | None, states: StateBatch | None, *, lasting: bool
     ) -> Sequence[torch.Tensor] | None:
         """Logits and captured states, by what was captured or compiled for such a batch; None if nothing was."""
         if segments is not None:
@@ -107,27 +110,32 @@ class ModelRunner:
         if self.graphs is not None:
             outputs = self.graphs.replay(batch, lasting=lasting)
         if outputs is None and self.compiled is not None:
-            outputs = self.compiled.over_tensors(*batch.step_inputs)
+            outputs = self.compiled.over_tensors(*batch.step_inputs, *([] if states is None else [states.plan]))
         return outputs
 
-    def _states_of(self, rows: Sequence[ForwardRow]) -> AbstractContextManager[None]:
+    def _states_of(self, rows: Sequence[ForwardRow]) -> AbstractContextManager[StateBatch | None]:
         return nullcontext() if self.states is None else self.states.running(rows)
 
     def _adapters_of(self, segments: torch.Tensor | None) -> AbstractContextManager[None]:
         return nullcontext() if segments is None or self.adapters is None else self.adapters.applied(segments)
 
-    def step(self, batch: TensorBatch, ids: torch.Tensor, logits_index: torch.Tensor) -> list[torch.Tensor]:
+    def step(
+        self, batch: TensorBatch, ids: torch.Tensor, logits_index: torch.Tensor, state_rows: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
         """A forward with native attention over tensors alone.
 
         Args:
             batch: the batch.
             ids: int64 [T].
             logits_index: int64 [L].
+            state_rows: `StateBatch.plan`, if the model has recurrent state.
 
         Returns:
             Logits [L, vocabulary], then the captured states [T, hidden] in the order of the taps' boundaries.
         """
-        logits = self._run_model(batch, ids[None], batch.positions[None], logits_index)
+        states = self.states
+        with nullcontext() if states is None or state_rows is None else states.over(TracedRows(state_rows)):
+            logits = self._run_model(batch, ids[None], batch.positions[None], logits_index)
         return [logits, *self.captured_states]
 
     def run_tensors(
@@ -137,11 +145,12 @@ class ModelRunner:
         write_slots: torch.Tensor,
         ids: torch.Tensor,
         logits_index: torch.Tensor,
+        *state_rows: torch.Tensor,
     ) -> Sequence[torch.Tensor]:
         """The same, by the compiled forward if there is one; a CUDA graph can hold it."""
         if self.compiled is not None:
-            return self.compiled.over_tensors(positions, plan, write_slots, ids, logits_index)
-        return self.step(TensorBatch(positions, plan, write_slots, self.cache_tensors), ids, logits_index)
+            return self.compiled.over_tensors(positions, plan, write_slots, ids, logits_index, *state_rows)
+        return self.step(TensorBatch(positions, plan, write_slots, self.cache_tensors), ids, logits_index, *state_rows)
 
     @torch.inference_mode()
     def over_batch(

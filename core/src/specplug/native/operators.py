@@ -2,6 +2,7 @@
 
 `attend` writes new keys and values into the KV cache without declaring the mutation. Only one layer's `attend` touches that
 layer's cache, and its result is always used; a declared mutation would make a compiled forward copy or re-link every cache.
+The operators of recurrent layers write states and entries in the same way.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ _SCHEMAS = (
     "copy_rows(Tensor[] sources, int[] counts, int[] read, Tensor(a!)[] destinations, int[] write) -> ()",
     "argmax_with_prob(Tensor logits) -> (Tensor, Tensor)",
     "add_low_rank(Tensor output, Tensor states, Tensor down, Tensor up, Tensor ranks, Tensor segments) -> Tensor",
+    "short_convolution(Tensor inputs, Tensor weight, Tensor? bias, Tensor memory, Tensor rows, bool is_activated) -> Tensor",
+    "delta_rule(Tensor query, Tensor key, Tensor value, Tensor g, Tensor beta, Tensor states, Tensor keys, "
+    "Tensor corrections, Tensor logs, Tensor rows, bool is_normalised) -> Tensor",
+    "state_space_scan(Tensor inputs, Tensor steps, Tensor logs, Tensor writes, Tensor reads, Tensor? skips, Tensor states, "
+    "Tensor kept_writes, Tensor kept_inputs, Tensor kept_logs, Tensor rows) -> Tensor",
     "pack_weight(Tensor weight, Tensor(a!) packed) -> ()",
     "linear(Tensor states, Tensor packed, Tensor? bias, int out_features) -> Tensor",
     "linears_2(Tensor states, Tensor packed_0, Tensor packed_1, Tensor? bias_0, Tensor? bias_1, "
@@ -41,6 +47,21 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: obj
 @torch.library.register_fake("specplug::add_low_rank", lib=_library)
 def _add_low_rank(output: torch.Tensor, *_: object) -> torch.Tensor:
     return output.new_empty(output.shape)
+
+
+@torch.library.register_fake("specplug::short_convolution", lib=_library)
+def _short_convolution(inputs: torch.Tensor, *_: object) -> torch.Tensor:
+    return inputs.new_empty(inputs.shape)
+
+
+@torch.library.register_fake("specplug::delta_rule", lib=_library)
+def _delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object) -> torch.Tensor:
+    return value.new_empty(value.shape)
+
+
+@torch.library.register_fake("specplug::state_space_scan", lib=_library)
+def _state_space_scan(inputs: torch.Tensor, *_: object) -> torch.Tensor:
+    return inputs.new_empty(inputs.shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("specplug::linear", lib=_library)

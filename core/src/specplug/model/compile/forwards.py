@@ -20,7 +20,15 @@ from specplug.model.compile.compiled import (
     measure_rounding,
 )
 from specplug.model.compile.cuda_graphs import CudaGraphs, TensorStep
-from specplug.model.compile.trace import EXAMPLE_LOGITS, EXAMPLE_SEGMENTS, EXAMPLE_TOKENS, Step, TensorBatch, weights_of
+from specplug.model.compile.trace import (
+    EXAMPLE_LOGITS,
+    EXAMPLE_SEGMENTS,
+    EXAMPLE_STATE_ROWS,
+    EXAMPLE_TOKENS,
+    Step,
+    TensorBatch,
+    weights_of,
+)
 from specplug.model.rows import ForwardRow
 from specplug.model.runner import ModelRunner
 
@@ -40,14 +48,14 @@ def compile_forward(runner: ModelRunner) -> CompiledStep:
     def check(compiled: CompiledStep) -> None:
         _check(runner, "compiled", over_rows(runner, compiled.over_tensors))
 
+    module, inputs, facts = runner.model, example_inputs(runner.device), {}
+    if runner.states is not None:
+        memories = runner.states.module
+        module = torch.nn.ModuleDict({"model": module, "states": memories})
+        inputs.append(torch.zeros(EXAMPLE_STATE_ROWS, dtype=torch.int32, device=runner.device))
+        facts = {"states": {name: list(tensor.shape) for name, tensor in weights_of(memories).items()}}
     return build_step(
-        forward_step(runner),
-        runner.model,
-        runner.cache,
-        example_inputs(runner.device),
-        check,
-        runner.architecture.name,
-        _key(runner),
+        forward_step(runner), module, runner.cache, inputs, check, runner.architecture.name, _key(runner, facts)
     )
 
 
@@ -94,7 +102,7 @@ def compile_adapted_forward(runner: ModelRunner, adapters: AdapterLayers) -> Com
         [*example_inputs(runner.device), segments],
         check,
         f"{runner.architecture.name} with adapters",
-        _key(runner, {name: list(tensor.shape) for name, tensor in weights_of(adapters).items()}),
+        _key(runner, {"adapters": {name: list(tensor.shape) for name, tensor in weights_of(adapters).items()}}),
     )
 
 
@@ -121,12 +129,14 @@ def capture_forward(runner: ModelRunner, most_tokens: int) -> None:
 def forward_step(runner: ModelRunner) -> Step:
     """The runner's forward over the caches of a `TensorBatch`, as it is traced."""
 
-    def step(batch: TensorBatch, ids: torch.Tensor, logits_index: torch.Tensor) -> list[torch.Tensor]:
+    def step(
+        batch: TensorBatch, ids: torch.Tensor, logits_index: torch.Tensor, *state_rows: torch.Tensor
+    ) -> list[torch.Tensor]:
         own = [(site.keys, site.values) for site in runner.sites]
         try:
             for number, site in enumerate(runner.sites):
                 site.keys, site.values = batch.caches[2 * number : 2 * number + 2]
-            return runner.step(batch, ids, logits_index)
+            return runner.step(batch, ids, logits_index, *state_rows)
         finally:
             runner.taps.captured.clear()
             for site, (keys, values) in zip(runner.sites, own, strict=True):
@@ -144,7 +154,11 @@ def over_rows(runner: ModelRunner, run: TensorStep) -> RowsStep:
     """A forward over tensors as one over rows of a runner."""
 
     def run_rows(rows: list[ForwardRow]) -> Any:
-        return run(*ForwardBatch(rows, runner.cache).step_inputs)
+        if runner.states is None:
+            return run(*ForwardBatch(rows, runner.cache).step_inputs)
+        rows = [attrs.evolve(row, slot=0, held=1) for row in rows]
+        with runner.states.running(rows) as states:
+            return run(*ForwardBatch(rows, runner.cache).step_inputs, states.plan)
 
     return run_rows
 
@@ -168,7 +182,7 @@ def _longest(runner: ModelRunner) -> int:
     return min(runner.architecture.context_length, runner.cache.num_slots)
 
 
-def _key(runner: ModelRunner, adapters: dict[str, list[int]] | None = None) -> str:
+def _key(runner: ModelRunner, others: dict[str, Any]) -> str:
     """What a compiled forward depends on, without a trace: that would take a start most of its time.
 
     The model's code is covered by the versions, and by the check before use.
@@ -184,6 +198,6 @@ def _key(runner: ModelRunner, adapters: dict[str, list[int]] | None = None) -> s
         "native": native.key(),
         "threads": torch.get_num_threads(),
         "device": device_name(runner.device),
-        **({} if adapters is None else {"adapters": adapters}),
+        **others,
     }
     return cache_key(runner.architecture.name, facts)

@@ -14,7 +14,7 @@ from specplug.model.compile.passes import fuse
 from specplug.model.kv_cache import KVCache
 
 # Sizes of free dimensions during tracing: all different, and none of them a size of a model.
-EXAMPLE_TOKENS, EXAMPLE_LOGITS, EXAMPLE_PLAN, EXAMPLE_SEGMENTS = 7, 5, 93, 11
+EXAMPLE_TOKENS, EXAMPLE_LOGITS, EXAMPLE_PLAN, EXAMPLE_SEGMENTS, EXAMPLE_STATE_ROWS = 7, 5, 93, 11, 71
 Step = Callable[..., Sequence[torch.Tensor]]
 
 

@@ -161,14 +161,31 @@ class StateBatch:
         rows: the rows, in packed order.
         held: the most entries of a row.
         device: of the model.
+        is_native: whether kernels run them, where there is one.
     """
 
-    def __init__(self, rows: Sequence[StateRow], held: int, device: torch.device) -> None:
+    def __init__(self, rows: Sequence[StateRow], held: int, device: torch.device, *, is_native: bool = False) -> None:
         self.rows = rows
-        self.slots = Slots([row.slot for row in rows], device)
+        self.is_native = is_native
         self._held = held
         self._device = device
         self._taps: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @cached_property
+    def slots(self) -> Slots:
+        """Of all rows."""
+        return Slots([row.slot for row in self.rows], self._device)
+
+    @cached_property
+    def plan(self) -> torch.Tensor:
+        """int32: the rows as kernels read them (see `native/cpu/recurrent/state_rows.h`)."""
+        numbers = [len(self.rows)]
+        for row in self.rows:
+            sizes = (row.count, row.passed, len(row.replayed), len(row.remaining), row.ancestors is not None)
+            numbers += [row.slot, row.is_fresh, row.first, *sizes, *row.replayed, *row.remaining]
+            if row.ancestors is not None:
+                numbers += _parents(row.ancestors).tolist()
+        return self._tensor(np.array(numbers, dtype=np.int32))
 
     @cached_property
     def fresh(self) -> torch.Tensor | None:
@@ -275,12 +292,14 @@ def _ancestries(row: StateRow, past: int, width: int) -> np.ndarray:
     if row.ancestors is None:
         return current - np.arange(width - 1, -1, -1)[:, None]
     before = np.arange(-1, total - 1)
-    strict = row.ancestors & ~np.eye(len(row.ancestors), dtype=np.bool_)
-    has_parent = strict.any(axis=1)
-    parents = len(strict) - 1 - strict[:, ::-1].argmax(axis=1)
-    before[past:][has_parent] = past + parents[has_parent]
-    before[past:][~has_parent] = past - 1
+    before[past:] = past + _parents(row.ancestors)
     steps = [current]
     for _ in range(width - 1):
         steps.append(before[steps[-1]])
     return np.stack(steps[::-1])
+
+
+def _parents(ancestors: np.ndarray) -> np.ndarray:
+    """int64 [tokens]: the token before each one in a tree; -1 for none."""
+    strict = ancestors & ~np.eye(len(ancestors), dtype=np.bool_)
+    return np.where(strict.any(axis=1), len(strict) - 1 - strict[:, ::-1].argmax(axis=1), -1)

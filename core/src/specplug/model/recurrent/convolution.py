@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from specplug.model.recurrent.memory import Function, StateMemory
+from specplug.model.recurrent.memory import Function, StateMemory, TracedRows, kernel_plan
 
 if TYPE_CHECKING:
     from specplug.model.recurrent.batch import StateBatch
+
+_SILU = ("silu", "swish")
 
 
 class ShortConvolution(StateMemory):
@@ -20,12 +22,15 @@ class ShortConvolution(StateMemory):
 
     sequences = ("hidden_states",)
     axis = 2
+    has_kernel = True
+    _buffer: torch.Tensor
 
     def __init__(self, sizes: tuple[int, ...], slots: int, held: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(sizes, slots, held, dtype, device)
         channels, width = sizes
         self._width = width
-        self._buffer = torch.zeros(slots, width - 1 + held, channels, dtype=dtype, device=device)
-        self.tensors = [self._buffer]
+        buffer = torch.zeros(slots, width - 1 + held, channels, dtype=dtype, device=device)
+        self.register_buffer("_buffer", buffer, persistent=False)
 
     @staticmethod
     def trace(given: dict[str, Any]) -> tuple[tuple[int, ...], Any]:
@@ -35,7 +40,7 @@ class ShortConvolution(StateMemory):
 
     def run(
         self,
-        batch: StateBatch,
+        batch: StateBatch | TracedRows,
         original: Function,
         hidden_states: torch.Tensor,
         weight: torch.Tensor,
@@ -59,6 +64,13 @@ class ShortConvolution(StateMemory):
         """
         from transformers.activations import ACT2FN
 
+        if (plan := kernel_plan(batch)) is not None:
+            inputs = hidden_states[0].T.to(self._buffer.dtype)
+            is_fused = activation in _SILU
+            out = torch.ops.specplug.short_convolution(inputs, weight, bias, self._buffer, plan, is_fused)
+            activated = out if activation is None or is_fused else ACT2FN[activation](out)
+            return activated.to(hidden_states.dtype).T[None]
+        assert not isinstance(batch, TracedRows)
         taps, following = batch.taps(self._width)
         if batch.fresh is not None:
             self._buffer.index_fill_(0, batch.fresh, 0)

@@ -27,8 +27,10 @@ class DeltaRule(Recurrence):
     axis = 1
     initial = "initial_state"
     final = "output_final_state"
+    has_kernel = True
 
     def __init__(self, sizes: tuple[int, ...], slots: int, held: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(sizes, slots, held, dtype, device)
         key_heads, heads, key_dim, value_dim, rates = sizes
         self._groups = heads // key_heads
         entries = ((key_heads, key_dim), (heads, value_dim), (heads, rates))
@@ -46,6 +48,13 @@ class DeltaRule(Recurrence):
 
     def _result(self, out: torch.Tensor) -> Any:
         return out, None
+
+    def _run_kernel(self, given: dict[str, Any], plan: torch.Tensor) -> torch.Tensor:
+        query, key, value, g, beta = (given[name][0] for name in self.sequences)
+        rates = g if g.dim() == 3 else g[..., None]
+        is_normalised = bool(given.get("use_qk_l2norm_in_kernel", False))
+        memories = (self.states, *self.entries)
+        return torch.ops.specplug.delta_rule(query, key, value, rates, beta, *memories, plan, is_normalised)[None]
 
     def _repeat(self, keys: torch.Tensor) -> torch.Tensor:
         """[..., key heads, dim] → [..., heads, dim]."""

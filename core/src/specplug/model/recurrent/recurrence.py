@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from specplug.model.recurrent.memory import Function, StateMemory, bind
+from specplug.model.recurrent.memory import Function, StateMemory, TracedRows, bind, kernel_plan
 
 if TYPE_CHECKING:
     from specplug.model.recurrent.batch import StateBatch, Window
@@ -24,7 +24,6 @@ class Recurrence(StateMemory):
 
     Attributes:
         states: float32 [slots, ...].
-        entries: float32 [slots, held, ...] each: what a token adds to the state.
     """
 
     initial: ClassVar[str] = ""
@@ -33,7 +32,6 @@ class Recurrence(StateMemory):
     """The function's flag to return the state that it ends with."""
 
     states: torch.Tensor
-    entries: tuple[torch.Tensor, ...]
 
     def _allocate(
         self,
@@ -43,13 +41,23 @@ class Recurrence(StateMemory):
         entries: Sequence[tuple[int, ...]],
         device: torch.device,
     ) -> None:
-        self.states = torch.zeros(slots, *state, dtype=torch.float32, device=device)
-        self.entries = tuple(torch.zeros(slots, held, *each, dtype=torch.float32, device=device) for each in entries)
-        self.tensors = [self.states, *self.entries]
+        memories = {"states": torch.zeros(slots, *state, dtype=torch.float32, device=device)}
+        for number, each in enumerate(entries):
+            memories[f"entries_{number}"] = torch.zeros(slots, held, *each, dtype=torch.float32, device=device)
+        for name, tensor in memories.items():
+            self.register_buffer(name, tensor, persistent=False)
 
-    def run(self, batch: StateBatch, original: Function, *args: Any, **kwargs: Any) -> Any:
+    @property
+    def entries(self) -> list[torch.Tensor]:
+        """float32 [slots, held, ...] each: what a token adds to the state."""
+        return self.tensors[1:]
+
+    def run(self, batch: StateBatch | TracedRows, original: Function, *args: Any, **kwargs: Any) -> Any:
         """See `StateMemory.run`."""
         given = bind(original, args, kwargs)
+        if self.has_kernel and (plan := kernel_plan(batch)) is not None:
+            return self._result(self._run_kernel(given, plan))
+        assert not isinstance(batch, TracedRows)
         if batch.fresh is not None:
             self.states.index_fill_(0, batch.fresh, 0)
         if (replay := batch.replay) is not None:
@@ -69,6 +77,10 @@ class Recurrence(StateMemory):
                 window.slots.write_first(stored, new)
             window.scatter(result, out.movedim(self.axis, 1)[0])
         return self._result(out)
+
+    def _run_kernel(self, given: dict[str, Any], plan: torch.Tensor) -> torch.Tensor:
+        """The result for the packed batch, by our kernel."""
+        raise NotImplementedError
 
     def _prompt(
         self, original: Function, given: dict[str, Any], state: torch.Tensor

@@ -25,6 +25,7 @@ class SelectiveScan(Recurrence):
     axis = 2
 
     def __init__(self, sizes: tuple[int, ...], slots: int, held: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(sizes, slots, held, dtype, device)
         channels, size = sizes
         self._allocate(slots, (channels, size), held, ((channels,), (channels,), (size,)), device)
 

@@ -24,8 +24,10 @@ class StateSpaceScan(Recurrence):
     axis = 1
     initial = "initial_states"
     final = "return_final_states"
+    has_kernel = True
 
     def __init__(self, sizes: tuple[int, ...], slots: int, held: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(sizes, slots, held, dtype, device)
         heads, width, groups, size = sizes
         self._per_group = heads // groups
         self._allocate(slots, (heads, width, size), held, ((groups, size), (heads, width), (heads,)), device)
@@ -38,6 +40,15 @@ class StateSpaceScan(Recurrence):
 
     def _empty(self, given: dict[str, Any]) -> torch.Tensor:
         return torch.empty_like(given["hidden_states"], dtype=torch.float32)
+
+    def _run_kernel(self, given: dict[str, Any], plan: torch.Tensor) -> torch.Tensor:
+        hidden, dt, writes, reads = (given[name][0] for name in self.sequences)
+        steps = _step_sizes(dt, given)
+        rates = given["A"].float() * steps
+        memories = (self.states, *self.entries)
+        return torch.ops.specplug.state_space_scan(
+            hidden, steps, rates, writes, reads, given.get("D"), *memories, plan
+        )[None]
 
     def _repeat(self, groups: torch.Tensor) -> torch.Tensor:
         """[R, groups, ...] → [R, heads, ...]."""
@@ -57,13 +68,8 @@ class StateSpaceScan(Recurrence):
     def _read(
         self, window: Window, given: dict[str, Any], states: torch.Tensor
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        hidden, steps, writes, reads = (window.gather(given[name][0]) for name in self.sequences)
-        if given.get("dt_bias") is not None:
-            steps = steps + given["dt_bias"].to(steps.dtype)
-        if given.get("dt_softplus", False):
-            steps = F.softplus(steps)
-        steps = steps.clamp(*given.get("dt_limit", (0.0, float("inf")))).float()
-        steps = steps.masked_fill(~window.valid[..., None], 0)
+        hidden, dt, writes, reads = (window.gather(given[name][0]) for name in self.sequences)
+        steps = _step_sizes(dt, given).masked_fill(~window.valid[..., None], 0)
         hidden = hidden.float()
         writes = window.mix(writes.float(), self.entries[0])
         inputs = window.mix(hidden * steps[..., None], self.entries[1])
@@ -76,3 +82,12 @@ class StateSpaceScan(Recurrence):
         if given.get("D") is not None:
             out = out + given["D"].float()[:, None] * hidden
         return out, (writes, inputs, rates)
+
+
+def _step_sizes(dt: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
+    """The size of a token's step [..., heads], in float32."""
+    if given.get("dt_bias") is not None:
+        dt = dt + given["dt_bias"].to(dt.dtype)
+    if given.get("dt_softplus", False):
+        dt = F.softplus(dt)
+    return dt.clamp(*given.get("dt_limit", (0.0, float("inf")))).float()

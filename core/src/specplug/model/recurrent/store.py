@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from specplug import native
 from specplug.model.recurrent.batch import StateBatch, StateRow
 from specplug.model.recurrent.layers import StateCall
-from specplug.model.recurrent.memory import StateMemory
+from specplug.model.recurrent.memory import StateMemory, TracedRows
 from specplug.model.recurrent.rebind import called_functions, rebind, restore
 from specplug.model.rows import ForwardRow
 
@@ -20,10 +21,10 @@ class StateSite:
 
     def __init__(self, memories: Sequence[StateMemory]) -> None:
         self.memories = memories
-        self.batch: StateBatch | None = None
+        self.batch: StateBatch | TracedRows | None = None
         self._next = 0
 
-    def start(self, batch: StateBatch | None) -> None:
+    def start(self, batch: StateBatch | TracedRows | None) -> None:
         """Sets the batch of the next forward."""
         self.batch, self._next = batch, 0
 
@@ -70,6 +71,7 @@ class StateStore:
         self.slots = slots
         self.held = held
         self._device = device
+        self._dtype = dtype
         self._bases = [-1] * slots
         self._entries: list[Sequence[int]] = [()] * slots
         self._sites: list[StateSite] = []
@@ -94,8 +96,34 @@ class StateStore:
         """Bytes of all memories."""
         return sum(memory.num_bytes for memory in self.memories)
 
+    @property
+    def is_native(self) -> bool:
+        """Whether our kernels run the rows, in those layers that have one."""
+        return self._device.type == "cpu" and self._dtype in (torch.float32, torch.bfloat16) and native.available()
+
+    @property
+    def has_all_kernels(self) -> bool:
+        """Whether they do in all layers, so that a forward can be compiled."""
+        return self.is_native and all(memory.has_kernel for memory in self.memories)
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """Has all memories as its buffers."""
+        return torch.nn.ModuleList(self.memories)
+
     @contextmanager
-    def running(self, rows: Sequence[ForwardRow]) -> Iterator[None]:
+    def over(self, batch: StateBatch | TracedRows) -> Iterator[None]:
+        """Within it, the model's layers run these rows."""
+        for site in self._sites:
+            site.start(batch)
+        try:
+            yield
+        finally:
+            for site in self._sites:
+                site.start(None)
+
+    @contextmanager
+    def running(self, rows: Sequence[ForwardRow]) -> Iterator[StateBatch]:
         """Within it, the model's layers run these rows from where their states are.
 
         Raises:
@@ -105,16 +133,11 @@ class StateStore:
         for row in rows:
             states.append(self._row(row, first))
             first += len(row.tokens)
-        batch = StateBatch(states, self.held, self._device)
+        batch = StateBatch(states, self.held, self._device, is_native=self.is_native)
         for state in states:  # not known if the forward fails in the middle
             self._bases[state.slot] = -1
-        try:
-            for site in self._sites:
-                site.start(batch)
-            yield
-        finally:
-            for site in self._sites:
-                site.start(None)
+        with self.over(batch):
+            yield batch
         for row, state in zip(rows, states, strict=True):
             self._bases[state.slot] = row.start + state.count - state.width
             self._entries[state.slot] = range(state.width)

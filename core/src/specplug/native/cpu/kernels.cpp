@@ -5,6 +5,9 @@
 #include "gemm/linear_op.h"
 #include "low_rank.h"
 #include "operators.h"
+#include "recurrent/convolution.h"
+#include "recurrent/delta_rule.h"
+#include "recurrent/state_space.h"
 
 const specplug::Operators& specplug::operators() {
   static const Operators all{
@@ -13,6 +16,9 @@ const specplug::Operators& specplug::operators() {
       &copy_rows,
       &argmax_with_prob,
       &add_low_rank,
+      &short_convolution,
+      &delta_rule,
+      &state_space_scan,
 #if SPECPLUG_PACKS_BF16
       &pack,
       &linear,

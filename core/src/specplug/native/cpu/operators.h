@@ -20,6 +20,11 @@ struct Operators {
   void (*copy_rows)(at::TensorList, at::IntArrayRef, at::IntArrayRef, at::TensorList, at::IntArrayRef);
   std::tuple<Tensor, Tensor> (*argmax_with_prob)(const Tensor&);
   Tensor (*add_low_rank)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&);
+  Tensor (*short_convolution)(const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&, const Tensor&, bool);
+  Tensor (*delta_rule)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                       const Tensor&, const Tensor&, const Tensor&, bool);
+  Tensor (*state_space_scan)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&,
+                             const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&);
   void (*pack_weight)(const Tensor&, const Tensor&) = nullptr;
   Tensor (*linear)(const Tensor&, const Tensor&, const MaybeTensor&, int64_t) = nullptr;
   std::tuple<Tensor, Tensor> (*linears_2)(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&,

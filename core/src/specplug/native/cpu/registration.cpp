@@ -12,6 +12,9 @@ TORCH_LIBRARY_IMPL(specplug, CPU, library) {
   library.impl("copy_rows", operators.copy_rows);
   library.impl("argmax_with_prob", operators.argmax_with_prob);
   library.impl("add_low_rank", operators.add_low_rank);
+  library.impl("short_convolution", operators.short_convolution);
+  library.impl("delta_rule", operators.delta_rule);
+  library.impl("state_space_scan", operators.state_space_scan);
   if (!operators.linear) return;
   library.impl("pack_weight", operators.pack_weight);
   library.impl("linear", operators.linear);
