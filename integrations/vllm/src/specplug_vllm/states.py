@@ -22,7 +22,7 @@ class TargetStep:
     """One step of the target.
 
     Attributes:
-        num_scheduled: how many tokens of each request were computed, by its name. Requests are packed in the order of the batch.
+        num_scheduled: how many tokens of each request were computed, by its name; they are packed in the batch's order.
         num_drafted: how many of these were draft tokens.
         final: [T, hidden], after the final norm.
         layers: [T, hidden] for each boundary that was asked for.
@@ -120,8 +120,8 @@ def check_target(model: Any, layers: Sequence[int]) -> None:
 
     if layers and not supports_eagle3(model):
         raise PluginError(
-            f"speculators read target states at the boundaries {', '.join(map(str, layers))}, and vLLM's {type(model).__name__} "
-            "delivers none (it is not SupportsEagle3): only 'final' and top_k can be had of it"
+            f"speculators read target states at the boundaries {', '.join(map(str, layers))}, and vLLM's "
+            f"{type(model).__name__} delivers none (it is not SupportsEagle3): only 'final' and top_k can be had of it"
         )
 
 

@@ -16,7 +16,7 @@ check_vllm()
 
 
 def _worker_class() -> Any:
-    """vLLM's own worker for this machine."""
+    """The worker that vLLM would take on this machine."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
