@@ -91,6 +91,12 @@ def test_every_other_method_and_its_fallback(printed: Callable[..., Any]) -> Non
     assert printed(config)["arguments"]["speculative_config"]["num_speculative_tokens"] == DEFAULT_TOKENS
 
 
+def test_the_worker_that_delivers_target_states(printed: Callable[..., Any]) -> None:
+    shown = printed({"method": "ngram", "num_speculative_tokens": 3}, "--worker")["arguments"]
+    assert shown["worker_cls"] == "specplug_vllm.Worker"
+    assert shown["speculative_config"]["method"] == "custom_class"
+
+
 def test_options_for_a_shell(run: Callable[..., Result], printed: Callable[..., Any]) -> None:
     config = {"method": "last_seen", "text": "it's $HOME"}
     result = run("vllm-config", json.dumps(config))

@@ -14,8 +14,8 @@ import torch
 from specplug import ConfigurationError, SamplingParams
 from specplug.host import ArrayTokens, Draft, HostLimits, HostRow, SpeculatorHost
 from specplug_vllm.counters import CounterFile
-from specplug_vllm.settings import HOST_KEY, HostSettings, speculative_config
-from specplug_vllm.states import WORKER, RowSpan, TargetStep, check_states, check_target, dense_probs
+from specplug_vllm.settings import HOST_KEY, WORKER, HostSettings, speculative_config
+from specplug_vllm.states import RowSpan, TargetStep, check_states, check_target, dense_probs
 from specplug_vllm.target import VllmTarget
 from specplug_vllm.versions import WRONG_SAMPLES, check_vllm
 

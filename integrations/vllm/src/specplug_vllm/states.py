@@ -10,8 +10,8 @@ import torch
 
 from specplug import PluginError
 from specplug.host import Draft
+from specplug_vllm.settings import WORKER
 
-WORKER = "specplug_vllm.Worker"
 TOP_IDS, TOP_PROBS = "top_ids", "top_probs"
 _LOGITS_AT_ONCE = 256
 """Positions whose logits exist at the same time."""
