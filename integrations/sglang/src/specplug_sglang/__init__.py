@@ -36,9 +36,12 @@ def register() -> None:
     """The function of SGLang's `sglang.srt.plugins`: registers the algorithm SPECPLUG.
 
     Raises:
-        ConfigurationError: SGLang has another version.
+        ConfigurationError: there is no SGLang, or it has another version.
     """
-    version = metadata.version("sglang")
+    try:
+        version = metadata.version("sglang")
+    except metadata.PackageNotFoundError as error:
+        raise ConfigurationError(f"SGLang is not installed: pip install sglang=={VERSION}") from error
     if version != VERSION:
         raise ConfigurationError(
             f"specplug-sglang is written against the source of SGLang {VERSION}, and this is SGLang {version}: it uses "
