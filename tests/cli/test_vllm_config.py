@@ -95,6 +95,10 @@ def test_the_worker_that_delivers_target_states(printed: Callable[..., Any]) -> 
     shown = printed({"method": "ngram", "num_speculative_tokens": 3}, "--worker")["arguments"]
     assert shown["worker_cls"] == "specplug_vllm.Worker"
     assert shown["speculative_config"]["method"] == "custom_class"
+    eagle3 = {"method": "eagle3", "model": "head", "num_speculative_tokens": 3}
+    assert "worker_cls" not in printed(eagle3)["arguments"]
+    for config in ({**eagle3, "fallback": {"method": "ngram"}}, {"method": "mine", "fallback": eagle3}):
+        assert printed(config)["arguments"]["worker_cls"] == "specplug_vllm.Worker"
 
 
 def test_options_for_a_shell(run: Callable[..., Result], printed: Callable[..., Any]) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import attrs
-
-from specplug import BlockTable, MemoryRegion, Proposal, SpeculatorTraits, hookimpl
+from specplug import MemoryRegion, Proposal, SpeculatorTraits, hookimpl
 
 shown: list[tuple[int, bool, int]] = []
 ended: list[tuple[int, str, list[int]]] = []
@@ -123,68 +121,6 @@ def verifying(config: Any, target: Any) -> Any:
 
 def reading(config: Any, target: Any) -> Any:
     return Speculator(lambda batch: None, hidden_states=["final"])
-
-
-class OwnTables:
-    """A speculator that planned its KV caches for the target's block tables, with tables of its own.
-
-    Args:
-        speculator: from a `load_speculator`.
-    """
-
-    def __init__(self, speculator: Any) -> None:
-        self.inner = speculator
-        self.traits = speculator.traits
-        self.tables: dict[int, BlockTable] = {}
-        self.free: list[int] = []
-        self.scratch = 0
-        self.most_used = 0
-
-    @hookimpl
-    def plan_memory(self, budget: Any) -> list[MemoryRegion]:
-        regions = self.inner.plan_memory(budget)
-        self.scratch = max(region.scratch_tokens_per_row for region in regions)
-        return [attrs.evolve(region, tables="own") for region in regions]
-
-    @hookimpl
-    def warmup(self, resources: Any) -> None:
-        self.free = list(range(resources.num_blocks))[::-1]
-        self.block_size = resources.block_size
-        self.inner.warmup(resources)
-
-    @hookimpl
-    def propose(self, batch: Any) -> Any:
-        for row_id, _ in batch.ended:
-            self.free += self.tables.pop(row_id).blocks
-        for row in batch.rows:
-            assert row.table is None
-            assert row.is_new == (row.row_id not in self.tables)
-            row.table = self.tables.setdefault(row.row_id, BlockTable(self.block_size))
-            while row.table.capacity < len(row.tokens) + self.scratch:
-                row.table.extend([self.free.pop()])
-        self.most_used = max(self.most_used, sum(len(table.blocks) for table in self.tables.values()))
-        return self.inner.propose(batch)
-
-
-def own_eagle3(config: Any, target: Any) -> Any:
-    """The eagle plugin's EAGLE-3 head: hidden states of three layers, weights, and a KV cache with tables of its own."""
-    from specplug_eagle import load_speculator
-
-    return _with_own_tables(load_speculator, "eagle3", config, target)
-
-
-def own_draft_model(config: Any, target: Any) -> Any:
-    """The draft model plugin: a causal LM with a KV cache of its own; it reads no target states."""
-    from specplug_draft_model import load_speculator
-
-    return _with_own_tables(load_speculator, "draft_model", config, target)
-
-
-def _with_own_tables(load: Any, method: str, config: Any, target: Any) -> OwnTables:
-    same = attrs.evolve(config, method=method)
-    speculator = load(same, target)
-    config.known_options |= same.known_options
-    return OwnTables(speculator)
 
 
 class Checking:

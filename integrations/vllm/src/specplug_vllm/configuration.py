@@ -30,6 +30,8 @@ NATIVE: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 """Method → vLLM's name of it, the keys that both have, and those that vLLM needs."""
+READ_STATES = ("eagle", "eagle3")
+"""Methods whose plugins need specplug's worker."""
 _NOTES = {
     "suffix": "vLLM's own suffix decoding needs arctic-inference in its environment; without it, use --adapter",
     "ngram": "of several matches of the longest n-gram, vLLM may take another than specplug; use --adapter for specplug's",
@@ -83,7 +85,7 @@ def vllm_arguments(config: Mapping[str, Any], *, adapter: bool = False, worker: 
         "speculative_config": {"method": "custom_class", "model": CLASS, "num_speculative_tokens": tokens},
         "additional_config": {KEY: _without_limits(config)},
     }
-    if worker:
+    if worker or _reads_states(config):
         arguments["worker_cls"] = WORKER
     return VllmArguments(arguments, notes)
 
@@ -103,6 +105,12 @@ def _native(config: Mapping[str, Any], tokens: int, notes: list[str]) -> dict[st
     if method in _NOTES:
         notes.append(_NOTES[method])
     return {"method": name, "num_speculative_tokens": tokens, **own}
+
+
+def _reads_states(config: Mapping[str, Any]) -> bool:
+    """Whether a method of the chain is known to read target states."""
+    fallback = config.get("fallback")
+    return config["method"] in READ_STATES or (fallback is not None and _reads_states(fallback))
 
 
 def _without_limits(config: Mapping[str, Any]) -> dict[str, Any]:
