@@ -64,6 +64,7 @@ def test_the_adapter_where_it_is_asked_for(method: str, printed: Callable[..., A
     assert printed(config, "--adapter")["arguments"] == {
         "speculative_config": {"method": "custom_class", "model": CLASS, "num_speculative_tokens": 7},
         "additional_config": {"specplug": {"method": method, **EQUAL[method]}},
+        **({"worker_cls": "specplug_vllm.Worker"} if method.startswith("eagle") else {}),
     }
 
 
