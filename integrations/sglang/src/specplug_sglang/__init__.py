@@ -50,7 +50,7 @@ def register() -> None:
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
     from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
-    class Algorithm(CustomSpecAlgo):  # type: ignore[misc]
+    class Algorithm(CustomSpecAlgo):
         def is_ngram(self) -> bool:
             return True
 
@@ -62,7 +62,7 @@ def register() -> None:
 
             _handle_ngram(server_args)
 
-    @SpeculativeAlgorithm.register(ALGORITHM, supports_overlap=False, spec_class=Algorithm)  # type: ignore[untyped-decorator]
+    @SpeculativeAlgorithm.register(ALGORITHM, supports_overlap=False, spec_class=Algorithm)
     def _make(server_args: Any) -> type:
         return _worker_class()
 
@@ -70,7 +70,7 @@ def register() -> None:
 def _worker_class() -> type:
     from sglang.srt.speculative.ngram_worker import NGRAMWorker
 
-    class SpecplugWorker(NGRAMWorker):  # type: ignore[misc]
+    class SpecplugWorker(NGRAMWorker):
         """SGLang's n-gram worker, whose trees come from specplug's speculators."""
 
         def alloc_memory_pool(self, **options: Any) -> None:
@@ -91,7 +91,8 @@ def _worker_class() -> type:
             self.draft_trees.end_all()
 
         def _prepare_draft_tokens(self, batch: Any) -> tuple[np.ndarray, np.ndarray]:
-            self.prev_token_ids, self.prev_accept_lens = [], [0] * len(batch.reqs)  # read by SGLang's own code alone
+            self.prev_token_ids: list[int] = []  # read by SGLang's own code alone
+            self.prev_accept_lens = [0] * len(batch.reqs)
             return self.draft_trees.draft(batch.reqs)
 
         def _update_ngram_corpus(self, batch: Any) -> None:

@@ -36,7 +36,7 @@ def _worker_class() -> Any:
 _Base: Any = _worker_class()
 
 
-class Worker(_Base):  # type: ignore[misc]
+class Worker(_Base):
     """vLLM's worker, with target states and draft probabilities for the speculators of `SpecplugProposer`."""
 
     def init_device(self) -> None:
