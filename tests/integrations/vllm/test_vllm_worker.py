@@ -22,7 +22,7 @@ DRAFT_MODEL = {"method": "draft_model", "model": "tiny"}
 CHECKING = {"method": "checking"}
 HOST = {
     "plugins": {
-        name: f"plugins_under_test:{name}" for name in ("eagle3", "draft_model", "checking", "raises_with_states")
+        name: f"plugins_under_test:{name}" for name in ("checking", "raises_with_states", "sharing", "verifying")
     }
 }
 ROUNDS = 30
