@@ -99,7 +99,7 @@ GROUPS = {
         "CheckpointError",
         "resolve_model",
     ),
-    "Memory": ("MemoryBudget", "MemoryRegion", "KVLayer", "Resources", "KVCache", "BlockTable"),
+    "Memory": ("MemoryBudget", "MemoryRegion", "KVLayer", "Resources", "KVCache", "BlockTable", "OwnTables"),
     "For a speculator's own modules": ("PagedBatch", "pack_linears"),
 }
 

@@ -64,6 +64,7 @@ def test_the_adapter_where_it_is_asked_for(method: str, printed: Callable[..., A
     assert printed(config, "--adapter")["arguments"] == {
         "speculative_config": {"method": "custom_class", "model": CLASS, "num_speculative_tokens": 7},
         "additional_config": {"specplug": {"method": method, **EQUAL[method]}},
+        **({"worker_cls": "specplug_vllm.Worker"} if method.startswith("eagle") else {}),
     }
 
 
@@ -89,6 +90,16 @@ def test_every_other_method_and_its_fallback(printed: Callable[..., Any]) -> Non
     }
     assert "vLLM does not choose their length" in shown["notes"][0]
     assert printed(config)["arguments"]["speculative_config"]["num_speculative_tokens"] == DEFAULT_TOKENS
+
+
+def test_the_worker_that_delivers_target_states(printed: Callable[..., Any]) -> None:
+    shown = printed({"method": "ngram", "num_speculative_tokens": 3}, "--worker")["arguments"]
+    assert shown["worker_cls"] == "specplug_vllm.Worker"
+    assert shown["speculative_config"]["method"] == "custom_class"
+    eagle3 = {"method": "eagle3", "model": "head", "num_speculative_tokens": 3}
+    assert "worker_cls" not in printed(eagle3)["arguments"]
+    for config in ({**eagle3, "fallback": {"method": "ngram"}}, {"method": "mine", "fallback": eagle3}):
+        assert printed(config)["arguments"]["worker_cls"] == "specplug_vllm.Worker"
 
 
 def test_options_for_a_shell(run: Callable[..., Result], printed: Callable[..., Any]) -> None:

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specplug_suffix
 from specplug import LLM, SamplingParams, resolve_model
-from specplug.host import ArrayTokens, HostLimits, SpeculatorHost
+from specplug.host import ArrayTokens, HostLimits, SpeculatorHost, TargetFacade
 
 NGRAM = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3, "num_speculative_tokens": 4}
+DRAFT_MODEL = {"method": "draft_model", "model": "tiny", "num_speculative_tokens": 4}
 SUFFIX = {"method": "suffix", "num_speculative_tokens": 4}
 PROMPTS = ["x = [0, 1, 0, 1, 0, 1,", "class Stack:\n    def __init__(self):\n", "x = [0, 0, 0,"]
 PLUGINS = {"suffix": specplug_suffix}
@@ -28,7 +29,14 @@ class Engine:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         limits = HostLimits(vocab_size=self.model.config.vocab_size, max_model_len=LENGTH, max_num_seqs=PLACES)
-        self.host = SpeculatorHost(config, limits, plugins=PLUGINS, strict=True)
+        target = TargetFacade.of_limits(
+            vocab_size=limits.vocab_size,
+            max_model_len=LENGTH,
+            max_num_seqs=PLACES,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            tokenizer=lambda: self.tokenizer,
+        )
+        self.host = SpeculatorHost(config, limits, target=target, plugins=PLUGINS, strict=True)
         self.array = np.zeros((PLACES, LENGTH), dtype=np.int32)
 
     def generate(self, prompts: list[str]) -> list[list[int]]:
@@ -75,7 +83,11 @@ class Engine:
         return [*draft[: self.accepted], best[self.accepted]]
 
 
-@pytest.mark.parametrize("config", [NGRAM, {**SUFFIX, "fallback": NGRAM}], ids=["ngram", "suffix, then ngram"])
+@pytest.mark.parametrize(
+    "config",
+    [NGRAM, {**SUFFIX, "fallback": NGRAM}, DRAFT_MODEL],
+    ids=["ngram", "suffix, then ngram", "a draft model with tables of its own"],
+)
 def test_output_and_acceptance_are_those_of_specplugs_own_engine(config: dict[str, Any]) -> None:
     engine = Engine(config)
     outputs = engine.generate(PROMPTS)

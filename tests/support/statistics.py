@@ -1,9 +1,12 @@
-"""Chi-square tests against known distributions."""
+"""Chi-square tests against known distributions, and of two samples against each other."""
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import numpy as np
-from scipy.stats import chi2
+from scipy.stats import chi2, chi2_contingency
 
 THRESHOLD = 1e-6
 
@@ -48,3 +51,13 @@ def worst_p_value(samples: np.ndarray, joint: np.ndarray) -> float:
         cells = np.ravel_multi_index(tuple(samples[:, positions].T), (vocabulary,) * len(positions))
         values.append(p_value(np.bincount(cells, minlength=marginal.size), marginal))
     return min(values)
+
+
+def homogeneity_p_value(one: Counter[Any], other: Counter[Any]) -> float:
+    """Of the hypothesis that two samples come from one distribution; rare outcomes are counted together."""
+    keys = [key for key in one.keys() | other.keys() if one[key] + other[key] >= 20]
+    table = [[each[key] for key in keys] for each in (one, other)]
+    rest = [sum(each.values()) - sum(row) for each, row in zip((one, other), table, strict=True)]
+    return float(
+        chi2_contingency([[*row, left] if sum(rest) else row for row, left in zip(table, rest, strict=True)]).pvalue
+    )

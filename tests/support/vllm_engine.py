@@ -68,13 +68,15 @@ def start(speculative: Mapping[str, Any] | None = None, **options: Any) -> Itera
 
     Args:
         speculative: specplug's configuration; None decodes plainly.
-        options: of vLLM; `host` is `additional_config["specplug_host"]`.
+        options: of vLLM; `host` is `additional_config["specplug_host"]`, `worker` starts specplug's worker.
     """
     from vllm import LLM
 
     from specplug import resolve_model
 
     host = options.pop("host", {})
+    if options.pop("worker", False):
+        options["worker_cls"] = "specplug_vllm.Worker"
     settings: dict[str, Any] = {
         "model": str(resolve_model("tiny")),
         "dtype": "float32",

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from specplug.llm import LLM
     from specplug.lora.request import LoRARequest
     from specplug.metrics import Counter, Gauge, Metric, Vector
-    from specplug.model.kv_cache import BlockTable, KVCache
+    from specplug.model.kv_cache import BlockTable, KVCache, OwnTables
     from specplug.model.load.packing import pack_linears
     from specplug.model.paged import PagedBatch
     from specplug.model.rows import ForwardRow, TreeMask
@@ -127,6 +127,7 @@ _HOMES = {
     "specplug.model.kv_cache": (
         "BlockTable",
         "KVCache",
+        "OwnTables",
     ),
     "specplug.model.load.packing": ("pack_linears",),
     "specplug.model.paged": ("PagedBatch",),

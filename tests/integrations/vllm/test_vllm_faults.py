@@ -68,7 +68,7 @@ def test_now_and_then(plain: Plain, modules: Path) -> None:
     [
         ("sharing", "speculator 'sharing' plans the KV cache 'kv' with tables='shared'"),
         ("verifying", "speculator 'verifying' has a verify of its own"),
-        ("reading", "speculator 'reading' reads target states .* which this engine does not deliver"),
+        ("reading", "speculator 'reading' reads target states .* start vLLM with --worker-cls specplug_vllm.Worker"),
         ("missing", "no speculator named 'missing'"),
     ],
 )

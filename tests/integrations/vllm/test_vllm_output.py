@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("vllm", reason="needs vLLM: see CONTRIBUTING.md")
 
 from specplug import LLM, SamplingParams
 from support.environment import ROOT
 from support.pages import blocks_of
+from support.statistics import homogeneity_p_value
 from support.vllm_engine import NUM_TOKENS, PROMPTS, start
 
 pytestmark = pytest.mark.slow
@@ -169,21 +169,6 @@ def test_json_schema() -> None:
         assert (found["kind"] in ("stack", "queue"), type(found["empty"])) == (True, bool)
 
 
-@pytest.fixture
-def repaired_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, vLLM 0.32 drops what its `expand_kernel` computes: temperatures of draft tokens are uninitialised memory.
-
-    So sampled output is wrong with every method of speculation, vLLM's own too (docs/vllm.md). This computes them.
-    """
-    from vllm.v1.sample import rejection_sampler
-
-    def expanded(values: Any, ends: Any, count: int, replace_from: int = 0, replace_to: int = 0) -> Any:
-        counts = torch.diff(ends, prepend=ends.new_zeros(1))
-        return torch.where(values == replace_from, replace_to, values).repeat_interleave(counts, output_size=count)
-
-    monkeypatch.setattr(rejection_sampler, "expand_batch_to_tokens", expanded)
-
-
 def test_sampled_output_has_the_targets_distribution(repaired_sampler: None) -> None:
     """Three tokens after the first, of many outputs with and without drafts: a chi-square test of homogeneity.
 
@@ -206,20 +191,8 @@ def test_sampled_output_has_the_targets_distribution(repaired_sampler: None) -> 
 
     plain = counts(None, 0.5)
     assert sum(plain.values()) == 64 * ROUNDS
-    assert _pvalue(counts(NGRAM, 0.5), plain) > 1e-3
-    assert _pvalue(counts(None, 0.4), plain) < 1e-6, "the test is too weak to see another temperature"
+    assert homogeneity_p_value(counts(NGRAM, 0.5), plain) > 1e-3
+    assert homogeneity_p_value(counts(None, 0.4), plain) < 1e-6, "the test is too weak to see another temperature"
 
 
 ROUNDS = 30
-
-
-def _pvalue(one: Counter[Any], other: Counter[Any]) -> float:
-    """Of the hypothesis that two samples come from one distribution; rare outcomes are counted together."""
-    from scipy.stats import chi2_contingency
-
-    keys = [key for key in one.keys() | other.keys() if one[key] + other[key] >= 20]
-    table = [[each[key] for key in keys] for each in (one, other)]
-    rest = [sum(each.values()) - sum(row) for each, row in zip((one, other), table, strict=True)]
-    return float(
-        chi2_contingency([[*row, left] if sum(rest) else row for row, left in zip(table, rest, strict=True)]).pvalue
-    )

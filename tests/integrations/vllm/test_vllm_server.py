@@ -32,9 +32,10 @@ def fetch(url: str, body: Any = None) -> str:
         return str(answer.read().decode())
 
 
-def test_server(tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["--adapter", "--worker"])
+def test_server(tmp_path: Path, option: str) -> None:
     bin_folder = Path(sys.executable).parent
-    config = ["vllm-config", '{"method": "suffix", "num_speculative_tokens": 4}', "--adapter"]
+    config = ["vllm-config", '{"method": "suffix", "num_speculative_tokens": 4}', option]
     printed = subprocess.run([bin_folder / "specplug", *config], capture_output=True, text=True, check=True).stdout
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

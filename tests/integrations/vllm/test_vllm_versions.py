@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import sys
 import types
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -38,7 +40,8 @@ def test_accepted(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.32.0", "0.3", "0.320.0", "dev"])
 def test_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     pretend(monkeypatch, version)
-    text = f"specplug-vllm 0.1.0 was checked with vLLM 0.32 and 0.33, and this is vLLM {version}: it uses 5 names"
+    count = len(versions.PRIVATE_NAMES)
+    text = f"specplug-vllm 0.1.0 was checked with vLLM 0.32 and 0.33, and this is vLLM {version}: it uses {count} names"
     with pytest.raises(ConfigurationError, match=re.escape(text)):
         versions.check_vllm()
 
@@ -74,6 +77,7 @@ def test_the_documentation_shows_the_readmes_plugin_unchanged() -> None:
 def test_the_names_exist() -> None:
     pytest.importorskip("vllm", reason="needs vLLM: see CONTRIBUTING.md")
     from vllm.config import SpeculativeConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -82,10 +86,18 @@ def test_the_names_exist() -> None:
 
     assert "load_model" in vars(GPUModelRunner)
     assert "load_model" in vars(CPUModelRunner)
+    for name in versions.PRIVATE_NAMES:
+        if "." in name and not name.startswith("GPUModelRunner"):
+            assert resolve_name(f"vllm.{name}") is not None
+    fields = {field.name for field in dataclasses.fields(SchedulerOutput)}
+    assert {"num_scheduled_tokens", "scheduled_spec_decode_tokens"} <= fields
     own = inspect.signature(SpeculativeConfig).parameters.keys()
     assert {key for _, keys, _ in NATIVE.values() for key in keys} <= own
     with start({"method": "ngram"}) as engine:
         runner = engine.runner
+        members = {name.partition(".")[2] for name in versions.PRIVATE_NAMES if name.startswith("GPUModelRunner.")}
+        assert [name for name in sorted(members) if not hasattr(runner, name)] == []
+        assert len(runner.input_batch.num_computed_tokens_cpu) > 0
         seen: list[tuple[list[str], list[CachedRequestState]]] = []
         propose = runner.drafter.propose
 

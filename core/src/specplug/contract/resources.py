@@ -125,6 +125,8 @@ class MemoryBudget:
         compiled_output_tokens: see `compiled_output_bytes`.
         loop_rows: rows of the largest batch that a CUDA graph of a loop holds, see `Resources.compile_loop`; 0 on a CPU. What a
             graph computes with stays allocated: plan it for `loop_tokens`.
+        shares_tables: whether the engine has block tables for regions with `tables="shared"`. specplug's own has; in others,
+            such as vLLM, plan `tables="own"`: `OwnTables` keeps them.
     """
 
     total_bytes: int
@@ -136,6 +138,7 @@ class MemoryBudget:
     dtype: torch.dtype
     compiled_output_tokens: int = 0
     loop_rows: int = 0
+    shares_tables: bool = True
 
     def blocks_for(self, tokens: int) -> int:
         """The number of KV blocks that store `tokens` tokens."""

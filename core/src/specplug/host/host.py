@@ -162,6 +162,7 @@ class SpeculatorHost:
             max_num_batched_tokens=limits.max_num_batched_tokens,
             num_speculative_tokens=max(map(max_nodes_of, speculators)),
             dtype=self._target.dtype,
+            shares_tables=False,
         )
         planned = [plan_regions(speculator, budget) for speculator in speculators]
         for speculator, regions in zip(speculators, planned, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +16,10 @@ from specplug.model.device import to_device
 from specplug.model.huge_pages import allocate
 from specplug.model.prefix_index import PrefixIndex
 from specplug.native.gpu import cuda
+
+if TYPE_CHECKING:
+    from specplug.contract.resources import Resources
+    from specplug.contract.types import ProposalBatch
 
 
 class BlockTable:
@@ -77,6 +82,29 @@ class BlockTable:
             return range(base + start, base + stop)
         size = self.block_size
         return [self.blocks[i // size] * size + i % size for i in range(start, stop)]
+
+
+class OwnTables:
+    """One block table for each row, for a speculator's KV caches with `tables="own"`; each has an equal part of the blocks.
+
+    In an engine that shares no tables (`MemoryBudget.shares_tables`) that is enough for a row of `max_model_len` tokens and the
+    planned `scratch_tokens_per_row`.
+
+    Args:
+        resources: of `warmup`.
+        max_num_seqs: the most rows in a batch.
+    """
+
+    def __init__(self, resources: Resources, max_num_seqs: int) -> None:
+        count = resources.num_blocks // max_num_seqs
+        self._tables = [BlockTable(resources.block_size) for _ in range(max_num_seqs)]
+        for row_id, table in enumerate(self._tables):
+            table.extend(range(row_id * count, (row_id + 1) * count))
+
+    def give(self, batch: ProposalBatch) -> None:
+        """Sets `row.table` of every row. A new row's table still has the entries of an earlier row: write before you read."""
+        for row in batch.rows:
+            row.table = self._tables[row.row_id]
 
 
 class BlockAllocator:

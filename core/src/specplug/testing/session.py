@@ -89,8 +89,8 @@ class Session:
         """The target's."""
         return self.engine.runner.architecture.vocab_size
 
-    def regions(self) -> list[MemoryRegion]:
-        """The memory that the speculator plans, asked for once more."""
+    def regions(self, *, shares_tables: bool = True) -> list[MemoryRegion]:
+        """The memory that the speculator plans, asked for once more; also for an engine that shares no block tables."""
         config, plan = self.engine.config, self.engine.plan
         budget = MemoryBudget(
             total_bytes=plan.budget_bytes,
@@ -102,6 +102,7 @@ class Session:
             dtype=self.engine.runner.cache.dtype,
             compiled_output_tokens=CAPTURED_TOKENS if self.engine.runner.cache.device.type == "cuda" else 0,
             loop_rows=min(MOST_CAPTURED, config.max_num_seqs) if self.engine.runner.cache.device.type == "cuda" else 0,
+            shares_tables=shares_tables,
         )
         return list(self.speculator.plan_memory(budget=budget) or ())
 

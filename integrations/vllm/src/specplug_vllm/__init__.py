@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specplug_vllm.configuration import VllmArguments, vllm_arguments
     from specplug_vllm.proposer import SpecplugProposer
+    from specplug_vllm.worker import Worker
 
 _HOMES = {
     "SpecplugProposer": "specplug_vllm.proposer",
     "VllmArguments": "specplug_vllm.configuration",
+    "Worker": "specplug_vllm.worker",
     "vllm_arguments": "specplug_vllm.configuration",
 }
 
-__all__ = ["SpecplugProposer", "VllmArguments", "vllm_arguments"]
+__all__ = ["SpecplugProposer", "VllmArguments", "Worker", "vllm_arguments"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from specplug.host import parse_speculative_config
-from specplug_vllm.settings import CLASS, KEY
+from specplug_vllm.settings import CLASS, KEY, WORKER
 
 DEFAULT_TOKENS = 5
 _LIMIT_KEYS = ("num_speculative_tokens", "max_num_speculative_tokens")
@@ -30,6 +30,8 @@ NATIVE: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 """Method → vLLM's name of it, the keys that both have, and those that vLLM needs."""
+READ_STATES = ("eagle", "eagle3")
+"""Methods whose plugins need specplug's worker."""
 _NOTES = {
     "suffix": "vLLM's own suffix decoding needs arctic-inference in its environment; without it, use --adapter",
     "ngram": "of several matches of the longest n-gram, vLLM may take another than specplug; use --adapter for specplug's",
@@ -57,12 +59,13 @@ class VllmArguments:
         return words
 
 
-def vllm_arguments(config: Mapping[str, Any], *, adapter: bool = False) -> VllmArguments:
+def vllm_arguments(config: Mapping[str, Any], *, adapter: bool = False, worker: bool = False) -> VllmArguments:
     """Translates a speculative configuration.
 
     Args:
         config: specplug's `speculative_config`.
         adapter: whether the plugin is to run also where vLLM has the method itself.
+        worker: whether it is to run with specplug's worker, which delivers target states.
 
     Raises:
         ConfigurationError: the configuration is invalid.
@@ -75,13 +78,15 @@ def vllm_arguments(config: Mapping[str, Any], *, adapter: bool = False) -> VllmA
         if not parsed.is_bounded:
             tokens = DEFAULT_TOKENS
         notes.append(f"drafts have {tokens} tokens: vLLM does not choose their length as 'auto' does")
-    native = None if adapter else _native(config, tokens, notes)
+    native = None if adapter or worker else _native(config, tokens, notes)
     if native is not None:
         return VllmArguments({"speculative_config": native}, notes)
     arguments: dict[str, Any] = {
         "speculative_config": {"method": "custom_class", "model": CLASS, "num_speculative_tokens": tokens},
         "additional_config": {KEY: _without_limits(config)},
     }
+    if worker or _reads_states(config):
+        arguments["worker_cls"] = WORKER
     return VllmArguments(arguments, notes)
 
 
@@ -100,6 +105,12 @@ def _native(config: Mapping[str, Any], tokens: int, notes: list[str]) -> dict[st
     if method in _NOTES:
         notes.append(_NOTES[method])
     return {"method": name, "num_speculative_tokens": tokens, **own}
+
+
+def _reads_states(config: Mapping[str, Any]) -> bool:
+    """Whether a method of the chain is known to read target states."""
+    fallback = config.get("fallback")
+    return config["method"] in READ_STATES or (fallback is not None and _reads_states(fallback))
 
 
 def _without_limits(config: Mapping[str, Any]) -> dict[str, Any]:

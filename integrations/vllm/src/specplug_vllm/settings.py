@@ -13,6 +13,7 @@ from specplug.host import parse_speculative_config
 
 KEY, HOST_KEY = "specplug", "specplug_host"
 CLASS = "specplug_vllm.SpecplugProposer"
+WORKER = "specplug_vllm.Worker"
 TIMEOUT = 5.0
 
 

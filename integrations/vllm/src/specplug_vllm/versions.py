@@ -13,8 +13,17 @@ PRIVATE_NAMES = {
     "v1.worker.gpu_model_runner.GPUModelRunner.load_model": "wrapped, to give the proposer its runner",
     "v1.worker.cpu_model_runner.CPUModelRunner.load_model": "wrapped, to give the proposer its runner",
     "GPUModelRunner.drafter": "read",
-    "GPUModelRunner.input_batch": "read: req_ids",
+    "GPUModelRunner.input_batch": "read: req_ids; by Worker also num_computed_tokens_cpu",
     "GPUModelRunner.requests": "read: whether a request has ended, its sampling_params and num_prompt_tokens",
+    "v1.worker.gpu_worker.Worker.init_device": "extended by Worker, which adds the next two methods to the model runner",
+    "v1.worker.cpu_worker.CPUWorker.init_device": "the same on a CPU",
+    "GPUModelRunner.propose_draft_token_ids": "extended by Worker: hands the step's states to the proposer before",
+    "GPUModelRunner._get_eagle3_aux_layers_from_config": "replaced by Worker: the boundaries that speculators declared",
+    "GPUModelRunner.use_aux_hidden_state_outputs": "set by Worker, before the target is loaded",
+    "GPUModelRunner._draft_probs": "set by Worker: distributions of the drafts, for the rejection sampler",
+    "GPUModelRunner._draft_prob_req_ids": "set by Worker: the requests that these belong to",
+    "v1.core.sched.output.SchedulerOutput": "read by Worker: num_scheduled_tokens, scheduled_spec_decode_tokens",
+    "model_executor.models.interfaces.supports_eagle3": "called: whether a target delivers states of inner layers",
 }
 """Everything of vLLM's that is used and not documented as public, in both versions; docs/vllm.md shows the table."""
 

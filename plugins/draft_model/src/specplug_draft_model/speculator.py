@@ -19,6 +19,7 @@ from specplug import (
     DraftDistributions,
     ForwardRow,
     MemoryRegion,
+    OwnTables,
     Proposal,
     SpeculatorTraits,
     argmax_with_prob,
@@ -74,7 +75,7 @@ class _Draft:
 
 @attrs.define(eq=False)
 class DraftModelSpeculator:
-    """Drafts chains with a causal LM. Its KV cache uses the target's block tables.
+    """Drafts chains with a causal LM. Its KV cache uses the target's block tables, or its own in engines that share none.
 
     Attributes:
         method: the configured method.
@@ -104,6 +105,8 @@ class DraftModelSpeculator:
     _draft_ids: list[int] | None = attrs.field(default=None, init=False, repr=False)
     _reported_ids: torch.Tensor | None = attrs.field(default=None, init=False, repr=False)
     _loop: Any = attrs.field(default=None, init=False, repr=False)
+    _most_rows: int | None = attrs.field(default=None, init=False, repr=False)
+    _tables: OwnTables | None = attrs.field(default=None, init=False, repr=False)
 
     @property
     def samples(self) -> bool:
@@ -114,6 +117,7 @@ class DraftModelSpeculator:
     def plan_memory(self, budget: MemoryBudget) -> list[MemoryRegion]:
         """The draft model's weights and KV cache, and the peak of drafting: logits, and distributions of sampled drafts."""
         rows = budget.max_num_seqs
+        self._most_rows = None if budget.shares_tables else rows
         bytes_ = 2 * rows * self.model.vocab_size * self.model.dtype.itemsize
         bytes_ += 3 * budget.loop_rows * self.model.vocab_size * torch.float32.itemsize
         width = self.model.config.get_text_config().hidden_size
@@ -124,13 +128,17 @@ class DraftModelSpeculator:
         elif self.may_stop and self.model.device.type != "cpu":  # on a GPU a token's probability needs a softmax
             bytes_ += rows * self.vocabulary.size * torch.float32.itemsize
         return [
-            *self.model.regions(scratch_tokens_per_row=self.num_speculative_tokens),
+            *self.model.regions(
+                scratch_tokens_per_row=self.num_speculative_tokens,
+                tables="shared" if budget.shares_tables else "own",
+            ),
             MemoryRegion("draft distributions", "buffers", fixed_bytes=bytes_),
         ]
 
     @hookimpl
     def warmup(self, resources: Resources) -> None:
         """Moves the vocabulary map to the draft's device, and runs every number of rows once."""
+        self._tables = None if self._most_rows is None else OwnTables(resources, self._most_rows)
         self.vocabulary = self.vocabulary.on(self.model.device)
         if self.vocabulary.target_ids is not None and self.vocabulary.draft_ids is not None:
             self._target_ids = self.vocabulary.target_ids.tolist()
@@ -153,6 +161,8 @@ class DraftModelSpeculator:
     @hookimpl
     def propose(self, batch: ProposalBatch) -> Proposal:
         """Drafts a chain for every row with a budget that is within the draft's context."""
+        if self._tables is not None:
+            self._tables.give(batch)
         for row_id, _ in batch.ended:
             self._sequences.pop(row_id, None)
         drafts = [_Draft(row, self._most_tokens(row)) for row in batch.rows]

@@ -16,6 +16,7 @@ from specplug import (
     ForwardRow,
     KVLayer,
     MemoryRegion,
+    OwnTables,
     Proposal,
     SpeculatorTraits,
     hookimpl,
@@ -51,7 +52,7 @@ sampled from. The distributions of earlier nodes exist too, and at the end all o
 
 @attrs.define(eq=False)
 class EagleSpeculator:
-    """Drafts with an EAGLE head. Its KV cache uses the target's block tables.
+    """Drafts with an EAGLE head. Its KV cache uses the target's block tables, or its own in engines that share none.
 
     Attributes:
         checkpoint: the head's checkpoint: specification and tensor names.
@@ -68,11 +69,14 @@ class EagleSpeculator:
     traits: SpeculatorTraits
     _runner: HeadRunner | None = attrs.field(default=None, init=False, repr=False)
     _loop: ChainLoop | None = attrs.field(default=None, init=False, repr=False)
+    _most_rows: int | None = attrs.field(default=None, init=False, repr=False)
+    _tables: OwnTables | None = attrs.field(default=None, init=False, repr=False)
     _sequences: dict[int, HeadSequence] = attrs.field(factory=dict, init=False, repr=False)
 
     @hookimpl
     def plan_memory(self, budget: MemoryBudget) -> list[MemoryRegion]:
         """The head's weights and KV cache, and the intermediate results of drafting."""
+        self._most_rows = None if budget.shares_tables else budget.max_num_seqs
         spec = self.checkpoint.spec
         layer = KVLayer(spec.num_kv_heads, spec.head_dim, spec.head_dim)
         tokens = budget.max_num_batched_tokens
@@ -98,6 +102,7 @@ class EagleSpeculator:
                 layers=(layer,) * spec.num_layers,
                 dtype=budget.dtype,
                 scratch_tokens_per_row=max(self.tree.scratch, self.tree.max_nodes),
+                tables="shared" if budget.shares_tables else "own",
             ),
             MemoryRegion("head states and distributions", "buffers", fixed_bytes=states + logits + ids),
         ]
@@ -111,6 +116,7 @@ class EagleSpeculator:
         head.to(resources.device)  # buffers that are not in the checkpoint: RoPE frequencies
         pack_linears(head)
         self.weights.release()
+        self._tables = None if self._most_rows is None else OwnTables(resources, self._most_rows)
         self._runner = HeadRunner(head, resources, resources.kv_caches[_CACHE])
         for count in resources.row_buckets if resources.device.type != "cpu" else (1,):
             rows = []
@@ -132,6 +138,8 @@ class EagleSpeculator:
     @hookimpl
     def propose(self, batch: ProposalBatch) -> Proposal:
         """Runs the head over the target's new states, and drafts for the rows that have a budget."""
+        if self._tables is not None:
+            self._tables.give(batch)
         for row_id, _ in batch.ended:
             self._sequences.pop(row_id, None)
         drafts = [EMPTY] * len(batch.rows)

@@ -19,8 +19,11 @@ MISSING = "the integration with vLLM is not installed: pip install specplug-vllm
 @click.command("vllm-config")
 @click.argument("config", metavar="JSON")
 @click.option("--adapter", is_flag=True, help="Run the plugin also where vLLM has the method itself.")
+@click.option(
+    "--worker", is_flag=True, help="Run the plugin with specplug's worker, which delivers target states to it."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print an object with the arguments of vllm.LLM and the notes.")
-def vllm_config(config: str, adapter: bool, as_json: bool) -> None:
+def vllm_config(config: str, adapter: bool, worker: bool, as_json: bool) -> None:
     """Print the arguments with which vLLM runs a speculative configuration.
 
     JSON is specplug's speculative_config. Where vLLM has the method itself (ngram, draft_model, eagle, eagle3, suffix), the
@@ -36,7 +39,7 @@ def vllm_config(config: str, adapter: bool, as_json: bool) -> None:
         given = json.loads(config)
     except ValueError as error:
         raise ConfigurationError(f"the speculative configuration is not JSON: {error}") from error
-    made = _integration().vllm_arguments(given, adapter=adapter)
+    made = _integration().vllm_arguments(given, adapter=adapter, worker=worker)
     terminal = Terminal.out()
     if as_json:
         terminal.line(json.dumps({"arguments": made.arguments, "notes": made.notes}, indent=2))

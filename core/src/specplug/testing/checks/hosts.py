@@ -67,8 +67,8 @@ def _check_applies(subject: Subject, folder: Path, config: Mapping[str, Any]) ->
             raise NotApplicable("it has a verify of its own, which only specplug's own engine calls")
         if speculator.traits.needs_states:
             raise NotApplicable("it reads target states, which other engines may not deliver")
-        if any(region.layers and region.tables == "shared" for region in session.regions()):
-            raise NotApplicable("it has a KV cache with tables='shared', which only specplug's own engine has")
+        if any(region.layers and region.tables == "shared" for region in session.regions(shares_tables=False)):
+            raise NotApplicable("it plans a KV cache with tables='shared' where an engine has none to share")
 
 
 @attrs.define(eq=False)
@@ -182,6 +182,6 @@ HOSTS = Check(
     "in an engine that is not specplug's it drafts as in specplug's own",
     "It uses nothing but what every engine gives, so that it runs inside vLLM too.",
     "Use `row.tokens` as a sequence, which may be a view of an array; keep no view of a row that has ended; expect that "
-    "`row.table` is None, and calls without rows.",
+    "`row.table` is None, and calls without rows; plan KV caches with `tables='own'` where `budget.shares_tables` is false.",
     hosts,
 )
