@@ -130,6 +130,30 @@ def test_long_prompts_go_in_chunks_beside_decoding_rows() -> None:
     assert advance(scheduler) == [("0", 1, True), ("1", 1, True)]
 
 
+def test_a_short_prompt_does_not_wait_for_the_long_ones_before_it() -> None:
+    scheduler = Scheduler(128, 4, max_num_seqs=8, max_num_batched_tokens=16, lookahead=0)
+    for number in range(4):
+        scheduler.add(make_request(number, 60))
+    assert advance(scheduler) == [("0", 16, False)]
+    scheduler.add(make_request(4, 3, max_tokens=2))
+    scheduler.add(make_request(5, 2, max_tokens=2))
+    assert advance(scheduler) == [("0", 12, False), ("4", 3, True), ("5", 1, False)]
+    assert advance(scheduler) == [("0", 14, False), ("4", 1, True), ("5", 1, True)]
+    assert advance(scheduler) == [("0", 15, False), ("5", 1, True)]
+    assert advance(scheduler) == [("0", 3, True), ("1", 13, False)]
+
+
+def test_a_stream_of_short_prompts_does_not_stop_a_long_one() -> None:
+    scheduler = Scheduler(128, 4, max_num_seqs=8, max_num_batched_tokens=16, lookahead=0)
+    scheduler.add(make_request(0, 120, max_tokens=1))
+    for step in range(100):
+        for number in range(3):
+            scheduler.add(make_request(1 + 3 * step + number, 4, max_tokens=1))
+        if any(samples and name == "0" for name, _, samples in advance(scheduler)):
+            break
+    assert step <= 120 // 12
+
+
 def test_first_come_first_served_and_the_youngest_is_preempted() -> None:
     scheduler = Scheduler(6, 4, max_num_seqs=4, max_num_batched_tokens=64, lookahead=0)
     for number in range(3):
