@@ -4,14 +4,18 @@ First come, first served, but short prompts have a quarter of the tokens that a 
 the long ones before them. A row's pending tokens (one while decoding, a chunk while prefilling) and its draft share one token
 budget per step. When blocks run out, unused reservations are released first. Then the youngest row is preempted: it releases
 its blocks and is recomputed later.
+
+All that holds among requests of one priority. Those with a lower number come before all others, and are preempted last.
 """
 
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterator
 from itertools import islice
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import attrs
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 
 _SHORT = 4
 """A prompt that fits into this part of a step is short, and short ones have this part of a step to themselves."""
+_PRIORITY = attrgetter("priority")
 _MOST_LOOKED_AT = 256  # waiting requests among which short ones are looked for
 
 
@@ -92,8 +97,8 @@ class Scheduler:
             yield from request.fork_group
 
     def add(self, request: Request) -> None:
-        """Queues a request."""
-        self.waiting.append(request)
+        """Queues a request after those of its priority."""
+        self.waiting.insert(bisect_right(self.waiting, request.priority, key=_PRIORITY), request)
 
     def schedule(self) -> list[ScheduledRow]:
         """Chooses the rows of the next step and allocates blocks for their tokens."""
@@ -107,7 +112,7 @@ class Scheduler:
             if count > 1:
                 left = budget - sum(map(self._needs, self.running[index + 1 :]))
                 least = 1 if kept is None else 0
-                kept = self._kept_for_short(left) if kept is None else kept
+                kept = self._kept_for_short(left, request.priority) if kept is None else kept
                 count = min(count, max(left - kept, least))
                 if count == 0:
                     index += 1
@@ -134,14 +139,16 @@ class Scheduler:
     def _is_short(self, request: Request) -> bool:
         return len(request.tokens) <= self.max_num_batched_tokens // _SHORT
 
-    def _waiting_short(self) -> list[Request]:
-        return [request for request in islice(self.waiting, _MOST_LOOKED_AT) if self._is_short(request)]
+    def _waiting_short(self, priority: int) -> list[Request]:
+        """Short prompts that wait, of a priority or an earlier one."""
+        first = islice(self.waiting, _MOST_LOOKED_AT)
+        return [request for request in first if request.priority <= priority and self._is_short(request)]
 
-    def _kept_for_short(self, budget: int) -> int:
-        """How many of a step's tokens long prompts leave to short ones that wait."""
+    def _kept_for_short(self, budget: int, priority: int) -> int:
+        """How many of a step's tokens a long prompt leaves to short ones that wait."""
         if not self._free_slots:
             return 0
-        return min(sum(len(request.tokens) for request in self._waiting_short()), max(0, budget) // _SHORT)
+        return min(sum(len(request.tokens) for request in self._waiting_short(priority)), max(0, budget) // _SHORT)
 
     @staticmethod
     def _fits(draft: Draft | None, budget: int) -> bool:
@@ -157,7 +164,7 @@ class Scheduler:
             request = self.waiting[0]
             most = budget
             if not self._is_short(request):
-                kept = self._kept_for_short(budget) if kept is None else kept
+                kept = self._kept_for_short(budget, request.priority) if kept is None else kept
                 most = budget - kept
             if most <= 0:
                 break
@@ -167,7 +174,9 @@ class Scheduler:
             budget -= count
             if kept is not None and self._is_short(request):
                 kept = max(0, kept - count)
-        for request in self._waiting_short() if kept and budget > 0 else ():
+        if not (kept and self.waiting):
+            return
+        for request in self._waiting_short(self.waiting[0].priority):
             if budget <= 0 or not self._free_slots:
                 return
             count = self._try_to_start(request, budget, rows)
@@ -205,7 +214,7 @@ class Scheduler:
     def _start(self, request: Request, table: BlockTable) -> None:
         request.table = table
         request.slot = heapq.heappop(self._free_slots)
-        self.running.append(request)
+        self.running.insert(bisect_right(self.running, request.priority, key=_PRIORITY), request)
 
     def reserve(self, request: Request, num_tokens: int) -> bool:
         """Grows a row's block table to `num_tokens`, if blocks are free; never preempts."""
@@ -243,13 +252,13 @@ class Scheduler:
             self.allocator.release(table.truncate(in_use))
 
     def preempt(self, request: Request) -> None:
-        """Releases a running row's slot and blocks; it is recomputed from the head of the queue."""
+        """Releases a running row's slot and blocks; it is recomputed before others of its priority."""
         self.num_preemptions += 1
         self._leave(request, "preempted")
         request.num_computed = 0
         request.draft = None
         request.outcome = None
-        self.waiting.appendleft(request)
+        self.waiting.insert(bisect_left(self.waiting, request.priority, key=_PRIORITY), request)
 
     def finish(self, request: Request, reason: EndReason) -> None:
         """Removes a request, running or waiting."""
