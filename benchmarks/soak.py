@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
+import gc
 import json
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -80,6 +83,35 @@ class Flaky:
         return Proposal(drafts)
 
 
+class MallocInfo(ctypes.Structure):
+    """`struct mallinfo2` of glibc, in bytes."""
+
+    _NAMES = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _NAMES)
+
+
+class Allocations:
+    """What the process has allocated, every 10 seconds: MiB of malloc in use, and memory blocks of Python's objects.
+
+    Resident memory also holds what malloc keeps for later; it grows when free memory is in pieces, without any leak.
+    """
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[float, float, int]] = []
+        self._started = time.monotonic()
+        self._libc = ctypes.CDLL(None)
+        self._libc.mallinfo2.restype = MallocInfo
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            gc.collect()
+            info = self._libc.mallinfo2()
+            in_use = (info.hblkhd + info.uordblks) / 2**20
+            self.samples.append((round(time.monotonic() - self._started), round(in_use, 3), sys.getallocatedblocks()))
+            time.sleep(10)
+
+
 def serve() -> None:
     """The server; prints its address, and at the end what is left."""
     from specplug import AsyncLLM, hookimpl
@@ -90,6 +122,8 @@ def serve() -> None:
 
     class Speculator(Flaky):
         propose = hookimpl(Flaky.propose)
+
+    allocations = Allocations()
 
     class Watched(AsyncLLM):
         def close(self) -> None:
@@ -102,6 +136,7 @@ def serve() -> None:
                 "preemptions": scheduler.num_preemptions,
                 "faults": dict(self.engine.faults),
                 "steps": self.engine.num_steps,
+                "allocated": allocations.samples,
             }
             print(json.dumps(left), flush=True)
             super().close()
@@ -428,7 +463,7 @@ def main() -> None:
         url = server.stdout.readline().strip()
         report = asyncio.run(run(server, url, known, options.seconds, options.seed))
         left = json.loads(server.stdout.readline())
-        report |= {"left": left, "exit": server.wait(60)}
+        report |= {"allocated": left.pop("allocated"), "left": left, "exit": server.wait(60)}
     finally:
         server.kill()
         server.wait()
@@ -449,7 +484,11 @@ def main() -> None:
         options.json.write_text(json.dumps(report))
     if options.plot is not None:
         plot(report["memory"], options.plot)
-    print(json.dumps({name: value for name, value in report.items() if name not in ("memory", "problems")}, indent=1))
+    print(
+        json.dumps(
+            {name: value for name, value in report.items() if name not in ("memory", "problems", "allocated")}, indent=1
+        )
+    )
     for problem in problems[:20]:
         print("PROBLEM:", problem)
     sys.exit(1 if problems else 0)
