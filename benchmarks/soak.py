@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ class Soak:
         """One client until the end."""
         dice = random.Random(1000 * self.seed + number)
         limits = httpx.Limits(max_keepalive_connections=1)
-        async with httpx.AsyncClient(base_url=self.url, timeout=90, limits=limits) as http:
+        async with httpx.AsyncClient(base_url=self.url, timeout=300, limits=limits) as http:
             actions = (
                 (self.greedy, 40),
                 (self.sampled, 25),
@@ -421,27 +422,33 @@ async def run(
     return {"seconds": seconds, "seed": seed, "counts": dict(soak.counts), "problems": soak.problems, "memory": samples}
 
 
-def growth(samples: list[tuple[float, int]]) -> float:
-    """Bytes by which the last quarter's mean memory exceeds the second quarter's."""
+def growth(samples: Sequence[tuple[float, float]]) -> float:
+    """By how much the last quarter's mean exceeds the second quarter's."""
     quarter = len(samples) // 4
     second, fourth = samples[quarter : 2 * quarter], samples[-quarter:]
     return sum(b for _, b in fourth) / quarter - sum(b for _, b in second) / quarter
 
 
-def plot(samples: list[tuple[float, int]], path: Path) -> None:
-    """Draws the server's memory over time."""
+def plot(samples: list[tuple[float, int]], allocated: list[tuple[float, float, int]], path: Path) -> None:
+    """Draws the server's memory over time: what is resident, what malloc has given out, and the blocks of Python's objects."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 3))
-    axes.plot([seconds / 60 for seconds, _ in samples], [size / 2**20 for _, size in samples])
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("minutes")
-    axes.set_ylabel("resident memory (MiB)")
+    figure, (upper, lower) = pyplot.subplots(2, figsize=(7, 4.5), sharex=True)
+    upper.plot([seconds / 60 for seconds, _ in samples], [size / 2**20 for _, size in samples], label="resident")
+    minutes = [seconds / 60 for seconds, _, _ in allocated]
+    upper.plot(minutes, [size for _, size, _ in allocated], label="in use, of malloc")
+    upper.set_ylim(bottom=0)
+    upper.set_ylabel("MiB")
+    upper.legend(loc="lower right")
+    lower.plot(minutes, [blocks / 1000 for _, _, blocks in allocated], color="C2")
+    lower.set_ylim(bottom=0)
+    lower.set_ylabel("Python's memory\nblocks, thousands")
+    lower.set_xlabel("minutes")
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
@@ -480,10 +487,14 @@ def main() -> None:
         report["growth"] = growth(report["memory"])
         if report["growth"] > 8 * 2**20:
             problems.append(f"memory grew by {report['growth'] / 2**20:.1f} MiB")
+    for name, column in (("malloc", 1), ("objects", 2)):
+        values = [(each[0], each[column]) for each in report["allocated"]]
+        if len(values) >= 40:
+            report[f"growth of {name}"] = growth(values)
     if options.json is not None:
         options.json.write_text(json.dumps(report))
     if options.plot is not None:
-        plot(report["memory"], options.plot)
+        plot(report["memory"], report["allocated"], options.plot)
     print(
         json.dumps(
             {name: value for name, value in report.items() if name not in ("memory", "problems", "allocated")}, indent=1
