@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
+import gc
 import json
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +84,35 @@ class Flaky:
         return Proposal(drafts)
 
 
+class MallocInfo(ctypes.Structure):
+    """`struct mallinfo2` of glibc, in bytes."""
+
+    _NAMES = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _NAMES)
+
+
+class Allocations:
+    """What the process has allocated, every 10 seconds: MiB of malloc in use, and memory blocks of Python's objects.
+
+    Resident memory also holds what malloc keeps for later; it grows when free memory is in pieces, without any leak.
+    """
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[float, float, int]] = []
+        self._started = time.monotonic()
+        self._libc = ctypes.CDLL(None)
+        self._libc.mallinfo2.restype = MallocInfo
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            gc.collect()
+            info = self._libc.mallinfo2()
+            in_use = (info.hblkhd + info.uordblks) / 2**20
+            self.samples.append((round(time.monotonic() - self._started), round(in_use, 3), sys.getallocatedblocks()))
+            time.sleep(10)
+
+
 def serve() -> None:
     """The server; prints its address, and at the end what is left."""
     from specplug import AsyncLLM, hookimpl
@@ -90,6 +123,8 @@ def serve() -> None:
 
     class Speculator(Flaky):
         propose = hookimpl(Flaky.propose)
+
+    allocations = Allocations()
 
     class Watched(AsyncLLM):
         def close(self) -> None:
@@ -102,6 +137,7 @@ def serve() -> None:
                 "preemptions": scheduler.num_preemptions,
                 "faults": dict(self.engine.faults),
                 "steps": self.engine.num_steps,
+                "allocated": allocations.samples,
             }
             print(json.dumps(left), flush=True)
             super().close()
@@ -171,7 +207,7 @@ class Soak:
         """One client until the end."""
         dice = random.Random(1000 * self.seed + number)
         limits = httpx.Limits(max_keepalive_connections=1)
-        async with httpx.AsyncClient(base_url=self.url, timeout=90, limits=limits) as http:
+        async with httpx.AsyncClient(base_url=self.url, timeout=300, limits=limits) as http:
             actions = (
                 (self.greedy, 40),
                 (self.sampled, 25),
@@ -386,27 +422,33 @@ async def run(
     return {"seconds": seconds, "seed": seed, "counts": dict(soak.counts), "problems": soak.problems, "memory": samples}
 
 
-def growth(samples: list[tuple[float, int]]) -> float:
-    """Bytes by which the last quarter's mean memory exceeds the second quarter's."""
+def growth(samples: Sequence[tuple[float, float]]) -> float:
+    """By how much the last quarter's mean exceeds the second quarter's."""
     quarter = len(samples) // 4
     second, fourth = samples[quarter : 2 * quarter], samples[-quarter:]
     return sum(b for _, b in fourth) / quarter - sum(b for _, b in second) / quarter
 
 
-def plot(samples: list[tuple[float, int]], path: Path) -> None:
-    """Draws the server's memory over time."""
+def plot(samples: list[tuple[float, int]], allocated: list[tuple[float, float, int]], path: Path) -> None:
+    """Draws the server's memory over time: what is resident, what malloc has given out, and the blocks of Python's objects."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 3))
-    axes.plot([seconds / 60 for seconds, _ in samples], [size / 2**20 for _, size in samples])
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("minutes")
-    axes.set_ylabel("resident memory (MiB)")
+    figure, (upper, lower) = pyplot.subplots(2, figsize=(7, 4.5), sharex=True)
+    upper.plot([seconds / 60 for seconds, _ in samples], [size / 2**20 for _, size in samples], label="resident")
+    minutes = [seconds / 60 for seconds, _, _ in allocated]
+    upper.plot(minutes, [size for _, size, _ in allocated], label="in use, of malloc")
+    upper.set_ylim(bottom=0)
+    upper.set_ylabel("MiB")
+    upper.legend(loc="lower right")
+    lower.plot(minutes, [blocks / 1000 for _, _, blocks in allocated], color="C2")
+    lower.set_ylim(bottom=0)
+    lower.set_ylabel("Python's memory\nblocks, thousands")
+    lower.set_xlabel("minutes")
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
@@ -428,7 +470,7 @@ def main() -> None:
         url = server.stdout.readline().strip()
         report = asyncio.run(run(server, url, known, options.seconds, options.seed))
         left = json.loads(server.stdout.readline())
-        report |= {"left": left, "exit": server.wait(60)}
+        report |= {"allocated": left.pop("allocated"), "left": left, "exit": server.wait(60)}
     finally:
         server.kill()
         server.wait()
@@ -445,11 +487,19 @@ def main() -> None:
         report["growth"] = growth(report["memory"])
         if report["growth"] > 8 * 2**20:
             problems.append(f"memory grew by {report['growth'] / 2**20:.1f} MiB")
+    for name, column in (("malloc", 1), ("objects", 2)):
+        values = [(each[0], each[column]) for each in report["allocated"]]
+        if len(values) >= 40:
+            report[f"growth of {name}"] = growth(values)
     if options.json is not None:
         options.json.write_text(json.dumps(report))
     if options.plot is not None:
-        plot(report["memory"], options.plot)
-    print(json.dumps({name: value for name, value in report.items() if name not in ("memory", "problems")}, indent=1))
+        plot(report["memory"], report["allocated"], options.plot)
+    print(
+        json.dumps(
+            {name: value for name, value in report.items() if name not in ("memory", "problems", "allocated")}, indent=1
+        )
+    )
     for problem in problems[:20]:
         print("PROBLEM:", problem)
     sys.exit(1 if problems else 0)

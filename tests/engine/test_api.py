@@ -128,7 +128,7 @@ def test_the_last_seed_has_no_successor(words: LLM) -> None:
     assert [len(output.token_ids) for output in outputs] == [4, 4]
 
 
-@pytest.mark.parametrize("name", ["priority", "tokenization_kwargs"])
+@pytest.mark.parametrize("name", ["mm_processor_kwargs", "tokenization_kwargs"])
 def test_arguments_without_a_meaning_here(words: LLM, name: str) -> None:
     for call in (words.generate, words.chat):
         with pytest.raises(RequestError, match=f"{name} is not supported"):

@@ -96,7 +96,7 @@ def test_a_tree_sees_ancestors_by_depth_and_window() -> None:
     assert seen == [[3, 4, 5], [4, 5, 6], [4, 5, 7], [5, 6, 8], [6, 8, 9]]
 
 
-def make_request(number: int, length: int, max_tokens: int = 8) -> Request:
+def make_request(number: int, length: int, max_tokens: int = 8, priority: int = 0) -> Request:
     randomness = RowRandomness(EngineRandomness(0, torch.device("cpu")), number, None)
     return Request(
         id=str(number),
@@ -106,6 +106,7 @@ def make_request(number: int, length: int, max_tokens: int = 8) -> Request:
         params=SamplingParams(max_tokens=max_tokens),
         stop_ids=frozenset(),
         randomness=randomness,
+        priority=priority,
     )
 
 
@@ -130,6 +131,30 @@ def test_long_prompts_go_in_chunks_beside_decoding_rows() -> None:
     assert advance(scheduler) == [("0", 1, True), ("1", 1, True)]
 
 
+def test_a_short_prompt_does_not_wait_for_the_long_ones_before_it() -> None:
+    scheduler = Scheduler(128, 4, max_num_seqs=8, max_num_batched_tokens=16, lookahead=0)
+    for number in range(4):
+        scheduler.add(make_request(number, 60))
+    assert advance(scheduler) == [("0", 16, False)]
+    scheduler.add(make_request(4, 3, max_tokens=2))
+    scheduler.add(make_request(5, 2, max_tokens=2))
+    assert advance(scheduler) == [("0", 12, False), ("4", 3, True), ("5", 1, False)]
+    assert advance(scheduler) == [("0", 14, False), ("4", 1, True), ("5", 1, True)]
+    assert advance(scheduler) == [("0", 15, False), ("5", 1, True)]
+    assert advance(scheduler) == [("0", 3, True), ("1", 13, False)]
+
+
+def test_a_stream_of_short_prompts_does_not_stop_a_long_one() -> None:
+    scheduler = Scheduler(128, 4, max_num_seqs=8, max_num_batched_tokens=16, lookahead=0)
+    scheduler.add(make_request(0, 120, max_tokens=1))
+    for step in range(100):
+        for number in range(3):
+            scheduler.add(make_request(1 + 3 * step + number, 4, max_tokens=1))
+        if any(samples and name == "0" for name, _, samples in advance(scheduler)):
+            break
+    assert step <= 120 // 12
+
+
 def test_first_come_first_served_and_the_youngest_is_preempted() -> None:
     scheduler = Scheduler(6, 4, max_num_seqs=4, max_num_batched_tokens=64, lookahead=0)
     for number in range(3):
@@ -149,11 +174,43 @@ def test_first_come_first_served_and_the_youngest_is_preempted() -> None:
     assert [request_id for request_id, reason in reasons if reason == "finished"] == ["0", "1", "2"]
 
 
+def test_lower_priorities_start_first_and_equal_ones_as_they_came() -> None:
+    scheduler = Scheduler(64, 4, max_num_seqs=1, max_num_batched_tokens=16, lookahead=0)
+    for number, priority in enumerate([0, 5, -1, 5, 0, -1]):
+        scheduler.add(make_request(number, 3, max_tokens=2, priority=priority))
+    order = [advance(scheduler)[0][0] for _ in range(12)]
+    assert order[::2] == order[1::2] == ["2", "5", "0", "4", "1", "3"]
+
+
+def test_a_short_prompt_of_a_higher_number_waits_for_the_long_one_before_it() -> None:
+    scheduler = Scheduler(64, 4, max_num_seqs=4, max_num_batched_tokens=16, lookahead=0)
+    scheduler.add(make_request(0, 30, priority=1))
+    scheduler.add(make_request(1, 2, priority=2))
+    assert advance(scheduler) == [("0", 16, False)]
+    scheduler.add(make_request(2, 2, priority=1))
+    assert advance(scheduler) == [("0", 14, True), ("2", 2, True)]
+    assert advance(scheduler) == [("0", 1, True), ("2", 1, True), ("1", 2, True)]
+
+
+def test_the_victim_is_the_latest_row_of_the_highest_number() -> None:
+    scheduler = Scheduler(9, 4, max_num_seqs=4, max_num_batched_tokens=64, lookahead=0)
+    for number, priority in enumerate([1, 2, 2, 1]):
+        scheduler.add(make_request(number, 7, max_tokens=20, priority=priority))
+    while scheduler.has_work:
+        advance(scheduler)
+    ended = [(request.id, reason) for request, _, reason in scheduler.ended]
+    assert ended[:2] == [("2", "preempted"), ("1", "preempted")]
+    assert [name for name, reason in ended if reason == "finished"] == ["0", "3", "1", "2"]
+    assert scheduler.allocator.num_free == 9
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_random_traffic_ends(seed: int) -> None:
     chooser = random.Random(seed)
     scheduler = Scheduler(20, 4, max_num_seqs=3, max_num_batched_tokens=12, lookahead=3)
-    waiting = [make_request(i, chooser.randint(1, 40), chooser.randint(1, 30)) for i in range(30)]
+    waiting = [
+        make_request(i, chooser.randint(1, 40), chooser.randint(1, 30), chooser.randint(0, seed)) for i in range(30)
+    ]
     done = 0
     for _ in range(5000):
         if waiting and chooser.random() < 0.3:

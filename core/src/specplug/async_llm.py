@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import attrs
+
 from specplug.engine.engine import CLOSED
 from specplug.engine.startup import StepReport
 from specplug.engine.thread import EngineThread
@@ -93,6 +95,7 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
         lora_request: Lora = None,
         output_kind: OutputKind = "cumulative",
         timeout: float | None = None,
+        priority: int = 0,
         trace: bool = False,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Generates the completions of one prompt, and yields outputs as tokens are committed.
@@ -107,6 +110,7 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
             output_kind: each output holds everything so far (`cumulative`), what is new (`delta`), or there is a single
                 output at the end (`final_only`). A delta holds only the completions with new tokens.
             timeout: seconds after which the request is aborted.
+            priority: requests with lower numbers come first. Needs `scheduling_policy="priority"`.
             trace: fill in `CompletionOutput.steps`: in each step the draft, what became of it, probabilities and times.
 
         Raises:
@@ -117,24 +121,17 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
             EngineDeadError: the engine has stopped after an error.
         """
         self.check_capacity()
-        encoded = await self.encode(prompt)
+        encoded = [attrs.evolve(each, priority=priority) for each in await self.encode(prompt)]
         if len(encoded) != 1:
             raise RequestError(f"generate takes one prompt, not {len(encoded)}; call it once for each, concurrently")
         request_ids = None if request_id is None else [request_id]
-        streams = await self.submit(
-            encoded,
-            sampling_params,
-            request_ids,
-            lora_request=lora_request,
-            output_kind=output_kind,
-            timeout=timeout,
-            trace=trace,
-        )
+        options: dict[str, Any] = {"output_kind": output_kind, "timeout": timeout, "trace": trace}
+        (stream,) = await self.submit(encoded, sampling_params, request_ids, lora_request=lora_request, **options)
         try:
-            async for output in streams[0]:
+            async for output in stream:
                 yield output
         finally:
-            streams[0].close()
+            stream.close()
 
     async def submit(
         self,

@@ -160,7 +160,8 @@ class Frontend:
         with self._encoding:  # bad words are tokenized too
             for request_id, prompt, param in zip(ids, encoded, params, strict=True):
                 try:
-                    family = self.engine.make_request(request_id, prompt.ids, param, cache_salt=prompt.cache_salt)
+                    options: dict[str, Any] = {"cache_salt": prompt.cache_salt, "priority": prompt.priority}
+                    family = self.engine.make_request(request_id, prompt.ids, param, **options)
                 except RequestError as error:  # callers know their prompts by index, not by request id
                     raise RequestError(prompt.where + str(error).removeprefix(f"request '{request_id}': ")) from error
                 submitted.append(Submission(request_id, prompt.text, family))

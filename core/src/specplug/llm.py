@@ -16,7 +16,7 @@ from specplug.lora.request import LoRARequest
 from specplug.outputs import RequestOutput, StreamedPiece
 from specplug.progress import ProgressBar
 from specplug.sampling.params import SamplingParams
-from specplug.text.prompts import EncodedPrompt, Message, Prompt
+from specplug.text.prompts import EncodedPrompt, Message, Prompt, with_priorities
 
 _MOST_NAMED = 5  # failures that one message names
 
@@ -57,7 +57,7 @@ class LLM(FrontendOwner):
         *,
         use_tqdm: bool | Callable[..., Any] = True,
         lora_request: Lora | Sequence[Lora] = None,
-        priority: None = None,
+        priority: Sequence[int] | None = None,
         tokenization_kwargs: None = None,
         mm_processor_kwargs: None = None,
     ) -> list[RequestOutput]:
@@ -69,7 +69,7 @@ class LLM(FrontendOwner):
             sampling_params: one for all prompts, or one for each; None uses the model's generation_config.
             use_tqdm: show a progress bar on a terminal.
             lora_request: a LoRA adapter for all prompts, or one for each: a `LoRARequest`, or the name of a loaded one.
-            priority: not supported; requests are served first come, first served.
+            priority: an integer for each prompt: those with lower numbers come first. Needs `scheduling_policy="priority"`.
             tokenization_kwargs: not supported; give token ids.
             mm_processor_kwargs: not supported.
 
@@ -79,11 +79,10 @@ class LLM(FrontendOwner):
             GenerationError: some prompts failed during generation; it carries the outputs of all.
         """
         _refuse(
-            priority=priority,
             tokenization_kwargs=tokenization_kwargs,
             mm_processor_kwargs=mm_processor_kwargs,
         )
-        encoded = self._frontend.encode(prompts)
+        encoded = with_priorities(self._frontend.encode(prompts), priority)
         return self._run(encoded, sampling_params, use_tqdm, lora_request)
 
     def chat(
@@ -92,7 +91,7 @@ class LLM(FrontendOwner):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool | Callable[..., Any] = True,
         lora_request: Lora | Sequence[Lora] = None,
-        priority: None = None,
+        priority: Sequence[int] | None = None,
         chat_template: str | None = None,
         chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
@@ -109,7 +108,7 @@ class LLM(FrontendOwner):
             sampling_params: see `generate`.
             use_tqdm: see `generate`.
             lora_request: see `generate`.
-            priority: not supported.
+            priority: see `generate`.
             chat_template: a Jinja template instead of the tokenizer's.
             chat_template_content_format: `auto` or `string`; contents are passed to the template unchanged.
             add_generation_prompt: end with the beginning of a reply.
@@ -123,7 +122,6 @@ class LLM(FrontendOwner):
             RequestError: there is no template, or it cannot render the messages.
         """
         _refuse(
-            priority=priority,
             tokenization_kwargs=tokenization_kwargs,
             mm_processor_kwargs=mm_processor_kwargs,
             chat_template_content_format=(
@@ -137,7 +135,8 @@ class LLM(FrontendOwner):
             "tools": tools,
             **(chat_template_kwargs or {}),
         }
-        return self._run(self._frontend.render(messages, **options), sampling_params, use_tqdm, lora_request)
+        encoded = with_priorities(self._frontend.render(messages, **options), priority)
+        return self._run(encoded, sampling_params, use_tqdm, lora_request)
 
     def stream(
         self,

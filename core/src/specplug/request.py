@@ -58,6 +58,7 @@ class Request:
         forked_from: the row whose blocks it shares, until its first step.
         num_forked_tokens: the computed positions it started with, if it was forked.
         cache_salt: requests with different salts share no cached KV.
+        priority: requests with lower numbers come first.
         adapter: the LoRA adapter that it uses from its first token to its last.
         block_digests: names of its first full KV blocks, as far as they were needed.
         num_cached_tokens: its first tokens that the prefix cache had when it first started; None before that, or without one.
@@ -97,6 +98,7 @@ class Request:
     forked_from: int | None = None
     num_forked_tokens: int = 0
     cache_salt: str | None = None
+    priority: int = 0
     adapter: LoadedAdapter | None = None
     block_digests: list[bytes] = attrs.field(factory=list)
     num_cached_tokens: int | None = None

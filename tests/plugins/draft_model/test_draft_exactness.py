@@ -16,7 +16,7 @@ from support.reference import decisive_prompts
 
 NEW_TOKENS = 16
 ROWS = 8
-BLOCKS = 16
+BLOCKS = 14
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
 TIGHT: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 21, "block_size": 4, "max_model_len": 72}
 DRAFTS = ("llama", "gpt2", "qwen3", "opt", "gemma2", "gpt_neox", "deepseek_v3", "mistral")

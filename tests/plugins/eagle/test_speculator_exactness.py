@@ -30,7 +30,7 @@ from support.reference import decisive_prompts
 
 NEW_TOKENS = 14
 ROWS = 8
-BLOCKS = {"chain": 14, "odd": 15, "dynamic": 17, "authors": 16}
+BLOCKS = {"chain": 13, "odd": 13, "dynamic": 13, "authors": 16}
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
 
 

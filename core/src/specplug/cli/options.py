@@ -109,6 +109,11 @@ _engine = option_group(
         help="Number of processes that share the target, each on a GPU or on a part of the cores.",
     ),
     named(
+        "--scheduling-policy",
+        type=click.Choice(["fcfs", "priority"]),
+        help="Order of requests: first come, first served, or by their priority. [default: fcfs]",
+    ),
+    named(
         "--enable-prefix-caching/--no-enable-prefix-caching",
         default=None,
         help="Keep the KV of prompts for requests that begin alike. [default: yes]",

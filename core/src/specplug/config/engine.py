@@ -123,6 +123,7 @@ class EngineConfig:
         block_size: tokens of a KV block.
         tensor_parallel_size: how many processes share the target's weights and KV cache, each on a GPU of its own or with its
             share of the cores.
+        scheduling_policy: the order in which requests are served: `fcfs` (first come, first served) or `priority`.
         enable_prefix_caching: whether KV is kept for later requests that begin with the same tokens.
         memory: bytes that everything together may use, on each rank; None takes a share of what is free.
         seed: of the engine's random streams.
@@ -160,6 +161,7 @@ class EngineConfig:
     max_num_draft_tokens: int | None = attrs.field(default=None, **_POSITIVE_OR_NONE)
     block_size: int = attrs.field(default=16, **_POSITIVE)
     tensor_parallel_size: int = attrs.field(default=1, **_POSITIVE)
+    scheduling_policy: str = attrs.field(default="fcfs", **one_of(("fcfs", "priority"), ConfigurationError))
     enable_prefix_caching: bool = attrs.field(default=True, converter=_on_by_default, validator=_FLAG["validator"])
     memory: int | None = attrs.field(default=None, converter=attrs.converters.optional(parse_bytes))
     seed: int = attrs.field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from specplug.contract.verification import Verdict
 from specplug.engine.commit import clear_kv, commit_tokens, kv_moves, score_output, score_prompts
@@ -119,7 +120,7 @@ class Engine:
     # ---- requests -------------------------------------------------------------------------------------------------
 
     def add_request(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, cache_salt: str | None = None
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, **options: Any
     ) -> list[Request]:
         """Queues a request. With `n` completions, the others are forked from the first once its prompt is computed.
 
@@ -127,17 +128,23 @@ class Engine:
             request_id: the caller's name for it.
             prompt_ids: the prompt.
             params: sampling parameters.
-            cache_salt: it shares cached KV only with requests of the same salt.
+            options: `cache_salt` (it shares cached KV only with requests of the same salt), and `priority`.
 
         Raises:
             RequestError: the request can never be served; the message says why.
         """
-        family = self.make_request(request_id, prompt_ids, params, cache_salt=cache_salt)
+        family = self.make_request(request_id, prompt_ids, params, **options)
         self.submit([family])
         return family
 
     def make_request(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, cache_salt: str | None = None
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        cache_salt: str | None = None,
+        priority: int = 0,
     ) -> list[Request]:
         """The sequences of a request, checked but not queued; never waits for a step.
 
@@ -146,7 +153,7 @@ class Engine:
         """
         self._check_open()
         with own_torch_state():
-            return self._requests.make(request_id, prompt_ids, params, cache_salt)
+            return self._requests.make(request_id, prompt_ids, params, cache_salt, priority)
 
     def submit(self, families: Sequence[list[Request]]) -> None:
         """Queues requests, all at once."""

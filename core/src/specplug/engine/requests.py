@@ -19,6 +19,7 @@ from specplug.sampling.rules import LogitsRules
 from specplug.text.bad_words import bad_word_ids
 from specplug.text.prompts import check_cache_salt, token_ids
 from specplug.text.stream import TextStream
+from specplug.values import is_integer, shown
 
 
 class RequestFactory:
@@ -31,6 +32,7 @@ class RequestFactory:
         randomness: the engine's random streams.
         tokenizer: returns the tokenizer, or None.
         device: the device of the logits.
+        scheduling_policy: whether requests may have priorities: `fcfs` or `priority`.
 
     Attributes:
         vocab_size: how many token ids the target has.
@@ -44,6 +46,7 @@ class RequestFactory:
         randomness: EngineRandomness,
         tokenizer: Callable[[], Any],
         device: torch.device,
+        scheduling_policy: str,
     ) -> None:
         self._plan = plan
         self.vocab_size = architecture.vocab_size
@@ -51,11 +54,17 @@ class RequestFactory:
         self._randomness = randomness
         self._tokenizer = tokenizer
         self._device = device
+        self._has_priorities = scheduling_policy == "priority"
         self._context_note = architecture.context_note
         self._numbers = itertools.count()
 
     def make(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, cache_salt: str | None = None
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        cache_salt: str | None = None,
+        priority: int = 0,
     ) -> list[Request]:
         """The sequences of a request, one per completion. All but the first are forked from the first.
 
@@ -72,6 +81,7 @@ class RequestFactory:
             check_cache_salt(cache_salt)
         except RequestError as error:
             raise RequestError(f"request '{request_id}': {error}") from error
+        self._check_priority(request_id, priority)
         room = self._plan.max_model_len - len(ids)
         limit = min(params.max_tokens or room, room)
         params = attrs.evolve(params, max_tokens=limit, min_tokens=min(params.min_tokens, limit))
@@ -81,6 +91,7 @@ class RequestFactory:
         family[0].fork_group = family[1:]
         for request in family:
             request.cache_salt = cache_salt
+            request.priority = priority
         return family
 
     def _request(
@@ -161,6 +172,15 @@ class RequestFactory:
         if self._plan.limited_by == "max_model_len":
             return "shorten it, or start with a larger max_model_len"
         return f"shorten it, or start with more memory (the KV cache holds {self._plan.num_kv_tokens:,} tokens)"
+
+    def _check_priority(self, request_id: str, priority: int) -> None:
+        if not is_integer(priority):
+            raise RequestError(f"request '{request_id}': priority={shown(priority)}: expected an integer")
+        if priority and not self._has_priorities:
+            raise RequestError(
+                f"request '{request_id}': priority={priority}: requests are served first come, first served; start with "
+                "scheduling_policy='priority'"
+            )
 
     def _check_ids(self, request_id: str, params: SamplingParams) -> None:
         for name in ("allowed_token_ids", "logit_bias", "stop_token_ids"):

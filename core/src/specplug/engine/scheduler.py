@@ -1,15 +1,21 @@
 """Chooses the rows of each step and allocates their KV blocks. Does not know models or speculators.
 
-First come, first served. A row's pending tokens (one while decoding, a chunk while prefilling) and its draft share one
-token budget per step. When blocks run out, unused reservations are released first. Then the youngest row is preempted:
-it releases its blocks and is recomputed later.
+First come, first served, but short prompts have a quarter of the tokens that a step has for prompts: they do not wait for all
+the long ones before them. A row's pending tokens (one while decoding, a chunk while prefilling) and its draft share one token
+budget per step. When blocks run out, unused reservations are released first. Then the youngest row is preempted: it releases
+its blocks and is recomputed later.
+
+All that holds among requests of one priority. Those with a lower number come before all others, and are preempted last.
 """
 
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import attrs
@@ -21,6 +27,11 @@ from specplug.request import Request
 
 if TYPE_CHECKING:
     from specplug.speculation.draft import Draft
+
+_SHORT = 4
+"""A prompt that fits into this part of a step is short, and short ones have this part of a step to themselves."""
+_PRIORITY = attrgetter("priority")
+_MOST_LOOKED_AT = 256  # waiting requests among which short ones are looked for
 
 
 @attrs.frozen(eq=False)
@@ -86,17 +97,26 @@ class Scheduler:
             yield from request.fork_group
 
     def add(self, request: Request) -> None:
-        """Queues a request."""
-        self.waiting.append(request)
+        """Queues a request after those of its priority."""
+        self.waiting.insert(bisect_right(self.waiting, request.priority, key=_PRIORITY), request)
 
     def schedule(self) -> list[ScheduledRow]:
         """Chooses the rows of the next step and allocates blocks for their tokens."""
         rows: list[ScheduledRow] = []
         budget = self.max_num_batched_tokens
+        kept: int | None = None  # tokens for short prompts, decided where the first long one needs some
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
             count = min(request.num_pending, budget)
+            if count > 1:
+                left = budget - sum(map(self._needs, self.running[index + 1 :]))
+                least = 1 if kept is None else 0
+                kept = self._kept_for_short(left, request.priority) if kept is None else kept
+                count = min(count, max(left - kept, least))
+                if count == 0:
+                    index += 1
+                    continue
             whole = count == request.num_pending
             if not whole or not self._fits(request.draft, budget - count):
                 request.draft = None
@@ -107,8 +127,28 @@ class Scheduler:
             budget -= count + drafts
             index += 1
         if index == len(self.running):
-            self._admit(rows, budget)
+            self._admit(rows, budget, kept)
         return rows
+
+    def _needs(self, request: Request) -> int:
+        """How many tokens a long prompt leaves to a row that started after it."""
+        if request.num_pending == 1:
+            return 1 if request.draft is None else 1 + max(len(request.draft), request.draft.allowed)
+        return request.num_pending if self._is_short(request) else 0
+
+    def _is_short(self, request: Request) -> bool:
+        return len(request.tokens) <= self.max_num_batched_tokens // _SHORT
+
+    def _waiting_short(self, priority: int) -> list[Request]:
+        """Short prompts that wait, of a priority or an earlier one."""
+        first = islice(self.waiting, _MOST_LOOKED_AT)
+        return [request for request in first if request.priority <= priority and self._is_short(request)]
+
+    def _kept_for_short(self, budget: int, priority: int) -> int:
+        """How many of a step's tokens a long prompt leaves to short ones that wait."""
+        if not self._free_slots:
+            return 0
+        return min(sum(len(request.tokens) for request in self._waiting_short(priority)), max(0, budget) // _SHORT)
 
     @staticmethod
     def _fits(draft: Draft | None, budget: int) -> bool:
@@ -118,38 +158,63 @@ class Scheduler:
         """
         return draft is None or max(len(draft), draft.allowed) <= budget
 
-    def _admit(self, rows: list[ScheduledRow], budget: int) -> None:
+    def _admit(self, rows: list[ScheduledRow], budget: int, kept: int | None) -> None:
+        """Starts waiting requests in their order while there are tokens; then short ones, for which `kept` tokens are left."""
         while self.waiting and self._free_slots and budget > 0:
             request = self.waiting[0]
-            hit = NO_HIT if self.prefix_cache is None else self.prefix_cache.find(request, self.allocator)
-            found = len(hit.blocks)
-            needed = self._blocks_for(len(request.tokens) + 1) - found
-            if needed > self.allocator.num_free - self.allocator.count_free(hit.blocks):
+            most = budget
+            if not self._is_short(request):
+                kept = self._kept_for_short(budget, request.priority) if kept is None else kept
+                most = budget - kept
+            if most <= 0:
                 break
-            self.allocator.share(hit.blocks)
-            request.num_computed = found * self.block_size
-            count = min(request.num_pending, budget)
-            blocks = self.allocator.allocate(
-                self._blocks_for(request.num_computed + count) - found,
-                after=hit.blocks[-1] if found else None,
-                expected=max(needed, self._expected_blocks(request) - found),
-            )
-            assert blocks is not None
-            table = BlockTable(self.block_size)
-            table.extend([*hit.blocks, *blocks])
-            self.waiting.popleft()
-            request.num_stored_blocks = found
-            request.stored_by = dict(hit.starts)
-            if self.prefix_cache is not None:
-                self.prefix_cache.count(request, hit)
-            self._start(request, table)
-            rows.append(ScheduledRow(request, count, count == request.num_pending))
+            count = self._try_to_start(request, most, rows)
+            if count == 0:
+                return  # it waits for blocks, which those after it must not take
             budget -= count
+            if kept is not None and self._is_short(request):
+                kept = max(0, kept - count)
+        if not (kept and self.waiting):
+            return
+        for request in self._waiting_short(self.waiting[0].priority):
+            if budget <= 0 or not self._free_slots:
+                return
+            count = self._try_to_start(request, budget, rows)
+            if count == 0:
+                return
+            budget -= count
+
+    def _try_to_start(self, request: Request, most: int, rows: list[ScheduledRow]) -> int:
+        """Gives a waiting request its blocks and up to `most` tokens of a step; returns how many, 0 if blocks are missing."""
+        hit = NO_HIT if self.prefix_cache is None else self.prefix_cache.find(request, self.allocator)
+        found = len(hit.blocks)
+        needed = self._blocks_for(len(request.tokens) + 1) - found
+        if needed > self.allocator.num_free - self.allocator.count_free(hit.blocks):
+            return 0
+        self.allocator.share(hit.blocks)
+        request.num_computed = found * self.block_size
+        count = min(request.num_pending, most)
+        blocks = self.allocator.allocate(
+            self._blocks_for(request.num_computed + count) - found,
+            after=hit.blocks[-1] if found else None,
+            expected=max(needed, self._expected_blocks(request) - found),
+        )
+        assert blocks is not None
+        table = BlockTable(self.block_size)
+        table.extend([*hit.blocks, *blocks])
+        self.waiting.remove(request)
+        request.num_stored_blocks = found
+        request.stored_by = dict(hit.starts)
+        if self.prefix_cache is not None:
+            self.prefix_cache.count(request, hit)
+        self._start(request, table)
+        rows.append(ScheduledRow(request, count, count == request.num_pending))
+        return count
 
     def _start(self, request: Request, table: BlockTable) -> None:
         request.table = table
         request.slot = heapq.heappop(self._free_slots)
-        self.running.append(request)
+        self.running.insert(bisect_right(self.running, request.priority, key=_PRIORITY), request)
 
     def reserve(self, request: Request, num_tokens: int) -> bool:
         """Grows a row's block table to `num_tokens`, if blocks are free; never preempts."""
@@ -187,13 +252,13 @@ class Scheduler:
             self.allocator.release(table.truncate(in_use))
 
     def preempt(self, request: Request) -> None:
-        """Releases a running row's slot and blocks; it is recomputed from the head of the queue."""
+        """Releases a running row's slot and blocks; it is recomputed before others of its priority."""
         self.num_preemptions += 1
         self._leave(request, "preempted")
         request.num_computed = 0
         request.draft = None
         request.outcome = None
-        self.waiting.appendleft(request)
+        self.waiting.insert(bisect_left(self.waiting, request.priority, key=_PRIORITY), request)
 
     def finish(self, request: Request, reason: EndReason) -> None:
         """Removes a request, running or waiting."""

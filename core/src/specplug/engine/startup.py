@@ -296,7 +296,9 @@ def _assemble(
         shared_caches=shared,
         chain=chain,
         states=states,
-        requests=RequestFactory(plan, architecture, ends, randomness, tokenizer, planned.device),
+        requests=RequestFactory(
+            plan, architecture, ends, randomness, tokenizer, planned.device, config.scheduling_policy
+        ),
         verification=Verification(
             planned.registry, chain.speculators, workspace, architecture.vocab_size, strict=config.strict
         ),

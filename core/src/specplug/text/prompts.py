@@ -12,7 +12,7 @@ import attrs
 from specplug.errors import RequestError
 from specplug.model.load.checkpoint import resolve_checkpoint
 from specplug.model.load.tokenizer import required_tokenizer
-from specplug.values import text_fault, to_python
+from specplug.values import shown, text_fault, to_python
 
 _MEDIA = ("image", "audio", "video", "media", "multi_modal", "multimodal", "pixel")
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -67,12 +67,14 @@ class EncodedPrompt:
         text: its text, if it was given as text or rendered from messages.
         ids: its token ids.
         cache_salt: with which prompts it shares cached KV, if it says so: those with the same salt.
+        priority: prompts with lower numbers come first.
     """
 
     where: str
     text: str | None
     ids: list[int]
     cache_salt: str | None = None
+    priority: int = 0
 
 
 def encode_prompts(prompts: Prompt | Iterable[Prompt], tokenizer: LazyTokenizer) -> list[EncodedPrompt]:
@@ -113,6 +115,22 @@ def render_chats(
     return _each(
         "messages", messages, lambda where, each: EncodedPrompt(where, *render_chat(each, tokenizer, **options))
     )
+
+
+def with_priorities(encoded: list[EncodedPrompt], priorities: Sequence[int] | None) -> list[EncodedPrompt]:
+    """Prompts with a priority each, or none.
+
+    Raises:
+        RequestError: it is no list with one for each prompt.
+    """
+    if priorities is None:
+        return encoded
+    given: Any = to_python(priorities)
+    if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
+        raise RequestError(f"priority={shown(given)}: expected a list with an integer for each prompt")
+    if len(given) != len(encoded):
+        raise RequestError(f"{len(given)} priorities for {len(encoded)} prompts; give one for each")
+    return [attrs.evolve(prompt, priority=each) for prompt, each in zip(encoded, given, strict=True)]
 
 
 def _each(name: str, values: Sequence[Any], encode: Callable[[str, Any], EncodedPrompt]) -> list[EncodedPrompt]:

@@ -27,6 +27,7 @@ async def start(
     kind: OutputKind,
     timeout: float | None,
     cache_salt: str | None,
+    priority: int | None = None,
     adapter: str | None = None,
     trace: bool = False,
 ) -> list[RequestStream]:
@@ -38,7 +39,7 @@ async def start(
     limits = [each for each in (timeout, state.settings.request_timeout) if each is not None]
     try:
         return await state.ready_engine.submit(
-            [attrs.evolve(prompt, cache_salt=cache_salt) for prompt in prompts],
+            [attrs.evolve(prompt, cache_salt=cache_salt, priority=priority or 0) for prompt in prompts],
             params,
             names,
             lora_request=adapter,

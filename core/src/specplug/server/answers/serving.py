@@ -75,6 +75,7 @@ async def serve(
                         kind="delta" if body.stream else "final_only",
                         timeout=body.timeout,
                         cache_salt=body.cache_salt,
+                        priority=body.priority,
                         adapter=state.adapter_of(model),
                     )
                 )

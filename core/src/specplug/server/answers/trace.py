@@ -78,6 +78,7 @@ async def create_trace(state: ServerState, body: TraceBody, request: Request) ->
                         kind="delta",
                         timeout=body.timeout,
                         cache_salt=body.cache_salt,
+                        priority=body.priority,
                         adapter=state.adapter_of(model),
                         trace=True,
                     )

@@ -55,7 +55,6 @@ class SamplingBody(Body):
         "logits_processors": (),
         "kv_transfer_params": (),
         "vllm_xargs": (),
-        "priority": (0,),
     }
 
     model: str | None = None
@@ -83,6 +82,7 @@ class SamplingBody(Body):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     cache_salt: _NAME | None = None
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
     request_id: _NAME | None = None
     timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     user: str | None = None
