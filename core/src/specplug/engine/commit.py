@@ -36,7 +36,7 @@ def commit_tokens(request: Request, path: Sequence[int], next_token: int, total:
     except Exception as error:  # the tokenizer fails on its own ids
         request.fail(error)
     taken = len(request.tokens) - before
-    nodes, method = (0, "") if draft is None else (len(draft.tokens), draft.method)
+    nodes, method = (0, "") if draft is None else (len(draft), draft.method)
     for stats in (request.stats, total):
         stats.record(nodes, min(taken, len(path)), method)
     request.outcome = None if draft is None else Outcome(method, nodes, tuple(path), tuple(draft.tokens))

@@ -28,6 +28,7 @@ from specplug.host.loading import allocate_caches, max_nodes_of, row_buckets, wa
 from specplug.lora.registry import AdapterRegistry
 from specplug.model.compile.compiled import compile_step
 from specplug.model.compile.loops import compile_loop
+from specplug.model.device import computes_ahead
 from specplug.model.kv_cache import KVCache
 from specplug.model.load.checkpoint import resolve_checkpoint
 from specplug.model.load.parity import check_parity
@@ -39,6 +40,7 @@ from specplug.model.parallel.ranks import Ranks
 from specplug.model.parallel.runner import LeadingCache, LeadingRunner
 from specplug.model.parallel.torchrun import join_first_rank, launched_rank, meeting_folder
 from specplug.model.parallel.worker import serve_rank
+from specplug.model.pending import PendingTokens
 from specplug.model.runner import ModelRunner
 from specplug.model.torch_state import own_torch_state
 from specplug.plugins.target import LazyModel
@@ -232,6 +234,8 @@ def _allocate(
     rows = (planned.config.max_num_seqs, planned.num_held)
     if ranks is None:
         runner = ModelRunner(model, planned.architecture, KVCache(*size), device, boundaries, rows)
+        if computes_ahead(device):
+            runner.pending = PendingTokens(planned.num_entries, planned.architecture.vocab_size, device)
     else:
         ranks.wait_until_ready()
         cache = LeadingCache(ranks, *size)
@@ -279,6 +283,7 @@ def _assemble(
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_num_draft_tokens=config.max_num_draft_tokens,
         strict=config.strict,
+        pending=runner.pending,
     )
     chain.warmup(_resources(planned, states, caches))
     lock = FairLock()

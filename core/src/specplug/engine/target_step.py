@@ -75,7 +75,7 @@ def _forward_row(row: ScheduledRow) -> ForwardRow:
     tokens = request.tokens[start : start + row.num_tokens]
     tree = None
     if draft is not None:
-        tokens += draft.tokens
+        tokens += draft.input_ids
         if draft.parents is not None:
             tree = TreeMask.from_parents(start, draft.parents)
     held = 1 + (0 if draft is None else len(draft)) if row.samples else 0
