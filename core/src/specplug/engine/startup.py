@@ -245,7 +245,7 @@ def _allocate(
     states = TargetStateStore(
         planned.channels,
         planned.config.max_num_seqs,
-        planned.config.max_num_batched_tokens,
+        planned.max_num_batched_tokens,
         device,
         at_drafts=wants_top_k_at_drafts(planned.speculators),
     )
@@ -280,7 +280,7 @@ def _assemble(
         policy,
         vocab_size=architecture.vocab_size,
         max_model_len=plan.max_model_len,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=planned.max_num_batched_tokens,
         max_num_draft_tokens=config.max_num_draft_tokens,
         strict=config.strict,
         pending=runner.pending,
@@ -309,7 +309,7 @@ def _assemble(
             plan.num_blocks,
             plan.block_size,
             config.max_num_seqs,
-            config.max_num_batched_tokens,
+            planned.max_num_batched_tokens,
             lookahead,
             plan.max_model_len,
             PrefixCache(plan.block_size, _sharers(planned)) if planned.caches_prefixes else None,

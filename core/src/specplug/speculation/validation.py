@@ -104,7 +104,7 @@ def _token_lists(proposal: Proposal) -> list[list[int]]:
     return [row[:length] for row, length in zip(rows, _lengths(proposal, rows), strict=True)]
 
 
-def _lengths(proposal: Proposal, rows: Sequence[Any]) -> list[int]:
+def _lengths(proposal: Proposal, rows: Any) -> list[int]:
     """How many ids of each row count."""
     if proposal.lengths is None:
         return [len(row) for row in rows]
