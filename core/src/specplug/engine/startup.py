@@ -303,7 +303,7 @@ def _assemble(
         states=states,
         requests=RequestFactory(plan, architecture, ends, randomness, tokenizer, planned.device),
         verification=Verification(
-            planned.registry, chain.speculators, workspace, architecture.vocab_size, strict=config.strict
+            planned.registry, chain.speculators, workspace, randomness, architecture.vocab_size, strict=config.strict
         ),
         scheduler=Scheduler(
             plan.num_blocks,

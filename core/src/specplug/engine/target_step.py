@@ -73,6 +73,8 @@ def _forward_row(row: ScheduledRow) -> ForwardRow:
     assert request.table is not None
     start, draft = request.num_computed, request.draft
     tokens = request.tokens[start : start + row.num_tokens]
+    if request.in_flight is not None:
+        tokens.append(request.in_flight)
     tree = None
     if draft is not None:
         tokens += draft.input_ids
