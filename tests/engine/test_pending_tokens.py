@@ -129,12 +129,12 @@ def test_placeholders_become_ids_and_are_read_once_they_are_needed() -> None:
     device = torch.device("cpu")
     pending = PendingTokens(8, vocab_size=50, device=device)
     first, second = pending.put(torch.tensor([[5, 6, 7], [8, 9, 99]]), [3, 2])
-    ids = torch.tensor([1, *first, 2, *second])
+    ids = torch.tensor([1, *first.placeholders, 2, *second.placeholders])
     pending.fill(ids)
     assert ids.tolist() == [1, 5, 6, 7, 2, 8, 9]
     (third,) = pending.put(torch.tensor([[60, 1]]), [2])
     assert (first.read(), second.read(), second.error) == ([5, 6, 7], [8, 9], None)
-    ids = torch.tensor([*third])
+    ids = torch.tensor([*third.placeholders])
     pending.fill(ids)
     assert ids.tolist() == third.read() == [49, 1]
     assert third.error == "draft token 60 is not an id of the target's vocabulary of 50"

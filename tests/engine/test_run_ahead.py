@@ -125,7 +125,7 @@ def test_requests_end_and_fail_alone_while_their_tokens_are_in_flight(folder: Pa
         while engine.has_unfinished_requests:
             step()
         assert rows[0].output_ids == delivered["0"] == expected[0]
-        assert rows[2].error is not None and "NaN" in rows[2].error
+        assert "NaN" in str(rows[2].error)
         assert rows[2].output_ids == delivered["2"] == expected[2][: rows[2].num_output_tokens]
         assert 0 < rows[2].num_output_tokens < 12
         assert_idle(llm)

@@ -206,7 +206,7 @@ class Request:
             self.end("error")
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)  # several per row and step: frozen takes twice as long
 class StepOutput:
     """What one step did for one request.
 

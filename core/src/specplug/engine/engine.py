@@ -222,6 +222,8 @@ class Engine:
             return
         started = time.perf_counter()
         target = run_target(self.runner, self._states, rows)
+        if self.runner.pending is not None:
+            self.runner.pending.fetch()
         self._settle()
         self._deliver()
         if self._runs_ahead(target):
@@ -265,10 +267,11 @@ class Engine:
         assert self.runner.pending is not None
         tokens = self._verification.draw(target.requests, target.logits[: target.offsets[-1]])
         drawn = self.runner.pending.put(tokens[:, None], [1] * len(tokens))
+        self.runner.pending.fetch()
         self._in_flight = list(zip(target.requests, drawn, strict=True))
         for request, token in self._in_flight:
             if not request.is_finished:
-                request.in_flight = token[0]
+                request.in_flight = token.placeholders[0]
         for row in target.rows:
             if not row.request.is_finished:
                 row.request.num_computed += row.num_tokens

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from specplug.speculation.draft import Draft
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)  # several per row and step: frozen takes twice as long
 class ScheduledRow:
     """One row of a step.
 

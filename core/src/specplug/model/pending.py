@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 
-class PendingRow(Sequence[int]):
-    """Some ids of one row. Its elements are placeholders that a forward replaces; `read` gives the ids.
+class PendingRow:
+    """Some ids of one row that the host may not know yet.
 
     Args:
         tokens: whose entries they are.
@@ -30,8 +30,10 @@ class PendingRow(Sequence[int]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> int:  # type: ignore[override]
-        return range(-1 - self.first, -1 - self.first - self._count, -1)[index]
+    @property
+    def placeholders(self) -> range:
+        """What stands for them among the tokens of a forward."""
+        return range(-1 - self.first, -1 - self.first - self._count, -1)
 
     def read(self) -> list[int]:
         """The ids; waits until the device has them."""
@@ -57,6 +59,7 @@ class PendingTokens:
         self._host = torch.zeros(size, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._rows: list[PendingRow] = []
+        self._is_fetched = True
 
     def takes(self, tokens: torch.Tensor) -> bool:
         """Whether a tensor of ids can stay on the device: [rows, K] of integers, there already."""
@@ -73,14 +76,23 @@ class PendingTokens:
         rows, width = tokens.shape
         own = self._ids[: rows * width]
         own.view(rows, width).copy_(tokens)
-        self._host[: rows * width].copy_(own, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record(torch.cuda.current_stream(self.device))
+        self._is_fetched = False
         self._rows = [PendingRow(self, row * width, length) for row, length in enumerate(lengths)]
         return self._rows
 
+    def fetch(self) -> None:
+        """Has the ids copied to the host once the device comes to it; nobody waits. Best called when the device is busy."""
+        if self._is_fetched:
+            return
+        self._is_fetched = True
+        length = max(row.first + len(row) for row in self._rows)
+        self._host[:length].copy_(self._ids[:length], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(self.device))
+
     def settle(self) -> None:
         """Gives every row its ids; waits until the device has them."""
+        self.fetch()
         rows, self._rows = self._rows, []
         if not rows:
             return

@@ -55,9 +55,8 @@ class Draft:
     @property
     def input_ids(self) -> Sequence[int]:
         """What a forward is given: the ids, or placeholders for those that are still on the device (`PendingTokens`)."""
-        if isinstance(self._tokens, PendingRow) and self._tokens.ids is not None:
-            return self.tokens
-        return self._tokens
+        pending = self.pending
+        return self.tokens if pending is None or pending.ids is not None else pending.placeholders
 
     @property
     def is_scored_chain(self) -> bool:
