@@ -15,6 +15,7 @@ import torch
 from specplug import LLM, SamplingParams
 from support.engines import assert_idle, squeeze_blocks
 from support.models import VOCABULARY
+from support.speculators import Oracle, TokenSpeculator, provide
 
 ROWS = 12
 TIGHT: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 16, "block_size": 4, "max_model_len": 96}
@@ -165,3 +166,32 @@ def test_text_is_decoded_while_the_device_computes(folder: Path) -> None:
         while engine.has_unfinished_requests:
             engine.step()
     assert order == ["forward", "forward", "text", "forward", "text", "forward", "text", "text"]
+
+
+@pytest.mark.usefixtures("ahead")
+def test_an_end_is_told_with_the_last_tokens(folder: Path) -> None:
+    """Whoever calls `step` counts ends: each is seen once, and every token has been seen by then."""
+    numbers = random.Random(0)
+    oracle = Oracle([[3 + number % 60 for number in range(90)]], VOCABULARY, 0.7)
+    options = provide(lambda config, target: TokenSpeculator(oracle))
+    for own in ({}, options):
+        with LLM(folder, memory="32MiB", strict=True, max_num_seqs=4, **own) as llm:
+            engine: Any = llm.engine
+            lengths = [numbers.randint(1, 9) for _ in range(12)]
+            for number, length in enumerate(lengths):
+                engine.add_request(
+                    str(number), [3 + number, 4], SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+                )
+            seen: dict[str, list[int]] = {str(number): [] for number in range(12)}
+            ended = []
+            while engine.has_unfinished_requests:
+                outputs = engine.step()
+                assert len({output.request.id for output in outputs}) == len(outputs)
+                for output in outputs:
+                    seen[output.request.id] += output.new_tokens
+                    assert len(output.texts) == len(output.new_tokens)
+                    if output.request.is_finished:
+                        ended.append(output.request.id)
+                        assert seen[output.request.id] == output.request.output_ids
+            assert sorted(ended) == sorted(seen)
+            assert [len(tokens) for tokens in seen.values()] == lengths

@@ -208,7 +208,7 @@ class Request:
 
 @attrs.define(eq=False)  # several per row and step: frozen takes twice as long
 class StepOutput:
-    """What one step did for one request.
+    """What a step committed for one request: on a GPU also what the step before did, which is delivered meanwhile.
 
     Attributes:
         request: the request.
@@ -223,3 +223,13 @@ class StepOutput:
     sources: list[str | None]
     texts: list[str]
     trace: StepTrace | None = None
+
+    def joined(self, after: StepOutput) -> StepOutput:
+        """This output and the one after it, as one."""
+        return StepOutput(
+            self.request,
+            self.new_tokens + after.new_tokens,
+            self.sources + after.sources,
+            self.texts + after.texts,
+            after.trace,
+        )

@@ -6,9 +6,10 @@ import time
 from collections.abc import Collection, Sequence
 
 from specplug.contract.types import Verdict
-from specplug.engine.commit import Committed, clear_kv, commit_tokens, kv_moves, score_output, score_prompts
+from specplug.engine.commit import clear_kv, commit_tokens, kv_moves, score_output, score_prompts
 from specplug.engine.contention import CoreContention
 from specplug.engine.fair_lock import FairLock
+from specplug.engine.outputs import StepOutputs
 from specplug.engine.planning import PlannedEngine
 from specplug.engine.requests import RequestFactory
 from specplug.engine.scheduler import ScheduledRow, Scheduler
@@ -85,8 +86,7 @@ class Engine:
         self._tracer = Tracer(chain.policy)
         self.lock = lock
         self._contention = CoreContention()
-        self._committed: list[Committed | StepOutput] = []  # not delivered yet
-        self._outputs: list[StepOutput] = []  # delivered in this step
+        self._outputs = StepOutputs(self.stats)
         self._in_flight: list[tuple[Request, PendingRow]] = []  # tokens that were drawn and not committed yet
 
     # ---- speculators ----------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ class Engine:
         self.lock.defer(lambda: self._abort(set(request_ids)))
 
     def _abort(self, request_ids: Collection[str], error: str | None = None) -> list[Request]:
-        self._deliver()
+        self._outputs.deliver()
         ended = []
         for request in list(self.scheduler.requests()):
             if request.id not in request_ids:
@@ -212,20 +212,19 @@ class Engine:
             except BaseException:
                 self._recover()
                 raise
-            outputs, self._outputs = self._outputs, []
-            return outputs
+            return self._outputs.take()
 
     def _advance(self) -> None:
         rows = self._schedule()
         if not rows:
-            self._deliver()
+            self._outputs.deliver()
             return
         started = time.perf_counter()
         target = run_target(self.runner, self._states, rows)
         if self.runner.pending is not None:
             self.runner.pending.fetch()
         self._settle()
-        self._deliver()
+        self._outputs.deliver()
         if self._runs_ahead(target):
             self._draw_ahead(target)
         else:
@@ -237,8 +236,12 @@ class Engine:
             self._propose(rows)
             if self._tracer.is_tracing:
                 self._tracer.end_step(target, decoding, seconds, time.perf_counter() - started)
-            if self.runner.pending is None or not self.scheduler.has_work:
-                self._deliver()
+            if (
+                self.runner.pending is None
+                or self._tracer.is_tracing
+                or any(entry.request.is_finished for entry in self._committed)
+            ):
+                self._outputs.deliver()
         self.num_steps += 1
         self._contention.observe()
 
@@ -287,21 +290,12 @@ class Engine:
             (drawn,) = token.read()
             if token.error is not None:
                 request.fail(ModelOutputError(nan_message(request.id, len(request.tokens))))
-                self._committed.append(StepOutput(request, [], [], []))
+                self._outputs.add(StepOutput(request, [], [], []))
             else:
-                self._committed.append(commit_tokens(request, (), drawn))
+                self._outputs.add(commit_tokens(request, (), drawn))
                 self.num_generated_tokens += 1
             if request.is_finished:
                 self._finish(request)
-
-    def _deliver(self) -> None:
-        """Counts what was committed, decodes its text, and hands it to whoever listens."""
-        committed, self._committed = self._committed, []
-        for entry in committed:
-            output = entry.deliver(self.stats) if isinstance(entry, Committed) else entry
-            self._outputs.append(output)
-            if output.request.listener is not None:
-                output.request.listener.add(output)
 
     def _commit(self, target: TargetStep, verdict: Verdict) -> None:
         """Appends accepted tokens, makes their KV contiguous, and ends rows that are done."""
@@ -318,7 +312,7 @@ class Engine:
             if request.slot < 0:  # its last token, known by now, was the one before this step
                 continue
             if request.is_finished:  # verification or scoring failed for it
-                self._committed.append(StepOutput(request, [], [], []))
+                self._outputs.add(StepOutput(request, [], [], []))
             elif row.samples:
                 packed += [first + row.num_tokens + node for node in path]
                 if self._states.at_drafts and request.draft is not None:
@@ -332,9 +326,9 @@ class Engine:
                 if request.is_traced:
                     entries = target.logits[entry : entry + 1 + (0 if draft is None else len(draft))]
                     output = committed.deliver(self.stats)
-                    self._committed.append(self._tracer.record(output, draft, path, entries, row.num_tokens))
+                    self._outputs.add(self._tracer.record(output, draft, path, entries, row.num_tokens))
                 else:
-                    self._committed.append(committed)
+                    self._outputs.add(committed)
             request.num_computed = start + len(packed)
             final[request.slot] = (range(start, request.num_computed), packed)
         if moves:
@@ -402,10 +396,12 @@ class Engine:
             if not request.is_finished:
                 self.scheduler.preempt(request)
                 continue
-            if all(entry.request is not request for entry in (*self._committed, *self._outputs)):  # it had none yet
-                self._committed.append(StepOutput(request, [], [], []))
+            if all(
+                entry.request is not request for entry in (*self._committed, *self._outputs.values())
+            ):  # it had none yet
+                self._outputs.add(StepOutput(request, [], [], []))
             self._finish(request)
-        self._deliver()
+        self._outputs.deliver()
 
     # ---- the end --------------------------------------------------------------------------------------------------
 

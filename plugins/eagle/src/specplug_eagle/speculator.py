@@ -140,11 +140,8 @@ class EagleSpeculator:
             if self._loop is not None and not self._samples(batch):
                 drafting = [place for place in entries if batch.rows[place].budget.max_nodes]
                 rows = [batch.rows[place] for place in drafting]
-                if (
-                    not batch.uses_scores
-                    and len(drafting) == len(batch.rows)
-                    and self._loop.takes(list(entries.values()))
-                ):
+                is_all = 0 < len(drafting) == len(batch.rows)
+                if is_all and not batch.uses_scores and self._loop.takes(list(entries.values())):
                     tokens, lengths = self._loop.tokens(rows, list(entries.values()))
                     return Proposal(tokens, lengths=lengths)
                 found = self._loop.draft(rows, [entries.pop(place) for place in drafting])
