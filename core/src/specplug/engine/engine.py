@@ -86,7 +86,7 @@ class Engine:
         self._tracer = Tracer(chain.policy)
         self.lock = lock
         self._contention = CoreContention()
-        self._outputs = StepOutputs(self.stats)
+        self._outputs = StepOutputs()
         self._in_flight: list[tuple[Request, PendingRow]] = []  # tokens that were drawn and not committed yet
 
     # ---- speculators ----------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ class Engine:
         self.lock.defer(lambda: self._abort(set(request_ids)))
 
     def _abort(self, request_ids: Collection[str], error: str | None = None) -> list[Request]:
-        self._outputs.deliver()
+        self._outputs.deliver(self.stats)
         ended = []
         for request in list(self.scheduler.requests()):
             if request.id not in request_ids:
@@ -217,14 +217,14 @@ class Engine:
     def _advance(self) -> None:
         rows = self._schedule()
         if not rows:
-            self._outputs.deliver()
+            self._outputs.deliver(self.stats)
             return
         started = time.perf_counter()
         target = run_target(self.runner, self._states, rows)
         if self.runner.pending is not None:
             self.runner.pending.fetch()
         self._settle()
-        self._outputs.deliver()
+        self._outputs.deliver(self.stats)
         if self._runs_ahead(target):
             self._draw_ahead(target)
         else:
@@ -236,12 +236,8 @@ class Engine:
             self._propose(rows)
             if self._tracer.is_tracing:
                 self._tracer.end_step(target, decoding, seconds, time.perf_counter() - started)
-            if (
-                self.runner.pending is None
-                or self._tracer.is_tracing
-                or any(entry.request.is_finished for entry in self._committed)
-            ):
-                self._outputs.deliver()
+            if self.runner.pending is None or self._tracer.is_tracing or self._outputs.has_ended:
+                self._outputs.deliver(self.stats)
         self.num_steps += 1
         self._contention.observe()
 
@@ -396,12 +392,10 @@ class Engine:
             if not request.is_finished:
                 self.scheduler.preempt(request)
                 continue
-            if all(
-                entry.request is not request for entry in (*self._committed, *self._outputs.values())
-            ):  # it had none yet
+            if not self._outputs.has(request):  # interrupted before it had one
                 self._outputs.add(StepOutput(request, [], [], []))
             self._finish(request)
-        self._outputs.deliver()
+        self._outputs.deliver(self.stats)
 
     # ---- the end --------------------------------------------------------------------------------------------------
 

@@ -8,14 +8,9 @@ from specplug.stats import SpeculationStats
 
 
 class StepOutputs:
-    """The outputs of the current step. On a GPU those of one step are delivered once the next one's forward runs.
+    """The outputs of the current step. On a GPU those of one step are delivered once the next one's forward runs."""
 
-    Args:
-        stats: the engine's counters.
-    """
-
-    def __init__(self, stats: SpeculationStats) -> None:
-        self._stats = stats
+    def __init__(self) -> None:
         self._committed: list[Committed | StepOutput] = []
         self._delivered: dict[int, StepOutput] = {}  # by the request's number
 
@@ -32,11 +27,15 @@ class StepOutputs:
         """Whether there is an output of a request."""
         return request.number in self._delivered or any(entry.request is request for entry in self._committed)
 
-    def deliver(self) -> None:
-        """Counts what was committed, decodes its text, and hands it to whoever listens."""
+    def deliver(self, total: SpeculationStats) -> None:
+        """Counts what was committed, decodes its text, and hands it to whoever listens.
+
+        Args:
+            total: the engine's counters.
+        """
         committed, self._committed = self._committed, []
         for entry in committed:
-            output = entry.deliver(self._stats) if isinstance(entry, Committed) else entry
+            output = entry.deliver(total) if isinstance(entry, Committed) else entry
             before = self._delivered.get(output.request.number)
             self._delivered[output.request.number] = output if before is None else before.joined(output)
             if output.request.listener is not None:
