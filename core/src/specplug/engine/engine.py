@@ -179,6 +179,7 @@ class Engine:
             if not request.is_finished:
                 request.error = error
                 request.end("abort")
+                self._outputs.drop(request)
                 ended.append(request)
                 if request.listener is not None:
                     request.listener.end(request)

@@ -41,6 +41,10 @@ class StepOutputs:
             if output.request.listener is not None:
                 output.request.listener.add(output)
 
+    def drop(self, request: Request) -> None:
+        """Forgets what would be returned of a request that was aborted; listeners have had it."""
+        self._delivered.pop(request.number, None)
+
     def take(self) -> list[StepOutput]:
         """What was delivered since the last call, one output per request."""
         delivered, self._delivered = self._delivered, {}
