@@ -14,8 +14,8 @@ import torch
 from specplug import LLM, SamplingParams, UnsupportedModelError
 from specplug.config.engine import EngineConfig
 from specplug.engine.planning import plan_engine
+from specplug.model.checks.probe import MOST_HELD
 from specplug.model.kv_cache import BlockTable
-from specplug.model.probe import MOST_HELD
 from specplug.model.recurrent.batch import StateRow
 from specplug.model.recurrent.recurrence import Recurrence
 from specplug.model.recurrent.store import StateStore

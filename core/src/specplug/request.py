@@ -53,6 +53,8 @@ class Request:
         num_computed: positions whose KV is final.
         slot: its row number while it runs; -1 while it waits.
         table: its KV blocks while it runs.
+        in_flight: a placeholder (see `PendingTokens`) for a token that was drawn on the device and is not committed yet; the
+            next forward may run it. None if there is none.
         draft: the draft that the next step verifies.
         outcome: the result of its last draft.
         forked_from: the row whose blocks it shares, until its first step.
@@ -93,6 +95,7 @@ class Request:
     num_computed: int = 0
     slot: int = -1
     table: BlockTable | None = None
+    in_flight: int | None = None
     draft: Draft | None = None
     outcome: Outcome | None = None
     forked_from: int | None = None
@@ -135,8 +138,15 @@ class Request:
 
     @property
     def num_pending(self) -> int:
-        """Committed tokens whose KV is not computed: one while decoding, more while prefilling."""
-        return len(self.tokens) - self.num_computed
+        """Tokens whose KV is not computed: one while decoding, more while prefilling."""
+        return len(self.tokens) + (self.in_flight is not None) - self.num_computed
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the token in flight is the last one that it may have."""
+        limit = self.params.max_tokens
+        assert limit is not None
+        return self.in_flight is not None and self.num_output_tokens + 1 >= limit
 
     @property
     def num_missing_prompt_logprobs(self) -> int:
@@ -198,9 +208,9 @@ class Request:
             self.end("error")
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)  # several per row and step: frozen takes twice as long
 class StepOutput:
-    """What one step did for one request.
+    """What a step committed for one request: on a GPU also what the step before did, which is delivered meanwhile.
 
     Attributes:
         request: the request.
@@ -215,3 +225,13 @@ class StepOutput:
     sources: list[str | None]
     texts: list[str]
     trace: StepTrace | None = None
+
+    def joined(self, after: StepOutput) -> StepOutput:
+        """This output and the one after it, as one."""
+        return StepOutput(
+            self.request,
+            self.new_tokens + after.new_tokens,
+            self.sources + after.sources,
+            self.texts + after.texts,
+            after.trace,
+        )

@@ -279,6 +279,8 @@ class ProposalBatch:
         drafted_top_ids: int64 [M, top_k], the same after each node of the drafts that the last step verified, accepted or
             not; None unless the speculator declares `top_k_at_drafts`.
         drafted_top_probs: float32 [M, top_k], their probabilities, or None.
+        uses_scores: whether `Proposal.scores` have a use: lengths are automatic or limited for all rows together, or a request
+            is traced. Without a use a speculator on a GPU had better leave them out, and give its tokens as a tensor there.
     """
 
     rows: list[ProposalRow]
@@ -288,6 +290,7 @@ class ProposalBatch:
     top_probs: torch.Tensor | None = None
     drafted_top_ids: torch.Tensor | None = None
     drafted_top_probs: torch.Tensor | None = None
+    uses_scores: bool = True
 
 
 @attrs.define(eq=False)
@@ -321,7 +324,8 @@ class Proposal:
 
     Attributes:
         tokens: per row the target ids of its nodes; or an integer tensor [rows, K], alone or with `lengths`. A tensor without
-            elements may have any dtype.
+            elements may have any dtype. Chains in a tensor on the target's GPU, without scores and probs, stay there: the next
+            forward starts before the host has seen them.
         parents: per row, None for a chain, or for each node the index of its parent, -1 for the root. Parents come before
             their children. Tokens `[a, b, c]` with parents `[-1, 0, 0]`: a follows the root, b and c are children of a.
         scores: per row, None or a score for each node of a deterministic draft, non-increasing along a path. In a large batch

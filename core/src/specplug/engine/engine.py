@@ -10,20 +10,24 @@ from specplug.contract.verification import Verdict
 from specplug.engine.commit import clear_kv, commit_tokens, kv_moves, score_output, score_prompts
 from specplug.engine.contention import CoreContention
 from specplug.engine.fair_lock import FairLock
+from specplug.engine.outputs import StepOutputs
 from specplug.engine.planning import PlannedEngine
 from specplug.engine.requests import RequestFactory
 from specplug.engine.scheduler import ScheduledRow, Scheduler
 from specplug.engine.target_step import TargetStep, run_target
 from specplug.engine.trace import Tracer
-from specplug.errors import RequestError
+from specplug.errors import ModelOutputError, RequestError
 from specplug.lora.registry import AdapterRegistry
 from specplug.model.kv_cache import KVCache
+from specplug.model.pending import PendingRow
 from specplug.model.runner import ModelRunner
 from specplug.model.torch_state import own_torch_state
 from specplug.request import Request, StepOutput
+from specplug.sampling.distributions import nan_message
 from specplug.sampling.params import SamplingParams
 from specplug.speculation.chain import SpeculatorChain
 from specplug.speculation.target_states.store import TargetStateStore
+from specplug.speculation.verification.ahead import draws_ahead
 from specplug.speculation.verification.dispatch import Verification
 from specplug.stats import SpeculationStats
 
@@ -83,7 +87,8 @@ class Engine:
         self._tracer = Tracer(chain.policy)
         self.lock = lock
         self._contention = CoreContention()
-        self._outputs: list[StepOutput] = []
+        self._outputs = StepOutputs()
+        self._in_flight: list[tuple[Request, PendingRow]] = []  # tokens that were drawn and not committed yet
 
     # ---- speculators ----------------------------------------------------------------------------------------------
 
@@ -173,6 +178,7 @@ class Engine:
         self.lock.defer(lambda: self._abort(set(request_ids)))
 
     def _abort(self, request_ids: Collection[str], error: str | None = None) -> list[Request]:
+        self._outputs.deliver(self.stats)
         ended = []
         for request in list(self.scheduler.requests()):
             if request.id not in request_ids:
@@ -180,6 +186,7 @@ class Engine:
             if not request.is_finished:
                 request.error = error
                 request.end("abort")
+                self._outputs.drop(request)
                 ended.append(request)
                 if request.listener is not None:
                     request.listener.end(request)
@@ -213,29 +220,86 @@ class Engine:
             except BaseException:
                 self._recover()
                 raise
-            finally:
-                for output in self._outputs:
-                    if output.request.listener is not None:
-                        output.request.listener.add(output)
-                outputs, self._outputs = self._outputs, []
-            return outputs
+            return self._outputs.take()
 
     def _advance(self) -> None:
-        rows = self.scheduler.schedule()
+        rows = self._schedule()
         if not rows:
+            self._outputs.deliver(self.stats)
             return
         started = time.perf_counter()
         target = run_target(self.runner, self._states, rows)
-        verdict = self._verification.verify(target.requests, target.offsets, target.logits[: target.offsets[-1]])
-        self._commit(target, verdict)
-        seconds = time.perf_counter() - started
-        decoding = all(row.samples and row.num_tokens == 1 for row in rows)
-        self.chain.observe([row.request for row in rows], seconds, decoding=decoding)
-        self._propose(rows)
-        if self._tracer.is_tracing:
-            self._tracer.end_step(target, decoding, seconds, time.perf_counter() - started)
+        if self.runner.pending is not None:
+            self.runner.pending.fetch()
+        self._settle()
+        self._outputs.deliver(self.stats)
+        if self._runs_ahead(target):
+            self._draw_ahead(target)
+        else:
+            verdict = self._verification.verify(target.requests, target.offsets, target.logits[: target.offsets[-1]])
+            self._commit(target, verdict)
+            seconds = time.perf_counter() - started
+            decoding = all(row.samples and row.num_tokens == 1 for row in rows)
+            self.chain.observe([row.request for row in rows], seconds, decoding=decoding)
+            self._propose(rows)
+            if self._tracer.is_tracing:
+                self._tracer.end_step(target, decoding, seconds, time.perf_counter() - started)
+            if self.runner.pending is None or self._tracer.is_tracing or self._outputs.has_ended:
+                self._outputs.deliver(self.stats)
         self.num_steps += 1
         self._contention.observe()
+
+    def _schedule(self) -> list[ScheduledRow]:
+        """The rows of the next step. While tokens are in flight they are read first, unless the rows just go on."""
+        rows = self.scheduler.continue_rows() if self._in_flight else None
+        if not rows:
+            self._settle()
+            rows = self.scheduler.schedule()
+        return rows
+
+    def _runs_ahead(self, target: TargetStep) -> bool:
+        """Whether the next step can start before the host knows the tokens of this one: nobody drafts, all rows are plain."""
+        return (
+            self.runner.pending is not None
+            and not self.chain.speculators
+            and self.runner.states is None
+            and self._verification.is_unobserved
+            and bool(target.requests)
+            and not target.scored
+            and all(draws_ahead(request) for request in target.requests)
+        )
+
+    def _draw_ahead(self, target: TargetStep) -> None:
+        """Draws every row's next token on the device, where the next forward takes it from; see `_settle`."""
+        assert self.runner.pending is not None
+        tokens = self._verification.draw(target.requests, target.logits[: target.offsets[-1]])
+        drawn = self.runner.pending.put(tokens[:, None], [1] * len(tokens))
+        self.runner.pending.fetch()
+        self._in_flight = list(zip(target.requests, drawn, strict=True))
+        for request, token in self._in_flight:
+            if not request.is_finished:
+                request.in_flight = token.placeholders[0]
+        for row in target.rows:
+            if not row.request.is_finished:
+                row.request.num_computed += row.num_tokens
+        self._after_forward(target)
+
+    def _settle(self) -> None:
+        """Commits the tokens that were drawn ahead; the device may compute the step after them meanwhile."""
+        in_flight, self._in_flight = self._in_flight, []
+        for request, token in in_flight:
+            if request.in_flight is None:  # it ended meanwhile
+                continue
+            request.in_flight = None
+            (drawn,) = token.read()
+            if token.error is not None:
+                request.fail(ModelOutputError(nan_message(request.id, len(request.tokens))))
+                self._outputs.add(StepOutput(request, [], [], []))
+            else:
+                self._outputs.add(commit_tokens(request, (), drawn))
+                self.num_generated_tokens += 1
+            if request.is_finished:
+                self._finish(request)
 
     def _commit(self, target: TargetStep, verdict: Verdict) -> None:
         """Appends accepted tokens, makes their KV contiguous, and ends rows that are done."""
@@ -249,8 +313,10 @@ class Engine:
             start = request.num_computed
             packed = list(range(first, first + row.num_tokens))
             path, next_token, entry = next(decisions) if row.samples else ((), -1, -1)
+            if request.slot < 0:  # its last token, known by now, was the one before this step
+                continue
             if request.is_finished:  # verification or scoring failed for it
-                self._outputs.append(StepOutput(request, [], [], []))
+                self._outputs.add(StepOutput(request, [], [], []))
             elif row.samples:
                 packed += [first + row.num_tokens + node for node in path]
                 if self._states.at_drafts and request.draft is not None:
@@ -258,22 +324,30 @@ class Engine:
                 moves += kv_moves(request, start + row.num_tokens, path)
                 self.runner.keep(request.slot, path)
                 draft = request.draft
-                output = commit_tokens(request, path, next_token, self.stats)
+                committed = commit_tokens(request, path, next_token)
+                score_output(committed, target.logits, [entry, *(entry + 1 + node for node in path)])
+                self.num_generated_tokens += len(committed.new_tokens)
                 if request.is_traced:
                     entries = target.logits[entry : entry + 1 + (0 if draft is None else len(draft))]
-                    output = self._tracer.record(output, draft, path, entries, row.num_tokens)
-                self.num_generated_tokens += len(output.new_tokens)
-                self._outputs.append(output)
-                score_output(output, target.logits, [entry, *(entry + 1 + node for node in path)])
+                    output = committed.deliver(self.stats)
+                    self._outputs.add(self._tracer.record(output, draft, path, entries, row.num_tokens))
+                else:
+                    self._outputs.add(committed)
             request.num_computed = start + len(packed)
             final[request.slot] = (range(start, request.num_computed), packed)
         if moves:
             self.runner.cache.move([source for source, _ in moves], [destination for _, destination in moves])
         self._states.record(target.captured, final, drafted)
+        self._after_forward(target)
+
+    def _after_forward(self, target: TargetStep) -> None:
+        """Caches full blocks, and takes rows that have ended out of the batch."""
         if self.prefix_cache is not None:
-            self.prefix_cache.store([row.request for row in target.rows], self.scheduler.allocator)
+            self.prefix_cache.store(
+                [row.request for row in target.rows if row.request.slot >= 0], self.scheduler.allocator
+            )
         for row in target.rows:
-            if row.request.is_finished:
+            if row.request.is_finished and row.request.slot >= 0:
                 if row.request.error is None:
                     self._fork_children(row.request)
                 self._finish(row.request)
@@ -321,13 +395,15 @@ class Engine:
     def _recover(self) -> None:
         """After an interrupted step: the KV of all running rows is recomputed, and no committed token is lost."""
         self._tracer.abandon()
+        self._in_flight = []
         for request in reversed(list(self.scheduler.running)):  # each goes to the head of the queue
             if not request.is_finished:
                 self.scheduler.preempt(request)
                 continue
-            if all(output.request is not request for output in self._outputs):  # interrupted before it had one
-                self._outputs.append(StepOutput(request, [], [], []))
+            if not self._outputs.has(request):  # interrupted before it had one
+                self._outputs.add(StepOutput(request, [], [], []))
             self._finish(request)
+        self._outputs.deliver(self.stats)
 
     # ---- the end --------------------------------------------------------------------------------------------------
 

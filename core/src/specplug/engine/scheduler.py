@@ -34,7 +34,7 @@ _PRIORITY = attrgetter("priority")
 _MOST_LOOKED_AT = 256  # waiting requests among which short ones are looked for
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)  # several per row and step: frozen takes twice as long
 class ScheduledRow:
     """One row of a step.
 
@@ -149,6 +149,23 @@ class Scheduler:
         if not self._free_slots:
             return 0
         return min(sum(len(request.tokens) for request in self._waiting_short(priority)), max(0, budget) // _SHORT)
+
+    def continue_rows(self) -> list[ScheduledRow] | None:
+        """The rows of the next step while their tokens are in flight: those that have one, and may have another after it.
+
+        Returns:
+            None if more is to be decided than that: a request can be admitted, a prompt goes on, or blocks are short.
+        """
+        if self.waiting and self._free_slots:
+            return None
+        rows = []
+        for request in self.running:
+            if request.is_ending:
+                continue
+            if request.num_pending > 1 or not self.reserve(request, request.num_computed + 1):
+                return None
+            rows.append(ScheduledRow(request, 1, True))
+        return rows
 
     @staticmethod
     def _fits(draft: Draft | None, budget: int) -> bool:
@@ -275,6 +292,7 @@ class Scheduler:
         self.running.remove(request)
         request.slot = -1
         request.table = None
+        request.in_flight = None
         request.forked_from = None
         request.num_forked_tokens = 0
         request.num_stored_blocks = 0

@@ -28,6 +28,7 @@ from specplug.host.loading import allocate_caches, max_nodes_of, row_buckets, wa
 from specplug.lora.registry import AdapterRegistry
 from specplug.model.compile.compiled import compile_step
 from specplug.model.compile.loops import compile_loop
+from specplug.model.device import computes_ahead
 from specplug.model.kv_cache import KVCache
 from specplug.model.load.checkpoint import resolve_checkpoint
 from specplug.model.load.parity import check_parity
@@ -39,6 +40,7 @@ from specplug.model.parallel.ranks import Ranks
 from specplug.model.parallel.runner import LeadingCache, LeadingRunner
 from specplug.model.parallel.torchrun import join_first_rank, launched_rank, meeting_folder
 from specplug.model.parallel.worker import serve_rank
+from specplug.model.pending import PendingTokens
 from specplug.model.runner import ModelRunner
 from specplug.model.torch_state import own_torch_state
 from specplug.plugins.target import LazyModel
@@ -232,6 +234,8 @@ def _allocate(
     rows = (planned.config.max_num_seqs, planned.num_held)
     if ranks is None:
         runner = ModelRunner(model, planned.architecture, KVCache(*size), device, boundaries, rows)
+        if computes_ahead(device):
+            runner.pending = PendingTokens(planned.num_entries, planned.architecture.vocab_size, device)
     else:
         ranks.wait_until_ready()
         cache = LeadingCache(ranks, *size)
@@ -241,7 +245,7 @@ def _allocate(
     states = TargetStateStore(
         planned.channels,
         planned.config.max_num_seqs,
-        planned.config.max_num_batched_tokens,
+        planned.max_num_batched_tokens,
         device,
         at_drafts=wants_top_k_at_drafts(planned.speculators),
     )
@@ -276,9 +280,10 @@ def _assemble(
         policy,
         vocab_size=architecture.vocab_size,
         max_model_len=plan.max_model_len,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=planned.max_num_batched_tokens,
         max_num_draft_tokens=config.max_num_draft_tokens,
         strict=config.strict,
+        pending=runner.pending,
     )
     chain.warmup(_resources(planned, states, caches))
     lock = FairLock()
@@ -300,13 +305,13 @@ def _assemble(
             plan, architecture, ends, randomness, tokenizer, planned.device, config.scheduling_policy
         ),
         verification=Verification(
-            planned.registry, chain.speculators, workspace, architecture.vocab_size, strict=config.strict
+            planned.registry, chain.speculators, workspace, randomness, architecture.vocab_size, strict=config.strict
         ),
         scheduler=Scheduler(
             plan.num_blocks,
             plan.block_size,
             config.max_num_seqs,
-            config.max_num_batched_tokens,
+            planned.max_num_batched_tokens,
             lookahead,
             plan.max_model_len,
             PrefixCache(plan.block_size, _sharers(planned)) if planned.caches_prefixes else None,

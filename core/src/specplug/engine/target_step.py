@@ -73,9 +73,11 @@ def _forward_row(row: ScheduledRow) -> ForwardRow:
     assert request.table is not None
     start, draft = request.num_computed, request.draft
     tokens = request.tokens[start : start + row.num_tokens]
+    if request.in_flight is not None:
+        tokens.append(request.in_flight)
     tree = None
     if draft is not None:
-        tokens += draft.tokens
+        tokens += draft.input_ids
         if draft.parents is not None:
             tree = TreeMask.from_parents(start, draft.parents)
     held = 1 + (0 if draft is None else len(draft)) if row.samples else 0

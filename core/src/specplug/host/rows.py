@@ -51,6 +51,7 @@ class HostRow:
     forked_from: int | None = None
     num_forked_tokens: int = 0
     stored_by: dict[int, int] = attrs.field(factory=dict)
+    is_traced: bool = False
 
     @property
     def tokens(self) -> TokenView:

@@ -72,6 +72,11 @@ class ForwardBatch:
         return self._tensors[3]
 
     @property
+    def has_placeholders(self) -> bool:
+        """Whether any id is one of `PendingTokens`."""
+        return bool(self._host[0]) and min(self._host[0]) < 0
+
+    @property
     def num_logits(self) -> int:
         """L."""
         return len(self._host[3])

@@ -30,6 +30,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def computes_ahead(device: torch.device) -> bool:
+    """Whether the host goes on while the device computes, so that it pays to leave results there."""
+    return device.type != "cpu"
+
+
 def to_device(
     values: Sequence[int] | Sequence[float], device: torch.device, dtype: torch.dtype = torch.long
 ) -> torch.Tensor:

@@ -16,6 +16,7 @@ from specplug.model.compile.compiled import CompiledStep
 from specplug.model.compile.cuda_graphs import CudaGraphs
 from specplug.model.compile.trace import TensorBatch, tensors_of
 from specplug.model.kv_cache import KVCache
+from specplug.model.pending import PendingTokens
 from specplug.model.recurrent.batch import StateBatch
 from specplug.model.recurrent.memory import TracedRows
 from specplug.model.recurrent.store import StateStore
@@ -42,6 +43,7 @@ class ModelRunner:
         graphs: the same in CUDA graphs.
         adapters: the LoRA adapters that its rows may have; None without any.
         compiled_adapted: its forward as machine code, for batches with adapters.
+        pending: ids that its rows may name before the host knows them; None if they may not.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class ModelRunner:
         self.graphs: CudaGraphs | None = None
         self.adapters: AdapterLayers | None = None
         self.compiled_adapted: CompiledStep | None = None
+        self.pending: PendingTokens | None = None
         for call, keys, values in zip(architecture.calls, cache.keys, cache.values, strict=True):
             site = AttentionSite(keys, values, call.mask.window)
             model.get_submodule(call.module).__dict__[SITE] = site
@@ -89,7 +92,11 @@ class ModelRunner:
         batch = ForwardBatch(rows, self.cache, logits_index)
         segments = None if self.adapters is None else self.adapters.segments(rows)
         with self._states_of(rows) as state_batch:
-            outputs = self._run_compiled(batch, segments, state_batch, lasting=lasting)
+            outputs = self._run_captured(batch, segments, lasting=lasting)
+            if outputs is None:
+                if self.pending is not None and batch.has_placeholders:
+                    self.pending.fill(batch.input_ids[0])
+                outputs = self._run_compiled(batch, segments, state_batch)
             if outputs is None:
                 keep: int | torch.Tensor = 0 if batch.wants_all else batch.logits_index
                 with self._adapters_of(segments):
@@ -99,19 +106,22 @@ class ModelRunner:
                 self.taps.captured = dict(zip(self.taps.boundaries, states, strict=True))
         return logits if logits_index is None else logits[: len(logits_index)]
 
-    def _run_compiled(
-        self, batch: ForwardBatch, segments: torch.Tensor | None, states: StateBatch | None, *, lasting: bool
+    def _run_captured(
+        self, batch: ForwardBatch, segments: torch.Tensor | None, *, lasting: bool
     ) -> Sequence[torch.Tensor] | None:
-        """Logits and captured states, by what was captured or compiled for such a batch; None if nothing was."""
+        """Logits and captured states, by a CUDA graph; None if there is none for such a batch."""
+        return None if self.graphs is None or segments is not None else self.graphs.replay(batch, lasting=lasting)
+
+    def _run_compiled(
+        self, batch: ForwardBatch, segments: torch.Tensor | None, states: StateBatch | None
+    ) -> Sequence[torch.Tensor] | None:
+        """The same, by what was compiled for such a batch; None if nothing was."""
         if segments is not None:
             adapted = self.compiled_adapted
             return None if adapted is None else adapted.over_tensors(*batch.step_inputs, segments)
-        outputs: Sequence[torch.Tensor] | None = None
-        if self.graphs is not None:
-            outputs = self.graphs.replay(batch, lasting=lasting)
-        if outputs is None and self.compiled is not None:
-            outputs = self.compiled.over_tensors(*batch.step_inputs, *([] if states is None else [states.plan]))
-        return outputs
+        if self.compiled is None:
+            return None
+        return self.compiled.over_tensors(*batch.step_inputs, *([] if states is None else [states.plan]))
 
     def _states_of(self, rows: Sequence[ForwardRow]) -> AbstractContextManager[StateBatch | None]:
         return nullcontext() if self.states is None else self.states.running(rows)

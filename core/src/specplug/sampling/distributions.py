@@ -123,6 +123,16 @@ def argmax(logits: torch.Tensor) -> tuple[list[int], int | None]:
     return tokens, next((row for row, value in enumerate(highest) if value != value), None)
 
 
+def argmax_there(logits: torch.Tensor) -> torch.Tensor:
+    """The most likely token of each row of [N, V] as int64 [N] on the device, -1 for a row with NaN; nobody waits for it."""
+    if logits.is_cuda and cuda.works_on(logits.device):
+        from specplug.native.gpu.argmax import argmax_there as gpu_argmax_there
+
+        return gpu_argmax_there(logits)
+    values, indices = logits.max(dim=-1)
+    return torch.where(values.isnan(), -1, indices)
+
+
 def nan_message(request: str, num_tokens: int) -> str:
     """The error message for NaN logits."""
     return (

@@ -14,6 +14,7 @@ from typing import Any
 from specplug.contract.resources import Resources
 from specplug.contract.types import Budget, EndReason, Outcome, ProposalBatch, ProposalRow
 from specplug.errors import PluginError, SpecplugError
+from specplug.model.pending import PendingRow, PendingTokens
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.speculation.deadline import NotReturnedError
 from specplug.speculation.draft import trim_drafts
@@ -43,7 +44,11 @@ class SpeculatorChain:
         max_num_batched_tokens: int,
         max_num_draft_tokens: int | None,
         strict: bool,
+        pending: PendingTokens | None = None,
     ) -> None:
+        self._pending = pending
+        self._left: list[tuple[ChainLink, list[Row], list[PendingRow]]] = []  # on the device, and not checked yet
+        self._uses_scores = policy.uses_scores or max_num_draft_tokens is not None or pending is None
         self._links = [ChainLink(speculator) for speculator in speculators]
         self._states = states
         self.policy = policy
@@ -137,6 +142,7 @@ class SpeculatorChain:
             reserve: `(request, tokens) -> bool`, grows a row's blocks.
             contended: whether other requests wait for a share of the next step's tokens.
         """
+        self._check_left()
         if not self.policy.begin(requests):
             self._states.keep(self._kept_at_rest)
             self._states.end_step()
@@ -163,6 +169,18 @@ class SpeculatorChain:
         for request, draft in zip(requests, drafts, strict=True):
             request.draft = draft if draft is not None and len(draft) else None
         self.policy.end(requests)
+
+    def _check_left(self) -> None:
+        """Ids that stayed on the device have been read by now: were they ids of the target?"""
+        left, self._left = self._left, []
+        for link, requests, rows in left:
+            for row in rows:
+                row.read()
+            error = next((row.error for row in rows if row.error is not None), None)
+            if error is None:
+                link.faults_in_a_row = 0
+            else:
+                self._fault(link, requests, PluginError(error))
 
     def observe(self, requests: Sequence[Row], seconds: float, *, decoding: bool) -> None:
         """Tells the policy what a step took and brought; see `DraftLengthPolicy.observe`."""
@@ -198,7 +216,7 @@ class SpeculatorChain:
         started = time.perf_counter()
         try:
             proposal = link.speculator.propose(batch=batch)
-            drafts = check_proposal(proposal, budgets, link.speculator.method, self._vocab_size)
+            drafts = check_proposal(proposal, budgets, link.speculator.method, self._vocab_size, self._pending)
         except Exception as error:
             self._fault(link, requests, error)
             return None
@@ -207,7 +225,10 @@ class SpeculatorChain:
             link.seconds += elapsed
         if elapsed > _SLOW_SECONDS and not link.is_told_slow:
             self._warn_of_slowness(link, elapsed, budgets)
-        link.faults_in_a_row = 0
+        if left := [draft.pending for draft in drafts if draft is not None and draft.pending is not None]:
+            self._left.append((link, requests, left))
+        else:
+            link.faults_in_a_row = 0
         for request, draft, budget in zip(requests, drafts, budgets, strict=True):
             request.draft = draft
             if draft is not None:
@@ -285,6 +306,7 @@ class SpeculatorChain:
             top_probs=channels[TOP_PROBS][:, :k] if k else None,
             drafted_top_ids=drafted[TOP_IDS][:, :k] if drafted else None,
             drafted_top_probs=drafted[TOP_PROBS][:, :k] if drafted else None,
+            uses_scores=self._uses_scores or any(request.is_traced for request in requests),
         )
 
     def _deliver_drafted(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import attrs
 
 from specplug.contract.types import DraftDistributions
+from specplug.model.pending import PendingRow
 from specplug.plugins.registry import RegisteredSpeculator
 
 
@@ -17,7 +18,8 @@ class Draft:
 
     Attributes:
         method: who proposed it.
-        tokens: target ids of the nodes, parents before children.
+        tokens: target ids of the nodes, parents before children. If they are still on the device, the first look at them
+            waits for them.
         parents: each node's parent, -1 for the root; None for a chain.
         scores: scores of a deterministic tree's nodes, or None.
         probs: what the nodes were drawn from, or None for a deterministic draft.
@@ -27,7 +29,7 @@ class Draft:
     """
 
     method: str
-    tokens: list[int]
+    _tokens: list[int] | PendingRow
     parents: list[int] | None = None
     scores: list[float] | None = None
     probs: DraftDistributions | None = None
@@ -36,7 +38,25 @@ class Draft:
     proposed: int = 0
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self._tokens)
+
+    @property
+    def tokens(self) -> list[int]:
+        """See above."""
+        if isinstance(self._tokens, PendingRow):
+            self._tokens = self._tokens.read()
+        return self._tokens
+
+    @property
+    def pending(self) -> PendingRow | None:
+        """The tokens, if the host has not read them yet."""
+        return self._tokens if isinstance(self._tokens, PendingRow) else None
+
+    @property
+    def input_ids(self) -> Sequence[int]:
+        """What a forward is given: the ids, or placeholders for those that are still on the device (`PendingTokens`)."""
+        pending = self.pending
+        return self.tokens if pending is None or pending.ids is not None else pending.placeholders
 
     @property
     def is_scored_chain(self) -> bool:
@@ -50,7 +70,7 @@ class Draft:
 
     def parent_list(self) -> list[int]:
         """Each node's parent, chains included."""
-        return list(range(-1, len(self.tokens) - 1)) if self.parents is None else self.parents
+        return list(range(-1, len(self) - 1)) if self.parents is None else self.parents
 
     def best_chain(self) -> Draft:
         """The path from the root that is expected to be accepted furthest, for an engine that verifies chains only.
@@ -59,7 +79,7 @@ class Draft:
         deepest one, of those the first. Of a sampled tree it is the path of first children: they were drawn from the
         distributions themselves, their siblings from what was left of them.
         """
-        if self.parents is None or not self.tokens:
+        if self.parents is None or not len(self):
             return self
         if self.probs is not None:
             path = self._first_children()
@@ -84,7 +104,7 @@ class Draft:
 
     def keep(self, nodes: Sequence[int]) -> Draft:
         """The draft of an ancestor-closed subset of nodes, given in ascending order."""
-        if len(nodes) == len(self.tokens):
+        if len(nodes) == len(self):
             return self
         new_index = {-1: -1, **{old: new for new, old in enumerate(nodes)}}
         parents = self.parent_list()

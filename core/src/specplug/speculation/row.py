@@ -52,6 +52,8 @@ class Row(Protocol):
     @property
     def num_forked_tokens(self) -> int: ...  # noqa: D102
     @property
+    def is_traced(self) -> bool: ...  # noqa: D102
+    @property
     def randomness(self) -> DraftRandomness: ...  # noqa: D102
 
 

@@ -14,6 +14,7 @@ from specplug.contract.types import Budget, DraftDistributions, Proposal
 from specplug.contract.verification import Verdict
 from specplug.errors import PluginError
 from specplug.model.device import to_device
+from specplug.model.pending import PendingTokens
 from specplug.speculation.draft import Draft, depths_of
 from specplug.values import as_integer, is_integer, shown
 
@@ -21,9 +22,20 @@ _SUM_TOLERANCE = 1e-3
 
 
 def check_proposal(
-    proposal: Proposal | None, budgets: Sequence[Budget], method: str, vocab_size: int
+    proposal: Proposal | None,
+    budgets: Sequence[Budget],
+    method: str,
+    vocab_size: int,
+    pending: PendingTokens | None = None,
 ) -> list[Draft | None]:
     """Turns a proposal into one checked draft per row (None: no draft).
+
+    Args:
+        proposal: what `propose` returned.
+        budgets: of the rows.
+        method: who proposed.
+        vocab_size: of the target.
+        pending: takes ids that may stay on the device. They are checked when the host reads them.
 
     Raises:
         PluginError: the proposal breaks the contract; the message says where.
@@ -32,9 +44,12 @@ def check_proposal(
         return [None] * len(budgets)
     if not isinstance(proposal, Proposal):
         raise PluginError(f"propose returned {type(proposal).__name__}, expected a Proposal or None")
-    rows = _token_lists(proposal)
+    rows: Any = proposal.tokens if _may_stay(proposal, pending) else _token_lists(proposal)
     if len(rows) != len(budgets):
         raise PluginError(f"propose returned {len(rows)} rows for a batch of {len(budgets)}")
+    if isinstance(rows, torch.Tensor):
+        assert pending is not None
+        return _pending_drafts(rows, _lengths(proposal, rows), budgets, method, pending)
     for name in ("parents", "scores", "probs"):
         values = getattr(proposal, name)
         if values is not None and _count(values, f"proposal.{name}") != len(rows):
@@ -87,13 +102,44 @@ def _token_lists(proposal: Proposal) -> list[list[int]]:
             raise PluginError(f"proposal.tokens={shown(tokens)}: expected a list of ids for each row") from None
     if proposal.lengths is None:
         return rows
+    return [row[:length] for row, length in zip(rows, _lengths(proposal, rows), strict=True)]
+
+
+def _lengths(proposal: Proposal, rows: Any) -> list[int]:
+    """How many ids of each row count."""
+    if proposal.lengths is None:
+        return [len(row) for row in rows]
     lengths = _integers(proposal.lengths, "proposal.lengths")
     if len(lengths) != len(rows):
         raise PluginError(f"proposal.lengths has {len(lengths)} entries for {len(rows)} rows of tokens")
     for row, length in enumerate(lengths):
         if not 0 <= length <= len(rows[row]):
             raise PluginError(f"row {row}: proposal.lengths is {length}, and proposal.tokens has {len(rows[row])}")
-    return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+    return lengths
+
+
+def _may_stay(proposal: Proposal, pending: PendingTokens | None) -> bool:
+    """Whether nothing about a proposal needs its ids on the host."""
+    return (
+        pending is not None
+        and isinstance(proposal.tokens, torch.Tensor)
+        and pending.takes(proposal.tokens)
+        and proposal.parents is None
+        and proposal.scores is None
+        and proposal.probs is None
+    )
+
+
+def _pending_drafts(
+    tokens: torch.Tensor, lengths: Sequence[int], budgets: Sequence[Budget], method: str, pending: PendingTokens
+) -> list[Draft | None]:
+    """Chains whose ids stay on the device."""
+    for row, (length, budget) in enumerate(zip(lengths, budgets, strict=True)):
+        if length > min(budget.max_nodes, budget.max_depth):
+            raise PluginError(
+                f"row {row}: a chain of {length} tokens, the budget is {budget.max_nodes}, {budget.max_depth} deep"
+            )
+    return [Draft(method, row) if len(row) else None for row in pending.put(tokens, lengths)]
 
 
 def _count(values: Any, where: str) -> int:

@@ -97,7 +97,7 @@ class Session:
             block_size=plan.block_size,
             max_num_seqs=config.max_num_seqs,
             max_model_len=plan.max_model_len,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=self.engine.scheduler.max_num_batched_tokens,
             num_speculative_tokens=max(map(max_nodes_of, self.engine.chain.speculators)),
             dtype=self.engine.runner.cache.dtype,
             compiled_output_tokens=CAPTURED_TOKENS if self.engine.runner.cache.device.type == "cuda" else 0,

@@ -38,6 +38,7 @@ class TextStream:
         self._held_back = max((len(s) for s in stop), default=1) - 1
         self._released: list[str] = []
         self._waiting = ""  # text that is not released: new text, and text held back
+        self._queued: list[int] = []  # tokens that are decoded when their text is asked for: nothing depends on it
         self._starts: list[int] = []  # for each new token, where its text begins in `_waiting`
         self._finished = False
         self.stop_string: str | None = None
@@ -45,15 +46,27 @@ class TextStream:
     @property
     def text(self) -> str:
         """All text so far."""
+        self._decode()
         return "".join([*self._released, self._waiting])
 
     def push(self, token: int, *, may_stop: bool = True) -> bool:
         """Adds one token; returns whether a stop string is now complete."""
+        if not self._stop:
+            self._queued.append(token)
+            return False
+        return self._add(token, may_stop)
+
+    def _decode(self) -> None:
+        queued, self._queued = self._queued, []
+        for token in queued:
+            self._add(token)
+
+    def _add(self, token: int, may_stop: bool = False) -> bool:
         piece = self._step(token)
         new = len(self._waiting)
         self._starts.append(new)
         self._waiting += piece
-        if not piece or not may_stop or not self._stop:
+        if not piece or not may_stop:
             return False
         hits = [(place, s) for s in self._stop if (place := self._waiting.find(s, max(0, new - len(s) + 1))) >= 0]
         if not hits:
@@ -71,6 +84,7 @@ class TextStream:
 
         Text that was held back before belongs to the first of them. The last one has no text if it was not pushed.
         """
+        self._decode()
         waiting = self._waiting
         end = len(waiting) if self._finished else max(0, len(waiting) - self._held_back)
         if len(self._starts) > 1:

@@ -169,7 +169,11 @@ class DraftModelSpeculator:
         for draft in drafts:
             self._follow(draft.row)
         if self._loop is not None and not (self.samples and any(row.gains_by_sampling for row in batch.rows)):
-            self._draft_in_loop(drafts)
+            chosen = self._few_new_tokens(drafts)
+            is_all = 0 < len(chosen) == len(drafts)
+            if is_all and not batch.uses_scores and not self.settings.draft_confidence_threshold:
+                return Proposal(self._run_loop(chosen)[..., 0].t(), lengths=[draft.max_tokens for draft in chosen])
+            self._draft_in_loop(chosen)
         logits = self._catch_up(drafts)
         active = [draft for draft in drafts if draft.max_tokens and not draft.tokens]
         asks = any(row.budget.may_stop for row in batch.rows)
@@ -191,38 +195,51 @@ class DraftModelSpeculator:
             self._sequences[row.row_id] = DraftSequence.begin(row, self.model)
         self._sequences[row.row_id].settle(row, self.method)
 
-    def _draft_in_loop(self, drafts: Sequence[_Draft]) -> None:
-        """Drafts for rows with few new tokens in one launch: their most likely chains, each as long as its budget."""
-        assert self._loop is not None
-        chosen, rows = [], []
-        for draft in drafts:
-            row, stored = draft.row, self._sequences[draft.row.row_id].num_stored
-            if draft.max_tokens and 0 < len(row.tokens) - stored <= 1 + self.num_speculative_tokens:
-                assert row.table is not None, "core gives every row its blocks"
-                chosen.append(draft)
-                rows.append(ForwardRow(self.vocabulary.to_draft(row.tokens[stored:]), stored, row.table))
-        if not chosen:
-            return
+    def _few_new_tokens(self, drafts: Sequence[_Draft]) -> list[_Draft]:
+        """Those that are to draft, and whose rows have as few new tokens as verification leaves."""
+        most = 1 + self.num_speculative_tokens
+        return [d for d in drafts if d.max_tokens and 0 < len(d.row.tokens) - self._stored(d) <= most]
+
+    def _stored(self, draft: _Draft) -> int:
+        return self._sequences[draft.row.row_id].num_stored
+
+    def _run_loop(self, chosen: Sequence[_Draft]) -> torch.Tensor:
+        """Drafts for such rows in one launch, each as much as its budget: [K, R, 2], see `_choose`."""
+        rows = []
+        for draft in chosen:
+            row, stored = draft.row, self._stored(draft)
+            assert row.table is not None, "core gives every row its blocks"
+            rows.append(ForwardRow(self.vocabulary.to_draft(row.tokens[stored:]), stored, row.table))
         with torch.inference_mode():
-            found = self._loop(rows, [draft.max_tokens for draft in chosen]).transpose(0, 1).tolist()
-        for draft, chain in zip(chosen, found, strict=True):
+            found: torch.Tensor = self._loop(rows, [draft.max_tokens for draft in chosen])
+        for draft in chosen:
             sequence = self._sequences[draft.row.row_id]
             sequence.num_stored = len(draft.row.tokens)
             sequence.num_speculative += draft.max_tokens - 1
-            least, chance = self.settings.draft_confidence_threshold, 1.0
-            for token, sure in chain[: draft.max_tokens]:
+        return found
+
+    def _draft_in_loop(self, chosen: Sequence[_Draft]) -> None:
+        """The most likely chains of such rows, with their probabilities."""
+        if not chosen:
+            return
+        found = self._run_loop(chosen).transpose(0, 1).cpu()
+        chances = found[..., 1].contiguous().view(torch.float64).tolist()
+        least = self.settings.draft_confidence_threshold
+        for draft, tokens, chain in zip(chosen, found[..., 0].tolist(), chances, strict=True):
+            chance = 1.0
+            for token, sure in zip(tokens[: draft.max_tokens], chain, strict=False):
                 if sure < least:
                     draft.max_tokens = len(draft.tokens)
                     break
                 chance *= sure
-                draft.tokens.append(int(token))
+                draft.tokens.append(token)
                 draft.chances.append(chance)
 
     def _choose(self, logits: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """[N, draft vocabulary] → the draft's id of the most likely shared token; the target's, with its probability."""
+        """[N, draft vocabulary] → the draft's id of the most likely shared token; the target's, with its probability's bits."""
         ids, chances = argmax_with_prob(self.vocabulary.restrict(logits))
         own, theirs = self.vocabulary.draft_ids, self.vocabulary.target_ids
-        columns = [(ids if theirs is None else theirs[ids]).double(), chances.double()]  # float64 holds every id
+        columns = [ids if theirs is None else theirs[ids], chances.double().view(torch.int64)]
         return [ids if own is None else own[ids]], torch.stack(columns, dim=-1)
 
     def _begin(

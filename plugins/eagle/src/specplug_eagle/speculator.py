@@ -148,6 +148,10 @@ class EagleSpeculator:
             if self._loop is not None and not self._samples(batch):
                 drafting = [place for place in entries if batch.rows[place].budget.max_nodes]
                 rows = [batch.rows[place] for place in drafting]
+                is_all = 0 < len(drafting) == len(batch.rows)
+                if is_all and not batch.uses_scores and self._loop.takes(list(entries.values())):
+                    tokens, lengths = self._loop.tokens(rows, list(entries.values()))
+                    return Proposal(tokens, lengths=lengths)
                 found = self._loop.draft(rows, [entries.pop(place) for place in drafting])
                 for place, draft in zip(drafting, found, strict=True):
                     drafts[place] = draft

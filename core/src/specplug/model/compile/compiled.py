@@ -17,6 +17,7 @@ import torch
 
 from specplug import native
 from specplug.model.batch import can_attend_natively
+from specplug.model.checks.difference import TOLERANCE, relative_difference
 from specplug.model.compile.artifacts import (
     Artifact,
     CompileError,
@@ -37,7 +38,6 @@ from specplug.model.compile.trace import (
     trace_step,
     weights_of,
 )
-from specplug.model.difference import TOLERANCE, relative_difference
 from specplug.model.kv_cache import BlockTable, KVCache
 from specplug.model.load.packing import PackedLinear
 from specplug.model.paged import PagedBatch, forward_batch

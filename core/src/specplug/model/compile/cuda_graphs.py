@@ -15,6 +15,7 @@ import attrs
 import torch
 
 from specplug.model.batch import ForwardBatch
+from specplug.model.pending import PendingTokens
 from specplug.model.staging import StagedInputs, staged_length
 
 MOST_TOKENS = 256
@@ -54,14 +55,21 @@ class CudaGraphs:
         most_tokens: of a batch that is worth capturing.
         inputs: examples of the step's own inputs, whose first dimension is the tokens. None for a model's forward: its inputs
             are ids and logits index of the batch.
+        pending: what placeholders among the ids stand for.
 
     Raises:
         RuntimeError: the step does something that cannot be captured.
     """
 
     def __init__(
-        self, run: TensorStep, device: torch.device, most_tokens: int, inputs: Sequence[torch.Tensor] | None = None
+        self,
+        run: TensorStep,
+        device: torch.device,
+        most_tokens: int,
+        inputs: Sequence[torch.Tensor] | None = None,
+        pending: PendingTokens | None = None,
     ) -> None:
+        self._pending = pending
         self._buckets = token_buckets(min(most_tokens, MOST_TOKENS))
         widest = self._buckets[-1]
         self._staged = StagedInputs(widest, LONGEST_PLAN, device)
@@ -85,11 +93,15 @@ class CudaGraphs:
         self._staged.copy(bucket)
         torch.cuda.synchronize(stream.device)
         with torch.cuda.stream(stream):  # compiles kernels and fills libraries' workspaces, which a capture must not
+            if self._pending is not None:
+                self._pending.fill(ids)
             run(positions, plan, slots, *inputs)
         torch.cuda.synchronize(stream.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             self._staged.copy(bucket)
+            if self._pending is not None:
+                self._pending.fill(ids)
             outputs = list(run(positions, plan, slots, *inputs))
         return _Captured(graph, outputs)
 

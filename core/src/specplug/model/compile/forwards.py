@@ -118,7 +118,7 @@ def capture_forward(runner: ModelRunner, most_tokens: int) -> None:
     """
     try:
         with as_compile_error():
-            runner.graphs = CudaGraphs(runner.run_tensors, runner.device, most_tokens)
+            runner.graphs = CudaGraphs(runner.run_tensors, runner.device, most_tokens, pending=runner.pending)
             _check(runner, "captured", lambda rows: [runner.forward(rows), *runner.captured_states])
     except BaseException:
         runner.graphs = None

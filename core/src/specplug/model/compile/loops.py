@@ -18,11 +18,11 @@ import torch
 
 from specplug.model.attention.plan import scheduled_plan
 from specplug.model.batch import can_attend_natively
+from specplug.model.checks.difference import relative_difference
 from specplug.model.compile.artifacts import CompileError, as_compile_error
 from specplug.model.compile.compiled import check_change
 from specplug.model.compile.cuda_graphs import MOST_CAPTURED, NO_WORK, token_buckets
 from specplug.model.compile.trace import TensorBatch, tensors_of
-from specplug.model.difference import relative_difference
 from specplug.model.kv_cache import BlockTable, KVCache
 from specplug.model.loop import DraftLoop, LoopStep, entries, plain_loop, rows_of_round
 from specplug.model.rows import ForwardRow

@@ -26,12 +26,12 @@ from specplug.errors import UnsupportedModelError
 from specplug.model.attention.eager import attend_row
 from specplug.model.attention.interface import IMPLEMENTATION, AttentionSite
 from specplug.model.batch import ForwardBatch
+from specplug.model.checks.difference import TOLERANCE, relative_difference
+from specplug.model.checks.probe import MOST_HELD, measure_states, packed, probe_steps, spare_tokens
 from specplug.model.compile.artifacts import cache_key, config_facts, device_name
-from specplug.model.difference import TOLERANCE, relative_difference
 from specplug.model.load.int8 import Int8Linear
 from specplug.model.load.narrow_copy import make_narrow_copy
 from specplug.model.load.packing import PackedLinear
-from specplug.model.probe import MOST_HELD, measure_states, packed, probe_steps, spare_tokens
 from specplug.model.runner import ModelRunner
 
 logger = logging.getLogger("specplug")

@@ -33,10 +33,20 @@ def _argmax_kernel(logits, best, vocabulary, stride, PIECE: tl.constexpr):  # ty
 
 def argmax(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
     """For each row of [N, V], V dense: the first of the highest entries, and whether the row holds NaN. The host waits."""
+    found = _orders(logits).tolist()
+    return [0x7FFFFFFF - (order & 0xFFFFFFFF) for order in found], [order >> 32 == 0x7FFFFFFF for order in found]
+
+
+def argmax_there(logits: torch.Tensor) -> torch.Tensor:
+    """The same as int64 [N] on the GPU, -1 for a row that holds NaN; the host does not wait."""
+    order = _orders(logits)
+    return torch.where(order >> 32 == 0x7FFFFFFF, -1, 0x7FFFFFFF - (order & 0xFFFFFFFF))
+
+
+def _orders(logits: torch.Tensor) -> torch.Tensor:
     rows, vocabulary = logits.shape
     best = torch.full((rows,), _LEAST, dtype=torch.int64, device=logits.device)
     launch: Any = _argmax_kernel[(-(-vocabulary // _PIECE), rows)]
     with torch.cuda.device(logits.device):
         launch(logits, best, vocabulary, logits.stride(0), PIECE=_PIECE, num_warps=4)
-    found = best.tolist()
-    return [0x7FFFFFFF - (order & 0xFFFFFFFF) for order in found], [order >> 32 == 0x7FFFFFFF for order in found]
+    return best

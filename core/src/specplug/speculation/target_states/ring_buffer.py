@@ -119,7 +119,16 @@ def _copy(
             ],
         )
         return
-    read_index, write_index = to_device(read, device), to_device(write, device)
+    read_index = to_device(read, device)
+    if _is_run(write):  # one launch instead of two
+        for tensor, to in zip(sources, destinations, strict=True):
+            place = to[write[0] : write[0] + len(write)]
+            if tensor.shape[1] == to.shape[1] and tensor.dtype == to.dtype:
+                torch.index_select(tensor, 0, read_index, out=place)
+            else:
+                place.copy_(tensor.index_select(0, read_index)[:, : to.shape[1]])
+        return
+    write_index = to_device(write, device)
     for tensor, to in zip(sources, destinations, strict=True):
         to.index_copy_(0, write_index, tensor.index_select(0, read_index)[:, : to.shape[1]].to(to.dtype))
 

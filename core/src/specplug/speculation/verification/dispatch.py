@@ -18,8 +18,10 @@ from specplug.model.device import to_device
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
 from specplug.request import Request
 from specplug.sampling.distributions import DistributionRow, StepDistributions, argmax, nan_message
+from specplug.sampling.randomness import EngineRandomness
 from specplug.sampling.workspace import Workspace
 from specplug.speculation.validation import check_verdict
+from specplug.speculation.verification.ahead import draw
 from specplug.speculation.verification.matching import follow
 
 logger = logging.getLogger("specplug")
@@ -33,10 +35,12 @@ class Verification:
         registry: PluginRegistry,
         speculators: Sequence[RegisteredSpeculator],
         workspace: Workspace,
+        randomness: EngineRandomness,
         vocab_size: int,
         *,
         strict: bool,
     ) -> None:
+        self._randomness = randomness
         self._registry = registry
         self._core = registry.core_verify()
         self._overriders = {s.method: s.verify for s in speculators if s.overrides_verify}
@@ -79,7 +83,7 @@ class Verification:
         return Verdict(accepted, next_tokens)
 
     def _verify(self, requests: Sequence[Request], offsets: Sequence[int], logits: torch.Tensor) -> Verdict:
-        if self._is_unobserved and all(self._is_plainly_greedy(request) for request in requests):
+        if self.is_unobserved and all(self._is_plainly_greedy(request) for request in requests):
             return self._match_greedily(requests, offsets, logits)
         self._workspace.begin_step()
         methods = [request.draft.method if request.draft else None for request in requests]
@@ -104,9 +108,13 @@ class Verification:
         return Verdict(accepted, next_tokens)
 
     @cached_property
-    def _is_unobserved(self) -> bool:
+    def is_unobserved(self) -> bool:
         """Whether no plugin observes verification."""
         return not self._registry.observes("verify")
+
+    def draw(self, requests: Sequence[Request], logits: torch.Tensor) -> torch.Tensor:
+        """The tokens that `verify` would decide for rows that `draws_ahead` names, left on the device: see `ahead.draw`."""
+        return draw(requests, logits, self._randomness, self._workspace)
 
     def _is_plainly_greedy(self, request: Request) -> bool:
         return (

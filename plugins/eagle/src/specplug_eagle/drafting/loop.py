@@ -47,13 +47,28 @@ class ChainLoop:
         return self._choose(*self._runner.step(batch, tokens, hidden))
 
     def _choose(self, output: torch.Tensor, feedback: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """The most likely token of every row, with its probability; float64 holds every id."""
+        """The most likely token of every row, int64, and with it the bits of its probability as a float64."""
         ids, chances = argmax_with_prob(self._runner.head.logits(output))
         tokens = self._runner.target_ids(ids)
-        return [tokens, feedback], torch.stack([tokens.double(), chances.double()], dim=-1)
+        return [tokens, feedback], torch.stack([tokens, chances.double().view(torch.int64)], dim=-1)
+
+    def takes(self, entries: Sequence[ForwardRow]) -> bool:
+        """Whether all rows have as few new entries as verification leaves."""
+        return all(len(entry.tokens) <= 1 + self._length for entry in entries)
+
+    def tokens(self, rows: Sequence[ProposalRow], entries: Sequence[ForwardRow]) -> tuple[torch.Tensor, list[int]]:
+        """The most likely chains without looking at them: int64 [R, K] on the device, and how many of each row count.
+
+        Args:
+            rows: with a budget and new states.
+            entries: each row's new entries; see `takes`.
+        """
+        counts = [_most_tokens(row) for row in rows]
+        found = self._loop(entries, counts, [row.new_states.start for row in rows])
+        return found[..., 0].t(), counts
 
     def draft(self, rows: Sequence[ProposalRow], entries: Sequence[ForwardRow]) -> list[TreeDraft]:
-        """The most likely chains, each as long as its row's budget.
+        """The same as lists with scores, for any entries.
 
         Args:
             rows: with a budget and new states.
@@ -65,11 +80,11 @@ class ChainLoop:
         for chosen in filter(None, (short, long)):  # an ended prompt must not slow down the rows that decode
             counts = [_most_tokens(rows[index]) for index in chosen]
             places = [rows[index].new_states.start for index in chosen]
-            found = self._loop([entries[index] for index in chosen], counts, places)
-            for index, count, chain in zip(chosen, counts, found.transpose(0, 1).tolist(), strict=True):
-                tokens = [int(token) for token, _ in chain[:count]]
-                logs = (math.log(max(chance, _LEAST)) for _, chance in chain[:count])
-                drafts[index] = TreeDraft(tokens, scores=list(itertools.accumulate(logs)))
+            found = self._loop([entries[index] for index in chosen], counts, places).transpose(0, 1).cpu()
+            chances = found[..., 1].contiguous().view(torch.float64).tolist()
+            for index, count, ids, sure in zip(chosen, counts, found[..., 0].tolist(), chances, strict=True):
+                logs = (math.log(max(chance, _LEAST)) for chance in sure[:count])
+                drafts[index] = TreeDraft(ids[:count], scores=list(itertools.accumulate(logs)))
         return [draft for draft in drafts if draft is not None]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 import torch
 
-from specplug.model.difference import relative_difference
+from specplug.model.checks.difference import relative_difference
 from specplug.model.kv_cache import BlockTable
 from specplug.model.recurrent.memory import Function, StateMemory, bind
 from specplug.model.rows import ForwardRow, TreeMask
