@@ -6,13 +6,14 @@ A CPU is treated as such a device; what is computed is the same.
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from specplug import LLM, SamplingParams
+from specplug import LLM, Proposal, ProposalBatch, SamplingParams, hookimpl
 from support.engines import assert_idle, squeeze_blocks
 from support.models import VOCABULARY
 from support.speculators import Oracle, TokenSpeculator, provide
@@ -197,3 +198,33 @@ def test_an_end_is_told_with_the_last_tokens(folder: Path) -> None:
                         assert seen[output.request.id] == output.request.output_ids
             assert sorted(ended) == sorted(seen)
             assert [len(tokens) for tokens in seen.values()] == lengths
+
+
+@pytest.mark.usefixtures("ahead")
+def test_rows_whose_drafts_do_not_pay_run_ahead_too(folder: Path) -> None:
+    """With automatic lengths; speculators are asked again now and then, and are told of every end."""
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    prompts = [[3 + row, 4, 5] for row in range(6)]
+    with LLM(folder, memory="32MiB", strict=True) as llm:
+        expected = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    wrong = Oracle([], VOCABULARY, 0.0)
+    slow: dict[str, Any] = provide(lambda config, target: SlowSpeculator(wrong))
+    slow["speculative_config"]["num_speculative_tokens"] = "auto"
+    with LLM(folder, memory="32MiB", strict=True, max_num_seqs=4, **slow) as llm:
+        draws = Draws(llm)
+        for _ in range(3):
+            assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == expected
+        assert_idle(llm)
+        assert 50 < draws.count < llm.engine.num_steps
+        assert llm.engine.stats.num_draft_tokens > 0
+        assert not llm.engine.chain._proposers
+        assert not any(link.delivered for link in llm.engine.chain._links)
+
+
+class SlowSpeculator(TokenSpeculator):
+    """Its drafts cost more than a step."""
+
+    @hookimpl
+    def propose(self, batch: ProposalBatch) -> Proposal:
+        time.sleep(0.02)
+        return super().propose(batch)

@@ -7,27 +7,24 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from specplug.contract.verification import Verdict
-from specplug.engine.commit import clear_kv, commit_tokens, kv_moves, score_output, score_prompts
+from specplug.engine.commit import StepOutputs, clear_kv, commit_tokens, kv_moves, score_output, score_prompts
 from specplug.engine.contention import CoreContention
 from specplug.engine.fair_lock import FairLock
-from specplug.engine.outputs import StepOutputs
 from specplug.engine.planning import PlannedEngine
 from specplug.engine.requests import RequestFactory
+from specplug.engine.run_ahead import RunAhead
 from specplug.engine.scheduler import ScheduledRow, Scheduler
 from specplug.engine.target_step import TargetStep, run_target
 from specplug.engine.trace import Tracer
-from specplug.errors import ModelOutputError, RequestError
+from specplug.errors import RequestError
 from specplug.lora.registry import AdapterRegistry
 from specplug.model.kv_cache import KVCache
-from specplug.model.pending import PendingRow
 from specplug.model.runner import ModelRunner
 from specplug.model.torch_state import own_torch_state
 from specplug.request import Request, StepOutput
-from specplug.sampling.distributions import nan_message
 from specplug.sampling.params import SamplingParams
 from specplug.speculation.chain import SpeculatorChain
 from specplug.speculation.target_states.store import TargetStateStore
-from specplug.speculation.verification.ahead import draws_ahead
 from specplug.speculation.verification.dispatch import Verification
 from specplug.stats import SpeculationStats
 
@@ -88,7 +85,8 @@ class Engine:
         self.lock = lock
         self._contention = CoreContention()
         self._outputs = StepOutputs()
-        self._in_flight: list[tuple[Request, PendingRow]] = []  # tokens that were drawn and not committed yet
+        ahead = None if runner.states is not None else runner.pending
+        self._ahead = RunAhead(ahead, chain, verification)
 
     # ---- speculators ----------------------------------------------------------------------------------------------
 
@@ -233,73 +231,53 @@ class Engine:
             self.runner.pending.fetch()
         self._settle()
         self._outputs.deliver(self.stats)
-        if self._runs_ahead(target):
+        runs_ahead = self._ahead.takes(target)
+        if runs_ahead:
             self._draw_ahead(target)
         else:
             verdict = self._verification.verify(target.requests, target.offsets, target.logits[: target.offsets[-1]])
             self._commit(target, verdict)
-            seconds = time.perf_counter() - started
-            decoding = all(row.samples and row.num_tokens == 1 for row in rows)
-            self.chain.observe([row.request for row in rows], seconds, decoding=decoding)
+        seconds = time.perf_counter() - started
+        decoding = all(row.samples and row.num_tokens == 1 for row in rows)
+        self.chain.observe([row.request for row in rows], seconds, decoding=decoding)
+        self._end_rows()
+        if not runs_ahead:
             self._propose(rows)
-            if self._tracer.is_tracing:
-                self._tracer.end_step(target, decoding, seconds, time.perf_counter() - started)
-            if self.runner.pending is None or self._tracer.is_tracing or self._outputs.has_ended:
-                self._outputs.deliver(self.stats)
+        if self._tracer.is_tracing:
+            self._tracer.end_step(target, decoding, seconds, time.perf_counter() - started)
+        if self.runner.pending is None or self._tracer.is_tracing or self._outputs.has_ended:
+            self._outputs.deliver(self.stats)
         self.num_steps += 1
         self._contention.observe()
 
     def _schedule(self) -> list[ScheduledRow]:
         """The rows of the next step. While tokens are in flight they are read first, unless the rows just go on."""
-        rows = self.scheduler.continue_rows() if self._in_flight else None
+        rows = self.scheduler.continue_rows() if self._ahead else None
         if not rows:
             self._settle()
             rows = self.scheduler.schedule()
         return rows
 
-    def _runs_ahead(self, target: TargetStep) -> bool:
-        """Whether the next step can start before the host knows the tokens of this one: nobody drafts, all rows are plain."""
-        return (
-            self.runner.pending is not None
-            and not self.chain.speculators
-            and self.runner.states is None
-            and self._verification.is_unobserved
-            and bool(target.requests)
-            and not target.scored
-            and all(draws_ahead(request) for request in target.requests)
-        )
-
-    def _draw_ahead(self, target: TargetStep) -> None:
-        """Draws every row's next token on the device, where the next forward takes it from; see `_settle`."""
-        assert self.runner.pending is not None
-        tokens = self._verification.draw(target.requests, target.logits[: target.offsets[-1]])
-        drawn = self.runner.pending.put(tokens[:, None], [1] * len(tokens))
-        self.runner.pending.fetch()
-        self._in_flight = list(zip(target.requests, drawn, strict=True))
-        for request, token in self._in_flight:
-            if not request.is_finished:
-                request.in_flight = token.placeholders[0]
-        for row in target.rows:
-            if not row.request.is_finished:
-                row.request.num_computed += row.num_tokens
-        self._after_forward(target)
-
     def _settle(self) -> None:
         """Commits the tokens that were drawn ahead; the device may compute the step after them meanwhile."""
-        in_flight, self._in_flight = self._in_flight, []
-        for request, token in in_flight:
-            if request.in_flight is None:  # it ended meanwhile
-                continue
-            request.in_flight = None
-            (drawn,) = token.read()
-            if token.error is not None:
-                request.fail(ModelOutputError(nan_message(request.id, len(request.tokens))))
-                self._outputs.add(StepOutput(request, [], [], []))
-            else:
-                self._outputs.add(commit_tokens(request, (), drawn))
-                self.num_generated_tokens += 1
-            if request.is_finished:
-                self._finish(request)
+        for entry in self._ahead.settle():
+            self._outputs.add(entry)
+            self.num_generated_tokens += len(entry.new_tokens)
+            if entry.request.is_finished:
+                self._finish(entry.request)
+
+    def _draw_ahead(self, target: TargetStep) -> None:
+        """Leaves this step's tokens on the device, where the next forward takes them from."""
+        self._ahead.draw(target)
+        final: dict[int, tuple[range, list[int]]] = {}
+        for row, first in zip(target.rows, target.first, strict=True):
+            request = row.request
+            if request.slot >= 0:
+                start, request.num_computed = request.num_computed, request.num_computed + row.num_tokens
+                final[request.slot] = (range(start, request.num_computed), list(range(first, first + row.num_tokens)))
+        self._states.record(target.captured, final, {})
+        self.chain.rest()
+        self._after_forward(target)
 
     def _commit(self, target: TargetStep, verdict: Verdict) -> None:
         """Appends accepted tokens, makes their KV contiguous, and ends rows that are done."""
@@ -352,11 +330,14 @@ class Engine:
                     self._fork_children(row.request)
                 self._finish(row.request)
 
-    def _propose(self, rows: list[ScheduledRow]) -> None:
-        """Lets the speculators draft for the rows that continue."""
+    def _end_rows(self) -> None:
+        """Tells the speculators' chain of rows that left the batch."""
         for request, slot, reason in self.scheduler.ended:
             self.chain.end(request, slot, reason)
         self.scheduler.ended.clear()
+
+    def _propose(self, rows: list[ScheduledRow]) -> None:
+        """Lets the speculators draft for the rows that continue."""
         alive = [row.request for row in rows if row.request.slot >= 0]
         for request in alive:
             if request.stored_by:
@@ -395,7 +376,7 @@ class Engine:
     def _recover(self) -> None:
         """After an interrupted step: the KV of all running rows is recomputed, and no committed token is lost."""
         self._tracer.abandon()
-        self._in_flight = []
+        self._ahead.forget()
         for request in reversed(list(self.scheduler.running)):  # each goes to the head of the queue
             if not request.is_finished:
                 self.scheduler.preempt(request)
@@ -425,4 +406,4 @@ class Engine:
             self.runner.close()
             self._facade.close()
             self._shared_caches.clear()
-            del self._states, self.runner, self.chain, self._verification, self.registry, self._facade
+            del self._states, self.runner, self.chain, self._verification, self._ahead, self.registry, self._facade

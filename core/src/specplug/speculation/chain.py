@@ -134,6 +134,15 @@ class SpeculatorChain:
             self.policy.finish(request)
         self._states.drop(slot)
 
+    def rests(self, requests: Sequence[Row]) -> bool:
+        """Whether nobody will be asked after this step, whatever its tokens are."""
+        return not self._links or self.policy.rests(requests)
+
+    def rest(self) -> None:
+        """Ends a step in which nobody is asked."""
+        self._states.keep(self._kept_at_rest)
+        self._states.end_step()
+
     def propose(self, requests: Sequence[Row], reserve: Any, contended: bool) -> None:
         """Fills `request.draft` of the rows that get one.
 
@@ -144,8 +153,7 @@ class SpeculatorChain:
         """
         self._check_left()
         if not self.policy.begin(requests):
-            self._states.keep(self._kept_at_rest)
-            self._states.end_step()
+            self.rest()
             return
         decoding = max(1, sum(request.num_pending == 1 for request in requests))
         tokens = self._max_num_batched_tokens // (2 if contended else 1)

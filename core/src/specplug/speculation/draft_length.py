@@ -57,6 +57,10 @@ class DraftLengthPolicy:
         """Begins a step; returns False if no speculator is to be asked in it: then neither `plan` nor `end` is called."""
         return True
 
+    def rests(self, requests: Sequence[Row]) -> bool:
+        """Whether, before `observe`, it is certain that `begin` will return False, whatever the tokens of the step are."""
+        return False
+
     def plan(
         self,
         speculator: RegisteredSpeculator,

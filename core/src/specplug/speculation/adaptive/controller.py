@@ -135,6 +135,10 @@ class AdaptiveDraftLength(DraftLengthPolicy):
         self._forecast = StepForecast(decoding_rows, self.targets, self.settings)
         return True
 
+    def rests(self, requests: Sequence[Row]) -> bool:
+        """See `DraftLengthPolicy.rests`: while it rests it learns nothing from a step but its time."""
+        return self._resting.is_resting and self._resting.lasts(requests, self.step + 1)
+
     def plan(
         self,
         speculator: RegisteredSpeculator,

@@ -202,12 +202,16 @@ class Resting:
 
     def holds(self, requests: Sequence[Row], step: int) -> bool:
         """Whether this step is skipped: no row has come, gone or got a prompt to compute."""
-        self.is_resting = (
+        self.is_resting = self.lasts(requests, step)
+        return self.is_resting
+
+    def lasts(self, requests: Sequence[Row], step: int) -> bool:
+        """Whether a step would be skipped."""
+        return (
             step < self._until
             and self._rows == [request.number for request in requests]
             and all(request.num_pending == 1 for request in requests)
         )
-        return self.is_resting
 
     def begin(self) -> None:
         """Begins a step that is not skipped."""
