@@ -151,7 +151,7 @@ def check_limits(drafted: Drafted) -> None:
 def test_every_path_is_that_of_a_fresh_prefill(target: Path, heads: dict[str, Path], head: str, tree: str) -> None:
     keys: dict[str, Any] = {"loops": True} if tree == "loop" else TREES[tree]
     walker = walk(target, heads[head], seed=len(head) + len(tree), **keys)
-    assert walker.gaps > 2, "no row slept longer than states are kept: the test lost its point"
+    assert walker.gaps >= 2, "no row slept longer than states are kept: the test lost its point"
     assert walker.forks > 1
     assert sum(depth >= 2 for depth in walker.depths) > 40
     compare(walker, target, heads[head])
