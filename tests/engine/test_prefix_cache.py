@@ -154,9 +154,9 @@ def test_cached_kv_is_bit_for_bit_that_of_a_fresh_prefill(models: dict[str, Path
 )
 def test_drafts_after_a_cached_prefix_are_as_good_as_without(models: dict[str, Path], speculator: str) -> None:
     """The speculator's own KV is cached: the same number of drafts is verified and accepted, step for step."""
-    prompts = texts(5, 3, longest=90)
+    prompts = texts(5, 6 if speculator == "eagle3" else 3, longest=90)  # a head without training is rarely accepted
     prompts.append([*prompts[0][:32], 11])
-    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
     histograms = []
     for caching in (False, True):
         with engine(models, speculator, enable_prefix_caching=caching, block_size=4) as llm:
