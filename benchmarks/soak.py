@@ -397,6 +397,12 @@ async def watch(pid: int, soak: Soak, samples: list[tuple[float, int]]) -> None:
         await asyncio.sleep(1)
 
 
+def in_engine(metrics: str) -> float:
+    """Requests that run or wait in the engine."""
+    names = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
+    return sum(float(line.rpartition(" ")[2]) for line in metrics.splitlines() if line.startswith(names))
+
+
 async def run(
     server: subprocess.Popen[str], url: str, known: dict[str, list[int]], seconds: float, seed: int
 ) -> dict[str, Any]:
@@ -413,7 +419,7 @@ async def run(
         body = {"prompt": SNIPPETS[0], "max_tokens": LONGEST, "temperature": 0, "return_token_ids": True}
         body["ignore_eos"] = True
         last = [asyncio.ensure_future(http.post("/v1/completions", json=body)) for _ in range(4)]
-        while (await http.get("/load")).json()["server_load"] < 4:
+        while in_engine((await http.get("/metrics")).text) < 4:  # one that has only arrived may be refused
             await asyncio.sleep(0.005)
         server.send_signal(signal.SIGTERM)
         for answer in await asyncio.gather(*last):
