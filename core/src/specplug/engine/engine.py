@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from specplug.contract.verification import Verdict
 from specplug.engine.commit import StepOutputs, clear_kv, commit_tokens, kv_moves, score_output, score_prompts
@@ -123,7 +122,13 @@ class Engine:
     # ---- requests -------------------------------------------------------------------------------------------------
 
     def add_request(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, **options: Any
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        cache_salt: str | None = None,
+        priority: int = 0,
     ) -> list[Request]:
         """Queues a request. With `n` completions, the others are forked from the first once its prompt is computed.
 
@@ -131,12 +136,13 @@ class Engine:
             request_id: the caller's name for it.
             prompt_ids: the prompt.
             params: sampling parameters.
-            options: `cache_salt` (it shares cached KV only with requests of the same salt), and `priority`.
+            cache_salt: it shares cached KV only with requests of the same salt.
+            priority: a lower one is served first, if the engine schedules by priority.
 
         Raises:
             RequestError: the request can never be served; the message says why.
         """
-        family = self.make_request(request_id, prompt_ids, params, **options)
+        family = self.make_request(request_id, prompt_ids, params, cache_salt=cache_salt, priority=priority)
         self.submit([family])
         return family
 
@@ -208,6 +214,7 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """Advances every scheduled row; returns what was committed for each row that produced tokens or failed.
 
+        On a GPU what a step commits is returned by the next one, while that computes; a request's last tokens never wait.
         An error of one row ends that row alone, with the reason in `request.error`. Any other error is raised: what was
         committed stays, and the rows continue at the next step.
         """
