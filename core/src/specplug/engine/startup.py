@@ -16,7 +16,6 @@ import torch
 from specplug import native, threads
 from specplug.config.engine import EngineConfig
 from specplug.contract.resources import Resources, no_compile
-from specplug.engine.compilation import compile_forwards, wants_compilation
 from specplug.engine.engine import Engine
 from specplug.engine.fair_lock import FairLock
 from specplug.engine.planning import PlannedEngine, plan_engine
@@ -28,6 +27,7 @@ from specplug.host.loading import allocate_caches, max_nodes_of, row_buckets, wa
 from specplug.lora.registry import AdapterRegistry
 from specplug.model.compile.compiled import compile_step
 from specplug.model.compile.loops import compile_loop
+from specplug.model.compile.runners import compile_forwards, wants_compilation
 from specplug.model.device import computes_ahead
 from specplug.model.kv_cache import KVCache
 from specplug.model.load.checkpoint import resolve_checkpoint
@@ -36,6 +36,7 @@ from specplug.model.load.tokenizer import check_tokenizer
 from specplug.model.load.weights import load_model
 from specplug.model.loop import plain_loop
 from specplug.model.parallel.commands import RankSettings
+from specplug.model.parallel.group import share_ids
 from specplug.model.parallel.ranks import Ranks
 from specplug.model.parallel.runner import LeadingCache, LeadingRunner
 from specplug.model.parallel.torchrun import join_first_rank, launched_rank, meeting_folder
@@ -135,7 +136,9 @@ def start_engine(
                 )
             if wants_compilation(config.compile, planned.architecture.weight_bytes):
                 drafts = [h.runner for h in planned.facade.handles if isinstance(h, LazyModel) and h.runner]
-                compile_forwards([runner, *drafts] if ranks is None else drafts, planned.most_captured)
+                if ranks is not None:
+                    ranks.order("compile", planned.most_captured, planned.num_entries)
+                compile_forwards([runner, *drafts], planned.most_captured, planned.num_entries)
             engine = _assemble(planned, runner, states, caches, tokenizer, ends)
         with _step(6, on_step):
             undo.pop_all()
@@ -191,6 +194,7 @@ def _start_ranks(planned: PlannedEngine) -> Ranks:
             device=planned.device,
             num_blocks=plan.num_blocks,
             block_size=plan.block_size,
+            runs_ahead=computes_ahead(planned.device),
         )
     )
 
@@ -232,14 +236,15 @@ def _allocate(
     size = (planned.architecture.kv_layers, plan.num_blocks, plan.block_size, planned.dtype, device)
     boundaries = [b for speculator in planned.speculators for b in speculator.traits.hidden_states]
     rows = (planned.config.max_num_seqs, planned.num_held)
+    pending = partial(PendingTokens, planned.num_entries, planned.architecture.vocab_size, device)
     if ranks is None:
         runner = ModelRunner(model, planned.architecture, KVCache(*size), device, boundaries, rows)
-        if computes_ahead(device):
-            runner.pending = PendingTokens(planned.num_entries, planned.architecture.vocab_size, device)
+        runner.pending = pending() if computes_ahead(device) else None
     else:
         ranks.wait_until_ready()
         cache = LeadingCache(ranks, *size)
         runner = LeadingRunner(ranks, model, planned.architecture, cache, device, boundaries, rows)
+        runner.pending = pending(share_ids) if computes_ahead(device) else None
     if planned.adapters is not None:
         runner.adapters = planned.adapters.allocate(model, device)
     states = TargetStateStore(
