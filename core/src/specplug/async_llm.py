@@ -15,7 +15,7 @@ from typing import Any, Self
 import attrs
 
 from specplug.engine.engine import CLOSED
-from specplug.engine.startup import StepReport
+from specplug.engine.startup.report import StepReport
 from specplug.engine.thread import EngineThread
 from specplug.errors import ConfigurationError, EngineDeadError, RequestError, SpecplugError, one_line
 from specplug.frontend import Frontend, FrontendOwner, Lora, Submission

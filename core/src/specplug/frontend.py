@@ -13,7 +13,8 @@ import attrs
 from specplug.config.engine import EngineConfig
 from specplug.config.vllm import translate_options
 from specplug.engine.engine import Engine
-from specplug.engine.startup import StepReport, start_engine
+from specplug.engine.startup.report import StepReport
+from specplug.engine.startup.start import start_engine
 from specplug.errors import CheckpointError, ConfigurationError, RequestError
 from specplug.lora.registry import AdapterRegistry, LoadedAdapter
 from specplug.lora.request import LoRARequest

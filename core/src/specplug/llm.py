@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from specplug.engine.calls import Call, Calls
 from specplug.engine.engine import CLOSED
-from specplug.engine.startup import StepReport
+from specplug.engine.startup.report import StepReport
 from specplug.errors import GenerationError, RequestError
 from specplug.frontend import Frontend, FrontendOwner, Lora
 from specplug.lora.request import LoRARequest

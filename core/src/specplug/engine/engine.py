@@ -31,7 +31,7 @@ CLOSED = "the engine was closed before the request ended"
 
 
 class Engine:
-    """Runs requests in batches, speculatively and losslessly. `specplug.engine.startup.start_engine` makes it.
+    """Runs requests in batches, speculatively and losslessly. `specplug.engine.startup.start.start_engine` makes it.
 
     Its methods may be called from any thread; one thread at a time works on it, see `FairLock`.
 
