@@ -26,7 +26,7 @@ from specplug.model.parallel.ranks import Ranks
 from specplug.model.parallel.torchrun import join_first_rank, launched_rank, meeting_folder
 from specplug.model.parallel.worker import serve_rank
 from specplug.model.torch_state import own_torch_state
-from specplug.plugins.target import LazyModel
+from specplug.plugins.lazy_model import LazyModel
 from specplug.sampling.defaults import eos_ids
 from specplug.tiny import resolve_model
 
