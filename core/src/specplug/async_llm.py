@@ -18,7 +18,9 @@ from specplug.engine.engine import CLOSED
 from specplug.engine.startup.report import StepReport
 from specplug.engine.thread import EngineThread
 from specplug.errors import ConfigurationError, EngineDeadError, RequestError, SpecplugError, one_line
-from specplug.frontend import Frontend, FrontendOwner, Lora, Submission
+from specplug.frontend.frontend import Frontend
+from specplug.frontend.owner import FrontendOwner
+from specplug.frontend.submission import Lora, Submission
 from specplug.lora.request import LoRARequest
 from specplug.outputs import RequestOutput
 from specplug.sampling.params import SamplingParams
@@ -332,14 +334,6 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
         self._encoder.shutdown()
 
     shutdown = close
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     async def __aenter__(self) -> Self:
         return self
