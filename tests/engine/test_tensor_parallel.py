@@ -91,7 +91,7 @@ def test_ranks_run_ahead(compiled: bool, tmp_path: Path, monkeypatch: pytest.Mon
 
     A CPU is treated as such a device. Compiled, the sums over the ranks are part of the machine code.
     """
-    monkeypatch.setattr("specplug.engine.startup.computes_ahead", lambda device: True)
+    monkeypatch.setattr("specplug.engine.startup.allocation.computes_ahead", lambda device: True)
     folder = save_model(tmp_path / "model", "llama", eos_token_id=None)
     cases = decisive_prompts(folder, 6, NEW_TOKENS, VOCABULARY)
     with parallel(folder, compile=compiled, max_num_batched_tokens=40) as llm:

@@ -28,8 +28,9 @@ from specplug.model.load.tokenizer import load_tokenizer
 from specplug.model.load.weights import count_weights
 from specplug.model.parallel.plan import check_ranks
 from specplug.model.recurrent.layers import bytes_per_row
+from specplug.plugins.lazy_model import LazyModel
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
-from specplug.plugins.target import LazyModel, TargetFacade
+from specplug.plugins.target import TargetFacade
 from specplug.sampling.workspace import Workspace
 from specplug.speculation.target_states.ring_buffer import ChannelSpec
 from specplug.speculation.target_states.store import TargetStateStore, channels_for
