@@ -11,9 +11,9 @@ Estimators.
     acceptance.py   AcceptanceModel, RowAcceptance: P(node accepted | depth, position), for all rows of a speculator and for
                     each row; recent drafts count more, and a row whose text changed forgets.
     cost_model.py   CostModel: seconds over rows and size, from noisy timings.
-    estimates.py    SpeculatorEstimate, RowEstimate: all that is known of one speculator and of its rows; how likely a chain is
-                    to be extended, where the speculator stops by its own probabilities (EAGLE-2, arXiv 2406.16858, uses
-                    them as confidence).
+    estimates.py    SpeculatorEstimate, and RowEstimate in row_estimate.py: all that is known of one speculator and of its
+                    rows; how likely a chain is to be extended, where the speculator stops by its own probabilities (EAGLE-2,
+                    arXiv 2406.16858, uses them as confidence).
 
 Choice. goodput.py finds the depths that maximise it; planner.py chooses anew every few steps, as soon as there is enough new
 evidence, and cuts scored drafts where another node does not pay. Chains stop themselves at the same threshold, by a rule over
@@ -30,9 +30,9 @@ drafts at most 3 tokens; the limit is twice the deepest that was timed. It is sh
 Until 24 steps were timed, every other step has a different depth, none included. In the first 512 steps 3 % of the time flow
 into the ledger, later half of that or less.
 
-Reading order: settings, acceptance, cost_model, guess, estimates, goodput, exploration, planner, sleeping, controller
-(AdaptiveDraftLength, which the chain talks to). All constants are in AdaptiveSettings, with their evidence; the ablation is in
-docs/adaptive-draft-length.md.
+Reading order: settings, acceptance, cost_model, guess, row_estimate, estimates, goodput, exploration, planner, sleeping,
+controller (AdaptiveDraftLength, which the chain talks to). All constants are in AdaptiveSettings, with their evidence; the
+ablation is in docs/adaptive-draft-length.md.
 """
 
 from specplug.speculation.adaptive.controller import AdaptiveDraftLength

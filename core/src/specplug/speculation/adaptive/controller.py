@@ -6,18 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.speculation.adaptive.cost_model import target_costs
-from specplug.speculation.adaptive.estimates import (
-    Candidate,
-    RowEstimate,
-    SpeculatorEstimate,
-    VerifiedDraft,
-    deepest_useful,
-    tokens_left,
-)
+from specplug.speculation.adaptive.estimates import SpeculatorEstimate, deepest_useful, tokens_left
 from specplug.speculation.adaptive.exploration import ExplorationBudget, vary
 from specplug.speculation.adaptive.goodput import StepForecast
 from specplug.speculation.adaptive.guess import Guess
 from specplug.speculation.adaptive.planner import Called, HeldPlan, choose_depths, is_planned, keep_what_pays
+from specplug.speculation.adaptive.row_estimate import Candidate, RowEstimate, VerifiedDraft
 from specplug.speculation.adaptive.settings import AdaptiveSettings
 from specplug.speculation.adaptive.sleeping import (
     Resting,

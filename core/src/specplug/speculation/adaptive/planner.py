@@ -8,15 +8,10 @@ from collections.abc import Container, Iterable, Sequence
 import attrs
 
 from specplug.plugins.registry import RegisteredSpeculator
-from specplug.speculation.adaptive.estimates import (
-    Candidate,
-    RowEstimate,
-    SpeculatorEstimate,
-    deepest_useful,
-    tokens_left,
-)
+from specplug.speculation.adaptive.estimates import SpeculatorEstimate, deepest_useful, tokens_left
 from specplug.speculation.adaptive.exploration import ExplorationBudget
 from specplug.speculation.adaptive.goodput import StepForecast
+from specplug.speculation.adaptive.row_estimate import Candidate, RowEstimate
 from specplug.speculation.draft import Draft, trim_drafts
 from specplug.speculation.draft_length import SHORT_GAP, Length
 from specplug.speculation.row import Row

@@ -10,9 +10,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from specplug.speculation.adaptive.acceptance import RowAcceptance
-from specplug.speculation.adaptive.estimates import Candidate, RowEstimate, SpeculatorEstimate, tokens_left
+from specplug.speculation.adaptive.estimates import SpeculatorEstimate, tokens_left
 from specplug.speculation.adaptive.exploration import ExplorationBudget
 from specplug.speculation.adaptive.goodput import StepForecast
+from specplug.speculation.adaptive.row_estimate import Candidate, RowEstimate
 from specplug.speculation.adaptive.settings import AdaptiveSettings
 from specplug.speculation.draft_length import SHORT_GAP
 from specplug.speculation.row import Row
