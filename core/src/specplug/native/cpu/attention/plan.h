@@ -1,4 +1,4 @@
-// The attention plan of a batch: rows, their KV blocks, tree masks. `attention_plan.py` writes it.
+// The attention plan of a batch: rows, their KV blocks, tree masks. `model/attention/plan.py` writes it.
 //
 // One int32 array, so that no tensor is built per row.
 #pragma once
