@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,21 +132,15 @@ def start(folder: Path, dtype: str, memory: str, *, compile_forward: bool) -> LL
     )
 
 
-def processor_seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Median of the time that one thread computes."""
-    run()
-    times = []
-    for _ in range(repeats):
-        started = time.thread_time()
-        run()
-        times.append(time.thread_time() - started)
-    return statistics.median(times)
+def _clock() -> Callable[[], float]:
+    """Time that one thread computes, or with several the time that passes."""
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def measure_steps(llm: LLM, machine: Machine, repeats: int) -> str:
     """Milliseconds of one token, six and a chunk; ratios to reading and to one token."""
     steps = HybridSteps(llm)
-    measure = processor_seconds if torch.get_num_threads() == 1 else median_seconds
+    measure = partial(median_seconds, clock=_clock())
     one, six, chunk, reading, share = [], [], [], [], []
     with torch.inference_mode():
         for _ in range(repeats):
@@ -195,7 +190,7 @@ def against_transformers(folder: Path, llm: LLM, dtype: str, rounds: int, tokens
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     prompt = [7 + 13 * place % 8000 for place in range(64)]
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    clock = _clock()
     ours, theirs = [], []
     for number in range(rounds + 1):
         started = clock()

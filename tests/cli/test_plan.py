@@ -97,7 +97,7 @@ def test_the_plan_is_what_the_engine_allocates(run: Callable[..., Any], folder: 
 
 def test_no_weight_is_read(run: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "load_model", None)
-    monkeypatch.setattr("specplug.engine.startup.load_model", None)
+    monkeypatch.setattr("specplug.engine.startup.allocation.load_model", None)
     monkeypatch.setattr("safetensors.safe_open", None)
     assert run("plan", str(folder)).exit_code == 0
 

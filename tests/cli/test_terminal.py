@@ -19,7 +19,7 @@ from specplug.cli.views.table import Table
 from specplug.cli.views.text import TextView
 from specplug.config.engine import EngineConfig
 from specplug.engine.memory_plan import MemoryPlan
-from specplug.engine.startup import StepReport
+from specplug.engine.startup.report import StepReport
 from specplug.llm import StreamedPiece
 from specplug.request import SpeculationStats
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import specplug.engine.startup as startup
 from specplug import LLM
 from specplug.bench.peers import TransformersModel
 from specplug.config.engine import EngineConfig
+from specplug.engine.planning import plan_engine
+from specplug.engine.startup import allocation
 from specplug.errors import CheckpointError
 from specplug.model.load.checkpoint import load_config, resolve_checkpoint
 from specplug.model.load.weights import load_model
@@ -64,13 +65,13 @@ def test_scales_without_a_quantisation_config_are_refused_before_weights_are_rea
 
     source = changed(folder, tmp_path / "fp8", quantise)
     with pytest.raises(CheckpointError, match=rf"has no quantization_config .* does not use 1 tensor: .*'{name}'"):
-        startup.plan_engine(EngineConfig.create(str(source), memory="64MiB"))
+        plan_engine(EngineConfig.create(str(source), memory="64MiB"))
 
 
 def test_integers_as_weights_are_refused_before_weights_are_read(folder: Path, tmp_path: Path) -> None:
     source = changed(folder, tmp_path / "int8", lambda t: t.update({WEIGHT: t[WEIGHT].to(torch.int8)}))
     with pytest.raises(CheckpointError, match=f"has no quantization_config .*'{WEIGHT}'"):
-        startup.plan_engine(EngineConfig.create(str(source), memory="64MiB"))
+        plan_engine(EngineConfig.create(str(source), memory="64MiB"))
 
 
 def test_a_parameter_of_the_model_itself_is_no_quantisation_scale(tmp_path: Path) -> None:
@@ -191,7 +192,7 @@ def test_an_adapter_in_a_models_folder_is_refused_whatever_is_installed(folder: 
     source = shutil.copytree(folder, tmp_path / "adapted")
     write(source / "adapter_config.json", {"base_model_name_or_path": "org/base"})
     with pytest.raises(CheckpointError, match=r"adapter_config.json\) next to its config.json.*merge it .* or remove"):
-        startup.plan_engine(EngineConfig.create(str(source), memory="64MiB"))
+        plan_engine(EngineConfig.create(str(source), memory="64MiB"))
 
 
 def test_code_of_a_checkpoint_is_asked_for_only_where_it_is_trusted(
@@ -208,7 +209,7 @@ def test_code_of_a_checkpoint_is_asked_for_only_where_it_is_trusted(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     for trusted in (False, True):
         config = EngineConfig.create("acme/custom", memory="64MiB", trust_remote_code=trusted)
-        startup.plan_engine(config)
+        plan_engine(config)
     assert ["*.py" in patterns for patterns in asked] == [False, True]
 
 
@@ -224,7 +225,7 @@ def test_a_model_with_code_of_its_own_says_that_it_must_be_trusted(folder: Path,
 def test_a_folder_without_a_tokenizer_says_so_before_weights_are_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(startup, "load_model", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr(allocation, "load_model", lambda *args, **kwargs: pytest.fail("weights were read"))
     text = "has no tokenizer .*; name one with tokenizer=, or give token ids and skip_tokenizer_init=True"
     with pytest.raises(CheckpointError, match=text):
         LLM(folder, memory="64MiB")

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-import specplug.engine.startup as startup
 from specplug import LLM, SamplingParams
 from specplug.config.engine import EngineConfig
+from specplug.engine.planning import plan_engine
+from specplug.engine.startup import allocation, start
+from specplug.engine.startup.report import StepReport
 from specplug.errors import CheckpointError, ConfigurationError, SpecplugError, StartupError, UnsupportedModelError
 from specplug.model.load.parity import check_parity, measure_difference
+from specplug.model.runner import ModelRunner
 from support.models import ARCHITECTURES, make_config, save_model
 from support.reference import generate
 
@@ -30,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading weights fails the test."""
-    monkeypatch.setattr(startup, "load_model", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr(allocation, "load_model", lambda *args, **kwargs: pytest.fail("weights were read"))
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -65,10 +68,10 @@ def test_length_dependent_rope_bounds_the_context(tmp_path: Path) -> None:
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     rope["original_max_position_embeddings"] = 64
     folder = save_model(tmp_path, "phi3", rope_parameters=rope, original_max_position_embeddings=64)
-    planned = startup.plan_engine(EngineConfig.create(str(folder), memory="64MiB"))
+    planned = plan_engine(EngineConfig.create(str(folder), memory="64MiB"))
     assert planned.plan.max_model_len == 64
     with pytest.raises(ConfigurationError, match=r"more than the 64 positions .*beyond 64 tokens its longrope RoPE"):
-        startup.plan_engine(EngineConfig.create(str(folder), memory="64MiB", max_model_len=100))
+        plan_engine(EngineConfig.create(str(folder), memory="64MiB", max_model_len=100))
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -80,12 +83,12 @@ def test_attention_in_chunks_bounds_the_context(tmp_path: Path) -> None:
     sizes |= {"num_key_value_heads": 2, "intermediate_size": 32, "intermediate_size_mlp": 32, "num_local_experts": 2}
     AutoConfig.for_model("llama4_text", **sizes, attention_chunk_size=40).save_pretrained(tmp_path)
     shutil.copy(save_model(tmp_path / "weights", "llama") / "model.safetensors", tmp_path)
-    planned = startup.plan_engine(EngineConfig.create(str(tmp_path), memory="64MiB"))
+    planned = plan_engine(EngineConfig.create(str(tmp_path), memory="64MiB"))
     assert planned.plan.max_model_len == 40
     with pytest.raises(
         ConfigurationError, match=r"more than the 40 positions .*beyond 40 tokens its layers attend in chunks"
     ):
-        startup.plan_engine(EngineConfig.create(str(tmp_path), memory="64MiB", max_model_len=100))
+        plan_engine(EngineConfig.create(str(tmp_path), memory="64MiB", max_model_len=100))
 
 
 def test_prompts_beyond_the_original_positions_of_scaled_rope_are_exact(tmp_path: Path) -> None:
@@ -242,16 +245,16 @@ def test_the_parity_probe_refuses_what_the_interface_does_not_show(folder: Path,
 def test_startup_reports_six_timed_steps_and_undoes_a_failed_start(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reports: list[startup.StepReport] = []
+    reports: list[StepReport] = []
     with LLM(folder, skip_tokenizer_init=True, memory="64MiB", on_step=reports.append):
         done = [report for report in reports if report.seconds is not None]
         assert [report.number for report in done] == [1, 2, 3, 4, 5, 6]
         assert all(report.fraction == 1.0 for report in done)
     closed: list[str] = []
-    original = startup.ModelRunner.close
-    monkeypatch.setattr(startup.ModelRunner, "close", lambda self: (closed.append("runner"), original(self))[1])
+    original = ModelRunner.close
+    monkeypatch.setattr(ModelRunner, "close", lambda self: (closed.append("runner"), original(self))[1])
     monkeypatch.setattr(
-        startup, "check_parity", lambda *args, **options: (_ for _ in ()).throw(RuntimeError("out of memory"))
+        start, "check_parity", lambda *args, **options: (_ for _ in ()).throw(RuntimeError("out of memory"))
     )
     with pytest.raises(StartupError, match=r"startup step 5 of 6 \(warm up\) failed: RuntimeError: out of memory"):
         LLM(folder, skip_tokenizer_init=True, memory="64MiB")

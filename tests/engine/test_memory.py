@@ -10,7 +10,7 @@ import torch
 
 from specplug import LLM, MemoryRegion, Proposal, SamplingParams, hookimpl
 from specplug.config.engine import EngineConfig, parse_bytes
-from specplug.engine.startup import plan_engine
+from specplug.engine.planning import plan_engine
 from specplug.errors import ConfigurationError, InsufficientMemoryError, RequestError
 from support.marks import slow_except
 from support.models import ARCHITECTURES, VOCABULARY, save_model

@@ -206,7 +206,7 @@ def test_nan_in_the_cache_of_a_failed_request_reaches_nobody(
     """In float64 rows are padded and masked, and a NaN that is masked stays one."""
     with start(folder, dtype=dtype) as llm:
         expected = ids(llm.generate(PROMPTS, GREEDY))
-        commit = llm.engine._commit
+        commit = llm.engine._committer.commit
 
         def poison(target: Any, verdict: Any) -> None:
             for row in target.rows:
@@ -218,7 +218,7 @@ def test_nan_in_the_cache_of_a_failed_request_reaches_nobody(
 
         with monkeypatch.context() as patch:
             spoil_logits(llm, 0, patch)
-            patch.setattr(llm.engine, "_commit", poison)
+            patch.setattr(llm.engine._committer, "commit", poison)
             with pytest.raises(GenerationError, match=r"^prompt 0: [^;]*NaN"):
                 llm.generate(PROMPTS, GREEDY)
         assert not any(tensor.isnan().any() for tensor in llm.engine.runner.cache_tensors)

@@ -64,7 +64,7 @@ def looping(draft: Path, made: list[Looping], length: int | str = 3) -> dict[str
 @pytest.fixture(autouse=True)
 def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU is treated as a device that computes while the host goes on."""
-    monkeypatch.setattr("specplug.engine.startup.computes_ahead", lambda device: True)
+    monkeypatch.setattr("specplug.engine.startup.allocation.computes_ahead", lambda device: True)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

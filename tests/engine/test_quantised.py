@@ -10,8 +10,8 @@ import torch
 
 from specplug import LLM, SamplingParams
 from specplug.config.engine import EngineConfig
-from specplug.engine import startup
 from specplug.engine.planning import plan_engine
+from specplug.engine.startup import allocation
 from specplug.errors import CheckpointError
 from specplug.model.load.quantised import becomes_dense
 from specplug.model.load.weights import load_model
@@ -100,7 +100,7 @@ def test_another_dtype_than_the_checkpoints_own_is_refused(root: Path) -> None:
 def test_what_cannot_be_read_is_refused_before_weights_are_read(
     tmp_path: Path, settings: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(startup, "load_model", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr(allocation, "load_model", lambda *args, **kwargs: pytest.fail("weights were read"))
     if settings["quant_method"] in ("gptq", "awq"):
         try:
             import gptqmodel  # noqa: F401

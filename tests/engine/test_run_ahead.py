@@ -70,7 +70,7 @@ def outputs(llm: LLM, seed: int) -> list[Any]:
 
 @pytest.fixture
 def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specplug.engine.startup.computes_ahead", lambda device: True)
+    monkeypatch.setattr("specplug.engine.startup.allocation.computes_ahead", lambda device: True)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from specplug import LLM, SamplingParams
 from support.models import save_model
 
 CORE = Path(specplug.__file__).parent
-PLAIN, DRAFTING = 30, 42
+PLAIN, DRAFTING = 29, 41
 
 
 @pytest.fixture(scope="module")

@@ -84,7 +84,7 @@ def test_no_weight_is_read_for_a_plan(tmp_path: Path, monkeypatch: pytest.Monkey
     import safetensors
 
     from specplug.config.engine import EngineConfig
-    from specplug.engine.startup import plan_engine
+    from specplug.engine.planning import plan_engine
 
     folder = save_model(tmp_path, "llama")
     monkeypatch.setattr(safetensors, "safe_open", lambda *args, **kwargs: pytest.fail("weights were read"))

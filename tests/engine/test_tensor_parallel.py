@@ -85,6 +85,46 @@ def test_every_speculator_drafts_for_two_ranks(speculator: str, tmp_path: Path) 
 
 
 @slow
+@pytest.mark.parametrize("compiled", [False, True])
+def test_ranks_run_ahead(compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that computes while the host goes on, a forward's ids come from the first rank's device.
+
+    A CPU is treated as such a device. Compiled, the sums over the ranks are part of the machine code.
+    """
+    monkeypatch.setattr("specplug.engine.startup.allocation.computes_ahead", lambda device: True)
+    folder = save_model(tmp_path / "model", "llama", eos_token_id=None)
+    cases = decisive_prompts(folder, 6, NEW_TOKENS, VOCABULARY)
+    with parallel(folder, compile=compiled, max_num_batched_tokens=40) as llm:
+        assert (llm.engine.runner.compiled is not None) == compiled
+        drawn = []
+        draw = llm.engine._verification.draw
+        monkeypatch.setattr(llm.engine._verification, "draw", lambda *given: drawn.append(1) or draw(*given))
+        outputs = llm.generate([prompt for prompt, _ in cases], GREEDY, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in outputs] == [tokens for _, tokens in cases]
+        assert len(drawn) > NEW_TOKENS // 2
+        assert_idle(llm)
+
+
+@slow
+def test_ranks_that_differ_end_together(tmp_path: Path) -> None:
+    """What one rank can compile and another cannot must not leave one of them in a sum for ever."""
+    script = (
+        "import sys, torch\nfrom pathlib import Path\nfrom specplug.model.parallel.group import agree, process_group\n"
+        "rank = int(sys.argv[1])\n"
+        f"with process_group(rank, 2, Path({str(tmp_path / 'meeting')!r}), torch.device('cpu')):\n"
+        "    agree(True)\n    agree(False)\n    agree(rank == 0)\n"
+    )
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", script, str(rank)], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        _, said = rank.communicate(timeout=60)
+        assert rank.returncode == 1
+        assert said.rstrip().endswith("what one rank can compile or capture, another cannot: see its messages above")
+
+
+@slow
 def test_a_rank_that_dies_ends_the_engine_and_leaves_nothing(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "llama", eos_token_id=None)
     with parallel(folder) as llm:

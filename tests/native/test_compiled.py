@@ -13,7 +13,8 @@ import attrs
 import pytest
 
 from specplug import LLM, SamplingParams, native
-from specplug.engine import compilation, startup
+from specplug.engine import compilation
+from specplug.engine.startup import start
 from specplug.model.compile import compiled
 from specplug.model.compile.forwards import measure_forward_change, over_rows
 from support.adapters import merge_adapter, save_adapter
@@ -95,9 +96,7 @@ def test_draft_models_are_compiled_too_and_weights_are_there_once(
     options["speculative_config"] = config
     asked: list[list[Any]] = []
     own = compilation.compile_forwards
-    monkeypatch.setattr(
-        startup, "compile_forwards", lambda runners, *rest: (asked.append(runners), own(runners, *rest))
-    )
+    monkeypatch.setattr(start, "compile_forwards", lambda runners, *rest: (asked.append(runners), own(runners, *rest)))
     held = {}
     for choice in (False, True):
         with LLM(folder, compile=choice, **options) as llm:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from specplug import MemoryBudget, native
 from specplug.contract.resources import KVLayer
 from specplug.model.compile import compiled
 from specplug.model.compile.compiled import CompiledStep, compile_step
-from specplug.model.compile.cuda_graphs import CAPTURED_TOKENS, MOST_CAPTURED, token_buckets
+from specplug.model.compile.cuda_graphs import CAPTURED_TOKENS, MOST_CAPTURED, MOST_TOKENS, CudaGraphs, token_buckets
 from specplug.model.kv_cache import BlockTable, KVCache
 from specplug.model.load.packing import pack_linears
 from specplug.model.paged import PagedBatch
@@ -189,3 +191,22 @@ def test_the_outputs_that_captured_steps_hold_can_be_planned() -> None:
     on_gpu = attrs.evolve(on_cpu, compiled_output_tokens=CAPTURED_TOKENS)
     assert on_cpu.compiled_output_bytes(10) == 0
     assert on_gpu.compiled_output_bytes(10) == 10 * sum(token_buckets(MOST_CAPTURED)) > 640
+
+
+def test_captured_sizes() -> None:
+    """Few graphs for few tokens, and little padding where matmuls are limited by arithmetic."""
+    sizes = token_buckets(MOST_TOKENS)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == MOST_TOKENS
+    assert len(sizes) < 30
+    assert all(after <= before * 5 / 4 for before, after in pairwise(sizes) if before >= 256)
+    assert token_buckets(300) == [*token_buckets(256), 300]
+    assert [bucket for bucket in sizes if bucket <= 256] == token_buckets(256)
+
+
+def test_graphs_hold_logits_of_verified_tokens_alone() -> None:
+    plan = partial(CudaGraphs.planned_bytes, MOST_TOKENS, token_bytes=0, state_bytes=0, scratch_bytes=0)
+    inputs = plan(most_logits=64, logits_bytes=0)
+    held = [plan(most_logits=count, logits_bytes=10) - inputs for count in (1, 64, MOST_TOKENS)]
+    assert held[0] == 10 * sum(min(bucket, 8) for bucket in token_buckets(MOST_TOKENS))
+    assert held[1] < held[2] == 10 * sum(token_buckets(MOST_TOKENS))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from specplug import LLM
-from specplug.plugins.target import LazyWeights
+from specplug.plugins.lazy_weights import LazyWeights
 from specplug_eagle import EagleSpeculator
 from specplug_eagle.checkpoint import EagleCheckpoint, write_speculators_checkpoint
 from specplug_eagle.head import DraftHead, HeadSpec

@@ -45,6 +45,22 @@ class Engine:
         outputs = self.llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
+    def greedy_but_aborted(self, prompts: list[str], aborted: int) -> dict[int, list[int]]:
+        """The tokens of greedy outputs by the prompt's index; one request is aborted after four steps."""
+        from vllm import SamplingParams
+
+        core = self.llm.llm_engine
+        for number, prompt in enumerate(prompts):
+            core.add_request(str(number), prompt, SamplingParams(temperature=0, max_tokens=48, ignore_eos=True))
+        for _ in range(4):
+            core.step()
+        core.abort_request([str(aborted)])
+        done: dict[int, list[int]] = {}
+        while core.has_unfinished_requests():
+            ended = [output for output in core.step() if output.finished]
+            done |= {int(output.request_id): list(output.outputs[0].token_ids) for output in ended}
+        return done
+
     @property
     def runner(self) -> Any:
         """vLLM's model runner."""

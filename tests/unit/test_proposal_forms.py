@@ -11,7 +11,8 @@ import torch
 from specplug import Budget, DraftDistributions, Proposal, Verdict
 from specplug.errors import PluginError
 from specplug.speculation.draft import Draft
-from specplug.speculation.validation import check_proposal, check_verdict
+from specplug.speculation.validation import check_proposal
+from specplug.speculation.verification.verdict import check_verdict
 
 VOCABULARY = 16
 

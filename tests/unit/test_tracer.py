@@ -28,7 +28,7 @@ def step(tracer: Tracer, draft: Draft | None, path: list[int], seconds: float, d
     output = tracer.record(StepOutput(REQUEST, [*tokens, 2], sources, []), draft, path, LOGITS[: 1 + nodes], 1)
     target: Any = SimpleNamespace(rows=[REQUEST], requests=[REQUEST], offsets=[0, 1 + nodes])
     tracer.end_step(target, decoding, seconds, seconds + 0.001)
-    assert not tracer.is_tracing
+    assert not tracer.open
     assert output.trace is not None
     return output.trace
 
@@ -74,6 +74,6 @@ def test_probabilities(policy: DraftLengthPolicy) -> None:
 def test_an_interrupted_step_leaves_nothing() -> None:
     tracer = Tracer(FixedDraftLength())
     tracer.record(StepOutput(REQUEST, [2], [None], []), None, [], LOGITS[:1], 1)
-    assert tracer.is_tracing
+    assert tracer.open
     tracer.abandon()
-    assert not tracer.is_tracing
+    assert not tracer.open

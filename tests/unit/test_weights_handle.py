@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 import specplug
 from specplug.errors import CheckpointError, PluginError
 from specplug.model.load.checkpoint import read_headers, resolve_checkpoint
-from specplug.plugins.target import LazyModel, LazyWeights
+from specplug.plugins.lazy_model import LazyModel
+from specplug.plugins.lazy_weights import LazyWeights
 
 CPU = torch.device("cpu")
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     )
     from specplug.contract.verification import TargetDistributions, Verdict, VerificationBatch, VerificationRow
     from specplug.engine.engine import Engine
-    from specplug.engine.startup import StepReport
+    from specplug.engine.startup.report import StepReport
     from specplug.errors import (
         CheckpointError,
         ConfigurationError,
@@ -96,7 +96,7 @@ _HOMES = {
         "TokenView",
     ),
     "specplug.engine.engine": ("Engine",),
-    "specplug.engine.startup": ("StepReport",),
+    "specplug.engine.startup.report": ("StepReport",),
     "specplug.trace": (
         "StepTrace",
         "TracedNode",

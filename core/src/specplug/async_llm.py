@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +14,12 @@ from typing import Any, Self
 import attrs
 
 from specplug.engine.engine import CLOSED
-from specplug.engine.startup import StepReport
+from specplug.engine.startup.report import StepReport
 from specplug.engine.thread import EngineThread
 from specplug.errors import ConfigurationError, EngineDeadError, RequestError, SpecplugError, one_line
-from specplug.frontend import Frontend, FrontendOwner, Lora, Submission
+from specplug.frontend.frontend import Frontend
+from specplug.frontend.owner import FrontendOwner
+from specplug.frontend.submission import Lora, Submission
 from specplug.lora.request import LoRARequest
 from specplug.outputs import RequestOutput
 from specplug.sampling.params import SamplingParams
@@ -27,6 +28,7 @@ from specplug.streams.assembly import OutputKind
 from specplug.streams.delivery import Delivery
 from specplug.streams.encoding import AsyncEncoding, encoder_thread
 from specplug.streams.observers import StreamObserver
+from specplug.streams.open_streams import OpenStreams
 from specplug.streams.stream import RequestStream, check_output_kind, check_timeout
 from specplug.text.prompts import EncodedPrompt, Prompt
 from specplug.values import is_integer, shown
@@ -78,8 +80,7 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
         self._admission = Admission(self.config.max_num_seqs, max_queued_requests)
         self._encoder = encoder_thread()
         self._numbers = itertools.count()
-        self._lock = threading.Lock()  # of the next two
-        self._streams: dict[str, RequestStream] = {}
+        self._streams = OpenStreams()
         self._error: EngineDeadError | None = None
         self._delivery = Delivery()
         self._thread = EngineThread(self.engine, after_step=self._delivery.wake, on_failure=self._die)
@@ -178,8 +179,7 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
                     request.arrival_time = arrival_time
                     request.is_traced = trace
                 streams.append(self._stream(submission, output_kind))
-            with self._lock:
-                self._streams.update({stream.request_id: stream for stream in streams})
+            self._streams.add(streams)
             if not self._thread.run_soon(lambda: self._queue(streams)):
                 raise self._error or RequestError("the engine is closed")
         except BaseException:
@@ -193,8 +193,7 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
 
     def abort(self, request_id: str) -> bool:
         """Ends a request; returns whether it was unfinished. Its generated tokens are kept and delivered."""
-        with self._lock:
-            stream = self._streams.get(request_id)
+        stream = self._streams.get(request_id)
         if stream is None or stream.has_ended:
             return False
         stream.abort()
@@ -202,9 +201,7 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
 
     def abort_all(self) -> None:
         """Ends all requests."""
-        with self._lock:
-            streams = list(self._streams.values())
-        for stream in streams:
+        for stream in self._streams.all():
             stream.abort()
 
     def _stream(self, submission: Submission, kind: OutputKind) -> RequestStream:
@@ -247,8 +244,7 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
         self._admission.check()
 
     def _forget(self, name: str) -> None:
-        with self._lock:
-            self._streams.pop(name, None)
+        self._streams.remove(name)
         self._admission.leave(name)  # now somebody else may have the name
 
     # ---- in the engine's thread -----------------------------------------------------------------------------------
@@ -265,11 +261,8 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
 
     def _die(self, error: BaseException) -> None:
         logger.error("the engine stopped after an error", exc_info=error)
-        with self._lock:
-            self._error = EngineDeadError(f"the engine stopped after an error: {one_line(error)}")
-            streams = list(self._streams.values())
-        for stream in streams:
-            stream.fail(self._error)
+        self._error = EngineDeadError(f"the engine stopped after an error: {one_line(error)}")
+        self._streams.fail(self._error)
 
     # ---- about ----------------------------------------------------------------------------------------------------
 
@@ -325,21 +318,10 @@ class AsyncLLM(FrontendOwner, AsyncEncoding):
         self._thread.stop()
         self.engine.close()
         self._delivery.wake()
-        with self._lock:
-            never_queued = list(self._streams.values())
-        for stream in never_queued:
-            stream.fail(RequestError(CLOSED))
+        self._streams.fail(RequestError(CLOSED))  # those that were never queued
         self._encoder.shutdown()
 
     shutdown = close
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     async def __aenter__(self) -> Self:
         return self

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from specplug.engine.calls import Call, Calls
 from specplug.engine.engine import CLOSED
-from specplug.engine.startup import StepReport
+from specplug.engine.startup.report import StepReport
 from specplug.errors import GenerationError, RequestError
-from specplug.frontend import Frontend, FrontendOwner, Lora
+from specplug.frontend.frontend import Frontend
+from specplug.frontend.owner import FrontendOwner
+from specplug.frontend.submission import Lora
 from specplug.lora.request import LoRARequest
 from specplug.outputs import RequestOutput, StreamedPiece
 from specplug.progress import ProgressBar
@@ -179,7 +180,7 @@ class LLM(FrontendOwner):
                 )
         finally:  # the garbage collector may run this, so it must not wait
             self.engine.abandon(*(each.id for each in submitted))
-        self._raise_failures([self._frontend.output(each) for each in submitted] if _any_failed(call) else [])
+        self._raise_failures([self._frontend.outputs.build(each) for each in submitted] if _any_failed(call) else [])
 
     def abort(self, request_id: str) -> bool:
         """Ends a request; returns whether it was unfinished. Its generated tokens are kept."""
@@ -205,7 +206,7 @@ class LLM(FrontendOwner):
             self.engine.abandon(*(each.id for each in submitted))
             raise
         _check_not_cut_off(call)
-        outputs = [self._frontend.output(each) for each in submitted]
+        outputs = [self._frontend.outputs.build(each) for each in submitted]
         self._raise_failures(outputs)
         return outputs
 
@@ -249,14 +250,6 @@ class LLM(FrontendOwner):
     def close(self) -> None:
         """Ends all requests and frees all memory; calls in other threads end with an error."""
         self.engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _any_failed(call: Call) -> bool:

@@ -127,20 +127,10 @@ def test_preemption(plain: Plain, modules: Path) -> None:
 
 
 def test_abort(plain: Plain) -> None:
-    from vllm import SamplingParams as VllmParams
-
     expected = plain(PROMPTS)
     with start(SUFFIX) as engine:
-        core = engine.llm.llm_engine
-        for number, prompt in enumerate(PROMPTS[:3]):
-            core.add_request(str(number), prompt, VllmParams(temperature=0, max_tokens=48, ignore_eos=True))
-        for _ in range(4):
-            core.step()
-        core.abort_request(["1"])
-        done: dict[str, list[int]] = {}
-        while core.has_unfinished_requests():
-            done |= {output.request_id: list(output.outputs[0].token_ids) for output in core.step() if output.finished}
-        assert [done["0"], done["2"]] == [expected[0], expected[2]]
+        done = engine.greedy_but_aborted(PROMPTS[:3], 1)
+        assert [done[0], done[2]] == [expected[0], expected[2]]
         assert engine.greedy(PROMPTS) == expected
         assert len(engine.proposer.known_rows()) <= 4
         assert engine.proposer.host.faults == {"suffix": 0}

@@ -99,20 +99,10 @@ def test_preemption(config: dict[str, Any], plain: Plain, modules: Path) -> None
 
 
 def test_abort(plain: Plain, modules: Path) -> None:
-    from vllm import SamplingParams as VllmParams
-
     expected = plain(PROMPTS)
     with start(EAGLE3, host=HOST, worker=True) as engine:
-        core = engine.llm.llm_engine
-        for number, prompt in enumerate(PROMPTS[:3]):
-            core.add_request(str(number), prompt, VllmParams(temperature=0, max_tokens=48, ignore_eos=True))
-        for _ in range(4):
-            core.step()
-        core.abort_request(["1"])
-        done: dict[str, list[int]] = {}
-        while core.has_unfinished_requests():
-            done |= {output.request_id: list(output.outputs[0].token_ids) for output in core.step() if output.finished}
-        assert [done["0"], done["2"]] == [expected[0], expected[2]]
+        done = engine.greedy_but_aborted(PROMPTS[:3], 1)
+        assert [done[0], done[2]] == [expected[0], expected[2]]
         assert engine.greedy(PROMPTS) == expected
         assert len(engine.proposer.known_rows()) <= 4
         assert engine.proposer.host.faults == {"eagle3": 0}

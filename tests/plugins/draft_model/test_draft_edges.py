@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-import specplug.plugins.target as target_module
+import specplug.plugins.lazy_model as model_module
 from specplug import LLM, ConfigurationError, SamplingParams
 from specplug.config.engine import EngineConfig
 from specplug.engine.planning import PlannedEngine, plan_engine
@@ -44,7 +44,7 @@ def pairs(target: Path) -> list[tuple[list[int], list[int]]]:
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a draft's weights fails the test."""
-    monkeypatch.setattr(target_module, "load_model", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr(model_module, "load_model", lambda *args, **kwargs: pytest.fail("weights were read"))
 
 
 def plan(target: Path | str, **options: Any) -> PlannedEngine:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from specplug.plugins.target import LazyWeights
+from specplug.plugins.lazy_weights import LazyWeights
 from specplug_eagle.checkpoint import EagleCheckpoint
 from specplug_eagle.head import DraftHead
 

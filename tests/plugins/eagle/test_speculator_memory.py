@@ -97,7 +97,7 @@ def test_the_plan_is_made_of_headers_alone(
         for name in ("safe_open", "load_file", "load_tensors"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, fail)
-    monkeypatch.setattr("specplug.plugins.target.load_tensors", fail)
+    monkeypatch.setattr("specplug.plugins.lazy_weights.load_tensors", fail)
     planned = plan(root, head, method, tree)
     weights, cache, _ = planned.regions[0]
     stored = sum(

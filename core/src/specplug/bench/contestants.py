@@ -9,7 +9,7 @@ from specplug.bench.measurement import Advance, Measurement, Measurer
 from specplug.bench.workload import Cell, Workload
 
 if TYPE_CHECKING:
-    from specplug.engine.startup import StepReport
+    from specplug.engine.startup.report import StepReport
     from specplug.llm import LLM
 
 PLAIN = "plain decoding"  # not a valid method name

@@ -30,6 +30,7 @@ from specplug.cli.options import (
 from specplug.cli.process import check_plugins
 from specplug.cli.terminal import Terminal
 from specplug.errors import ConfigurationError, RequestError
+from specplug.values import shown
 
 _ENGINE = (
     "speculative_config",
@@ -64,7 +65,9 @@ _prompt_options = option_group(
 )
 
 
-@click.command(cls=GroupedCommand, short_help="Generate text with a model.")
+@click.command(
+    cls=GroupedCommand, short_help="Generate text with a model.", context_settings={"allow_extra_args": True}
+)
 @click.argument("target")
 @_prompt_options
 @sampling_options
@@ -74,7 +77,9 @@ _prompt_options = option_group(
 @lora_options
 @draft_options
 @report_options
+@click.pass_context
 def generate(
+    ctx: click.Context,
     target: str,
     prompt: str | None,
     prompts: str | None,
@@ -100,6 +105,9 @@ def generate(
       specplug generate org/model --prompt "Once upon a time" --max-tokens 200 \\
         --speculative-config '{"method": "ngram", "num_speculative_tokens": 5}'
     """  # noqa: D301
+    if ctx.args:
+        words = shown(" ".join(ctx.args))
+        raise click.UsageError(f"Got unexpected extra argument {words}; give the prompt with --prompt, in quotes.")
     if (prompt is None) == (prompts is None):
         problem = (
             "Missing option '--prompt' or '--prompts'"

@@ -8,10 +8,13 @@ import attrs
 import torch
 
 from specplug.contract.types import Outcome
+from specplug.contract.verification import Verdict
 from specplug.engine.target_step import TargetStep
-from specplug.model.kv_cache import BlockAllocator, KVCache
+from specplug.engine.trace import Tracer
+from specplug.model.runner import ModelRunner
 from specplug.request import Request, StepOutput
 from specplug.sampling.logprobs import gather_logprobs
+from specplug.speculation.target_states.store import TargetStateStore
 from specplug.stats import SpeculationStats
 
 _OWN: list[str | None] = [None]
@@ -61,15 +64,26 @@ class Committed:
 
 
 class StepOutputs:
-    """The outputs of the current step. On a GPU those of one step are delivered once the next one's forward runs."""
+    """The outputs of the current step. On a GPU those of one step are delivered once the next one's forward runs.
 
-    def __init__(self) -> None:
+    Args:
+        total: the engine's counters of speculation.
+
+    Attributes:
+        total: see above.
+        num_tokens: how many tokens have been committed.
+    """
+
+    def __init__(self, total: SpeculationStats) -> None:
+        self.total = total
+        self.num_tokens = 0
         self._committed: list[Committed | StepOutput] = []
         self._delivered: dict[int, StepOutput] = {}  # by the request's number
 
     def add(self, entry: Committed | StepOutput) -> None:
         """Takes in what was committed, or an output that has been counted and decoded."""
         self._committed.append(entry)
+        self.num_tokens += len(entry.sources)
 
     @property
     def has_ended(self) -> bool:
@@ -80,15 +94,11 @@ class StepOutputs:
         """Whether there is an output of a request."""
         return request.number in self._delivered or any(entry.request is request for entry in self._committed)
 
-    def deliver(self, total: SpeculationStats) -> None:
-        """Counts what was committed, decodes its text, and hands it to whoever listens.
-
-        Args:
-            total: the engine's counters.
-        """
+    def deliver(self) -> None:
+        """Counts what was committed, decodes its text, and hands it to whoever listens."""
         committed, self._committed = self._committed, []
         for entry in committed:
-            output = entry.deliver(total) if isinstance(entry, Committed) else entry
+            output = entry.deliver(self.total) if isinstance(entry, Committed) else entry
             before = self._delivered.get(output.request.number)
             self._delivered[output.request.number] = output if before is None else before.joined(output)
             if output.request.listener is not None:
@@ -102,6 +112,60 @@ class StepOutputs:
         """What was delivered since the last call, one output per request."""
         delivered, self._delivered = self._delivered, {}
         return list(delivered.values())
+
+
+class Committer:
+    """Commits what verification decided.
+
+    Args:
+        runner: the target, whose KV cache holds the drafts.
+        states: the target states that speculators declared.
+        outputs: receives what is committed.
+        tracer: told of the requests that are traced.
+    """
+
+    def __init__(self, runner: ModelRunner, states: TargetStateStore, outputs: StepOutputs, tracer: Tracer) -> None:
+        self._runner = runner
+        self._states = states
+        self._outputs = outputs
+        self._tracer = tracer
+
+    def commit(self, target: TargetStep, verdict: Verdict) -> None:
+        """Appends accepted tokens, makes their KV contiguous, and records their target states."""
+        moves: list[tuple[int, int]] = []
+        final: dict[int, tuple[range, list[int]]] = {}
+        drafted: dict[int, range] = {}
+        decisions = iter(zip(verdict.accepted, verdict.next_tokens, target.offsets, strict=False))
+        score_prompts(target)
+        for row, first in zip(target.rows, target.first, strict=True):
+            request = row.request
+            start = request.num_computed
+            packed = list(range(first, first + row.num_tokens))
+            path, next_token, entry = next(decisions) if row.samples else ((), -1, -1)
+            if request.slot < 0:  # its last token, known by now, was the one before this step
+                continue
+            if request.is_finished:  # verification or scoring failed for it
+                self._outputs.add(StepOutput(request, [], [], []))
+            elif row.samples:
+                packed += [first + row.num_tokens + node for node in path]
+                if self._states.at_drafts and request.draft is not None:
+                    drafted[request.slot] = range(first + row.num_tokens, first + row.num_tokens + len(request.draft))
+                moves += kv_moves(request, start + row.num_tokens, path)
+                self._runner.keep(request.slot, path)
+                draft = request.draft
+                committed = commit_tokens(request, path, next_token)
+                score_output(committed, target.logits, [entry, *(entry + 1 + node for node in path)])
+                if request.is_traced:
+                    entries = target.logits[entry : entry + 1 + (0 if draft is None else len(draft))]
+                    output = committed.deliver(self._outputs.total)
+                    self._outputs.add(self._tracer.record(output, draft, path, entries, row.num_tokens))
+                else:
+                    self._outputs.add(committed)
+            request.num_computed = start + len(packed)
+            final[request.slot] = (range(start, request.num_computed), packed)
+        if moves:
+            self._runner.cache.move([source for source, _ in moves], [destination for _, destination in moves])
+        self._states.record(target.captured, final, drafted)
 
 
 def commit_tokens(request: Request, path: Sequence[int], next_token: int) -> Committed:
@@ -166,16 +230,3 @@ def score_prompts(target: TargetStep) -> None:
             request.prompt_logprobs += gather_logprobs(target.logits[entry : entry + positions], tokens, count)
         except Exception as error:
             request.fail(error)
-
-
-def clear_kv(request: Request, allocator: BlockAllocator, caches: Sequence[KVCache], block_size: int) -> None:
-    """Clears and forgets the blocks that a failed request shares with no other.
-
-    Masked entries are multiplied by zero, and NaN times zero is NaN: it may leave none behind.
-    """
-    if request.table is None:
-        return
-    own = [block for block in request.table.blocks if not allocator.is_shared(block)]
-    allocator.forget(own)
-    for cache in caches:
-        cache.clear([slot for block in own for slot in range(block * block_size, (block + 1) * block_size)])

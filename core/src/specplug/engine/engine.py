@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 
-from specplug.contract.verification import Verdict
-from specplug.engine.commit import StepOutputs, clear_kv, commit_tokens, kv_moves, score_output, score_prompts
+from specplug.engine.commit import Committer, StepOutputs
 from specplug.engine.contention import CoreContention
 from specplug.engine.fair_lock import FairLock
+from specplug.engine.lifecycle import Lifecycle
 from specplug.engine.planning import PlannedEngine
 from specplug.engine.requests import RequestFactory
 from specplug.engine.run_ahead import RunAhead
@@ -31,7 +31,7 @@ CLOSED = "the engine was closed before the request ended"
 
 
 class Engine:
-    """Runs requests in batches, speculatively and losslessly. `specplug.engine.startup.start_engine` makes it.
+    """Runs requests in batches, speculatively and losslessly. `specplug.engine.startup.start.start_engine` makes it.
 
     Its methods may be called from any thread; one thread at a time works on it, see `FairLock`.
 
@@ -73,7 +73,6 @@ class Engine:
         self.stats = SpeculationStats()
         self.num_steps = 0
         self.num_prompt_tokens = 0
-        self.num_generated_tokens = 0
         self.is_closed = False
         self._facade = planned.facade
         self._shared_caches = list(shared_caches)
@@ -83,9 +82,11 @@ class Engine:
         self._tracer = Tracer(chain.policy)
         self.lock = lock
         self._contention = CoreContention()
-        self._outputs = StepOutputs()
+        self._outputs = StepOutputs(self.stats)
+        self._committer = Committer(runner, states, self._outputs, self._tracer)
         ahead = None if runner.states is not None else runner.pending
-        self._ahead = RunAhead(ahead, chain, verification)
+        self._ahead = RunAhead(ahead, chain, verification, states)
+        self._lifecycle = Lifecycle(scheduler, self._outputs, chain, runner, self._shared_caches)
 
     # ---- speculators ----------------------------------------------------------------------------------------------
 
@@ -113,6 +114,11 @@ class Engine:
     def propose_seconds(self) -> dict[str, float]:
         """Time spent in `propose` by method."""
         return self.chain.seconds
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """How many tokens were committed."""
+        return self._outputs.num_tokens
 
     @property
     def vocab_size(self) -> int:
@@ -182,21 +188,7 @@ class Engine:
         self.lock.defer(lambda: self._abort(set(request_ids)))
 
     def _abort(self, request_ids: Collection[str], error: str | None = None) -> list[Request]:
-        self._outputs.deliver(self.stats)
-        ended = []
-        for request in list(self.scheduler.requests()):
-            if request.id not in request_ids:
-                continue
-            if not request.is_finished:
-                request.error = error
-                request.end("abort")
-                self._outputs.drop(request)
-                ended.append(request)
-                if request.listener is not None:
-                    request.listener.end(request)
-            request.fork_group = []
-            self.scheduler.finish(request, "aborted")
-        return ended
+        return [] if self.is_closed else self._lifecycle.abort(request_ids, error)
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached KV; requests that run go on with theirs."""
@@ -230,30 +222,31 @@ class Engine:
     def _advance(self) -> None:
         rows = self._schedule()
         if not rows:
-            self._outputs.deliver(self.stats)
+            self._outputs.deliver()
             return
         started = time.perf_counter()
         target = run_target(self.runner, self._states, rows)
         if self.runner.pending is not None:
             self.runner.pending.fetch()
         self._settle()
-        self._outputs.deliver(self.stats)
+        self._outputs.deliver()
         runs_ahead = self._ahead.takes(target)
         if runs_ahead:
-            self._draw_ahead(target)
+            self._ahead.draw(target)
         else:
             verdict = self._verification.verify(target.requests, target.offsets, target.logits[: target.offsets[-1]])
-            self._commit(target, verdict)
+            self._committer.commit(target, verdict)
+        self._end_finished(target)
         seconds = time.perf_counter() - started
         decoding = all(row.samples and row.num_tokens == 1 for row in rows)
         self.chain.observe([row.request for row in rows], seconds, decoding=decoding)
         self._end_rows()
         if not runs_ahead:
             self._propose(rows)
-        if self._tracer.is_tracing:
+        if self._tracer.open:
             self._tracer.end_step(target, decoding, seconds, time.perf_counter() - started)
-        if self.runner.pending is None or self._tracer.is_tracing or self._outputs.has_ended:
-            self._outputs.deliver(self.stats)
+        if self.runner.pending is None or self._outputs.has_ended:
+            self._outputs.deliver()
         self.num_steps += 1
         self._contention.observe()
 
@@ -269,63 +262,10 @@ class Engine:
         """Commits the tokens that were drawn ahead; the device may compute the step after them meanwhile."""
         for entry in self._ahead.settle():
             self._outputs.add(entry)
-            self.num_generated_tokens += len(entry.new_tokens)
             if entry.request.is_finished:
-                self._finish(entry.request)
+                self._lifecycle.finish(entry.request)
 
-    def _draw_ahead(self, target: TargetStep) -> None:
-        """Leaves this step's tokens on the device, where the next forward takes them from."""
-        self._ahead.draw(target)
-        final: dict[int, tuple[range, list[int]]] = {}
-        for row, first in zip(target.rows, target.first, strict=True):
-            request = row.request
-            if request.slot >= 0:
-                start, request.num_computed = request.num_computed, request.num_computed + row.num_tokens
-                final[request.slot] = (range(start, request.num_computed), list(range(first, first + row.num_tokens)))
-        self._states.record(target.captured, final, {})
-        self.chain.rest()
-        self._after_forward(target)
-
-    def _commit(self, target: TargetStep, verdict: Verdict) -> None:
-        """Appends accepted tokens, makes their KV contiguous, and ends rows that are done."""
-        moves: list[tuple[int, int]] = []
-        final: dict[int, tuple[range, list[int]]] = {}
-        drafted: dict[int, range] = {}
-        decisions = iter(zip(verdict.accepted, verdict.next_tokens, target.offsets, strict=False))
-        score_prompts(target)
-        for row, first in zip(target.rows, target.first, strict=True):
-            request = row.request
-            start = request.num_computed
-            packed = list(range(first, first + row.num_tokens))
-            path, next_token, entry = next(decisions) if row.samples else ((), -1, -1)
-            if request.slot < 0:  # its last token, known by now, was the one before this step
-                continue
-            if request.is_finished:  # verification or scoring failed for it
-                self._outputs.add(StepOutput(request, [], [], []))
-            elif row.samples:
-                packed += [first + row.num_tokens + node for node in path]
-                if self._states.at_drafts and request.draft is not None:
-                    drafted[request.slot] = range(first + row.num_tokens, first + row.num_tokens + len(request.draft))
-                moves += kv_moves(request, start + row.num_tokens, path)
-                self.runner.keep(request.slot, path)
-                draft = request.draft
-                committed = commit_tokens(request, path, next_token)
-                score_output(committed, target.logits, [entry, *(entry + 1 + node for node in path)])
-                self.num_generated_tokens += len(committed.new_tokens)
-                if request.is_traced:
-                    entries = target.logits[entry : entry + 1 + (0 if draft is None else len(draft))]
-                    output = committed.deliver(self.stats)
-                    self._outputs.add(self._tracer.record(output, draft, path, entries, row.num_tokens))
-                else:
-                    self._outputs.add(committed)
-            request.num_computed = start + len(packed)
-            final[request.slot] = (range(start, request.num_computed), packed)
-        if moves:
-            self.runner.cache.move([source for source, _ in moves], [destination for _, destination in moves])
-        self._states.record(target.captured, final, drafted)
-        self._after_forward(target)
-
-    def _after_forward(self, target: TargetStep) -> None:
+    def _end_finished(self, target: TargetStep) -> None:
         """Caches full blocks, and takes rows that have ended out of the batch."""
         if self.prefix_cache is not None:
             self.prefix_cache.store(
@@ -334,8 +274,8 @@ class Engine:
         for row in target.rows:
             if row.request.is_finished and row.request.slot >= 0:
                 if row.request.error is None:
-                    self._fork_children(row.request)
-                self._finish(row.request)
+                    self._lifecycle.fork_children(row.request)
+                self._lifecycle.finish(row.request)
 
     def _end_rows(self) -> None:
         """Tells the speculators' chain of rows that left the batch."""
@@ -355,30 +295,8 @@ class Engine:
             self.prefix_cache.store_entries(alive, self.scheduler.allocator, self.chain.num_stored)
         for request in alive:
             request.outcome = None
-            if request.num_output_tokens:  # only now, so that children share the speculators' KV of the prompt too
-                self._fork_children(request)
-
-    def _fork_children(self, parent: Request) -> None:
-        """Starts the other completions of a prompt that has just been computed."""
-        children, parent.fork_group = parent.fork_group, []
-        for child in children:
-            copies = self.scheduler.fork(parent, child) if parent.slot >= 0 else None
-            if copies is None:
-                self.scheduler.add(child)
-                continue
-            self.chain.fork(parent, child)
-            self.runner.fork(parent.slot, child.slot)
-            for cache in self._shared_caches:
-                cache.move([source for source, _ in copies], [destination for _, destination in copies])
-
-    def _finish(self, request: Request) -> None:
-        """Removes a finished request from the batch; sequences that would have been forked from it start by themselves."""
-        for child in request.fork_group:
-            self.scheduler.add(child)
-        request.fork_group = []
-        if request.error is not None:
-            clear_kv(request, self.scheduler.allocator, self._shared_caches, self.plan.block_size)
-        self.scheduler.finish(request, "finished" if request.error is None else "aborted")
+            if request.fork_group and request.num_output_tokens:  # now, so that children share the speculators' KV too
+                self._lifecycle.fork_children(request)
 
     def _recover(self) -> None:
         """After an interrupted step: the KV of all running rows is recomputed, and no committed token is lost."""
@@ -390,8 +308,8 @@ class Engine:
                 continue
             if not self._outputs.has(request):  # interrupted before it had one
                 self._outputs.add(StepOutput(request, [], [], []))
-            self._finish(request)
-        self._outputs.deliver(self.stats)
+            self._lifecycle.finish(request)
+        self._outputs.deliver()
 
     # ---- the end --------------------------------------------------------------------------------------------------
 
@@ -413,4 +331,5 @@ class Engine:
             self.runner.close()
             self._facade.close()
             self._shared_caches.clear()
-            del self._states, self.runner, self.chain, self._verification, self._ahead, self.registry, self._facade
+            del self._states, self.runner, self.chain, self._verification, self.registry, self._facade
+            del self._ahead, self._committer, self._lifecycle

@@ -11,7 +11,6 @@ import torch
 
 from specplug.config.engine import EngineConfig
 from specplug.contract.resources import MemoryBudget, MemoryRegion
-from specplug.engine.compilation import wants_compilation
 from specplug.engine.memory_plan import MemoryPlan, default_budget, solve
 from specplug.errors import CheckpointError, ConfigurationError, PluginError
 from specplug.host.loading import check_traits, load_speculators, max_nodes_of, plan_regions, wants_top_k_at_drafts
@@ -19,8 +18,9 @@ from specplug.lora.room import AdapterRoom, plan_room
 from specplug.model.architecture.architecture import Architecture
 from specplug.model.architecture.inspection import inspect_architecture
 from specplug.model.architecture.refusal import check_kind
-from specplug.model.compile.cuda_graphs import CAPTURED_TOKENS, MOST_CAPTURED
+from specplug.model.compile.cuda_graphs import CAPTURED_TOKENS, MOST_CAPTURED, MOST_TOKENS
 from specplug.model.compile.memory import StepModel, step_bytes
+from specplug.model.compile.runners import wants_compilation
 from specplug.model.device import choose_device
 from specplug.model.load.checkpoint import choose_dtype, load_config, read_headers, resolve_checkpoint
 from specplug.model.load.quantised import is_quantised
@@ -28,8 +28,9 @@ from specplug.model.load.tokenizer import load_tokenizer
 from specplug.model.load.weights import count_weights
 from specplug.model.parallel.plan import check_ranks
 from specplug.model.recurrent.layers import bytes_per_row
+from specplug.plugins.lazy_model import LazyModel
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
-from specplug.plugins.target import LazyModel, TargetFacade
+from specplug.plugins.target import TargetFacade
 from specplug.sampling.workspace import Workspace
 from specplug.speculation.target_states.ring_buffer import ChannelSpec
 from specplug.speculation.target_states.store import TargetStateStore, channels_for
@@ -38,7 +39,6 @@ from specplug.tiny import resolve_model
 _GPU_TOKENS = ((32 << 30, 8192), (8 << 30, 2048), (0, 1024))
 """Bytes of memory, and the most tokens of a step from there on. H200, 6.9B: 16,384 prompt tokens took 0.37 s in steps of
 8,192; a step of 1,024 cannot use the card's matmul rate."""
-_SHORT_PROMPT = 64  # tokens; prompts up to this length run in CUDA graphs too
 
 
 @attrs.define(eq=False)
@@ -123,7 +123,7 @@ def plan_engine(
     )
     regions = [plan_regions(speculator, budget) for speculator in speculators]
     num_entries = min(batched_tokens, config.max_num_seqs * (1 + budget.num_speculative_tokens))
-    most_captured = min(max(num_entries, _SHORT_PROMPT), batched_tokens)
+    most_captured = min(MOST_TOKENS, batched_tokens)
     buffers = TargetStateStore.planned_bytes(
         channels, config.max_num_seqs, batched_tokens, at_drafts=wants_top_k_at_drafts(speculators)
     )

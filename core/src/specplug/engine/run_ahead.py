@@ -15,6 +15,7 @@ from specplug.model.pending import PendingRow, PendingTokens
 from specplug.request import Request, StepOutput
 from specplug.sampling.distributions import nan_message
 from specplug.speculation.chain import SpeculatorChain
+from specplug.speculation.target_states.store import TargetStateStore
 from specplug.speculation.verification.ahead import draws_ahead
 from specplug.speculation.verification.dispatch import Verification
 
@@ -26,12 +27,20 @@ class RunAhead:
         pending: where they are on the device; None if steps never run ahead.
         chain: the speculators.
         verification: draws them.
+        states: the target states that speculators declared.
     """
 
-    def __init__(self, pending: PendingTokens | None, chain: SpeculatorChain, verification: Verification) -> None:
+    def __init__(
+        self,
+        pending: PendingTokens | None,
+        chain: SpeculatorChain,
+        verification: Verification,
+        states: TargetStateStore,
+    ) -> None:
         self._pending = pending
         self._chain = chain
         self._verification = verification
+        self._states = states
         self._drawn: list[tuple[Request, PendingRow]] = []
 
     def __bool__(self) -> bool:
@@ -49,7 +58,7 @@ class RunAhead:
         )
 
     def draw(self, target: TargetStep) -> None:
-        """Draws every row's next token, and has it sent to the host."""
+        """Draws every row's next token on the device, where the next forward takes it from, and has it sent to the host."""
         assert self._pending is not None
         tokens = self._verification.draw(target.requests, target.logits[: target.offsets[-1]])
         drawn = self._pending.put(tokens[:, None], [1] * len(tokens))
@@ -58,6 +67,14 @@ class RunAhead:
         for request, token in self._drawn:
             if not request.is_finished:
                 request.in_flight = token.placeholders[0]
+        final: dict[int, tuple[range, list[int]]] = {}
+        for row, first in zip(target.rows, target.first, strict=True):
+            request = row.request
+            if request.slot >= 0:
+                start, request.num_computed = request.num_computed, request.num_computed + row.num_tokens
+                final[request.slot] = (range(start, request.num_computed), list(range(first, first + row.num_tokens)))
+        self._states.record(target.captured, final, {})
+        self._chain.rest()
 
     def settle(self) -> Iterator[Committed | StepOutput]:
         """Commits the tokens; waits until the host has them."""

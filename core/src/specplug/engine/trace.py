@@ -23,17 +23,15 @@ class Tracer:
 
     Args:
         policy: whose costs of a step are used, if it has learned them; else traced steps without drafts are timed.
+
+    Attributes:
+        open: the traces of the current step, to be completed at its end.
     """
 
     def __init__(self, policy: DraftLengthPolicy) -> None:
         self._policy = policy
         self._measured = target_costs(AdaptiveSettings())
-        self._open: list[StepTrace] = []
-
-    @property
-    def is_tracing(self) -> bool:
-        """Whether the current step has a traced request."""
-        return bool(self._open)
+        self.open: list[StepTrace] = []
 
     def record(
         self, output: StepOutput, draft: Draft | None, path: Sequence[int], logits: torch.Tensor, num_pending: int
@@ -54,7 +52,7 @@ class Tracer:
         except Exception as error:  # for example, too little memory for the probabilities
             output.request.fail(error)
             return output
-        self._open.append(trace)
+        self.open.append(trace)
         return attrs.evolve(output, trace=trace)
 
     def end_step(self, step: TargetStep, decoding: bool, target_seconds: float, seconds: float) -> None:
@@ -67,7 +65,7 @@ class Tracer:
             seconds: what it took, the next proposals included.
         """
         num_rows, num_nodes = len(step.rows), step.offsets[-1] - len(step.requests)
-        traces, self._open = self._open, []
+        traces, self.open = self.open, []
         if decoding and not num_nodes:
             self._measured.observe(num_rows, 0, target_seconds)
         for trace in traces:
@@ -81,7 +79,7 @@ class Tracer:
 
     def abandon(self) -> None:
         """Forgets the traces of an interrupted step."""
-        self._open = []
+        self.open = []
 
     def _plain_step(self, num_rows: int) -> float | None:
         """The expected seconds of a step of so many rows without drafts."""

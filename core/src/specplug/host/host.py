@@ -9,23 +9,13 @@ from typing import Any
 import attrs
 
 from specplug.config.speculative import parse_speculative_config
-from specplug.contract.resources import MemoryBudget, MemoryRegion, Resources
 from specplug.contract.settings import SpeculativeConfig
 from specplug.contract.types import EndReason, TokenView
-from specplug.errors import ConfigurationError, InsufficientMemoryError, PluginError
+from specplug.errors import ConfigurationError, PluginError
 from specplug.host.limits import HostLimits
-from specplug.host.loading import (
-    allocate_caches,
-    check_traits,
-    load_speculators,
-    max_nodes_of,
-    plan_regions,
-    row_buckets,
-    wants_top_k_at_drafts,
-)
+from specplug.host.loading import check_traits, load_speculators, wants_top_k_at_drafts
+from specplug.host.memory import HostMemory
 from specplug.host.rows import HostRow
-from specplug.model.kv_cache import KVCache
-from specplug.model.loop import plain_loop
 from specplug.model.torch_state import own_torch_state
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
 from specplug.plugins.target import TargetFacade
@@ -104,14 +94,8 @@ class SpeculatorHost:
             speculators = load_speculators(registry, parsed, self._target)
             for speculator in speculators:
                 self._check(speculator)
-            regions = self._plan(speculators)
-        self.planned_bytes = sum(self._bytes(region) for own in regions for region in own)
-        if self.planned_bytes > limits.budget_bytes:
-            raise InsufficientMemoryError(
-                f"the speculators plan {self.planned_bytes:,} bytes for weights, caches and buffers, and memory_bytes is "
-                f"{limits.budget_bytes:,}; raise it, or lower max_num_seqs or max_model_len"
-            )
-        self._regions = regions
+            self._memory = HostMemory(speculators, limits, self._target)
+        self.planned_bytes = self._memory.planned_bytes
         self._timeout = timeout
         device = self._target.device
         self._states = TargetStateStore(
@@ -152,38 +136,6 @@ class SpeculatorHost:
             )
         check_traits(speculator, self.limits.num_layers, self.limits.vocab_size)
 
-    def _plan(self, speculators: Sequence[RegisteredSpeculator]) -> list[list[MemoryRegion]]:
-        limits = self.limits
-        budget = MemoryBudget(
-            total_bytes=limits.budget_bytes,
-            block_size=limits.block_size,
-            max_num_seqs=limits.max_num_seqs,
-            max_model_len=limits.max_model_len,
-            max_num_batched_tokens=limits.max_num_batched_tokens,
-            num_speculative_tokens=max(map(max_nodes_of, speculators)),
-            dtype=self._target.dtype,
-            shares_tables=False,
-        )
-        planned = [plan_regions(speculator, budget) for speculator in speculators]
-        for speculator, regions in zip(speculators, planned, strict=True):
-            for region in regions:
-                if region.layers and region.tables == "shared":
-                    raise PluginError(
-                        f"speculator '{speculator.method}' plans the KV cache '{region.name}' with tables='shared': only "
-                        "specplug's own engine has block tables to share; plan it with tables='own'"
-                    )
-        return planned
-
-    @property
-    def _num_blocks(self) -> int:
-        """Blocks for all rows at their longest, with what speculators write after the committed tokens."""
-        scratch = max((region.scratch_tokens_per_row for own in self._regions for region in own), default=0)
-        return self.limits.max_num_seqs * -(-(self.limits.max_model_len + scratch) // self.limits.block_size)
-
-    def _bytes(self, region: MemoryRegion) -> int:
-        tokens = self.limits.max_num_seqs * (self.limits.max_model_len + region.scratch_tokens_per_row)
-        return region.fixed_bytes + tokens * region.bytes_per_token
-
     def warm_up(self) -> None:
         """Loads the speculators' weights, allocates their memory, and calls `warmup`. `propose` does it if nobody did.
 
@@ -196,28 +148,7 @@ class SpeculatorHost:
         with own_torch_state():
             for handle in target.handles:
                 handle.materialize(lambda fraction: None)
-            has_caches = any(region.layers for own in self._regions for region in own)
-            caches: list[dict[str, KVCache]] = allocate_caches(
-                self._regions,
-                target.handles,
-                num_blocks=self._num_blocks if has_caches else 0,
-                block_size=self.limits.block_size,
-                dtype=target.dtype,
-                device=target.device,
-            )
-            resources = [
-                Resources(
-                    device=target.device,
-                    block_size=self.limits.block_size,
-                    num_blocks=self._num_blocks if has_caches else 0,
-                    kv_caches=own,
-                    row_buckets=row_buckets(self.limits.max_num_seqs),
-                    compile_loop=plain_loop,
-                    hidden_states={b: self._states.delivery[b] for b in speculator.traits.hidden_states},
-                )
-                for speculator, own in zip(self._chain.speculators, caches, strict=True)
-            ]
-            self._chain.warmup(resources)
+            self._chain.warmup(self._memory.allocate(self._states))
         if self._timeout is not None:
             for speculator in self._chain.speculators:
                 speculator.propose = Deadline(speculator.propose, self._timeout, speculator.method)

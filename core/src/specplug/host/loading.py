@@ -12,8 +12,8 @@ from specplug.contract.resources import MemoryBudget, MemoryRegion
 from specplug.contract.settings import SpeculativeConfig
 from specplug.errors import PluginError, SpecplugError
 from specplug.model.kv_cache import KVCache
+from specplug.plugins.lazy_model import LazyModel
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
-from specplug.plugins.target import LazyModel
 from specplug.values import as_integer, is_integer, shown
 
 

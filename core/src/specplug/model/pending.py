@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -50,10 +50,18 @@ class PendingTokens:
         size: entries.
         vocab_size: an id that is not below it is replaced, since an embedding must not be read beyond its end.
         device: of the buffer. On a CPU there is nothing to gain; tests use it.
+        share: gives other processes that run the same forward its ids.
     """
 
-    def __init__(self, size: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        size: int,
+        vocab_size: int,
+        device: torch.device,
+        share: Callable[[torch.Tensor], None] = lambda ids: None,
+    ) -> None:
         self.device = device
+        self._share = share
         self._most = vocab_size - 1
         self._ids = torch.zeros(size, dtype=torch.int64, device=device)
         self._host = torch.zeros(size, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
@@ -111,3 +119,4 @@ class PendingTokens:
         """Replaces the placeholders among the ids [T] of a forward, in place; a CUDA graph can hold it."""
         entries = self._ids[(-1 - ids).clamp_(min=0)].clamp_(0, self._most)
         ids.copy_(torch.where(ids < 0, entries, ids))
+        self._share(ids)

@@ -75,7 +75,6 @@ class ModelRunner:
             assert states is not None, "the model has recurrent states"
             self.states = StateStore(model, architecture.state_calls, *states, cache.dtype, device)
 
-    @torch.inference_mode()
     def forward(
         self, rows: Sequence[ForwardRow], logits_index: Sequence[int] | None = None, *, lasting: bool = True
     ) -> torch.Tensor:
@@ -89,6 +88,13 @@ class ModelRunner:
         Returns:
             Logits [len(logits_index), vocabulary]. Captured states are in `taps.captured` until the next forward.
         """
+        return self.run(rows, logits_index, lasting=lasting)
+
+    @torch.inference_mode()
+    def run(
+        self, rows: Sequence[ForwardRow], logits_index: Sequence[int] | None = None, *, lasting: bool = True
+    ) -> torch.Tensor:
+        """What this process does of a forward."""
         batch = ForwardBatch(rows, self.cache, logits_index)
         segments = None if self.adapters is None else self.adapters.segments(rows)
         with self._states_of(rows) as state_batch:
@@ -201,9 +207,17 @@ class ModelRunner:
         return output.logits[0]
 
     @property
+    def rank(self) -> int:
+        """This process's number among those that share the model."""
+        return 0
+
+    @property
     def num_ranks(self) -> int:
         """How many processes share the model."""
         return 1
+
+    def agree(self, is_well: bool) -> None:
+        """Called before a model that several processes share runs in a new way: all of them go on, or none does."""
 
     @property
     def captured_states(self) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from specplug.contract.resources import Resources
-from specplug.contract.types import Budget, EndReason, Outcome, ProposalBatch, ProposalRow
+from specplug.contract.types import Budget, EndReason
 from specplug.errors import PluginError, SpecplugError
 from specplug.model.pending import PendingRow, PendingTokens
 from specplug.plugins.registry import RegisteredSpeculator
@@ -21,8 +21,7 @@ from specplug.speculation.draft import trim_drafts
 from specplug.speculation.draft_length import NO_BUDGET, DraftLengthPolicy, ProposeCall, catch_up_tokens, plan_budgets
 from specplug.speculation.link import ChainLink
 from specplug.speculation.row import Row
-from specplug.speculation.target_states.ring_buffer import Captured
-from specplug.speculation.target_states.store import TOP_IDS, TOP_PROBS, TargetStateStore
+from specplug.speculation.target_states.store import TargetStateStore
 from specplug.speculation.validation import check_proposal
 
 logger = logging.getLogger("specplug")
@@ -96,20 +95,14 @@ class SpeculatorChain:
     def fork(self, parent: Row, child: Row) -> None:
         """Notes how much of a fork's shared part each speculator has been given; what it stored for that, the fork has too."""
         for link in self._links:
-            if parent.number not in link.banned:
-                link.forked[child.number] = min(link.delivered.get(parent.number, 0), child.num_forked_tokens)
-                link.parents[child.number] = parent.number
-                link.stored[child.number] = min(link.stored.get(parent.number, 0), child.num_forked_tokens)
+            link.fork(parent, child)
         self.policy.fork(parent, child)
 
     def resume(self, request: Row) -> None:
         """Takes in how much of a row each speculator has in the prefix cache."""
         stored_by, request.stored_by = request.stored_by, {}
         for index, count in stored_by.items():
-            link = self._links[index]
-            if count and request.number not in link.banned:
-                link.forked[request.number] = link.stored[request.number] = count
-                link.resumed.add(request.number)
+            self._links[index].resume(request, count)
 
     def num_stored(self, index: int, request: Row) -> int:
         """How many of a row's first positions a speculator was given without a gap."""
@@ -118,15 +111,7 @@ class SpeculatorChain:
     def end(self, request: Row, slot: int, reason: EndReason) -> None:
         """Notes that a row left its slot; every speculator that knew it is told at its next call."""
         for link in self._links:
-            link.forked.pop(request.number, None)
-            link.stored.pop(request.number, None)
-            link.resumed.discard(request.number)
-            link.parents = {c: p for c, p in link.parents.items() if request.number not in (c, p)}
-            link.outcomes.pop(request.number, None)
-            if link.delivered.pop(request.number, None) is not None:
-                link.ended.append((slot, reason))
-            if reason != "preempted":
-                link.banned.discard(request.number)
+            link.end(request, slot, reason)
         self._proposers.pop(request.number, None)
         if reason == "preempted":
             self.policy.restart(request)
@@ -220,7 +205,8 @@ class SpeculatorChain:
             requests, budgets = [requests[i] for i in chosen], [budgets[i] for i in chosen]
         if not requests and not link.ended:
             return None
-        batch = self._build_batch(link, requests, budgets)
+        uses_scores = self._uses_scores or any(request.is_traced for request in requests)
+        batch = link.make_batch(requests, budgets, self._states, self.policy, uses_scores=uses_scores)
         started = time.perf_counter()
         try:
             proposal = link.speculator.propose(batch=batch)
@@ -252,86 +238,6 @@ class SpeculatorChain:
         }
         allowed = max((min(b.max_nodes, b.max_depth) for b in budgets), default=0)
         return ProposeCall(depths, 0 if traits.token_only else catch_up_tokens(batch), allowed)
-
-    def _build_batch(self, link: ChainLink, requests: Sequence[Row], budgets: Sequence[Budget]) -> ProposalBatch:
-        traits = link.speculator.traits
-        spans: list[tuple[int, range]] = []
-        new: list[bool] = []
-        forked: list[bool] = []
-        cached: list[int] = []
-        for request in requests:
-            start = link.delivered.get(request.number)
-            new.append(start is None)
-            if start is None:
-                start = link.forked.pop(request.number, 0)
-            shared, parent = start, link.parents.pop(request.number, None)
-            if traits.needs_states:
-                kept = min(self._states.available_from(request.slot, start), request.num_computed)
-                if kept > start:
-                    self.policy.lose_states(link.speculator, request)
-                start = kept
-            spans.append((request.slot, range(start, request.num_computed)))
-            forked.append(parent is not None and 0 < start == shared)
-            cached.append(start if request.number in link.resumed and start == shared else 0)
-            link.resumed.discard(request.number)
-            if start <= link.stored.get(request.number, 0):
-                link.stored[request.number] = request.num_computed
-            link.delivered[request.number] = request.num_computed
-        if traits.needs_states:
-            channels, places = self._states.deliver(spans)
-        else:
-            channels, places = {}, [slice(0, 0)] * len(spans)
-        ended, link.ended = link.ended, []
-        outcomes = [link.outcomes.pop(r.number, self._outcome_of_another(link, r)) for r in requests]
-        drafted, nodes = self._deliver_drafted(link, requests, outcomes)
-        rows = [
-            ProposalRow(
-                row_id=request.slot,
-                is_new=is_new,
-                tokens=request.view,
-                new_positions=span,
-                new_states=place,
-                budget=budget,
-                sampling=request.params,
-                outcome=outcome,
-                drafted=own_nodes,
-                table=request.table,
-                num_prompt_tokens=request.num_prompt_tokens,
-                forked_from=request.forked_from if is_fork else None,
-                num_cached_tokens=num_cached,
-                generator=request.randomness.draft_generator,
-            )
-            for request, (_, span), place, budget, is_new, is_fork, num_cached, outcome, own_nodes in zip(
-                requests, spans, places, budgets, new, forked, cached, outcomes, nodes, strict=True
-            )
-        ]
-        k = traits.top_k
-        return ProposalBatch(
-            rows=rows,
-            ended=ended,
-            hidden_states={boundary: channels[boundary] for boundary in traits.hidden_states},
-            top_ids=channels[TOP_IDS][:, :k] if k else None,
-            top_probs=channels[TOP_PROBS][:, :k] if k else None,
-            drafted_top_ids=drafted[TOP_IDS][:, :k] if drafted else None,
-            drafted_top_probs=drafted[TOP_PROBS][:, :k] if drafted else None,
-            uses_scores=self._uses_scores or any(request.is_traced for request in requests),
-        )
-
-    def _deliver_drafted(
-        self, link: ChainLink, requests: Sequence[Row], outcomes: Sequence[Outcome | None]
-    ) -> tuple[Captured, list[slice]]:
-        """The top-k at the nodes of the drafts that rows are told the outcome of, where the last step verified them."""
-        if not link.speculator.traits.top_k_at_drafts:
-            return {}, [slice(0, 0)] * len(requests)
-        return self._states.deliver_drafted(
-            [r.slot if o is not None and o is r.outcome else None for r, o in zip(requests, outcomes, strict=True)]
-        )
-
-    @staticmethod
-    def _outcome_of_another(link: ChainLink, request: Row) -> Outcome | None:
-        """What became of another speculator's proposal; one of the same method would be taken for the speculator's own."""
-        outcome = request.outcome
-        return None if outcome is None or outcome.method == link.speculator.method else outcome
 
     def _has_all_states(self, request: Row) -> bool:
         """Whether the target's states of a row are kept from its first token on."""

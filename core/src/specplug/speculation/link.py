@@ -1,11 +1,17 @@
-"""One speculator of an engine's chain, and what the engine remembers of its dealings with it."""
+"""One speculator of an engine's chain: what it was told of each row, and what it is told next."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
 
-from specplug.contract.types import EndReason, Outcome
+from specplug.contract.types import Budget, EndReason, Outcome, ProposalBatch, ProposalRow
 from specplug.plugins.registry import RegisteredSpeculator
+from specplug.speculation.draft_length import DraftLengthPolicy
+from specplug.speculation.row import Row
+from specplug.speculation.target_states.ring_buffer import Captured
+from specplug.speculation.target_states.store import TOP_IDS, TOP_PROBS, TargetStateStore
 
 
 @attrs.define(eq=False)
@@ -44,3 +50,124 @@ class ChainLink:
     enabled: bool = True
     seconds: float = 0.0
     is_told_slow: bool = False
+
+    def fork(self, parent: Row, child: Row) -> None:
+        """Notes how much of a fork's shared part the speculator has been given; what it stored for that, the fork has too."""
+        if parent.number not in self.banned:
+            self.forked[child.number] = min(self.delivered.get(parent.number, 0), child.num_forked_tokens)
+            self.parents[child.number] = parent.number
+            self.stored[child.number] = min(self.stored.get(parent.number, 0), child.num_forked_tokens)
+
+    def resume(self, request: Row, count: int) -> None:
+        """Notes how many positions of a row the speculator has in the prefix cache."""
+        if count and request.number not in self.banned:
+            self.forked[request.number] = self.stored[request.number] = count
+            self.resumed.add(request.number)
+
+    def end(self, request: Row, slot: int, reason: EndReason) -> None:
+        """Notes that a row left its slot; a speculator that knew it is told at its next call."""
+        self.forked.pop(request.number, None)
+        self.stored.pop(request.number, None)
+        self.resumed.discard(request.number)
+        self.parents = {c: p for c, p in self.parents.items() if request.number not in (c, p)}
+        self.outcomes.pop(request.number, None)
+        if self.delivered.pop(request.number, None) is not None:
+            self.ended.append((slot, reason))
+        if reason != "preempted":
+            self.banned.discard(request.number)
+
+    def make_batch(
+        self,
+        requests: Sequence[Row],
+        budgets: Sequence[Budget],
+        states: TargetStateStore,
+        policy: DraftLengthPolicy,
+        *,
+        uses_scores: bool,
+    ) -> ProposalBatch:
+        """What the speculator is asked, and told: from now on it counts as delivered.
+
+        Args:
+            requests: the rows that it is shown.
+            budgets: what each may draft.
+            states: the target states.
+            policy: told of rows whose states are lost.
+            uses_scores: see `ProposalBatch`.
+        """
+        traits = self.speculator.traits
+        spans: list[tuple[int, range]] = []
+        new: list[bool] = []
+        forked: list[bool] = []
+        cached: list[int] = []
+        for request in requests:
+            start = self.delivered.get(request.number)
+            new.append(start is None)
+            if start is None:
+                start = self.forked.pop(request.number, 0)
+            shared, parent = start, self.parents.pop(request.number, None)
+            if traits.needs_states:
+                kept = min(states.available_from(request.slot, start), request.num_computed)
+                if kept > start:
+                    policy.lose_states(self.speculator, request)
+                start = kept
+            spans.append((request.slot, range(start, request.num_computed)))
+            forked.append(parent is not None and 0 < start == shared)
+            cached.append(start if request.number in self.resumed and start == shared else 0)
+            self.resumed.discard(request.number)
+            if start <= self.stored.get(request.number, 0):
+                self.stored[request.number] = request.num_computed
+            self.delivered[request.number] = request.num_computed
+        if traits.needs_states:
+            channels, places = states.deliver(spans)
+        else:
+            channels, places = {}, [slice(0, 0)] * len(spans)
+        ended, self.ended = self.ended, []
+        outcomes = [self.outcomes.pop(r.number, self._outcome_of_another(r)) for r in requests]
+        drafted, nodes = self._deliver_drafted(requests, outcomes, states)
+        rows = [
+            ProposalRow(
+                row_id=request.slot,
+                is_new=is_new,
+                tokens=request.view,
+                new_positions=span,
+                new_states=place,
+                budget=budget,
+                sampling=request.params,
+                outcome=outcome,
+                drafted=own_nodes,
+                table=request.table,
+                num_prompt_tokens=request.num_prompt_tokens,
+                forked_from=request.forked_from if is_fork else None,
+                num_cached_tokens=num_cached,
+                generator=request.randomness.draft_generator,
+            )
+            for request, (_, span), place, budget, is_new, is_fork, num_cached, outcome, own_nodes in zip(
+                requests, spans, places, budgets, new, forked, cached, outcomes, nodes, strict=True
+            )
+        ]
+        k = traits.top_k
+        return ProposalBatch(
+            rows=rows,
+            ended=ended,
+            hidden_states={boundary: channels[boundary] for boundary in traits.hidden_states},
+            top_ids=channels[TOP_IDS][:, :k] if k else None,
+            top_probs=channels[TOP_PROBS][:, :k] if k else None,
+            drafted_top_ids=drafted[TOP_IDS][:, :k] if drafted else None,
+            drafted_top_probs=drafted[TOP_PROBS][:, :k] if drafted else None,
+            uses_scores=uses_scores,
+        )
+
+    def _deliver_drafted(
+        self, requests: Sequence[Row], outcomes: Sequence[Outcome | None], states: TargetStateStore
+    ) -> tuple[Captured, list[slice]]:
+        """The top-k at the nodes of the drafts that rows are told the outcome of, where the last step verified them."""
+        if not self.speculator.traits.top_k_at_drafts:
+            return {}, [slice(0, 0)] * len(requests)
+        return states.deliver_drafted(
+            [r.slot if o is not None and o is r.outcome else None for r, o in zip(requests, outcomes, strict=True)]
+        )
+
+    def _outcome_of_another(self, request: Row) -> Outcome | None:
+        """What became of another speculator's proposal; one of the same method would be taken for the speculator's own."""
+        outcome = request.outcome
+        return None if outcome is None or outcome.method == self.speculator.method else outcome

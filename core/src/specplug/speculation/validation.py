@@ -1,4 +1,4 @@
-"""Checks what plugins return, proposals and verdicts, against the contract."""
+"""Checks proposals against the contract."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import attrs
 import numpy as np
 import torch
 
 from specplug.contract.types import Budget, DraftDistributions, Proposal
-from specplug.contract.verification import Verdict
 from specplug.errors import PluginError
-from specplug.model.device import to_device
 from specplug.model.pending import PendingTokens
 from specplug.speculation.draft import Draft, depths_of
+from specplug.speculation.reported_probs import ReportedProbs, check_probs, check_values
 from specplug.values import as_integer, is_integer, shown
-
-_SUM_TOLERANCE = 1e-3
 
 
 def check_proposal(
@@ -55,7 +51,7 @@ def check_proposal(
         if values is not None and _count(values, f"proposal.{name}") != len(rows):
             raise PluginError(f"proposal.{name} has {len(values)} rows for a batch of {len(rows)}")
     drafts: list[Draft | None] = []
-    reported: list[_Reported] = []
+    reported: list[ReportedProbs] = []
     for row, (tokens, budget) in enumerate(zip(rows, budgets, strict=True)):
         where = f"row {row}"
         if not isinstance(tokens, list):
@@ -76,10 +72,10 @@ def check_proposal(
             if score_list is not None:
                 raise PluginError(f"{where}: scores are for deterministic trees; this row has probs")
             probs = _as_tensors(probs, where)
-            reported.append(_check_probs(probs, tokens, parent_list, vocab_size, where))
+            reported.append(check_probs(probs, tokens, parent_list, vocab_size, where))
         drafts.append(Draft(method, tokens, parent_list, score_list, probs))
-    _check_places(reported, vocab_size)
-    _check_numbers(reported)
+    if reported:
+        check_values(reported, vocab_size)
     return drafts
 
 
@@ -243,137 +239,3 @@ def _as_tensor(value: Any) -> Any:
 
 def _holds_integers(tensor: torch.Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-
-
-@attrs.define(eq=False)
-class _Reported:
-    """The reported distributions of one row, as the numeric checks need them.
-
-    Attributes:
-        where: the row, for messages.
-        values: [M, draft vocabulary].
-        index: each node's row of `values`.
-        tokens: each node's token.
-        vocabulary: the target ids of the columns; None where these are the ids themselves.
-        columns: each node's column.
-    """
-
-    where: str
-    values: torch.Tensor
-    index: list[int]
-    tokens: list[int]
-    vocabulary: torch.Tensor | None
-    columns: list[int]
-
-
-def _check_probs(
-    probs: DraftDistributions, tokens: list[int], parents: list[int] | None, vocab_size: int, where: str
-) -> _Reported:
-    """Checks shapes and indices. Values on a device are checked later, for all rows together."""
-    values = probs.values
-    if not isinstance(values, torch.Tensor) or values.dim() != 2 or not values.is_floating_point():
-        raise PluginError(f"{where}: probs.values must be a floating tensor [M, draft vocabulary]")
-    width = vocab_size if probs.token_ids is None else len(probs.token_ids)
-    if values.shape[1] != width:
-        raise PluginError(f"{where}: probs.values has width {values.shape[1]}, expected {width}")
-    index = list(range(len(tokens))) if probs.index is None else list(probs.index)
-    if len(index) != len(tokens) or any(not 0 <= i < len(values) for i in index):
-        raise PluginError(f"{where}: probs.index must name one of {len(values)} rows for each of {len(tokens)} nodes")
-    by_parent: dict[int, int] = {}
-    siblings: set[tuple[int, int]] = set()
-    for node, row in enumerate(index):
-        parent = node - 1 if parents is None else parents[node]
-        if (parent, tokens[node]) in siblings:
-            raise PluginError(
-                f"{where}: node {node} repeats a sibling's token; sampled siblings are drawn without replacement"
-            )
-        siblings.add((parent, tokens[node]))
-        if by_parent.setdefault(parent, row) != row:
-            raise PluginError(f"{where}: the children of node {parent} name different rows of probs.values")
-    return _Reported(where, values, index, tokens, probs.token_ids, tokens)
-
-
-def _check_places(reported: Sequence[_Reported], vocab_size: int) -> None:
-    """Finds the drafts' columns in reduced vocabularies, with one read from the device for each vocabulary."""
-    alike: dict[int, list[_Reported]] = {}
-    for entry in reported:
-        if entry.vocabulary is not None:
-            alike.setdefault(id(entry.vocabulary), []).append(entry)
-    for entries in alike.values():
-        vocabulary = entries[0].vocabulary
-        assert vocabulary is not None
-        tokens = to_device([token for entry in entries for token in entry.tokens], vocabulary.device)
-        found = vocabulary[None, :] == tokens[:, None]
-        bounds = torch.stack(vocabulary.aminmax())
-        places = torch.cat([bounds, torch.where(found.any(dim=1), found.int().argmax(dim=1), -1)]).tolist()
-        lowest, highest, *places = places
-        if lowest < 0 or highest >= vocab_size:
-            raise PluginError(
-                f"{entries[0].where}: probs.token_ids go from {lowest} to {highest}, the target's vocabulary has {vocab_size}"
-            )
-        for entry in entries:
-            entry.columns, places = places[: len(entry.tokens)], places[len(entry.tokens) :]
-            if min(entry.columns) < 0:
-                raise PluginError(f"{entry.where}: a draft token is not among probs.token_ids")
-
-
-def _check_numbers(reported: Sequence[_Reported]) -> None:
-    """Checks, with one read from the device per width, that all reported rows are distributions that allow their token."""
-    alike: dict[tuple[int, torch.device], list[_Reported]] = {}
-    for entry in reported:
-        alike.setdefault((entry.values.shape[1], entry.values.device), []).append(entry)
-    for entries in alike.values():
-        used = _used(entries)
-        columns = to_device([column for entry in entries for column in entry.columns], used.device)
-        normal = (used.amin(dim=-1) >= 0) & ((used.sum(dim=-1) - 1).abs() < _SUM_TOLERANCE)
-        possible = used.gather(1, columns[:, None])[:, 0] > 0
-        if bool((normal & possible).all()):
-            continue
-        where = [entry.where for entry in entries for _ in entry.columns]
-        if not bool(normal.all()):
-            row = where[int((~normal).int().argmax())]
-            raise PluginError(
-                f"{row}: probs.values contains rows that are not probability distributions (negative, NaN, or not summing to 1)"
-            )
-        row = where[int((~possible).int().argmax())]
-        raise PluginError(f"{row}: a draft token has probability 0 in the distribution it is said to be drawn from")
-
-
-def _used(entries: Sequence[_Reported]) -> torch.Tensor:
-    """For every node of these rows, in order, what it was drawn from."""
-    values: list[torch.Tensor] = []
-    index: list[int] = []
-    start = 0
-    for entry in entries:
-        values.append(entry.values)
-        index += [start + row for row in entry.index]
-        start += len(entry.values)
-    together = torch.cat(values) if len(values) > 1 else values[0]
-    return together if index == list(range(start)) else together[to_device(index, together.device)]
-
-
-def check_verdict(verdict: Any, proposal: Proposal, vocab_size: int) -> Verdict:
-    """Returns the verdict with Python integers.
-
-    Raises:
-        PluginError: a row is not a path of the draft tree from the root, or its next token is not in the vocabulary.
-    """
-    if not isinstance(verdict, Verdict):
-        raise PluginError(f"verify returned {type(verdict).__name__}, expected a Verdict")
-    if not len(verdict.accepted) == len(verdict.next_tokens) == len(proposal.tokens):
-        raise PluginError(f"verify returned {len(verdict.next_tokens)} rows for a batch of {len(proposal.tokens)}")
-    accepted = [[as_integer(node) for node in path] for path in verdict.accepted]
-    next_tokens = [as_integer(token) for token in verdict.next_tokens]
-    for row, (path, token) in enumerate(zip(accepted, next_tokens, strict=True)):
-        parents = proposal.parents[row] if proposal.parents is not None else None
-        at = -1
-        for node in path:
-            is_node = is_integer(node, 0) and node < len(proposal.tokens[row])
-            if not is_node or (node - 1 if parents is None else parents[node]) != at:
-                raise PluginError(f"verify accepted {shown(path)} in row {row}, which is not a path from the root")
-            at = node
-        if not is_integer(token, 0) or token >= vocab_size:
-            raise PluginError(
-                f"verify chose token {shown(token)} in row {row}, which is not in the vocabulary of {vocab_size}"
-            )
-    return Verdict(accepted, next_tokens)

@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 import attrs
 
 from specplug.errors import GenerationError, one_line
-from specplug.frontend import Frontend, Submission
+from specplug.frontend.output_builder import OutputBuilder
+from specplug.frontend.submission import Submission
 from specplug.outputs import CompletionOutput, RequestOutput
 from specplug.request import Request, StepOutput
 from specplug.sampling.logprobs import PositionLogprobs
@@ -45,7 +46,7 @@ class Assembly:
 
     Args:
         submission: the prompt's requests.
-        frontend: decodes tokens.
+        builder: decodes tokens.
         kind: what an output holds.
         on_error: called if the tokenizer cannot decode its own ids.
     """
@@ -53,12 +54,12 @@ class Assembly:
     def __init__(
         self,
         submission: Submission,
-        frontend: Frontend,
+        builder: OutputBuilder,
         kind: OutputKind,
         on_error: Callable[[GenerationError], None],
     ) -> None:
         self._submission = submission
-        self._frontend = frontend
+        self._builder = builder
         self._kind = kind
         self._on_error = on_error
         self._first = submission.family[0]
@@ -86,7 +87,7 @@ class Assembly:
             prompt_logprobs=self._scores(),
             outputs=deltas if self._kind == "delta" else list(map(self._whole, range(len(self._progress)))),
             finished=self._num_finished == len(self._progress),
-            metrics=self._frontend.times(self._submission),
+            metrics=self._submission.metrics,
             num_cached_tokens=self._first.num_cached_tokens or 0,
             lora_request=self._submission.lora_request,
         )
@@ -99,7 +100,7 @@ class Assembly:
 
     def _with_text(self, positions: list[PositionLogprobs]) -> list[PositionLogprobs]:
         try:
-            self._frontend.with_text(positions)
+            self._builder.with_text(positions)
         except Exception as error:  # the tokenizer fails on its own ids: then so does the request's text
             self._on_error(GenerationError(f"the tokenizer cannot decode log-probabilities: {one_line(error)}"))
         return positions
@@ -164,7 +165,7 @@ class Assembly:
             stop_reason=request.stop_reason if finish_reason is not None else None,
             spec_decode_metrics=request.stats,
             token_sources=sources,
-            unverified_methods=self._frontend.unverified_methods(request),
+            unverified_methods=self._builder.unverified_methods(request),
             error=request.error if finish_reason == "error" else None,
             token_texts=texts,
             steps=steps,

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from specplug.errors import RequestError
-from specplug.frontend import Frontend
+from specplug.frontend.frontend import Frontend
 from specplug.text.prompts import EncodedPrompt, Message, Prompt
 
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any, Self, get_args
 
 from specplug.errors import DeadlineExceededError, GenerationError, RequestError, SpecplugError
-from specplug.frontend import Frontend, Submission
+from specplug.frontend.frontend import Frontend
+from specplug.frontend.submission import Submission
 from specplug.outputs import RequestOutput
 from specplug.request import Request, StepOutput
 from specplug.streams.assembly import Arrival, Assembly, OutputKind
@@ -79,7 +80,7 @@ class RequestStream:
         self._abort = abort
         self._ended = ended
         self._observers = observers
-        self._assembly = Assembly(submission, frontend, kind, self._break)
+        self._assembly = Assembly(submission, frontend.outputs, kind, self._break)
         self._index_of = {request.number: index for index, request in enumerate(submission.family)}
         self._last_times = [request.arrival_time for request in submission.family]
         self._num_running = len(submission.family)
@@ -209,7 +210,7 @@ class RequestStream:
         requests = self.submission.family
         failed = [request.error for request in requests if request.finish_reason == "error" and request.error]
         if failed:
-            raise GenerationError("; ".join(failed), [self._frontend.output(self.submission)])
+            raise GenerationError("; ".join(failed), [self._frontend.outputs.build(self.submission)])
         closed = next((request.error for request in requests if request.error is not None), None)
         if closed is not None:
             raise RequestError(closed)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
@@ -15,62 +13,36 @@ import torch
 from specplug import (
     BlockTable,
     Budget,
-    ConfigurationError,
     DraftDistributions,
     ForwardRow,
     MemoryRegion,
     OwnTables,
     Proposal,
     SpeculatorTraits,
-    argmax_with_prob,
     hookimpl,
 )
+from specplug_draft_model.loop import DraftLoop
+from specplug_draft_model.row_draft import RowDraft
 from specplug_draft_model.sequence import DraftSequence
 from specplug_draft_model.settings import DraftModelSettings
 from specplug_draft_model.token_selection import draw
-from specplug_draft_model.vocabulary import VocabularyMap, match_vocabularies
+from specplug_draft_model.vocabulary import VocabularyMap
 
 if TYPE_CHECKING:
     from specplug import (
         MemoryBudget,
         ModelHandle,
-        PagedBatch,
         ProposalBatch,
         ProposalRow,
         Resources,
-        SpeculativeConfig,
-        TargetModel,
     )
 
-logger = logging.getLogger("specplug.draft_model")
-EMBEDDED = "tiny"
 _LEAST = 1e-30
 _WIDTHS = 16
 """Hidden sizes that a layer's intermediate results of a token take, gated MLP included."""
 _COPIES_TO_DRAW = 8
 """Copies of a row's distribution that exist at once while it is truncated (sorted values and indices, sums, scattered) and
 sampled from. The distributions of earlier tokens exist too, and at the end all of them twice, when they are stacked."""
-
-
-@attrs.define(eq=False)
-class _Draft:
-    """The draft of one row.
-
-    Attributes:
-        row: the row.
-        max_tokens: the most tokens.
-        tokens: target ids.
-        last: the draft model's id of the last token.
-        probs: the distribution of each token; empty for a deterministic draft.
-        chances: how likely the chain is up to each token; empty for sampled tokens.
-    """
-
-    row: ProposalRow
-    max_tokens: int
-    tokens: list[int] = attrs.field(factory=list)
-    last: int = -1
-    probs: list[torch.Tensor] = attrs.field(factory=list)
-    chances: list[float] = attrs.field(factory=list)
 
 
 @attrs.define(eq=False)
@@ -104,7 +76,7 @@ class DraftModelSpeculator:
     _target_ids: list[int] | None = attrs.field(default=None, init=False, repr=False)
     _draft_ids: list[int] | None = attrs.field(default=None, init=False, repr=False)
     _reported_ids: torch.Tensor | None = attrs.field(default=None, init=False, repr=False)
-    _loop: Any = attrs.field(default=None, init=False, repr=False)
+    _loop: DraftLoop | None = attrs.field(default=None, init=False, repr=False)
     _most_rows: int | None = attrs.field(default=None, init=False, repr=False)
     _tables: OwnTables | None = attrs.field(default=None, init=False, repr=False)
 
@@ -156,7 +128,7 @@ class DraftModelSpeculator:
 
     def use_loop(self, resources: Resources) -> None:
         """Drafts greedily without looking at the tokens in between; pays where the host would wait for them."""
-        self._loop = resources.compile_loop(self._begin, self._round, self.model.kv_cache, self.num_speculative_tokens)
+        self._loop = DraftLoop(self.model, self.vocabulary, resources, self.num_speculative_tokens)
 
     @hookimpl
     def propose(self, batch: ProposalBatch) -> Proposal:
@@ -165,15 +137,13 @@ class DraftModelSpeculator:
             self._tables.give(batch)
         for row_id, _ in batch.ended:
             self._sequences.pop(row_id, None)
-        drafts = [_Draft(row, self._most_tokens(row)) for row in batch.rows]
-        for draft in drafts:
-            self._follow(draft.row)
+        drafts = [RowDraft(row, self._follow(row), self._most_tokens(row)) for row in batch.rows]
         if self._loop is not None and not (self.samples and any(row.gains_by_sampling for row in batch.rows)):
-            chosen = self._few_new_tokens(drafts)
+            chosen, threshold = self._loop.suited(drafts), self.settings.draft_confidence_threshold
             is_all = 0 < len(chosen) == len(drafts)
-            if is_all and not batch.uses_scores and not self.settings.draft_confidence_threshold:
-                return Proposal(self._run_loop(chosen)[..., 0].t(), lengths=[draft.max_tokens for draft in chosen])
-            self._draft_in_loop(chosen)
+            if is_all and not batch.uses_scores and not threshold:
+                return Proposal(self._loop.run(chosen)[..., 0].t(), lengths=[draft.max_tokens for draft in chosen])
+            self._loop.fill(chosen, threshold)
         logits = self._catch_up(drafts)
         active = [draft for draft in drafts if draft.max_tokens and not draft.tokens]
         asks = any(row.budget.may_stop for row in batch.rows)
@@ -189,68 +159,15 @@ class DraftModelSpeculator:
         room = self.max_model_len - len(row.tokens) + 1
         return max(0, min(row.budget.max_nodes, row.budget.max_depth, self.num_speculative_tokens, room))
 
-    def _follow(self, row: ProposalRow) -> None:
-        """Takes in what became of a row's draft."""
+    def _follow(self, row: ProposalRow) -> DraftSequence:
+        """A row's sequence, after it has learned what became of the last draft."""
         if row.is_new:
             self._sequences[row.row_id] = DraftSequence.begin(row, self.model)
-        self._sequences[row.row_id].settle(row, self.method)
+        sequence = self._sequences[row.row_id]
+        sequence.settle(row, self.method)
+        return sequence
 
-    def _few_new_tokens(self, drafts: Sequence[_Draft]) -> list[_Draft]:
-        """Those that are to draft, and whose rows have as few new tokens as verification leaves."""
-        most = 1 + self.num_speculative_tokens
-        return [d for d in drafts if d.max_tokens and 0 < len(d.row.tokens) - self._stored(d) <= most]
-
-    def _stored(self, draft: _Draft) -> int:
-        return self._sequences[draft.row.row_id].num_stored
-
-    def _run_loop(self, chosen: Sequence[_Draft]) -> torch.Tensor:
-        """Drafts for such rows in one launch, each as much as its budget: [K, R, 2], see `_choose`."""
-        rows = []
-        for draft in chosen:
-            row, stored = draft.row, self._stored(draft)
-            assert row.table is not None, "core gives every row its blocks"
-            rows.append(ForwardRow(self.vocabulary.to_draft(row.tokens[stored:]), stored, row.table))
-        with torch.inference_mode():
-            found: torch.Tensor = self._loop(rows, [draft.max_tokens for draft in chosen])
-        for draft in chosen:
-            sequence = self._sequences[draft.row.row_id]
-            sequence.num_stored = len(draft.row.tokens)
-            sequence.num_speculative += draft.max_tokens - 1
-        return found
-
-    def _draft_in_loop(self, chosen: Sequence[_Draft]) -> None:
-        """The most likely chains of such rows, with their probabilities."""
-        if not chosen:
-            return
-        found = self._run_loop(chosen).transpose(0, 1).cpu()
-        chances = found[..., 1].contiguous().view(torch.float64).tolist()
-        least = self.settings.draft_confidence_threshold
-        for draft, tokens, chain in zip(chosen, found[..., 0].tolist(), chances, strict=True):
-            chance = 1.0
-            for token, sure in zip(tokens[: draft.max_tokens], chain, strict=False):
-                if sure < least:
-                    draft.max_tokens = len(draft.tokens)
-                    break
-                chance *= sure
-                draft.tokens.append(token)
-                draft.chances.append(chance)
-
-    def _choose(self, logits: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """[N, draft vocabulary] → the draft's id of the most likely shared token; the target's, with its probability's bits."""
-        ids, chances = argmax_with_prob(self.vocabulary.restrict(logits))
-        own, theirs = self.vocabulary.draft_ids, self.vocabulary.target_ids
-        columns = [ids if theirs is None else theirs[ids], chances.double().view(torch.int64)]
-        return [ids if own is None else own[ids]], torch.stack(columns, dim=-1)
-
-    def _begin(
-        self, batch: PagedBatch, ids: torch.Tensor, last: torch.Tensor
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        return self._choose(self.model.step(batch, ids, last))
-
-    def _round(self, batch: PagedBatch, ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        return self._choose(self.model.step(batch, ids))
-
-    def _catch_up(self, drafts: Sequence[_Draft]) -> torch.Tensor | None:
+    def _catch_up(self, drafts: Sequence[RowDraft]) -> torch.Tensor | None:
         """Processes the committed tokens that the draft model has not seen: usually one or two of a row.
 
         Returns:
@@ -258,7 +175,7 @@ class DraftModelSpeculator:
         """
         waiting: list[tuple[int, DraftSequence, int]] = []
         for index, draft in enumerate(drafts):
-            row, sequence = draft.row, self._sequences[draft.row.row_id]
+            row, sequence = draft.row, draft.sequence
             # A row beyond the draft's context is run up to that too: a shorter row may find its blocks in the prefix cache.
             stop = len(row.tokens) if draft.max_tokens else min(row.new_positions.stop, self.max_model_len)
             if sequence.num_stored < stop:
@@ -284,8 +201,8 @@ class DraftModelSpeculator:
         return torch.stack([last[index] for index in active]) if active else None
 
     def _extend(
-        self, active: list[_Draft], logits: torch.Tensor, asks: bool
-    ) -> tuple[list[_Draft], torch.Tensor | None]:
+        self, active: list[RowDraft], logits: torch.Tensor, asks: bool
+    ) -> tuple[list[RowDraft], torch.Tensor | None]:
         """Drafts one token for every row, and runs the draft model over those that another token may follow.
 
         Returns:
@@ -318,68 +235,13 @@ class DraftModelSpeculator:
         for draft in going:
             row = draft.row
             assert row.table is not None
-            sequence, start = self._sequences[row.row_id], len(row.tokens) + len(draft.tokens) - 1
-            sequence.num_speculative += 1
-            held = sequence.num_speculative
+            start = len(row.tokens) + len(draft.tokens) - 1
+            draft.sequence.num_speculative += 1
+            held = draft.sequence.num_speculative
             rows.append(ForwardRow([draft.last], start, row.table, slot=row.row_id, held=held))
         return going, self.model.forward(rows)
 
-    def _distributions(self, draft: _Draft) -> DraftDistributions | None:
+    def _distributions(self, draft: RowDraft) -> DraftDistributions | None:
         if not draft.probs:
             return None
         return DraftDistributions(torch.stack(draft.probs).to(self.device), token_ids=self._reported_ids)
-
-
-@hookimpl
-def load_speculator(config: SpeculativeConfig, target: TargetModel) -> DraftModelSpeculator:
-    """Reads the draft's configuration, headers and tokenizer; see `DraftModelSettings` for the keys.
-
-    Raises:
-        ConfigurationError: an unknown key or a wrong value, no draft model, or vocabularies with too few shared tokens.
-        CheckpointError: the checkpoint is missing or damaged.
-    """
-    settings = config.settings(DraftModelSettings)
-    model = target.model(
-        _source(settings, target), revision=settings.revision, dtype=settings.dtype, device=settings.device
-    )
-    vocabulary = match_vocabularies(target.tokenizer, model.tokenizer, target.vocab_size, model.vocab_size)
-    if model.weight_bytes >= target.weight_bytes:
-        logger.warning(
-            "the draft model has %s bytes of weights, its target %s: drafting can hardly save time; use a smaller draft model",
-            f"{model.weight_bytes:,}",
-            f"{target.weight_bytes:,}",
-        )
-    return DraftModelSpeculator(
-        method=config.method,
-        model=model,
-        vocabulary=vocabulary,
-        settings=settings,
-        num_speculative_tokens=config.num_speculative_tokens,
-        may_stop=config.is_auto,
-        max_model_len=min(model.max_model_len, settings.max_model_len or model.max_model_len),
-        max_num_batched_tokens=target.max_num_batched_tokens,
-        device=target.device,
-    )
-
-
-def _source(settings: DraftModelSettings, target: TargetModel) -> str:
-    model = target.source if settings.model is None and target.source == EMBEDDED else settings.model
-    if model is None:
-        raise ConfigurationError(
-            "speculative_config of method 'draft_model' needs the key 'model': a folder or hub name of a smaller model"
-        )
-    return _folder(model)
-
-
-def _folder(model: str) -> str:
-    """Returns the folder of the embedded draft for its name, and other names unchanged."""
-    return str(Path(__file__).parent / EMBEDDED) if model == EMBEDDED and not Path(model).is_dir() else model
-
-
-def transformers_options(config: SpeculativeConfig) -> dict[str, str | int]:
-    """Returns the arguments of Transformers' `generate` for assisted generation, with which `specplug bench` compares."""
-    settings = config.settings(DraftModelSettings)
-    return {
-        "assistant_model": _folder(settings.model or EMBEDDED),
-        "num_assistant_tokens": config.num_speculative_tokens,
-    }

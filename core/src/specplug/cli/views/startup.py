@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from specplug.cli.terminal import Terminal
-    from specplug.engine.startup import StepReport
+    from specplug.engine.startup.report import StepReport
 
 _STEPS = 6
 _NAME_WIDTH = 36

@@ -18,18 +18,23 @@ from specplug.model.batch import ForwardBatch
 from specplug.model.pending import PendingTokens
 from specplug.model.staging import StagedInputs, staged_length
 
-MOST_TOKENS = 256
+MOST_TOKENS = 1024
+"""Tokens of the largest captured forward. H200, 6.9B: one of 316 tokens takes 32 ms if Python launches it, 19 as a graph."""
 LONGEST_PLAN = 1 << 17
+_LEAST_LOGITS = 8  # the comparison after the capture wants those of seven tokens
 NO_WORK = [[0, 0, 1, 4, 0, 0, 0, 0]]
 """The plan of a batch without rows."""
 TensorStep = Callable[..., Sequence[torch.Tensor]]
 
 
 def token_buckets(limit: int) -> list[int]:
-    """The numbers of tokens that are captured, up to a limit: 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, …"""
+    """The numbers of tokens that are captured, up to a limit: 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, …
+
+    From 256 on there are four to every doubling: padding costs time once matmuls are limited by arithmetic.
+    """
     buckets, size = [1, 2], 4
     while size < limit:
-        buckets += [size, size * 3 // 2]
+        buckets += [size, size * 3 // 2] if size < 256 else [size * part // 4 for part in (4, 5, 6, 7)]
         size *= 2
     return [*(bucket for bucket in buckets if bucket < limit), limit]
 
@@ -53,6 +58,7 @@ class CudaGraphs:
         run: the step over tensors alone: positions, plan, write slots and its own inputs.
         device: the GPU.
         most_tokens: of a batch that is worth capturing.
+        most_logits: of a batch; None for as many as tokens.
         inputs: examples of the step's own inputs, whose first dimension is the tokens. None for a model's forward: its inputs
             are ids and logits index of the batch.
         pending: what placeholders among the ids stand for.
@@ -68,8 +74,10 @@ class CudaGraphs:
         most_tokens: int,
         inputs: Sequence[torch.Tensor] | None = None,
         pending: PendingTokens | None = None,
+        most_logits: int | None = None,
     ) -> None:
         self._pending = pending
+        self._most_logits = None if most_logits is None else max(most_logits, _LEAST_LOGITS)
         self._buckets = token_buckets(min(most_tokens, MOST_TOKENS))
         widest = self._buckets[-1]
         self._staged = StagedInputs(widest, LONGEST_PLAN, device)
@@ -88,7 +96,9 @@ class CudaGraphs:
     def _capture(self, run: TensorStep, bucket: int, pool: Any, stream: torch.cuda.Stream) -> _Captured:
         """A graph of one run, which copies its staged inputs first; a batch without rows is staged meanwhile."""
         ids, positions, slots, index, plan = self._staged.tensors(bucket)
-        inputs = [ids, index] if self._inputs is None else [tensor[:bucket] for tensor in self._inputs]
+        inputs = (
+            [ids, index[: self._most_logits]] if self._inputs is None else [tensor[:bucket] for tensor in self._inputs]
+        )
         self._staged.write([[], [], [], []], bucket, NO_WORK)
         self._staged.copy(bucket)
         torch.cuda.synchronize(stream.device)
@@ -98,7 +108,7 @@ class CudaGraphs:
             run(positions, plan, slots, *inputs)
         torch.cuda.synchronize(stream.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._staged.copy(bucket)
             if self._pending is not None:
                 self._pending.fill(ids)
@@ -108,7 +118,7 @@ class CudaGraphs:
     def replay(
         self, batch: ForwardBatch, inputs: Sequence[torch.Tensor] = (), *, lasting: bool = True
     ) -> list[torch.Tensor] | None:
-        """The step's outputs for a batch; None if it is too large.
+        """The step's outputs for a batch; None if it is too large or wants too many logits.
 
         Args:
             batch: the batch; the first output is cut to its logits, the others to its tokens.
@@ -116,7 +126,7 @@ class CudaGraphs:
             lasting: whether the outputs must outlive the next replay.
         """
         tokens = batch.num_tokens
-        if tokens > self._buckets[-1] or batch.num_logits > tokens:
+        if tokens > self._buckets[-1] or batch.num_logits > (self._most_logits or tokens):
             return None
         bucket = next(size for size in self._buckets if size >= tokens)
         if not batch.stage(self._staged, bucket):
@@ -131,15 +141,21 @@ class CudaGraphs:
         return [output.clone() for output in outputs] if lasting else outputs
 
     @staticmethod
-    def planned_bytes(most_tokens: int, token_bytes: int, output_bytes: int, scratch_bytes: int) -> int:
-        """Bytes of one step's graphs; a pool serves all of its graphs, and no other's.
+    def planned_bytes(
+        most_tokens: int, most_logits: int, token_bytes: int, logits_bytes: int, state_bytes: int, scratch_bytes: int
+    ) -> int:
+        """Bytes of one forward's graphs; a pool serves all of its graphs, and no other's.
 
         Args:
             most_tokens: as above.
-            token_bytes: what a token takes while the step runs.
-            output_bytes: what it leaves: logits and captured states.
+            most_logits: as above.
+            token_bytes: what a token takes while the forward runs.
+            logits_bytes: of a token.
+            state_bytes: what it leaves besides: captured states.
             scratch_bytes: what the largest batch takes in addition.
         """
         buckets = token_buckets(min(most_tokens, MOST_TOKENS))
         inputs = staged_length(buckets[-1], LONGEST_PLAN) * torch.int32.itemsize
-        return inputs + scratch_bytes + buckets[-1] * token_bytes + sum(buckets) * output_bytes
+        logits = max(most_logits, _LEAST_LOGITS)
+        outputs = sum(min(bucket, logits) * logits_bytes + bucket * state_bytes for bucket in buckets)
+        return inputs + scratch_bytes + buckets[-1] * token_bytes + outputs

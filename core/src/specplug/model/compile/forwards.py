@@ -54,8 +54,9 @@ def compile_forward(runner: ModelRunner) -> CompiledStep:
         module = torch.nn.ModuleDict({"model": module, "states": memories})
         inputs.append(torch.zeros(EXAMPLE_STATE_ROWS, dtype=torch.int32, device=runner.device))
         facts = {"states": {name: list(tensor.shape) for name, tensor in weights_of(memories).items()}}
+    name = runner.architecture.name
     return build_step(
-        forward_step(runner), module, runner.cache, inputs, check, runner.architecture.name, _key(runner, facts)
+        forward_step(runner), module, runner.cache, inputs, check, name, _key(runner, facts), runner.agree
     )
 
 
@@ -106,21 +107,27 @@ def compile_adapted_forward(runner: ModelRunner, adapters: AdapterLayers) -> Com
     )
 
 
-def capture_forward(runner: ModelRunner, most_tokens: int) -> None:
+def capture_forward(runner: ModelRunner, most_tokens: int, most_logits: int) -> None:
     """Gives a runner CUDA graphs of its forward, compiled or not; without them if it raises.
 
     Args:
         runner: on a GPU, with native attention.
         most_tokens: of a batch that is worth capturing.
+        most_logits: of a batch.
 
     Raises:
         CompileError: the forward cannot be captured, or gives other results.
     """
     try:
         with as_compile_error():
-            runner.graphs = CudaGraphs(runner.run_tensors, runner.device, most_tokens, pending=runner.pending)
-            _check(runner, "captured", lambda rows: [runner.forward(rows), *runner.captured_states])
+            runner.graphs = CudaGraphs(
+                runner.run_tensors, runner.device, most_tokens, pending=runner.pending, most_logits=most_logits
+            )
+            runner.agree(True)
+            _check(runner, "captured", lambda rows: [runner.run(rows), *runner.captured_states])
     except BaseException:
+        if runner.graphs is None:
+            runner.agree(False)
         runner.graphs = None
         torch.cuda.synchronize(runner.device)
         raise
@@ -198,6 +205,7 @@ def _key(runner: ModelRunner, others: dict[str, Any]) -> str:
         "native": native.key(),
         "threads": torch.get_num_threads(),
         "device": device_name(runner.device),
+        "rank": (runner.rank, runner.num_ranks),
         **others,
     }
     return cache_key(runner.architecture.name, facts)

@@ -128,7 +128,7 @@ class CapturedLoop(DraftLoop):
                 self._steps(layout)
             torch.cuda.synchronize(stream.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._copy(layout)
             outputs = self._steps(layout)
         return _Captured(layout, graph, outputs)

@@ -112,8 +112,10 @@ def step_bytes(
     graphs = sum(
         CudaGraphs.planned_bytes(
             captured,
+            entries,
             model.token_bytes,
-            model.logits_bytes + model.state_bytes,
+            model.logits_bytes,
+            model.state_bytes,
             model.scratch_bytes(captured, device),
         )
         for model in models

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from specplug.model.load.quantised import (
     stored_bytes,
 )
 from specplug.model.load.wrappers import text_part
+from specplug.model.parallel.group import local_rank
 from specplug.model.parallel.layers import localise, sharding_options
 from specplug.model.parallel.plan import WHOLE_MODEL, ShardPlan
 from specplug.native.gpu import cuda
@@ -70,10 +72,11 @@ def load_model(
     cuda.load() if device.type == "cuda" else native.load()
     read_headers(folder)
     prepared, options = prepare(config, device)
+    place: AbstractContextManager[None] = nullcontext()
     if num_ranks > 1:
-        options = sharding_options(shards, num_ranks)
+        options, place = sharding_options(shards, num_ranks), local_rank(device)
     try:
-        with quiet_quantizer() if is_quantised(config) else quiet_transformers():
+        with quiet_quantizer() if is_quantised(config) else quiet_transformers(), place:
             model, report = text_part(config, towers).from_pretrained(
                 folder,
                 config=prepared,

@@ -29,6 +29,7 @@ class RankSettings:
         device: of this rank.
         num_blocks: KV blocks.
         block_size: tokens of a KV block.
+        runs_ahead: whether forwards may name tokens that only the first rank's device knows.
         meeting: the file through which the process group is formed.
     """
 
@@ -41,6 +42,7 @@ class RankSettings:
     device: torch.device
     num_blocks: int
     block_size: int
+    runs_ahead: bool
     meeting: Path = Path()
 
 

@@ -1,8 +1,10 @@
-"""The process group of the ranks, and the sum over it."""
+"""The process group of the ranks, and what they exchange: sums, ids and votes."""
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,7 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+logger = logging.getLogger("specplug")
 _LOOPBACK = "lo"
+_LEAVE_SECONDS = 5.0
 _TIMEOUT = timedelta(minutes=30)  # of one collective: reading a large checkpoint takes ranks different times
 
 
@@ -46,10 +50,65 @@ def process_group(rank: int, size: int, meeting: Path, device: torch.device) -> 
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        _leave()
 
 
-def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all ranks; the same bits on each."""
-    dist.all_reduce(tensor)
-    return tensor
+def _leave() -> None:
+    """Leaves the group; gives up after a while, since NCCL waits for ranks that are gone for ever."""
+    leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+    leaving.start()
+    leaving.join(_LEAVE_SECONDS)
+    if leaving.is_alive():
+        logger.warning("the ranks' process group did not end; start the next engine with ranks in another process")
+
+
+@contextmanager
+def local_rank(device: torch.device) -> Iterator[None]:
+    """Transformers loads a part of a model to the GPU whose number is in LOCAL_RANK."""
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    try:
+        yield
+    finally:
+        del os.environ["LOCAL_RANK"]
+        if before is not None:
+            os.environ["LOCAL_RANK"] = before
+
+
+_library = torch.library.Library("specplug", "FRAGMENT")
+_library.define("sum_over_ranks(Tensor part) -> Tensor")
+
+
+@torch.library.impl(_library, "sum_over_ranks", "CompositeExplicitAutograd")
+def _sum_over_ranks(part: torch.Tensor) -> torch.Tensor:
+    total = part.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
+
+
+@torch.library.register_fake("specplug::sum_over_ranks", lib=_library)
+def _empty_sum(part: torch.Tensor) -> torch.Tensor:
+    return part.new_empty(part.shape)
+
+
+def sum_over_ranks(part: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all ranks; the same bits on each. An operator: compiled forwards and CUDA graphs hold it."""
+    total: torch.Tensor = torch.ops.specplug.sum_over_ranks(part)
+    return total
+
+
+def share_ids(ids: torch.Tensor) -> None:
+    """Replaces the ids of a forward by the first rank's, in place; a CUDA graph can hold it."""
+    dist.broadcast(ids, src=0)
+
+
+def agree(is_well: bool) -> None:
+    """Waits until all ranks have said whether they are well.
+
+    Raises:
+        RuntimeError: some are and some are not.
+    """
+    votes = torch.tensor([int(is_well)], dtype=torch.int32, device="cpu")
+    dist.all_reduce(votes)
+    if int(votes) not in (0, dist.get_world_size()):
+        raise RuntimeError("what one rank can compile or capture, another cannot: see its messages above")

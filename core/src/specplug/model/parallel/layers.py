@@ -62,8 +62,11 @@ class SummedModule(nn.Module):
 def sharding_options(shards: ShardPlan, num_ranks: int) -> dict[str, Any]:
     """The arguments of Transformers' `from_pretrained` that split a model over the ranks of the current process group."""
     from transformers.distributed import DistributedConfig
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
-    options: dict[str, Any] = {"tp_size": num_ranks, "tp_plan": dict(shards.rules)}
+    has_whole = WHOLE in ALL_PARALLEL_STYLES  # without that style, a plan that is given replaces the model's own (5.17)
+    rules = {name: style for name, style in shards.rules.items() if style != WHOLE or has_whole}
+    options: dict[str, Any] = {"tp_size": num_ranks, "tp_plan": rules}
     if shards.expert_rules:  # every rank runs its experts on the whole batch, and the outputs are summed
         options |= {"ep_size": num_ranks, "ep_plan": dict(shards.expert_rules), "ep_implementation": "all_reduce"}
     return {"distributed_config": DistributedConfig(**options)}

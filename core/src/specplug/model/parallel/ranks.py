@@ -83,13 +83,14 @@ class Ranks:
             if settings.device.type == "cpu":
                 self._stack.enter_context(fewer_threads(settings.size))
             folder = self._start(settings)
-            own = attrs.evolve(settings, meeting=folder / "meeting")
+            own = _settings_of(attrs.evolve(settings, meeting=folder / "meeting"), 0)
             for worker in self._workers:
                 with suppress(OSError):  # it has ended: said below
                     worker.connection.send_bytes(encode(_settings_of(own, worker.rank)))
             for worker in self._workers:
                 self._wait_for(worker, JOINED)
             self._stack.enter_context(process_group(0, own.size, own.meeting, own.device))
+            self._stack.callback(self._dismiss)  # first of all: ranks leave the group at the same time
         except BaseException:
             self.close()
             raise
@@ -171,6 +172,10 @@ class Ranks:
         if message != what:
             raise StartupError(f"rank {worker.rank} of {self.size} failed: {message}")
 
+    def _dismiss(self) -> None:
+        for worker in self._workers:
+            worker.connection.close()
+
     def _end_workers(self, *, at_once: bool = False) -> None:
         with self._lock:
             workers, self._workers = self._workers, []
@@ -215,7 +220,6 @@ def _start(settings: RankSettings) -> _Worker:
     ours, theirs = socket.socketpair()
     environment = {
         **os.environ,
-        "LOCAL_RANK": str(settings.device.index or 0),  # Transformers takes the GPU of this number
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
     environment.setdefault("OMP_NUM_THREADS", str(threads_per_rank(settings.size)))

@@ -1,4 +1,4 @@
-"""The first rank's runner and KV cache: what they do, the other ranks do too."""
+"""The runners of ranks, and the first one's KV cache: what the first rank's do, the others' do too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from specplug.model.kv_cache import KVCache
+from specplug.model.parallel.group import agree, share_ids
 from specplug.model.parallel.ranks import Ranks
+from specplug.model.pending import PendingTokens
 from specplug.model.rows import ForwardRow
 from specplug.model.runner import ModelRunner
 
@@ -42,7 +44,54 @@ class LeadingCache(KVCache):
         super().clear(slots)
 
 
-class LeadingRunner(ModelRunner):
+class ReceivedTokens(PendingTokens):
+    """What stands for the first rank's `PendingTokens` on another rank.
+
+    Args:
+        device: of this rank.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(1, 1, device)
+
+    def fill(self, ids: torch.Tensor) -> None:
+        """Replaces all ids [T] of a forward by the first rank's."""
+        share_ids(ids)
+
+
+class RankRunner(ModelRunner):
+    """A rank's part of the target.
+
+    Args:
+        rank: its number.
+        num_ranks: how many there are.
+        arguments: see `ModelRunner`.
+    """
+
+    def __init__(self, rank: int, num_ranks: int, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._place = rank, num_ranks
+
+    @property
+    def rank(self) -> int:
+        """See `ModelRunner.rank`."""
+        return self._place[0]
+
+    @property
+    def num_ranks(self) -> int:
+        """See `ModelRunner.num_ranks`."""
+        return self._place[1]
+
+    def agree(self, is_well: bool) -> None:
+        """Waits for the other ranks.
+
+        Raises:
+            RuntimeError: some are well and some are not.
+        """
+        agree(is_well)
+
+
+class LeadingRunner(RankRunner):
     """The first rank's part of the target. Drafting, verification and sampling happen on this rank alone.
 
     Args:
@@ -51,17 +100,13 @@ class LeadingRunner(ModelRunner):
     """
 
     def __init__(self, ranks: Ranks, *arguments: Any) -> None:
-        super().__init__(*arguments)
+        super().__init__(0, ranks.size, *arguments)
         self.ranks = ranks
-
-    @property
-    def num_ranks(self) -> int:
-        """How many processes share the model."""
-        return self.ranks.size
 
     def close(self) -> None:
         """Ends the other ranks too."""
         super().close()
+        self.graphs = None  # they hold the group's sums, and a group that is in use does not end
         self.ranks.close()
 
     def forward(
@@ -73,7 +118,8 @@ class LeadingRunner(ModelRunner):
             EngineDeadError: a rank ended, or the forward was interrupted: the ranks no longer agree on what runs.
         """
         with _deferred_interrupt():
-            self.ranks.order("forward", list(rows), [0])  # the other ranks' logits are not used
+            index = None if logits_index is None else list(logits_index)
+            self.ranks.order("forward", list(rows), index)  # the same logits: ranks take the same CUDA graph
             try:
                 return super().forward(rows, logits_index, lasting=lasting)
             except BaseException as error:

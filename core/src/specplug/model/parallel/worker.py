@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -21,12 +22,13 @@ from specplug.errors import one_line
 with threads.importing():
     import torch
 
+from specplug.model.compile.runners import compile_forwards
 from specplug.model.kv_cache import KVCache
 from specplug.model.load.checkpoint import load_config
 from specplug.model.load.weights import load_model
 from specplug.model.parallel.commands import JOINED, READY, RankSettings, encode, receive
 from specplug.model.parallel.group import process_group
-from specplug.model.runner import ModelRunner
+from specplug.model.parallel.runner import RankRunner, ReceivedTokens
 
 
 def serve_rank(connection: Connection) -> None:
@@ -65,12 +67,22 @@ def _serve(connection: Connection, settings: RankSettings) -> None:
         cache = KVCache(
             architecture.kv_layers, settings.num_blocks, settings.block_size, settings.dtype, settings.device
         )
-        runner = ModelRunner(model, architecture, cache, settings.device)
-        orders: dict[str, Callable[..., Any]] = {"forward": runner.forward, "move": cache.move, "clear": cache.clear}
+        runner = RankRunner(settings.rank, settings.size, model, architecture, cache, settings.device)
+        if settings.runs_ahead:
+            runner.pending = ReceivedTokens(settings.device)
+        orders: dict[str, Callable[..., Any]] = {
+            "forward": partial(runner.forward, lasting=False),
+            "compile": partial(compile_forwards, [runner]),
+            "move": cache.move,
+            "clear": cache.clear,
+        }
         connection.send_bytes(encode(READY))
-        while True:
-            order = receive(connection)
-            orders[order.name](*order.arguments)
+        try:
+            while True:
+                order = receive(connection)
+                orders[order.name](*order.arguments)
+        finally:
+            runner.graphs = None  # they hold the group's sums, and a group that is in use does not end
 
 
 if __name__ == "__main__":

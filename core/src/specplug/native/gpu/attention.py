@@ -3,10 +3,10 @@
 
 Why not PyTorch's own: SDPA needs rows gathered, padded and masked, which doubles the traffic and cannot be captured once for
 all lengths; flex attention pages, but compiles a mask per shape and knows no packed rows. This kernel reads the plan that CPUs
-read (see `attention_plan.py`), so the grid depends on nothing but the number of tokens, and one CUDA graph serves every batch
+read (`model/attention/plan.py`), so the grid depends on nothing but the number of tokens, and one CUDA graph serves every batch
 of that size. The cache is read once for all query heads that share it.
 
-A *work item* is a block of one row's queries against a range of its KV entries; `attention_schedule.py` cuts a batch into
+A *work item* is a block of one row's queries against a range of its KV entries; the plan's schedule cuts a batch into
 items, so that a few long rows fill the GPU too. The parts of a block that was cut are merged by whichever program comes last:
 no second launch, and always in the same order. New keys and values are read from where the model put them, and stored in
 the cache on the way.

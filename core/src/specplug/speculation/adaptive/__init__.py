@@ -21,7 +21,8 @@ all rows of a call (`Budget.worth_extending`).
 
 Exploration rule. What looks worse is tried within an ExplorationBudget (exploration.py), a ledger as in conservative bandits
 (Wu et al., arXiv 1602.04282): a share of the time flows in, each trial's expected cost is drawn from it. Other depths are
-varied for their timings; rows that sleep are probed, ever more rarely while that fails (sleeping.py).
+varied for their timings; rows that sleep are probed, ever more rarely while that fails (sleeping.py); what a speculator that
+sees tokens alone proposes for these is compared with the text and not verified (guess.py).
 
 Start-up rule. Before anything is measured, a drafted token is assumed to be accepted with probability 0.6 (worth 3 drafts),
 verifying one to cost 1.5 % of a step, and a proposal to take time in proportion to its depth. A speculator with a state first
@@ -29,7 +30,7 @@ drafts at most 3 tokens; the limit is twice the deepest that was timed. It is sh
 Until 24 steps were timed, every other step has a different depth, none included. In the first 512 steps 3 % of the time flow
 into the ledger, later half of that or less.
 
-Reading order: settings, acceptance, cost_model, estimates, goodput, exploration, planner, sleeping, controller
+Reading order: settings, acceptance, cost_model, guess, estimates, goodput, exploration, planner, sleeping, controller
 (AdaptiveDraftLength, which the chain talks to). All constants are in AdaptiveSettings, with their evidence; the ablation is in
 docs/adaptive-draft-length.md.
 """

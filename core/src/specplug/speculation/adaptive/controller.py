@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import attrs
-
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.speculation.adaptive.cost_model import target_costs
 from specplug.speculation.adaptive.estimates import (
     Candidate,
     RowEstimate,
     SpeculatorEstimate,
+    VerifiedDraft,
     deepest_useful,
     tokens_left,
 )
 from specplug.speculation.adaptive.exploration import ExplorationBudget, vary
 from specplug.speculation.adaptive.goodput import StepForecast
+from specplug.speculation.adaptive.guess import Guess
 from specplug.speculation.adaptive.planner import Called, HeldPlan, choose_depths, is_planned, keep_what_pays
 from specplug.speculation.adaptive.settings import AdaptiveSettings
 from specplug.speculation.adaptive.sleeping import (
@@ -33,19 +33,6 @@ from specplug.speculation.draft_length import DraftLengthPolicy, FixedDraftLengt
 from specplug.speculation.row import Row
 
 _FEWEST_TIMINGS = 8  # before the expected seconds of a plain step are told to others
-
-
-@attrs.frozen(eq=False)
-class _Verified:
-    """A draft that was verified and not learned from yet."""
-
-    estimate: SpeculatorEstimate
-    row: RowEstimate
-    draft: Draft
-    nodes: int
-    accepted: Sequence[int]
-    step: int
-    position: int
 
 
 class AdaptiveDraftLength(DraftLengthPolicy):
@@ -78,7 +65,7 @@ class AdaptiveDraftLength(DraftLengthPolicy):
         self._called: list[Called] = []
         self._held: dict[SpeculatorEstimate, HeldPlan] = {}
         self._drafts: dict[int, Draft] = {}  # request number → what is being verified
-        self._verified: list[_Verified] = []
+        self._verified: list[tuple[SpeculatorEstimate, VerifiedDraft]] = []  # and not learned from yet
         self._timings: list[tuple[int, float, bool]] = []  # of skipped steps: rows, seconds, whether all decoded
 
     # ---- rows and speculators that come and go --------------------------------------------------------------------
@@ -127,7 +114,7 @@ class AdaptiveDraftLength(DraftLengthPolicy):
             self._time(rows, seconds, decoding)
         self._timings.clear()
         late = min(len(requests) - 1, self.settings.learn_every)
-        if self._verified and self.step - self._verified[0].step >= late:
+        if self._verified and self.step - self._verified[0][1].step >= late:
             self._learn()
         self._resting.begin()
         self.budget.begin()
@@ -257,8 +244,7 @@ class AdaptiveDraftLength(DraftLengthPolicy):
             drafts.append(draft)
             row.stops = draft.is_scored_chain
             if row.is_probe and estimate.compares and draft.probs is None:
-                roots = [t for t, parent in zip(draft.tokens, draft.parent_list(), strict=True) if parent < 0]
-                row.guess = (len(request.tokens), frozenset(roots))
+                row.guess = Guess.of(draft, len(request.tokens))
                 request.draft = None
                 continue
             forecast.nodes += len(draft)
@@ -289,10 +275,10 @@ class AdaptiveDraftLength(DraftLengthPolicy):
             outcome, draft = request.outcome, self._drafts.get(request.number)
             if outcome is not None and draft is not None and draft.speculator is not None:
                 nodes += outcome.num_nodes
-                estimate, accepted = self._of[draft.speculator], outcome.accepted
-                position = max(request.num_output_tokens - len(accepted) - 1, 0)
-                row = estimate.row(request)
-                self._verified.append(_Verified(estimate, row, draft, outcome.num_nodes, accepted, self.step, position))
+                estimate = self._of[draft.speculator]
+                position = max(request.num_output_tokens - len(outcome.accepted) - 1, 0)
+                verified = VerifiedDraft(estimate.row(request), draft, outcome, self.step, position)
+                self._verified.append((estimate, verified))
                 is_typical = is_typical and (estimate.is_warm or not estimate.was_warm(self.step))
             for estimate, row in self._rows_of([request]):
                 if row.guess is not None:
@@ -315,20 +301,18 @@ class AdaptiveDraftLength(DraftLengthPolicy):
     def _learn(self) -> None:
         """Takes in what became of drafts; where that was unlikely, depths are chosen anew at once."""
         verified, self._verified = self._verified, []
-        for v in verified:
-            v.estimate.learn_draft(v.row, v.draft, v.nodes, v.accepted, step=v.step, position=v.position)
-        if any(v.row.planned_at < 0 for v in verified):
+        for estimate, draft in verified:
+            estimate.learn_draft(draft)
+        if any(draft.row.planned_at < 0 for _, draft in verified):
             self._held.clear()
         self.budget.adjust_share(min(estimate.acceptance.hopeless_misses for estimate in self.estimates))
 
     def _compare(self, request: Row, row: RowEstimate, estimate: SpeculatorEstimate) -> None:
         """Takes in whether a guess that was not verified came true."""
         assert row.guess is not None
-        length, candidates = row.guess
-        if len(request.tokens) > length:
+        hit, position = row.guess.came_true(request.tokens), row.guess.length - request.num_prompt_tokens
+        if hit is not None:
             row.guess = None
-            hit = request.tokens[length] in candidates
-            position = length - request.num_prompt_tokens
             estimate.learn(row, int(hit), rejected=not hit, step=self.step, position=position)
 
     def _rows_of(self, requests: Sequence[Row]) -> list[tuple[SpeculatorEstimate, RowEstimate]]:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 import attrs
 
-from specplug.contract.types import Budget
+from specplug.contract.types import Budget, Outcome
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.speculation.adaptive.acceptance import AcceptanceModel, RowAcceptance
 from specplug.speculation.adaptive.cost_model import CostCurve, CostModel
+from specplug.speculation.adaptive.guess import Guess
 from specplug.speculation.adaptive.settings import AdaptiveSettings
 from specplug.speculation.draft import Draft
 from specplug.speculation.draft_length import ProposeCall
@@ -31,7 +32,7 @@ class RowEstimate:
         misses: probes in a row that were not accepted.
         wake_at: the step from which on it may be probed again; -1 before that was decided.
         is_owed: whether the speculator was shown its prompt, and was not asked for a draft since.
-        guess: (tokens it had, candidates for the next one) of a proposal that is compared with the text and not verified.
+        guess: a proposal that is compared with the text, not verified.
         is_blind: whether the speculator was not shown a part of the text; see `sleeping`.
         stops: whether its last draft was one that may stop where the speculator is unsure.
     """
@@ -43,9 +44,28 @@ class RowEstimate:
     misses: int = 0
     wake_at: int = -1
     is_owed: bool = False
-    guess: tuple[int, frozenset[int]] | None = None
+    guess: Guess | None = None
     is_blind: bool = False
     stops: bool = False
+
+
+@attrs.frozen(eq=False)
+class VerifiedDraft:
+    """A draft that was verified.
+
+    Attributes:
+        row: whose it was.
+        draft: the draft.
+        outcome: what became of it.
+        step: the number of the step that verified it.
+        position: the output position that the first node was for.
+    """
+
+    row: RowEstimate
+    draft: Draft
+    outcome: Outcome
+    step: int
+    position: int
 
 
 class SpeculatorEstimate:
@@ -266,19 +286,9 @@ class SpeculatorEstimate:
             row.wake_at = step + (0 if accepted else self.pause(row.misses))
             row.planned_at = -1 if accepted else row.planned_at
 
-    def learn_draft(
-        self, row: RowEstimate, draft: Draft, nodes: int, accepted: Sequence[int], *, step: int, position: int
-    ) -> None:
-        """Takes in what became of a draft.
-
-        Args:
-            row: whose it was.
-            draft: the draft.
-            nodes: how many of its nodes were verified.
-            accepted: the nodes that were accepted, from the root down.
-            step: the step's number.
-            position: the output position that the first node was for.
-        """
+    def learn_draft(self, verified: VerifiedDraft) -> None:
+        """Takes in what became of a draft."""
+        draft, nodes, accepted = verified.draft, verified.outcome.num_nodes, verified.outcome.accepted
         count = len(accepted)
         rejected = count < nodes
         stopped = not rejected and draft.stopped and nodes == draft.proposed
@@ -288,7 +298,8 @@ class SpeculatorEstimate:
             keeps = self.settings.score_memory
             self.predicted = keeps * self.predicted + sum(math.exp(min(score, 0.0)) for score in draft.scores)
             self.accepted = keeps * self.accepted + count
-        self.learn(row, count, rejected=rejected, step=step, position=position, stopped=stopped)
+        step, position = verified.step, verified.position
+        self.learn(verified.row, count, rejected=rejected, step=step, position=position, stopped=stopped)
 
     def pause(self, misses: int) -> int:
         """Steps until a row is probed again after so many failed probes in a row."""

@@ -20,9 +20,9 @@ from specplug.request import Request
 from specplug.sampling.distributions import DistributionRow, StepDistributions, argmax, nan_message
 from specplug.sampling.randomness import EngineRandomness
 from specplug.sampling.workspace import Workspace
-from specplug.speculation.validation import check_verdict
 from specplug.speculation.verification.ahead import draw
 from specplug.speculation.verification.matching import follow
+from specplug.speculation.verification.verdict import check_verdict
 
 logger = logging.getLogger("specplug")
 

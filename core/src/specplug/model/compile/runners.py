@@ -1,4 +1,4 @@
-"""Compiles the forwards of an engine: the target's and the drafts'."""
+"""Compiles the forwards of several models: the target's and the drafts'."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def wants_compilation(choice: bool | str, weight_bytes: int) -> bool:
     return weight_bytes >= _SMALLEST_BYTES if choice == "auto" else bool(choice)
 
 
-def compile_forwards(runners: Sequence[ModelRunner], most_tokens: int) -> None:
+def compile_forwards(runners: Sequence[ModelRunner], most_tokens: int, most_logits: int) -> None:
     """Compiles each runner's forward, captures it on a GPU, and compares it with the model's own forward.
 
     A forward that cannot be compiled or captured, or that computes something else, runs uncompiled, with a one-line warning.
@@ -27,7 +27,8 @@ def compile_forwards(runners: Sequence[ModelRunner], most_tokens: int) -> None:
 
     Args:
         runners: the target's and the drafts'.
-        most_tokens: the largest batch in which every row decodes or verifies.
+        most_tokens: of a batch that is captured on a GPU.
+        most_logits: of a batch.
     """
     for runner in runners:
         if runner.states is not None and not runner.states.has_all_kernels:
@@ -46,6 +47,6 @@ def compile_forwards(runners: Sequence[ModelRunner], most_tokens: int) -> None:
                 logger.warning("%s runs uncompiled where rows have adapters: %s", runner.architecture.name, error)
         if runner.device.type == "cuda" and runner.attends_natively:
             try:
-                capture_forward(runner, most_tokens)
+                capture_forward(runner, most_tokens, most_logits)
             except CompileError as error:
                 logger.warning("%s runs without CUDA graphs: %s", runner.architecture.name, error)

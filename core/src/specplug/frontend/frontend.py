@@ -1,4 +1,4 @@
-"""From prompts to an engine's requests, and from requests to outputs: what `LLM` and `AsyncLLM` share."""
+"""From prompts to an engine's requests."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import attrs
-
 from specplug.config.engine import EngineConfig
 from specplug.config.vllm import translate_options
-from specplug.engine.engine import Engine
-from specplug.engine.startup import StepReport, start_engine
+from specplug.engine.startup.report import StepReport
+from specplug.engine.startup.start import start_engine
 from specplug.errors import CheckpointError, ConfigurationError, RequestError
+from specplug.frontend.output_builder import OutputBuilder
+from specplug.frontend.submission import Lora, Submission
 from specplug.lora.registry import AdapterRegistry, LoadedAdapter
 from specplug.lora.request import LoRARequest
-from specplug.metrics import Metric, engine_metrics
-from specplug.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from specplug.request import Request
 from specplug.sampling.defaults import default_sampling_params
 from specplug.sampling.params import SamplingParams
@@ -26,30 +24,6 @@ from specplug.text.prompts import EncodedPrompt, LazyTokenizer, Message, Prompt,
 from specplug.text.token_decoder import TokenDecoder
 from specplug.tiny import resolve_model
 from specplug.values import shown
-
-Lora = LoRARequest | str | None
-"""What a prompt may have as its adapter: one, the name of a loaded one, or none."""
-
-
-@attrs.frozen(eq=False)
-class Submission:
-    """A prompt as requests of the engine.
-
-    Attributes:
-        id: the request's name.
-        prompt: the prompt's text, if it has one.
-        family: its sequences, one for each completion.
-    """
-
-    id: str
-    prompt: str | None
-    family: list[Request]
-
-    @property
-    def lora_request(self) -> LoRARequest | None:
-        """Its adapter."""
-        adapter = self.family[0].adapter
-        return None if adapter is None else adapter.request
 
 
 class Frontend:
@@ -66,6 +40,7 @@ class Frontend:
         config: the engine's configuration.
         engine: the engine.
         tokenizer: returns the tokenizer, or None.
+        outputs: builds what callers get.
     """
 
     def __init__(
@@ -91,7 +66,7 @@ class Frontend:
         self._numbers = itertools.count()
         self._encoding = threading.Lock()  # a tokenizer may be used by one thread at a time
         self.engine = start_engine(self.config, tokenizer=self.tokenizer, on_step=on_step)
-        self._unverified_methods = self.engine.unverified_methods
+        self.outputs = OutputBuilder(self.tokenizer, self.engine.unverified_methods)
 
     # ---- from prompts to requests ---------------------------------------------------------------------------------
 
@@ -234,80 +209,6 @@ class Frontend:
         except CheckpointError as error:
             raise RequestError(f"lora_request '{wanted.lora_name}': {error}") from error
 
-    # ---- from requests to outputs ---------------------------------------------------------------------------------
-
-    def output(self, submitted: Submission) -> RequestOutput:
-        """The current output of a submission, all of it."""
-        first = submitted.family[0]
-        scores = None if first.params.prompt_logprobs is None else [None, *first.prompt_logprobs]
-        try:
-            self.with_text(scores)
-        except Exception as error:  # as in `completion`
-            first.fail(error)
-        return RequestOutput(
-            request_id=submitted.id,
-            prompt=submitted.prompt,
-            prompt_token_ids=first.tokens[: first.num_prompt_tokens],
-            prompt_logprobs=scores,
-            outputs=[self.completion(index, request) for index, request in enumerate(submitted.family)],
-            finished=all(request.is_finished for request in submitted.family),
-            metrics=self.times(submitted),
-            num_cached_tokens=first.num_cached_tokens or 0,
-            lora_request=submitted.lora_request,
-        )
-
-    def times(self, submitted: Submission) -> RequestMetrics:
-        """The times of a submission so far."""
-        first = submitted.family[0]
-        ends = [request.finished_time for request in submitted.family]
-        return RequestMetrics(
-            arrival_time=first.arrival_time,
-            first_token_time=first.first_token_time,
-            finished_time=max((end for end in ends if end is not None), default=None),
-        )
-
-    def completion(self, index: int, request: Request) -> CompletionOutput:
-        """The current output of one sequence, all of it."""
-        ids = request.output_ids
-        scored = request.params.logprobs is not None
-        try:
-            logprobs = self.with_text(request.logprobs) if scored else None
-        except Exception as error:  # the tokenizer fails on its own ids
-            request.fail(error)
-            logprobs = request.logprobs
-        is_whole = request.error is None
-        return CompletionOutput(
-            index=index,
-            text="" if request.text is None else request.text.text,
-            token_ids=ids,
-            cumulative_logprob=(
-                sum(position[token].logprob for position, token in zip(request.logprobs, ids, strict=is_whole))
-                if scored
-                else None
-            ),
-            logprobs=logprobs,
-            finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
-            spec_decode_metrics=request.stats,
-            token_sources=request.sources,
-            unverified_methods=self.unverified_methods(request),
-            error=request.error if request.finish_reason == "error" else None,
-        )
-
-    def unverified_methods(self, request: Request) -> list[str]:
-        """The methods with their own `verify` that have drafted for a request."""
-        return [method for method in self._unverified_methods if method in request.stats.by_method]
-
-    def with_text(self, positions: Any) -> Any:
-        """Fills in the token texts of log-probabilities, decoded as after other text."""
-        tokenizer = self.tokenizer() if positions else None
-        if tokenizer is not None:
-            decoder = TokenDecoder.of(tokenizer)
-            for position in positions:
-                for token, logprob in (position or {}).items():
-                    logprob.decoded_token = decoder.token(token)
-        return positions
-
 
 def _one_each(given: Lora | Sequence[Lora], count: int) -> Sequence[Lora]:
     if given is None or isinstance(given, (LoRARequest, str)) or not isinstance(given, Sequence):
@@ -315,37 +216,3 @@ def _one_each(given: Lora | Sequence[Lora], count: int) -> Sequence[Lora]:
     if len(given) != count:
         raise RequestError(f"{len(given)} lora_requests for {count} prompts; give one for all, or one for each")
     return given
-
-
-class FrontendOwner:
-    """What `LLM` and `AsyncLLM` tell about their engine."""
-
-    _frontend: Frontend
-    engine: Engine
-
-    def get_tokenizer(self) -> Any:
-        """The tokenizer.
-
-        Raises:
-            RequestError: the engine takes token ids only.
-        """
-        return self._frontend.tokenizer.required("get_tokenizer()")
-
-    def get_default_sampling_params(self) -> SamplingParams:
-        """The parameters of `generate` if it is given none: the model's generation_config, then the defaults."""
-        return self._frontend.default_sampling_params()
-
-    def get_metrics(self) -> list[Metric]:
-        """The engine's current counters, under vLLM's names; never waits for a step."""
-        return engine_metrics(self.engine)
-
-    def list_loras(self) -> set[int]:
-        """The numbers of the loaded LoRA adapters; none if they are off."""
-        registry = self.engine.adapters
-        return set() if registry is None else {each.request.lora_int_id for each in registry.loaded}
-
-    @property
-    def lora_requests(self) -> list[LoRARequest]:
-        """The loaded LoRA adapters, in the order of their numbers."""
-        registry = self.engine.adapters
-        return [] if registry is None else [each.request for each in registry.loaded]
