@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
 from specplug import LLM, CheckpointError, SamplingParams
@@ -41,7 +44,7 @@ RECURRENT = {
     "bamba": ("in_proj", "out_proj", *ALL_LINEARS),
     "jamba": ("in_proj", "x_proj", "out_proj", *ATTENTION),
 }
-CASES = [(kind, speculator) for kind in RECURRENT for speculator in ("plain", "draft_model", "tree")]
+CASES = [("lfm2", "plain"), *((kind, speculator) for kind in RECURRENT for speculator in ("draft_model", "tree"))]
 
 
 @pytest.mark.parametrize("architecture", slow_except(ARCHITECTURES, "gpt2", "deepseek_v3"))
@@ -68,25 +71,48 @@ def _drafting(speculator: str, root: Path, known: list[list[int]]) -> dict[str, 
     return {}
 
 
+@attrs.frozen
+class Adapted:
+    """A target with recurrent state, its adapters, and (prompt, adapter, output) that Transformers gives for them merged."""
+
+    target: Path
+    adapters: dict[str, Path]
+    todo: list[tuple[list[int], str | None, list[int]]]
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Adapted]:
+    """One of a kind, made once for all speculators: most of the time goes into what it is compared with."""
+
+    @functools.cache
+    def make(kind: str) -> Adapted:
+        root, layers = tmp_path_factory.mktemp(kind), RECURRENT[kind]
+        target = save_recurrent(root / "target", kind)
+        adapters = {
+            "all": save_adapter(root / "all", target, seed=1, modules=layers, size=0.2),
+            "some": save_adapter(root / "some", target, seed=2, rank=3, modules=layers[:3], size=0.3),
+        }
+        merged = {name: merge_adapter(root / f"merged {name}", target, folder) for name, folder in adapters.items()}
+        todo = [
+            (prompt, name, output)
+            for name, folder in ((None, target), *merged.items())
+            for prompt, output in decisive_prompts(folder, 4, NEW_TOKENS, VOCABULARY)
+        ]
+        random.Random(0).shuffle(todo)
+        plain = generate(target, todo[0][0], NEW_TOKENS)[0]
+        assert all(generate(folder, todo[0][0], NEW_TOKENS)[0] != plain for folder in merged.values())
+        return Adapted(target, adapters, todo)
+
+    return make
+
+
 @pytest.mark.parametrize(("kind", "speculator"), slow_except(CASES, ("lfm2", "tree"), ("qwen3_next", "tree")))
-def test_targets_with_recurrent_state(tmp_path: Path, kind: str, speculator: str) -> None:
+def test_targets_with_recurrent_state(
+    tmp_path: Path, adapted: Callable[[str], Adapted], kind: str, speculator: str
+) -> None:
     """Mixed batches in a tight engine, with chunks and preemption; then forks, whose states begin as their parent's."""
-    target = save_recurrent(tmp_path / "target", kind)
-    layers = RECURRENT[kind]
-    adapters = {
-        "all": save_adapter(tmp_path / "all", target, seed=1, modules=layers, size=0.2),
-        "some": save_adapter(tmp_path / "some", target, seed=2, rank=3, modules=layers[:3], size=0.3),
-    }
-    merged = {name: merge_adapter(tmp_path / f"merged {name}", target, folder) for name, folder in adapters.items()}
-    todo = [
-        (prompt, name, output)
-        for name, folder in ((None, target), *merged.items())
-        for prompt, output in decisive_prompts(folder, 4, NEW_TOKENS, VOCABULARY)
-    ]
-    random.Random(0).shuffle(todo)
+    target, adapters, todo = attrs.astuple(adapted(kind), recurse=False)
     prompts, names, expected = ([each[index] for each in todo] for index in range(3))
-    plain = generate(target, prompts[0], NEW_TOKENS)[0]
-    assert all(generate(folder, prompts[0], NEW_TOKENS)[0] != plain for folder in merged.values())
     options = _drafting(speculator, tmp_path, [prompt + output for prompt, _, output in todo])
     seeded = [SamplingParams(temperature=0.9, seed=number, n=2, max_tokens=6) for number in range(len(todo))]
     with LLM(target, lora_modules=adapters, **COMMON, **TIGHT, **options) as llm:

@@ -83,8 +83,6 @@ def speculators(folder: Path, draft_folder: Path) -> dict[str, dict[str, Any]]:
             ("token", "block", REQUESTS),
             ("tree", "block", REQUESTS),
             ("model", "block", REQUESTS),
-            ("model", "standard", REQUESTS),
-            ("mixed", "block", REQUESTS),
         ],
         ("model", "standard", FEWER_REQUESTS),
         ("mixed", "block", FEWER_REQUESTS),

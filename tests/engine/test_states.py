@@ -63,7 +63,7 @@ def fresh_states(folder: Path, tokens: list[int]) -> dict[Any, torch.Tensor]:
     return states
 
 
-@pytest.mark.parametrize("seed", slow_except([0, 1, 2], 0))
+@pytest.mark.parametrize("seed", slow_except([0, 1], 0))
 def test_delivered_states_equal_a_fresh_prefill(folder: Path, seed: int) -> None:
     oracle = Oracle([], VOCABULARY, seed=seed)
     speculator = TreeSpeculator(oracle, BOUNDARIES, 7, top_k=2)

@@ -24,6 +24,7 @@ from specplug.model.load.packing import pack_linears
 from specplug.model.paged import PagedBatch
 from specplug.model.rows import ForwardRow, TreeMask
 from support.attention_layer import DIM, KV_HEADS, WIDTH, Layer
+from support.interpreted import interpret
 from support.marks import slow_except
 
 pytestmark = pytest.mark.engine
@@ -67,6 +68,10 @@ def new_cache(dtype: torch.dtype) -> KVCache:
     return KVCache([KVLayer(KV_HEADS, DIM, DIM)], 20, BLOCK, dtype, CPU)
 
 
+def kept(folder: Path) -> set[Path]:
+    return set((folder / "forwards").glob("*.bin"))
+
+
 def batch_of(cache: KVCache) -> PagedBatch:
     rows = []
     for first, (start, count, tree) in enumerate(
@@ -101,16 +106,17 @@ def test_computes_what_the_module_does(dtype: torch.dtype, monkeypatch: pytest.M
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.slow
-def test_other_operations_are_another_step() -> None:
-    cache = new_cache(torch.float32)
+def test_other_operations_are_another_step(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    cache, made = new_cache(torch.float32), interpret(monkeypatch)
+    before = kept(own_cache)
     states = torch.randn(9, WIDTH)
     results = []
-    for scale in (1.0, 3.0):
+    for scale in (2.0, 6.0):
         layer = Layer(scale)
         machine_code = compile_step(layer.step, layer, cache, [states[:1]])
         results.append(machine_code(batch_of(cache), states)[0])
     torch.testing.assert_close(results[0] * 3, results[1])
+    assert len(made) == len(kept(own_cache) - before) == 2  # each has a file of its own
 
 
 def test_what_depends_on_values_stays_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
@@ -123,21 +129,26 @@ def test_what_depends_on_values_stays_as_it_is(caplog: pytest.LogCaptureFixture)
     assert "\n" not in record.getMessage()
 
 
-@pytest.mark.slow
-def test_other_constants_are_another_step(caplog: pytest.LogCaptureFixture) -> None:
-    cache = new_cache(torch.float32)
+def test_other_constants_are_another_step(
+    monkeypatch: pytest.MonkeyPatch, own_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache, made = new_cache(torch.float32), interpret(monkeypatch)
+    before = kept(own_cache)
     states = torch.randn(9, WIDTH)
     for numbers in ([1.0, 2.0], [30.0, 40.0]):
         module = Constant(numbers)
         step = compile_step(module.step, module, cache, [states[:1]])
         assert isinstance(step, CompiledStep), caplog.text
         torch.testing.assert_close(step(batch_of(cache), states)[0], states[:, :2] + torch.tensor(numbers))
+    assert len(made) == len(kept(own_cache) - before) == 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-def test_integers_are_tried_as_they_are_given(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+def test_integers_are_tried_as_they_are_given(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Random ones would be no ids."""
+    interpret(monkeypatch)
     module, cache = Embedding(), new_cache(torch.float32)
     ids = torch.tensor([3, 10, 0], dtype=dtype)
     step = compile_step(module.step, module, cache, [ids])
@@ -145,7 +156,6 @@ def test_integers_are_tried_as_they_are_given(dtype: torch.dtype, caplog: pytest
     torch.testing.assert_close(step(batch_of(cache), ids.repeat(3))[0], module.table(ids.repeat(3)) * 2)
 
 
-@pytest.mark.slow
 def test_a_file_that_raises_is_replaced(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     from torch._inductor import CompiledArtifact
 
@@ -154,9 +164,7 @@ def test_a_file_that_raises_is_replaced(monkeypatch: pytest.MonkeyPatch, caplog:
 
     module, cache = Embedding(), new_cache(torch.float32)
     ids = torch.tensor([1])
-    made: list[Any] = []
-    compile_graph = compiled.compile_graph
-    monkeypatch.setattr(compiled, "compile_graph", lambda *a: (made.append(a), compile_graph(*a))[1])
+    made = interpret(monkeypatch)
     module.table = nn.Embedding(13, WIDTH).requires_grad_(False)
     assert isinstance(compile_step(module.step, module, cache, [ids]), CompiledStep)
     monkeypatch.setattr(CompiledArtifact, "load", lambda **how: raising)

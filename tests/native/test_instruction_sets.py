@@ -14,7 +14,17 @@ import pytest
 from specplug.native.build import BuildError, find_compiler
 
 HERE = Path(__file__).parent
-COMPARISONS = ("test_native_kernels.py", "test_fused_operations.py", "test_native_checks.py", "test_argmax.py")
+COMPARISONS = (
+    "test_native_kernels.py",
+    "test_fused_operations.py",
+    "test_native_checks.py",
+    "test_argmax.py",
+    "test_recurrent_kernels.py",
+    "test_low_rank.py",
+    "test_int8.py::test_a_layer_multiplies_by_its_integers_and_scales",
+    "test_int8.py::test_a_row_does_not_depend_on_the_rows_beside_it",
+    "test_int8.py::test_joined_and_gated_linears",
+)
 LOWER = {  # an instruction that the processor has → flags of a build that does without it
     "amx_tile": ("-mno-amx-tile",),
     "avx512_bf16": ("-mno-amx-tile", "-mno-avx512bf16"),

@@ -166,7 +166,9 @@ def test_equals_generate_of_the_dequantised_checkpoint(tmp_path: Path, architect
 @pytest.mark.engine
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_speculation_changes_nothing_in_bfloat16(compiled: bool) -> None:
-    """On the native kernels, with a model that is sure enough of its tokens for rounding not to decide."""
+    """On the native kernels, whose rows have the same bits in any batch; PyTorch's in bfloat16 do not, and a tie may tip."""
+    if not native.load() or not native.packs_bfloat16():
+        pytest.skip("no kernels for bfloat16 weights on this machine")
     prompts = ["import os\n", "def main():\n    return", "class Point:\n    def __init__(self, x"]
     found = []
     for method in (None, NGRAM, {"method": "eagle3", "model": "tiny", "num_speculative_tokens": 4}):

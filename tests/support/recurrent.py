@@ -88,9 +88,12 @@ RECURRENT: dict[str, dict[str, Any]] = {
 }
 
 
-def save_recurrent(folder: Path, kind: str, seed: int = 0) -> Path:
-    """Saves one; its weights are large enough for every layer to matter."""
-    config = CONFIG_MAPPING[kind](**{**SIZES, "num_hidden_layers": 4, **RECURRENT[kind]})
+def save_recurrent(folder: Path, kind: str, seed: int = 0, layers: int = 4) -> Path:
+    """Saves one; its weights are large enough for every layer to matter. The second layer attends, if one does."""
+    settings = {**SIZES, "num_hidden_layers": layers, **RECURRENT[kind]}
+    if "layer_types" in settings:
+        settings["layer_types"] = settings["layer_types"][:layers]
+    config = CONFIG_MAPPING[kind](**settings)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

@@ -57,6 +57,7 @@ class RequestFactory:
         self._has_priorities = scheduling_policy == "priority"
         self._context_note = architecture.context_note
         self._numbers = itertools.count()
+        self._last_words: tuple[tuple[str, ...], list[list[int]]] = ((), [])
 
     def make(
         self,
@@ -141,13 +142,18 @@ class RequestFactory:
         given = [list(ids) for ids in params.bad_words_ids]
         if not params.bad_words:
             return given
+        words, ids = self._last_words  # encoding some takes milliseconds, and requests mostly come with the same
+        if words == params.bad_words:
+            return given + ids
         tokenizer = self._tokenizer()
         if tokenizer is None:
             raise RequestError(f"request '{request_id}': bad_words needs a tokenizer, and the engine has none")
         try:
-            return given + bad_word_ids(params.bad_words, tokenizer)
+            ids = bad_word_ids(params.bad_words, tokenizer)
         except RequestError as error:
             raise RequestError(f"request '{request_id}': {error}") from error
+        self._last_words = params.bad_words, ids
+        return given + ids
 
     def _check_prompt(self, request_id: str, ids: list[int]) -> None:
         if not ids:

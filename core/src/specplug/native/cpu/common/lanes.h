@@ -73,7 +73,10 @@ struct Lanes {
     for (int lane = 0; lane < 4; ++lane) other.value[lane] += value[lane];
     return other;
   }
-  Lanes plus_product(Lanes a, Lanes b) const { return *this + a * b; }
+  Lanes plus_product(Lanes a, Lanes b) const {
+    for (int lane = 0; lane < 4; ++lane) a.value[lane] = fused(a.value[lane], b.value[lane], value[lane]);
+    return a;
+  }
   float sum() const { return (value[0] + value[2]) + (value[1] + value[3]); }
 };
 #endif
