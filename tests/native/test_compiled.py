@@ -13,9 +13,8 @@ import attrs
 import pytest
 
 from specplug import LLM, SamplingParams, native
-from specplug.engine import compilation
 from specplug.engine.startup import start
-from specplug.model.compile import compiled
+from specplug.model.compile import compiled, runners
 from specplug.model.compile.forwards import measure_forward_change, over_rows
 from support.adapters import merge_adapter, save_adapter
 from support.interpreted import interpret
@@ -95,14 +94,14 @@ def test_draft_models_are_compiled_too_and_weights_are_there_once(
     options = {"skip_tokenizer_init": True, "dtype": "bfloat16", "device": "cpu", "memory": "64MiB"}
     options["speculative_config"] = config
     asked: list[list[Any]] = []
-    own = compilation.compile_forwards
-    monkeypatch.setattr(start, "compile_forwards", lambda runners, *rest: (asked.append(runners), own(runners, *rest)))
+    own = runners.compile_forwards
+    monkeypatch.setattr(start, "compile_forwards", lambda given, *rest: (asked.append(given), own(given, *rest)))
     held = {}
     for choice in (False, True):
         with LLM(folder, compile=choice, **options) as llm:
             assert (llm.engine.runner.compiled is not None) == choice
-            assert [len(runners) for runners in asked] == ([2] if choice else [])
-            assert all(runner.compiled is not None for runners in asked for runner in runners)
+            assert [len(given) for given in asked] == ([2] if choice else [])
+            assert all(runner.compiled is not None for given in asked for runner in given)
             llm.generate([[3, 4, 5]], SamplingParams(max_tokens=5))
             held[choice] = live_bytes()
     asked.clear()
@@ -268,10 +267,10 @@ def test_a_model_that_cannot_be_traced_runs_as_it_is(
 
 
 def test_small_models_go_without_unless_asked(tmp_path: Path) -> None:
-    assert not compilation.wants_compilation("auto", 11 << 20)
-    assert compilation.wants_compilation("auto", 64 << 20)
-    assert compilation.wants_compilation(True, 1)
-    assert not compilation.wants_compilation(False, 1 << 40)
+    assert not runners.wants_compilation("auto", 11 << 20)
+    assert runners.wants_compilation("auto", 64 << 20)
+    assert runners.wants_compilation(True, 1)
+    assert not runners.wants_compilation(False, 1 << 40)
     with LLM(save_model(tmp_path, "llama"), skip_tokenizer_init=True, memory="64MiB") as llm:
         assert llm.engine.runner.compiled is None
 
