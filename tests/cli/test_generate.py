@@ -15,6 +15,7 @@ import pytest
 from fake_plugins import install
 
 from specplug import LLM, SamplingParams
+from specplug.cli.options import engine_options, lora_options, option_names
 from specplug.cli.run import generate as generate_run
 from specplug.cli.terminal import Terminal
 
@@ -124,6 +125,15 @@ def test_engine_options_reach_the_engine(run: Callable[..., Any], monkeypatch: p
     assert run("generate", "tiny", "--prompt", "x", "--compile", "--max-num-draft-tokens", "8").exit_code == 0
     assert seen["compile"] is True
     assert seen["max_num_draft_tokens"] == 8
+
+
+def test_every_engine_option_is_one(run: Callable[..., Any]) -> None:
+    """None of them is taken for a sampling parameter, however new it is."""
+    names = option_names(engine_options, lora_options)
+    assert {"tensor_parallel_size", "scheduling_policy", "memory", "lora_modules"} <= set(names)
+    unknown = run(*ARGUMENTS, "--tensor-parallel-size", "0", "--scheduling-policy", "priority")
+    assert "tensor_parallel_size" in unknown.stderr
+    assert "sampling parameter" not in unknown.stderr
 
 
 def test_the_prompt_can_come_from_standard_input(run: Callable[..., Any], expected: str) -> None:

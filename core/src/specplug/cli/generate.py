@@ -21,6 +21,7 @@ from specplug.cli.options import (
     make_params,
     named,
     option_group,
+    option_names,
     penalty_options,
     read_engine_options,
     read_sampling_options,
@@ -32,30 +33,6 @@ from specplug.cli.terminal import Terminal
 from specplug.errors import ConfigurationError, RequestError
 from specplug.values import shown
 
-_ENGINE = (
-    "speculative_config",
-    "memory",
-    "max_model_len",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "max_num_draft_tokens",
-    "block_size",
-    "dtype",
-    "quantization",
-    "device",
-    "compile",
-    "revision",
-    "tokenizer",
-    "skip_tokenizer_init",
-    "trust_remote_code",
-    "allow_plugin",
-    "deny_plugin",
-    "strict",
-    "lora_modules",
-    "enable_lora",
-    "max_loras",
-    "max_lora_rank",
-)
 _MAX_SEQS = 32
 _prompt_options = option_group(
     "Prompt",
@@ -120,7 +97,7 @@ def generate(
     # Invalid options are refused before the slow import of torch.
     from specplug.config.engine import EngineConfig
 
-    engine = read_engine_options({name: given.pop(name) for name in _ENGINE})
+    engine = read_engine_options({name: given.pop(name) for name in option_names(engine_options, lora_options)})
     sampling = read_sampling_options(given)
     lines = [_read_prompt(prompt or "")] if prompts is None else read_prompts(prompts)
     lines = [line if line.lora else attrs.evolve(line, lora=lora) for line in lines]

@@ -167,6 +167,18 @@ def bench_engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return _several_methods(_plugins(_engine(command)))
 
 
+def option_names(*groups: Callable[[Callable[..., Any]], Callable[..., Any]]) -> list[str]:
+    """The names of the options that decorators add to a command, as its function is given them."""
+
+    def command() -> None:
+        """Takes the options."""
+
+    for group in groups:
+        group(command)
+    options: list[click.Option] = vars(command)["__click_params__"]
+    return [str(option.name) for option in options]
+
+
 def read_engine_options(given: dict[str, Any]) -> dict[str, Any]:
     """Converts command-line options to keywords of `LLM`; options that were not given are left out.
 

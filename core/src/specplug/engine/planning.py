@@ -18,7 +18,7 @@ from specplug.lora.room import AdapterRoom, plan_room
 from specplug.model.architecture.architecture import Architecture
 from specplug.model.architecture.inspection import inspect_architecture
 from specplug.model.architecture.refusal import check_kind
-from specplug.model.compile.cuda_graphs import CAPTURED_TOKENS, MOST_CAPTURED, MOST_TOKENS
+from specplug.model.compile.cuda_graphs import HELD_TOKENS, MOST_CAPTURED, MOST_TOKENS
 from specplug.model.compile.memory import StepModel, step_bytes
 from specplug.model.compile.runners import wants_compilation
 from specplug.model.device import choose_device
@@ -118,7 +118,7 @@ def plan_engine(
         max_num_batched_tokens=batched_tokens,
         num_speculative_tokens=max([max_nodes_of(s) for s in speculators], default=0),
         dtype=dtype,
-        compiled_output_tokens=CAPTURED_TOKENS if device.type == "cuda" else 0,
+        compiled_output_tokens=HELD_TOKENS if device.type == "cuda" else 0,
         loop_rows=min(MOST_CAPTURED, config.max_num_seqs) if device.type == "cuda" else 0,
     )
     regions = [plan_regions(speculator, budget) for speculator in speculators]

@@ -185,7 +185,7 @@ class RequestFactory:
         if priority and not self._has_priorities:
             raise RequestError(
                 f"request '{request_id}': priority={priority}: requests are served first come, first served; start with "
-                "scheduling_policy='priority'"
+                "scheduling_policy='priority' (--scheduling-policy priority)"
             )
 
     def _check_ids(self, request_id: str, params: SamplingParams) -> None:

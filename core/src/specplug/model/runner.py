@@ -216,8 +216,12 @@ class ModelRunner:
         """How many processes share the model."""
         return 1
 
-    def agree(self, is_well: bool) -> None:
-        """Called before a model that several processes share runs in a new way: all of them go on, or none does."""
+    def worst(self, value: float) -> float:
+        """The largest of the values that the processes which share the model give at the same time.
+
+        What decides how a forward runs goes through this: their sums over each other must come in the same order.
+        """
+        return value
 
     @property
     def captured_states(self) -> list[torch.Tensor]:

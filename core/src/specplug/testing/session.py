@@ -14,7 +14,7 @@ from specplug.engine.engine import Engine
 from specplug.errors import GenerationError
 from specplug.host.loading import max_nodes_of
 from specplug.llm import LLM
-from specplug.model.compile.cuda_graphs import CAPTURED_TOKENS, MOST_CAPTURED
+from specplug.model.compile.cuda_graphs import HELD_TOKENS, MOST_CAPTURED
 from specplug.model.kv_cache import BlockAllocator
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.request import Request
@@ -100,7 +100,7 @@ class Session:
             max_num_batched_tokens=self.engine.scheduler.max_num_batched_tokens,
             num_speculative_tokens=max(map(max_nodes_of, self.engine.chain.speculators)),
             dtype=self.engine.runner.cache.dtype,
-            compiled_output_tokens=CAPTURED_TOKENS if self.engine.runner.cache.device.type == "cuda" else 0,
+            compiled_output_tokens=HELD_TOKENS if self.engine.runner.cache.device.type == "cuda" else 0,
             loop_rows=min(MOST_CAPTURED, config.max_num_seqs) if self.engine.runner.cache.device.type == "cuda" else 0,
             shares_tables=shares_tables,
         )

@@ -37,7 +37,11 @@ def as_compile_error() -> Iterator[None]:
 
 
 def obtain_artifact(
-    name: str, device: torch.device, make: Callable[[], Artifact], check: Callable[[Artifact], None]
+    name: str,
+    device: torch.device,
+    make: Callable[[], Artifact],
+    check: Callable[[Artifact], None],
+    worst: Callable[[float], float] = float,
 ) -> Artifact:
     """The artifact that is kept under a name; without one, or if it does not work, one that is made now.
 
@@ -45,7 +49,8 @@ def obtain_artifact(
         name: depends on everything that the artifact depends on.
         device: where it runs.
         make: compiles it.
-        check: calls it, and raises if its results are wrong.
+        check: calls it, and raises `CompileError` if its results are wrong.
+        worst: see `ModelRunner.worst`; an artifact is called where all processes have one, and in all of them.
 
     Raises:
         CompileError: it cannot be compiled here, or does not pass the check.
@@ -57,10 +62,23 @@ def obtain_artifact(
         raise CompileError(str(error)) from error
     path = folder / f"{name}.bin"
     with as_compile_error(), _compiler_settings(own, device):
-        kept = _load(path, own, check)
-        if kept is not None:
-            return kept
-        made = make()
+        kept = _load(path, own)
+        if not worst(kept is None):
+            try:
+                assert kept is not None
+                check(kept)
+                return kept
+            except Exception as error:
+                logger.debug("the compiled %s cannot be used: %s", path, error)
+                _forget(path, own)
+        made, failure = None, None
+        try:
+            made = make()
+        except Exception as error:
+            failure = error
+        if worst(made is None):
+            raise failure or CompileError("another rank could not compile its part")
+        assert made is not None
         check(made)
         _save(made, path)
         return made
@@ -75,22 +93,26 @@ def compile_graph(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Artifa
     return standalone_compile(module, list(inputs), dynamic_shapes="from_graph", options=options)
 
 
-def _load(path: Path, own: Path, check: Callable[[Artifact], None]) -> Artifact | None:
-    """The artifact on disk if it works; else None, and what was on disk is removed."""
+def _load(path: Path, own: Path) -> Artifact | None:
+    """The artifact on disk; None if there is none. One that cannot be loaded is removed."""
     from torch._inductor import CompiledArtifact
 
     if not path.is_file():
         return None
     try:
         check_private(path)
-        artifact = CompiledArtifact.load(path=str(path), format="binary")
-        check(artifact)
+        artifact: Artifact = CompiledArtifact.load(path=str(path), format="binary")
         return artifact
     except Exception as error:
-        logger.debug("the compiled %s cannot be used: %s", path, error)
-        path.unlink(missing_ok=True)
-        shutil.rmtree(own, ignore_errors=True)  # the fault may be in what the compiler kept of it
+        logger.debug("the compiled %s cannot be loaded: %s", path, error)
+        _forget(path, own)
         return None
+
+
+def _forget(path: Path, own: Path) -> None:
+    """Removes an artifact, and what the compiler kept of it: the fault may be there."""
+    path.unlink(missing_ok=True)
+    shutil.rmtree(own, ignore_errors=True)
 
 
 def _save(artifact: Any, path: Path) -> None:

@@ -113,7 +113,7 @@ def build_step(
     check: Callable[[CompiledStep], None],
     name: str,
     key: str | None = None,
-    agree: Callable[[bool], None] = lambda is_well: None,
+    worst: Callable[[float], float] = float,
 ) -> CompiledStep:
     """Compiles a step, or takes it from disk.
 
@@ -125,7 +125,7 @@ def build_step(
         check: raises `CompileError` if the compiled step does not compute what the step does.
         name: of the step.
         key: names the artifact by everything that it depends on. None: by the traced operations, which takes a trace.
-        agree: called before each check, and where there is nothing to check; see `ModelRunner.agree`.
+        worst: see `ModelRunner.worst`.
 
     Raises:
         CompileError: it cannot be compiled here, or `check` raised it.
@@ -146,20 +146,12 @@ def build_step(
 
     def make() -> Artifact:
         started = time.perf_counter()
-        try:
-            artifact = compile_graph(trace().module, trace().inputs)
-        except BaseException:
-            agree(False)
-            raise
+        artifact = compile_graph(trace().module, trace().inputs)
         logger.debug("compiled %s in %.1f s", name, time.perf_counter() - started)
         return artifact
 
-    def check_together(artifact: Artifact) -> None:
-        agree(True)
-        check(CompiledStep(artifact, fixed))
-
     key = key or _key(name, trace(), device)
-    artifact = obtain_artifact(key, device, make, check_together)
+    artifact = obtain_artifact(key, device, make, lambda artifact: check(CompiledStep(artifact, fixed)), worst)
     return CompiledStep(artifact, fixed)
 
 

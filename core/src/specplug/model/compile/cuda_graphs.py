@@ -2,8 +2,9 @@
 
 A graph replays what was captured, over the memory it was captured with. Inputs therefore are in one buffer at a fixed address,
 and the copy that fills it is the graph's first part. The batch is padded to the next captured number of tokens, and the
-attention plan says how many are real: nothing attends to padding, and its KV is not stored. The next replay overwrites the
-outputs: copies are made for callers that keep them longer.
+attention plan says how many are real: nothing attends to padding, and its KV is not stored. All graphs end with a copy to the
+same outputs, so that what they compute with is one piece of memory. The next replay overwrites the outputs: copies are made for
+callers that keep them longer.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import attrs
 import torch
 
 from specplug.model.batch import ForwardBatch
@@ -41,14 +41,8 @@ def token_buckets(limit: int) -> list[int]:
 
 MOST_CAPTURED = 64
 """Tokens of the largest captured batch of a speculator's own step."""
-CAPTURED_TOKENS = sum(token_buckets(MOST_CAPTURED))
-"""Tokens of all captured batches of such a step together: CUDA graphs hold outputs for so many."""
-
-
-@attrs.frozen(eq=False)
-class _Captured:
-    graph: torch.cuda.CUDAGraph
-    outputs: list[torch.Tensor]
+HELD_TOKENS = 2 * MOST_CAPTURED
+"""Tokens whose outputs its graphs hold: where they are computed, and where they are copied."""
 
 
 class CudaGraphs:
@@ -87,14 +81,18 @@ class CudaGraphs:
             for own, example in zip(self._inputs, inputs, strict=True):
                 if len(example):
                     own.copy_(example[:1].expand_as(own))  # padding must be a valid value, an id of a table say
+        self._outputs: list[torch.Tensor] = []
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(device)
-        self._captured = {bucket: self._capture(run, bucket, pool, stream) for bucket in reversed(self._buckets)}
+        self._graphs = {bucket: self._capture(run, bucket, pool, stream) for bucket in reversed(self._buckets)}
         torch.cuda.synchronize(device)
 
     @torch.inference_mode()
-    def _capture(self, run: TensorStep, bucket: int, pool: Any, stream: torch.cuda.Stream) -> _Captured:
-        """A graph of one run, which copies its staged inputs first; a batch without rows is staged meanwhile."""
+    def _capture(self, run: TensorStep, bucket: int, pool: Any, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+        """A graph of one run, which copies its staged inputs first; a batch without rows is staged meanwhile.
+
+        The widest is captured first: its outputs have room for all.
+        """
         ids, positions, slots, index, plan = self._staged.tensors(bucket)
         inputs = (
             [ids, index[: self._most_logits]] if self._inputs is None else [tensor[:bucket] for tensor in self._inputs]
@@ -105,15 +103,18 @@ class CudaGraphs:
         with torch.cuda.stream(stream):  # compiles kernels and fills libraries' workspaces, which a capture must not
             if self._pending is not None:
                 self._pending.fill(ids)
-            run(positions, plan, slots, *inputs)
+            outputs = run(positions, plan, slots, *inputs)
         torch.cuda.synchronize(stream.device)
+        self._outputs = self._outputs or [torch.empty_like(output) for output in outputs]
+        del outputs
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._staged.copy(bucket)
             if self._pending is not None:
                 self._pending.fill(ids)
-            outputs = list(run(positions, plan, slots, *inputs))
-        return _Captured(graph, outputs)
+            for own, output in zip(self._outputs, run(positions, plan, slots, *inputs), strict=True):
+                own[: len(output)].copy_(output)
+        return graph
 
     def replay(
         self, batch: ForwardBatch, inputs: Sequence[torch.Tensor] = (), *, lasting: bool = True
@@ -126,18 +127,17 @@ class CudaGraphs:
             lasting: whether the outputs must outlive the next replay.
         """
         tokens = batch.num_tokens
-        if tokens > self._buckets[-1] or batch.num_logits > (self._most_logits or tokens):
+        if tokens > self._buckets[-1] or batch.num_logits > min(tokens, self._most_logits or tokens):
             return None
         bucket = next(size for size in self._buckets if size >= tokens)
         if not batch.stage(self._staged, bucket):
             return None
         for own, given in zip(self._inputs or (), inputs, strict=True):
             own[:tokens].copy_(given)
-        captured = self._captured[bucket]
-        captured.graph.replay()
+        self._graphs[bucket].replay()
         self._staged.mark_read()
-        lengths = [batch.num_logits] + [tokens] * (len(captured.outputs) - 1)
-        outputs = [output[:length] for output, length in zip(captured.outputs, lengths, strict=False)]
+        lengths = [batch.num_logits] + [tokens] * (len(self._outputs) - 1)
+        outputs = [output[:length] for output, length in zip(self._outputs, lengths, strict=False)]
         return [output.clone() for output in outputs] if lasting else outputs
 
     @staticmethod
@@ -154,8 +154,9 @@ class CudaGraphs:
             state_bytes: what it leaves besides: captured states.
             scratch_bytes: what the largest batch takes in addition.
         """
-        buckets = token_buckets(min(most_tokens, MOST_TOKENS))
-        inputs = staged_length(buckets[-1], LONGEST_PLAN) * torch.int32.itemsize
-        logits = max(most_logits, _LEAST_LOGITS)
-        outputs = sum(min(bucket, logits) * logits_bytes + bucket * state_bytes for bucket in buckets)
-        return inputs + scratch_bytes + buckets[-1] * token_bytes + outputs
+        tokens = min(most_tokens, MOST_TOKENS)
+        inputs = staged_length(tokens, LONGEST_PLAN) * torch.int32.itemsize
+        outputs = min(tokens, max(most_logits, _LEAST_LOGITS)) * logits_bytes + tokens * state_bytes
+        return (
+            inputs + scratch_bytes + tokens * token_bytes + 2 * outputs
+        )  # where they are computed, and where they are copied

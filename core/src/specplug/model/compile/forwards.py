@@ -9,8 +9,9 @@ import attrs
 import torch
 
 from specplug import native
+from specplug.errors import StartupError
 from specplug.model.batch import ForwardBatch
-from specplug.model.compile.artifacts import as_compile_error, cache_key, config_facts, device_name
+from specplug.model.compile.artifacts import CompileError, as_compile_error, cache_key, config_facts, device_name
 from specplug.model.compile.compiled import (
     CompiledStep,
     RowsStep,
@@ -56,7 +57,7 @@ def compile_forward(runner: ModelRunner) -> CompiledStep:
         facts = {"states": {name: list(tensor.shape) for name, tensor in weights_of(memories).items()}}
     name = runner.architecture.name
     return build_step(
-        forward_step(runner), module, runner.cache, inputs, check, name, _key(runner, facts), runner.agree
+        forward_step(runner), module, runner.cache, inputs, check, name, _key(runner, facts), runner.worst
     )
 
 
@@ -117,17 +118,23 @@ def capture_forward(runner: ModelRunner, most_tokens: int, most_logits: int) -> 
 
     Raises:
         CompileError: the forward cannot be captured, or gives other results.
+        StartupError: the forward of a model that several processes share cannot be captured: they wait for each other inside.
     """
     try:
         with as_compile_error():
             runner.graphs = CudaGraphs(
                 runner.run_tensors, runner.device, most_tokens, pending=runner.pending, most_logits=most_logits
             )
-            runner.agree(True)
+    except CompileError as error:
+        if runner.num_ranks > 1:
+            raise StartupError(
+                f"the forward of rank {runner.rank} cannot be captured ({error}); set compile=False"
+            ) from error
+        raise
+    try:
+        with as_compile_error():
             _check(runner, "captured", lambda rows: [runner.run(rows), *runner.captured_states])
     except BaseException:
-        if runner.graphs is None:
-            runner.agree(False)
         runner.graphs = None
         torch.cuda.synchronize(runner.device)
         raise
@@ -179,9 +186,9 @@ def measure_forward_change(runner: ModelRunner, forward: RowsStep) -> float:
 def _check(runner: ModelRunner, how: str, forward: RowsStep) -> None:
     def rounding() -> float:
         own = over_rows(runner, runner.run_tensors)
-        return measure_rounding(own, _longest(runner), runner.architecture.vocab_size)
+        return runner.worst(measure_rounding(own, _longest(runner), runner.architecture.vocab_size))
 
-    change = measure_forward_change(runner, forward)
+    change = runner.worst(measure_forward_change(runner, forward))
     check_change(f"{how}, it gives other logits", change, runner.cache.keys[0].dtype, rounding)
 
 

@@ -1,4 +1,4 @@
-"""The process group of the ranks, and what they exchange: sums, ids and votes."""
+"""The process group of the ranks, and what they exchange: sums, ids, and what one must know of all."""
 
 from __future__ import annotations
 
@@ -50,7 +50,14 @@ def process_group(rank: int, size: int, meeting: Path, device: torch.device) -> 
     try:
         yield
     finally:
-        _leave()
+        _leave() if device.type == "cuda" else dist.destroy_process_group()
+
+
+def abort() -> None:
+    """Ends all sums of this process that still run: they fail, or give anything."""
+    group = dist.group.WORLD
+    if group is not None:
+        group.abort()
 
 
 def _leave() -> None:
@@ -102,13 +109,8 @@ def share_ids(ids: torch.Tensor) -> None:
     dist.broadcast(ids, src=0)
 
 
-def agree(is_well: bool) -> None:
-    """Waits until all ranks have said whether they are well.
-
-    Raises:
-        RuntimeError: some are and some are not.
-    """
-    votes = torch.tensor([int(is_well)], dtype=torch.int32, device="cpu")
-    dist.all_reduce(votes)
-    if int(votes) not in (0, dist.get_world_size()):
-        raise RuntimeError("what one rank can compile or capture, another cannot: see its messages above")
+def worst_of_ranks(value: float) -> float:
+    """The largest value that any rank gives; waits until all have given theirs."""
+    worst = torch.tensor([value], dtype=torch.float64, device="cpu")
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    return float(worst)

@@ -22,7 +22,7 @@ import torch
 from specplug import threads
 from specplug.errors import EngineDeadError, StartupError, one_line
 from specplug.model.parallel.commands import JOINED, READY, Order, RankSettings, encode, receive
-from specplug.model.parallel.group import process_group
+from specplug.model.parallel.group import abort, process_group
 from specplug.model.parallel.torchrun import accept_ranks, launched_rank, meeting_folder
 
 WORKER = "specplug.model.parallel.worker"
@@ -75,6 +75,7 @@ class Ranks:
     def __init__(self, settings: RankSettings) -> None:
         self.size = settings.size
         self._failure = ""
+        self._is_closing = False
         self._lock = threading.Lock()
         self._workers: list[_Worker] = []
         self._stack = ExitStack()
@@ -91,6 +92,8 @@ class Ranks:
                 self._wait_for(worker, JOINED)
             self._stack.enter_context(process_group(0, own.size, own.meeting, own.device))
             self._stack.callback(self._dismiss)  # first of all: ranks leave the group at the same time
+            if own.device.type == "cuda":  # on a CPU a sum with a rank that has ended fails by itself
+                threading.Thread(target=self._watch, name="specplug-ranks", daemon=True).start()
         except BaseException:
             self.close()
             raise
@@ -172,7 +175,19 @@ class Ranks:
         if message != what:
             raise StartupError(f"rank {worker.rank} of {self.size} failed: {message}")
 
+    def _watch(self) -> None:
+        """Ends the sums of this rank when another one ends: on a GPU they would wait for ever."""
+        processes = [worker.process for worker in self._workers if worker.process is not None]
+        while not self._is_closing:
+            if any(process.poll() is not None for process in processes):
+                time.sleep(_REASON_SECONDS)
+                if not self._is_closing:
+                    abort()
+                return
+            time.sleep(_POLL_SECONDS)
+
     def _dismiss(self) -> None:
+        self._is_closing = True
         for worker in self._workers:
             worker.connection.close()
 

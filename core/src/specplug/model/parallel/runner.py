@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from specplug.model.kv_cache import KVCache
-from specplug.model.parallel.group import agree, share_ids
+from specplug.model.parallel.group import share_ids, worst_of_ranks
 from specplug.model.parallel.ranks import Ranks
 from specplug.model.pending import PendingTokens
 from specplug.model.rows import ForwardRow
@@ -82,13 +83,9 @@ class RankRunner(ModelRunner):
         """See `ModelRunner.num_ranks`."""
         return self._place[1]
 
-    def agree(self, is_well: bool) -> None:
-        """Waits for the other ranks.
-
-        Raises:
-            RuntimeError: some are well and some are not.
-        """
-        agree(is_well)
+    def worst(self, value: float) -> float:
+        """See `ModelRunner.worst`."""
+        return worst_of_ranks(value)
 
 
 class LeadingRunner(RankRunner):
@@ -102,6 +99,7 @@ class LeadingRunner(RankRunner):
     def __init__(self, ranks: Ranks, *arguments: Any) -> None:
         super().__init__(0, ranks.size, *arguments)
         self.ranks = ranks
+        weakref.finalize(self, ranks.close)  # an engine that nobody closed, at the latest when Python ends
 
     def close(self) -> None:
         """Ends the other ranks too."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -35,22 +35,38 @@ def serve_rank(connection: Connection) -> None:
     """Runs a rank until the first one closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all ranks of a terminal; the first one decides
     try:
-        settings: RankSettings = receive(connection)
-        _serve(connection, settings)
+        with _reported(connection):
+            settings: RankSettings = receive(connection)
+            connection.send_bytes(encode(JOINED))
+            _serve(connection, settings)
     except EOFError:
         return
     except BaseException as error:
         traceback.print_exc()
-        with suppress(OSError):
-            connection.send_bytes(encode(one_line(error, 300)))
         raise SystemExit(1) from error
 
 
+@contextmanager
+def _reported(connection: Connection) -> Iterator[None]:
+    """Tells the first rank at once why this one ends: it may be waiting for it in a sum."""
+    try:
+        yield
+    except EOFError:
+        raise
+    except BaseException as error:
+        with suppress(OSError):
+            connection.send_bytes(encode(one_line(error, 300)))
+        raise
+
+
 def _serve(connection: Connection, settings: RankSettings) -> None:
-    connection.send_bytes(encode(JOINED))
     if settings.device.type == "cuda":
         torch.cuda.set_device(settings.device)
-    with process_group(settings.rank, settings.size, settings.meeting, settings.device), torch.no_grad():
+    with (
+        process_group(settings.rank, settings.size, settings.meeting, settings.device),
+        _reported(connection),  # before it leaves the group, which may take seconds
+        torch.no_grad(),
+    ):
         config = load_config(settings.folder, trust_remote_code=settings.trust_remote_code)
         architecture = settings.architecture
         model = load_model(
