@@ -56,8 +56,7 @@ class StagedInputs:
     """The buffer on a GPU from which captured forwards read, and the pinned memory from which it is filled.
 
     A graph begins with the copy of what most batches need; only a longer plan costs a separate copy. `write` waits until the
-    last forward has read the pinned memory. That costs a target nothing, since its tokens must be known before the next
-    forward; between the levels of a draft it is a wait that could be avoided.
+    last forward has read the pinned memory, which is the first thing that it does.
 
     Args:
         most_tokens: of a forward.

@@ -98,7 +98,7 @@ def step_bytes(
         drafts: the speculators' models on the same device.
         device: the GPU.
         tokens: of the largest batch; a step may need logits for all of them.
-        entries: distributions that verification needs, at most.
+        entries: distributions that verification needs, and logits of a captured forward, at most.
         captured: tokens of the largest batch that is captured.
         is_captured: whether any is.
     """
