@@ -97,7 +97,8 @@ def generate(
     # Invalid options are refused before the slow import of torch.
     from specplug.config.engine import EngineConfig
 
-    engine = read_engine_options({name: given.pop(name) for name in option_names(engine_options, lora_options)})
+    names = [*option_names(engine_options, lora_options), "strict"]
+    engine = read_engine_options({name: given.pop(name) for name in names})
     sampling = read_sampling_options(given)
     lines = [_read_prompt(prompt or "")] if prompts is None else read_prompts(prompts)
     lines = [line if line.lora else attrs.evolve(line, lora=lora) for line in lines]
