@@ -222,6 +222,7 @@ class Engine:
     def _advance(self) -> None:
         rows = self._schedule()
         if not rows:
+            self._end_rows()
             self._outputs.deliver()
             return
         started = time.perf_counter()
