@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,15 +13,15 @@ from specplug.metrics import Metric, engine_metrics
 from specplug.sampling.params import SamplingParams
 
 
-class FrontendOwner:
+class FrontendOwner(ABC):
     """Closes the engine, and tells about it."""
 
     _frontend: Frontend
     engine: Engine
 
+    @abstractmethod
     def close(self) -> None:
         """Ends all requests and frees all memory."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self

@@ -157,6 +157,5 @@ class CudaGraphs:
         tokens = min(most_tokens, MOST_TOKENS)
         inputs = staged_length(tokens, LONGEST_PLAN) * torch.int32.itemsize
         outputs = min(tokens, max(most_logits, _LEAST_LOGITS)) * logits_bytes + tokens * state_bytes
-        return (
-            inputs + scratch_bytes + tokens * token_bytes + 2 * outputs
-        )  # where they are computed, and where they are copied
+        computed = scratch_bytes + tokens * token_bytes + outputs
+        return inputs + computed + outputs  # what is computed is copied to where all graphs leave it

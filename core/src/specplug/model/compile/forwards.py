@@ -130,6 +130,7 @@ def capture_forward(runner: ModelRunner, most_tokens: int, most_logits: int) -> 
             raise StartupError(
                 f"the forward of rank {runner.rank} cannot be captured ({error}); set compile=False"
             ) from error
+        torch.cuda.synchronize(runner.device)
         raise
     try:
         with as_compile_error():
