@@ -165,6 +165,7 @@ def measure(args: argparse.Namespace, method: str) -> None:
         max_model_len=1024,
         max_num_seqs=most,
         enable_prefix_caching=False,
+        tensor_parallel_size=args.tensor_parallel_size,
         speculative_config=configuration(method, args.folder),
         on_step=lambda report: steps.__setitem__(report.name, round(report.seconds or 0.0, 1)),
     ) as llm:
@@ -231,6 +232,7 @@ def main() -> None:
     parser.add_argument("--size", choices=["large", "256M", "33M"], default="large")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--memory", default="60GiB")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs, or on a CPU processes")
     parser.add_argument("--tokens", type=int, default=128, help="of every output")
     parser.add_argument("--requests", type=int, default=2, help="per row; with one row at least 6")
     parser.add_argument("--json", type=Path)

@@ -7,8 +7,12 @@ is how the first rank starts it; FD is the pipe's file descriptor.
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,10 +34,13 @@ from specplug.model.parallel.commands import JOINED, READY, RankSettings, encode
 from specplug.model.parallel.group import process_group
 from specplug.model.parallel.runner import RankRunner, ReceivedTokens
 
+_END_SECONDS = 10.0  # what this rank has to end by itself once the first one has closed the pipe
+
 
 def serve_rank(connection: Connection) -> None:
     """Runs a rank until the first one closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all ranks of a terminal; the first one decides
+    threading.Thread(target=_end_after, args=(connection.fileno(),), daemon=True).start()
     try:
         with _reported(connection):
             settings: RankSettings = receive(connection)
@@ -44,6 +51,15 @@ def serve_rank(connection: Connection) -> None:
     except BaseException as error:
         traceback.print_exc()
         raise SystemExit(1) from error
+
+
+def _end_after(pipe: int) -> None:
+    """Ends this process after the first rank: on a GPU a sum without that one waits for ever."""
+    poll = select.poll()
+    poll.register(pipe, 0)  # a hang-up is always reported
+    poll.poll()
+    time.sleep(_END_SECONDS)
+    os._exit(1)
 
 
 @contextmanager
@@ -103,3 +119,5 @@ def _serve(connection: Connection, settings: RankSettings) -> None:
 
 if __name__ == "__main__":
     serve_rank(Connection(int(sys.argv[1])))
+    sys.stderr.flush()
+    os._exit(0)  # what CUDA still runs may wait for a rank that has ended
