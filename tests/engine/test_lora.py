@@ -34,7 +34,7 @@ COMMON: dict[str, Any] = {"skip_tokenizer_init": True, "strict": True, "check_pa
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A target, three adapters of different ranks, layers and scales, and what drafts."""
     root = tmp_path_factory.mktemp("lora")
-    target = save_model(root / "target", "llama", eos_token_id=None)
+    target = save_model(root / "target", "llama", eos_token_id=None, intermediate_size=64)
     patterns = {"rank_pattern": {"o_proj": 5}, "alpha_pattern": {"up_proj": 24}, "use_rslora": True}
     save_adapter(root / "all", target, seed=1)
     save_adapter(root / "attention", target, seed=2, rank=3, modules=("q_proj", "v_proj"), size=0.6)

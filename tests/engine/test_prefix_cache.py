@@ -27,7 +27,7 @@ SPECULATORS = ("plain", "ngram", "draft_model", "eagle3", "eagle3 tree", "old mo
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    target = save_model(root / "target", "llama", max_position_embeddings=400, eos_token_id=None)
+    target = save_model(root / "target", "llama", max_position_embeddings=400, eos_token_id=None, intermediate_size=64)
     return {
         "target": target,
         "draft": perturbed_copy(target, root / "draft", 0.05),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,12 +168,7 @@ def test_a_range_more_or_less_changes_nothing_for_a_query() -> None:
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (32, 96), (40, 24), (128, 128)])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_a_prompt_attends_as_its_tokens_would(key_dim: int, value_dim: int, softcap: float | None) -> None:
-    """Bit for bit: whatever is computed together, however it is arranged for that.
-
-    Of processors that know bfloat16 but have no matrix units a few queries go another way than many.
-    """
-    if "avx512_bf16" in Path("/proc/cpuinfo").read_text() and not native.has_amx():
-        return
+    """Bit for bit: whatever is computed together, however it is arranged for that."""
     torch.manual_seed(0)
     heads, kv_heads, length = 16, 2, 1024  # longer rows are cut into ranges when they decode
     cache = KVCache([KVLayer(kv_heads, key_dim, value_dim)], 200, BLOCK, torch.bfloat16, torch.device("cpu"))
@@ -257,8 +251,8 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(inner: int) -> None:
 
 @pytest.mark.engine
 def test_a_token_is_verified_as_it_would_be_decoded() -> None:
-    """On matrix units a bfloat16 forward of a chain gives the same logits, bit for bit, one token at a time and all at once."""
-    if not native.has_amx():
+    """A bfloat16 forward of a chain gives the same logits, bit for bit, one token at a time and all at once."""
+    if not native.packs_bfloat16():
         return
     with LLM("tiny", dtype="bfloat16", device="cpu", memory="128MiB", compile=False) as llm:
         runner, size = llm.engine.runner, llm.engine.config.block_size

@@ -23,7 +23,7 @@ class Attention {
 
   // Most queries per work item.
   static int64_t most_queries(const Shape& shape) {
-    return kernel_for(shape, kMostQueries) == Kernel::kAmx ? kMostQueries : kQueryBlock;
+    return kernel_for(shape) == Kernel::kAmx ? kMostQueries : kQueryBlock;
   }
 
   // Runs on each of `threads` threads; together they process all work items. While more items than threads are left, a thread claims
@@ -40,11 +40,10 @@ class Attention {
   }
 
  private:
-  static Kernel kernel_for(const Shape& shape, int64_t count) {
-    if constexpr (kHasDecode<T>)
+  static Kernel kernel_for(const Shape& shape) {
+    if constexpr (kHasAvx512<T>)
       if (shape.key_dim % 32 == 0 && shape.value_dim % 32 == 0) {
-        if (has_amx()) return Kernel::kAmx;
-        if (count <= kDecodeQueries) return Kernel::kDecode;
+        return has_amx() ? Kernel::kAmx : Kernel::kAvx512;
       }
     return Kernel::kGeneric;
   }
@@ -61,7 +60,7 @@ class Attention {
     const Row row = plan_.row(item.row);
     const Mask mask(plan_, row, shape_.window, item.first, item.last);
     const int64_t count = mask.count(), dim = shape_.value_dim;
-    const Kernel kernel = kernel_for(shape_, count);
+    const Kernel kernel = kernel_for(shape_);
     const Scratch<T> scratch(memory, kernel, count, shape_.key_dim, dim);
     const bool has_sink = sinks_ && item.begin == item.key_range.low;
     for (int64_t q = 0; q < count; ++q) {
@@ -70,7 +69,7 @@ class Attention {
     }
     if (SPECPLUG_AVX2 || kernel == Kernel::kAmx) prefetcher.begin(item, next);
 #if SPECPLUG_AMX
-    if constexpr (kHasDecode<T>)
+    if constexpr (kHasAvx512<T>)
       if (kernel == Kernel::kAmx) {
         const T* queries[kMostQueries];
         for (int64_t q = 0; q < count; ++q) queries[q] = query_of(item, row, q);
@@ -87,7 +86,7 @@ class Attention {
   void attend_by_query(Kernel kernel, const WorkItem& item, const Row& row, const Mask& mask, const Scratch<T>& scratch,
                    Prefetcher<T>& prefetcher) const {
     const int64_t count = mask.count(), dim = shape_.value_dim, key_dim = shape_.key_dim;
-    const int64_t size = kernel == Kernel::kDecode ? decode_tile(key_dim) : kTile;
+    const int64_t size = kernel == Kernel::kAvx512 ? avx512_tile(key_dim) : kTile;
     for (int64_t q = 0; q < count; ++q) {
 #if SPECPLUG_AVX2
       if (key_dim % 8 == 0) {
@@ -150,8 +149,8 @@ class Attention {
              [[maybe_unused]] Prefetcher<T>& prefetcher) const {
     const int64_t dim = shape_.key_dim;
 #if SPECPLUG_AVX512_BF16
-    if constexpr (kHasDecode<T>) {
-      if (kernel == Kernel::kDecode) return kScoreDecode[count - 1](scratch.queries, rows.keys, rows.count, dim, scratch.scores);
+    if constexpr (kHasAvx512<T>) {
+      if (kernel == Kernel::kAvx512) return score_avx512(scratch.queries, count, rows.keys, rows.count, dim, scratch.scores);
     }
 #endif
 #if SPECPLUG_AVX2
@@ -164,8 +163,8 @@ class Attention {
   void add([[maybe_unused]] Kernel kernel, const Scratch<T>& scratch, int64_t count, const KVTile<T>& rows) const {
     const int64_t dim = shape_.value_dim;
 #if SPECPLUG_AVX512_BF16
-    if constexpr (kHasDecode<T>) {
-      if (kernel == Kernel::kDecode) return kAddDecode[count - 1](scratch.scores, rows.values, rows.count, dim, scratch.sums);
+    if constexpr (kHasAvx512<T>) {
+      if (kernel == Kernel::kAvx512) return add_avx512(scratch.scores, count, rows.values, rows.count, dim, scratch.sums);
     }
 #endif
 #if SPECPLUG_AVX2

@@ -1,6 +1,6 @@
-// Scores and values of a tile for up to 8 queries with AVX512-BF16: decoding rows with short drafts.
+// Scores and values of a tile with AVX512-BF16, a few queries at a time: the number of queries changes no result.
 //
-// Memory bound. Keys and values are read sequentially, row after row, so that the hardware prefetcher keeps up; other orders and
+// Decoding is memory bound. Keys and values are read sequentially, row after row, so that the hardware prefetcher keeps up; other orders and
 // software prefetching took up to twice as long.
 #pragma once
 
@@ -11,18 +11,27 @@
 
 namespace specplug {
 
-constexpr int64_t kDecodeQueries = 8;
+constexpr int64_t kScoredAtOnce = 4, kAddedAtOnce = 8;  // more scores do not fit in registers
 constexpr int64_t kPage = 4096;  // bytes per memory page
 
 template <typename T>
-constexpr bool kHasDecode = SPECPLUG_AVX512_BF16 && std::is_same_v<T, bf16>;
+constexpr bool kHasAvx512 = SPECPLUG_AVX512_BF16 && std::is_same_v<T, bf16>;
 
 // Keys of one memory page: hardware prefetching stops at page boundaries, so values come next.
-inline int64_t decode_tile(int64_t key_dim) {
+inline int64_t avx512_tile(int64_t key_dim) {
   return std::clamp(kPage / (key_dim * static_cast<int64_t>(sizeof(bf16))) / kLanes * kLanes, kLanes, kTile);
 }
 
 #if SPECPLUG_AVX512_BF16
+
+// Permutation that interleaves the first halves of two rows.
+alignas(64) inline constexpr int16_t kInterleave[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+
+// Rounds 16 probabilities to 8 pairs of bfloat16.
+inline void round_weights(const float* probs, uint32_t* pairs) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(pairs), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(probs)));
+}
 
 // Partial horizontal sums of four vectors: 128-bit part p of the result holds the sums of part p of a, b, c and d.
 inline __m512 fold_within_parts(__m512 a, __m512 b, __m512 c, __m512 d) {
@@ -40,7 +49,7 @@ inline __m512 fold_parts(__m512 a, __m512 b, __m512 c, __m512 d) {
 
 // Scores [Queries][64] of up to 64 keys. Each query starts at a multiple of 64 bytes.
 template <int Queries>
-inline void score_decode(const bf16* queries, const bf16* const* keys, int64_t width, int64_t dim, float* scores) {
+inline void score_few(const bf16* queries, const bf16* const* keys, int64_t width, int64_t dim, float* scores) {
   for (int64_t begin = 0; begin < width; begin += kLanes) {
     __m512 folded[Queries][4];
 #pragma GCC unroll 4
@@ -123,7 +132,7 @@ inline void add_all(const uint32_t (*weights)[kTile / 2], const bf16* const* val
 // Adds probabilities [Queries][64], zero-padded to a multiple of 16, times the values to sums [Queries][dim]. The entry after an odd
 // last row must point to a readable row.
 template <int Queries>
-inline void add_decode(const float* probs, const bf16* const* values, int64_t width, int64_t dim, float* sums) {
+inline void add_few(const float* probs, const bf16* const* values, int64_t width, int64_t dim, float* sums) {
   alignas(64) uint32_t weights[Queries][kTile / 2];
   for (int q = 0; q < Queries; ++q)
     for (int64_t k = 0; k < width; k += kLanes)
@@ -134,11 +143,22 @@ inline void add_decode(const float* probs, const bf16* const* values, int64_t wi
   add_all<Queries, 1>(weights, values, pairs, dim, sums);
 }
 
-using ScoreDecode = void (*)(const bf16*, const bf16* const*, int64_t, int64_t, float*);
-using AddDecode = void (*)(const float*, const bf16* const*, int64_t, int64_t, float*);
-constexpr ScoreDecode kScoreDecode[] = {score_decode<1>, score_decode<2>, score_decode<3>, score_decode<4>,
-                                  score_decode<5>, score_decode<6>, score_decode<7>, score_decode<8>};
-constexpr AddDecode kAddDecode[] = {add_decode<1>, add_decode<2>, add_decode<3>, add_decode<4>, add_decode<5>, add_decode<6>, add_decode<7>, add_decode<8>};
+using ScoreFew = void (*)(const bf16*, const bf16* const*, int64_t, int64_t, float*);
+using AddFew = void (*)(const float*, const bf16* const*, int64_t, int64_t, float*);
+constexpr ScoreFew kScoreFew[] = {score_few<1>, score_few<2>, score_few<3>, score_few<4>};
+constexpr AddFew kAddFew[] = {add_few<1>, add_few<2>, add_few<3>, add_few<4>, add_few<5>, add_few<6>, add_few<7>, add_few<8>};
+
+// Scores [count][64] of up to 64 keys.
+inline void score_avx512(const bf16* queries, int64_t count, const bf16* const* keys, int64_t width, int64_t dim, float* scores) {
+  for (int64_t q = 0; q < count; q += kScoredAtOnce)
+    kScoreFew[std::min(count - q, kScoredAtOnce) - 1](queries + q * dim, keys, width, dim, scores + q * kTile);
+}
+
+// See `add_few`.
+inline void add_avx512(const float* probs, int64_t count, const bf16* const* values, int64_t width, int64_t dim, float* sums) {
+  for (int64_t q = 0; q < count; q += kAddedAtOnce)
+    kAddFew[std::min(count - q, kAddedAtOnce) - 1](probs + q * kTile, values, width, dim, sums + q * dim);
+}
 
 #endif
 

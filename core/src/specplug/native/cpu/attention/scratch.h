@@ -7,8 +7,8 @@
 
 namespace specplug {
 
-// Which kernel computes a work item: AMX; AVX512-BF16 for few queries; or the generic tile code (AVX2 included).
-enum class Kernel { kAmx, kDecode, kGeneric };
+// Which kernel computes a work item: AMX; AVX512-BF16; or the generic tile code (AVX2 included).
+enum class Kernel { kAmx, kAvx512, kGeneric };
 
 // Scratch for `count` queries; every part starts at a multiple of 64 bytes.
 template <typename T>
