@@ -90,7 +90,7 @@ def test_two_gpus_equal_generate(method: str, options: str, tmp_path: Path) -> N
     if method == "ngram":
         options += ", speculative_config={'method': 'ngram', 'num_speculative_tokens': 3, 'prompt_lookup_min': 1}"
     body = (
-        f"params = SamplingParams(temperature=0, max_tokens={NEW_TOKENS}, ignore_eos=True)\n"
+        f"params = SamplingParams(temperature=0, max_tokens={NEW_TOKENS})\n"
         f"outputs = llm.generate({[prompt for prompt, _ in cases]!r}, params, use_tqdm=False)\n"
         "print(json.dumps([output.outputs[0].token_ids for output in outputs]))\nllm.close()\n"
     )

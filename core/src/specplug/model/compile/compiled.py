@@ -169,7 +169,7 @@ def measure_change(ours: RowsStep, theirs: RowsStep, longest: int, vocab_size: i
     """
     worst = 0.0
     for count in sorted({min(size, longest) for size in (1, 2, 7)}):
-        rows = [ForwardRow(_ids(count, vocab_size), 0, _first_slots(count))]
+        rows = [first_row(count, vocab_size)]
         pairs = zip(ours(rows), theirs(rows), strict=True)
         worst = max(worst, *(relative_difference(*pair) for pair in pairs))
     return worst
@@ -203,6 +203,11 @@ def check_change(complaint: str, change: float, dtype: torch.dtype, measure: Cal
     limit = min(_MOST_CHANGE, max(usual, 2 * measure()))
     if not change <= limit:
         raise CompileError(f"{complaint} (relative difference {change:.2g})")
+
+
+def first_row(count: int, vocab_size: int) -> ForwardRow:
+    """A row of so many tokens in the first slots of the KV cache."""
+    return ForwardRow(_ids(count, vocab_size), 0, _first_slots(count))
 
 
 def _ids(count: int, vocab_size: int) -> list[int]:

@@ -87,6 +87,11 @@ class CudaGraphs:
         self._graphs = {bucket: self._capture(run, bucket, pool, stream) for bucket in reversed(self._buckets)}
         torch.cuda.synchronize(device)
 
+    @property
+    def most_tokens(self) -> int:
+        """Of the largest captured batch."""
+        return self._buckets[-1]
+
     @torch.inference_mode()
     def _capture(self, run: TensorStep, bucket: int, pool: Any, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
         """A graph of one run, which copies its staged inputs first; a batch without rows is staged meanwhile.

@@ -11,12 +11,14 @@ import torch
 from specplug import native
 from specplug.errors import StartupError
 from specplug.model.batch import ForwardBatch
+from specplug.model.checks.difference import relative_difference
 from specplug.model.compile.artifacts import CompileError, as_compile_error, cache_key, config_facts, device_name
 from specplug.model.compile.compiled import (
     CompiledStep,
     RowsStep,
     build_step,
     check_change,
+    first_row,
     measure_change,
     measure_rounding,
 )
@@ -36,6 +38,7 @@ from specplug.model.runner import ModelRunner
 if TYPE_CHECKING:
     from specplug.lora.layers import AdapterLayers
 
+_LARGE = (16, 64, 256)  # tokens of larger captured forwards that are compared, besides the largest
 _CONVENTION = 2  # the order of inputs and outputs, which an artifact depends on
 
 
@@ -135,6 +138,7 @@ def capture_forward(runner: ModelRunner, most_tokens: int, most_logits: int) -> 
     try:
         with as_compile_error():
             _check(runner, "captured", lambda rows: [runner.run(rows), *runner.captured_states])
+            _check_large(runner)
     except BaseException:
         runner.graphs = None
         torch.cuda.synchronize(runner.device)
@@ -191,6 +195,26 @@ def _check(runner: ModelRunner, how: str, forward: RowsStep) -> None:
 
     change = runner.worst(measure_forward_change(runner, forward))
     check_change(f"{how}, it gives other logits", change, runner.cache.keys[0].dtype, rounding)
+
+
+@torch.inference_mode()
+def _check_large(runner: ModelRunner) -> None:
+    """Compares larger captured forwards with what they hold, launched from Python: the last logits, and all captured states."""
+    graphs = runner.graphs
+    assert graphs is not None
+    most = min(graphs.most_tokens, _longest(runner))
+    worst = 0.0
+    for count in sorted({min(size, most) for size in (*_LARGE, most)}):
+        row, outputs = first_row(count, runner.architecture.vocab_size), []
+        for used in (graphs, None):
+            runner.graphs = used
+            logits = runner.run([row], [count - 1])
+            outputs.append([output.clone() for output in (logits, *runner.captured_states)])
+        runner.graphs = graphs
+        worst = max(worst, *map(relative_difference, *outputs))
+    check_change(
+        "a large batch is captured, and it gives other logits", runner.worst(worst), runner.cache.keys[0].dtype
+    )
 
 
 def _longest(runner: ModelRunner) -> int:
