@@ -100,11 +100,27 @@ def test_sampled_rows_match_deterministic_drafts(tmp_path: Path) -> None:
 def test_scores_are_asked_for_where_they_have_a_use(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "target", "llama")
     made: list[Looping] = []
-    options = looping(folder, made, "auto")
+    for limit in (None, 4):
+        options = looping(folder, made, "auto") | {"max_num_draft_tokens": limit}
+        with LLM(folder, skip_tokenizer_init=True, strict=True, memory="64MiB", **options) as llm:
+            llm.generate([[3, 4, 5]], GREEDY)
+            assert llm.engine.stats.num_draft_tokens > 0
+    assert made[0].num_left > 0
+    assert made[1].num_left == 0
+
+
+def test_automatic_lengths_with_rows_that_join_and_rest(tmp_path: Path) -> None:
+    """Prompts, rows that sleep and rows that draft share a loop: all drafts of a step stay on the device."""
+    folder = save_model(tmp_path / "target", "llama")
+    draft = perturbed_copy(folder, tmp_path / "draft", 0.03)
+    pairs = decisive_prompts(folder, ROWS, NEW_TOKENS, VOCABULARY)
+    made: list[Looping] = []
+    options = looping(draft, made, "auto") | {"max_num_seqs": 3}
     with LLM(folder, skip_tokenizer_init=True, strict=True, memory="64MiB", **options) as llm:
-        llm.generate([[3, 4, 5]], GREEDY)
-        assert llm.engine.stats.num_draft_tokens > 0
-    assert made[0].num_left == 0
+        outputs = [output.outputs[0].token_ids for output in llm.generate([prompt for prompt, _ in pairs], GREEDY)]
+        assert outputs == [expected for _, expected in pairs]
+        assert llm.engine.stats.num_accepted_draft_tokens > 10
+    assert made[0].num_left > 5
 
 
 def test_an_id_outside_the_vocabulary_is_a_fault_and_harmless(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -212,7 +214,8 @@ def test_a_prompt_attends_as_its_tokens_would(key_dim: int, value_dim: int, soft
     ("inner", "outers"), [(64, (32, 96, 7)), (352, (100, 320)), (30, (5, 64)), (2, (1,)), (4200, (40,))]
 )
 def test_products_equal_pytorch(rows: int, inner: int, outers: tuple[int, ...], bias: bool) -> None:
-    assert native.packs_bfloat16() or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    is_lowered = "CXX" in os.environ  # built for less than this machine has: see test_instruction_sets
+    assert native.packs_bfloat16() or is_lowered or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if not native.packs_bfloat16():
         return
     torch.manual_seed(rows)

@@ -190,9 +190,10 @@ class Resources:
             more token of every row. `state` and `output` are tensors [R, …], one output per step. Both steps use
             `positions` and `attend` of the batch, compiled steps and `ModelHandle.step`, and decide nothing by values
             on the host. Call the loop as `loop(rows, counts, places)`: the rows with their new tokens, how many outputs
-            each needs, where each one's entries of `inputs` begin. It returns the outputs, [most of counts, R, …],
-            which the next call may overwrite. On a GPU it is one CUDA graph for up to 64 rows with at most 1 + `most`
-            new tokens each; `ChainLoop` of the eagle plugin is an example.
+            each needs (a row that needs none is run all the same), where each one's entries of `inputs` begin. It returns
+            the outputs, [at least the most of counts, R, …], which the next call may overwrite. On a GPU it is one CUDA
+            graph for up to 64 rows with at most 1 + `most` new tokens each; rows with more run apart from those.
+            `ChainLoop` of the eagle plugin is an example.
     """
 
     device: torch.device

@@ -279,8 +279,9 @@ class ProposalBatch:
         drafted_top_ids: int64 [M, top_k], the same after each node of the drafts that the last step verified, accepted or
             not; None unless the speculator declares `top_k_at_drafts`.
         drafted_top_probs: float32 [M, top_k], their probabilities, or None.
-        uses_scores: whether `Proposal.scores` have a use: lengths are automatic or limited for all rows together, or a request
-            is traced. Without a use a speculator on a GPU had better leave them out, and give its tokens as a tensor there.
+        uses_scores: whether `Proposal.scores` have a use. On a GPU they have one only where drafts are limited for all rows
+            together, or a request is traced: elsewhere waiting for them costs more than they bring. A speculator there then
+            leaves them out, and gives its tokens as a tensor on the GPU.
     """
 
     rows: list[ProposalRow]

@@ -38,21 +38,31 @@ class DraftLoop:
     def __call__(
         self, rows: Sequence[ForwardRow], counts: Sequence[int], places: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """Runs the new tokens of every row, and drafts.
+        """Runs the new tokens of every row, and drafts. Rows with many new tokens, such as prompts, run apart from the others.
 
         Args:
             rows: R rows with their new tokens.
-            counts: how many outputs each row needs, at least one.
+            counts: how many outputs each row needs; one without any is run all the same.
             places: for each row, where its entries of the inputs begin.
 
         Returns:
-            The outputs, [most of counts, R, …]. What is beyond a row's count has no meaning.
+            The outputs, [at least the most of counts, R, …]. What is beyond a row's count has no meaning.
         """
-        order = sorted(range(len(rows)), key=lambda row: -counts[row])  # the rows of every round are the first ones
+        counts = [max(count, 1) for count in counts]
+        many = [len(row.tokens) > 1 + self._most for row in rows]
+        order = sorted(
+            range(len(rows)), key=lambda row: (many[row], -counts[row])
+        )  # rounds have the first rows of a run
+        few = len(rows) - sum(many)
+        runs = []
+        for chosen in filter(None, (order[:few], order[few:])):
+            given = None if places is None else [places[row] for row in chosen]
+            runs.append(self._run([rows[row] for row in chosen], [counts[row] for row in chosen], given))
+            if 0 < few < len(rows):
+                runs[-1] = runs[-1].clone()  # the next run may overwrite it
+        outputs = runs[0] if len(runs) == 1 else _side_by_side(runs)
         if order == list(range(len(rows))):
-            return self._run(rows, counts, places)
-        chosen = None if places is None else [places[row] for row in order]
-        outputs = self._run([rows[row] for row in order], [counts[row] for row in order], chosen)
+            return outputs
         back = sorted(range(len(order)), key=order.__getitem__)
         return outputs[:, to_device(back, outputs.device)]
 
@@ -68,6 +78,13 @@ class DraftLoop:
             state, output = self._step(PagedBatch(going, self._cache), *(part[: len(going)] for part in state))
             levels[number, : len(going)] = output
         return levels
+
+
+def _side_by_side(runs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Outputs [K, R, …] of several runs as one; shorter ones are padded."""
+    longest = max(len(run) for run in runs)
+    padded = [torch.cat([run, run.new_zeros(longest - len(run), *run.shape[1:])]) for run in runs]
+    return torch.cat(padded, dim=1)
 
 
 def plain_loop(

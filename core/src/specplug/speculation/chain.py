@@ -47,7 +47,7 @@ class SpeculatorChain:
     ) -> None:
         self._pending = pending
         self._left: list[tuple[ChainLink, list[Row], list[PendingRow]]] = []  # on the device, and not checked yet
-        self._uses_scores = policy.uses_scores or max_num_draft_tokens is not None or pending is None
+        self._uses_scores = max_num_draft_tokens is not None or pending is None
         self._links = [ChainLink(speculator) for speculator in speculators]
         self._states = states
         self.policy = policy

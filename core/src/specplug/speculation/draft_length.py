@@ -46,12 +46,7 @@ class DraftLengthPolicy:
     `observe` (what the step took and brought), `restart` and `finish` (rows that left), `fork`, `begin`; for each speculator
     `plan` and `proposed`; then `trim` and `end`. Only `plan` must be implemented. State that a policy keeps of a request is
     its own, by `request.number`, until `finish`.
-
-    Attributes:
-        uses_scores: whether it looks at the scores of drafts.
     """
-
-    uses_scores = True
 
     def begin(self, requests: Sequence[Row]) -> bool:
         """Begins a step; returns False if no speculator is to be asked in it: then neither `plan` nor `end` is called."""
@@ -123,8 +118,6 @@ class DraftLengthPolicy:
 
 class FixedDraftLength(DraftLengthPolicy):
     """Every row may draft as much as was configured; rows that opted out sleep."""
-
-    uses_scores = False
 
     def plan(
         self,

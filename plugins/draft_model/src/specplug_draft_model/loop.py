@@ -31,23 +31,35 @@ class DraftLoop:
         self._num_tokens = num_tokens
         self._loop = resources.compile_loop(self._begin, self._round, model.kv_cache, num_tokens)
 
-    def suited(self, drafts: Sequence[RowDraft]) -> list[RowDraft]:
-        """Those that are to draft, and whose rows have as few new tokens as verification leaves."""
-        most = 1 + self._num_tokens
-        return [d for d in drafts if d.max_tokens and 0 < len(d.row.tokens) - d.sequence.num_stored <= most]
+    def suited(self, drafts: Sequence[RowDraft], room: int) -> list[RowDraft]:
+        """Those with as few new tokens as verification leaves, and of the others those that draft and fit.
+
+        Args:
+            drafts: of all rows.
+            room: the most new tokens that are run at once.
+        """
+        short, chosen = 1 + self._num_tokens, []
+        room -= sum(draft.num_new for draft in drafts if draft.num_new <= short)
+        for draft in drafts:
+            if 0 < draft.num_new <= short:
+                chosen.append(draft)
+            elif draft.max_tokens and short < draft.num_new <= room:
+                room -= draft.num_new
+                chosen.append(draft)
+        return chosen
 
     def run(self, chosen: Sequence[RowDraft]) -> torch.Tensor:
-        """Drafts for suited rows in one launch, each as much as its budget: [K, R, 2], see `_choose`."""
+        """Drafts for suited rows, each as much as its budget: [K, R, 2], see `_choose`."""
         rows = []
         for draft in chosen:
             row, stored = draft.row, draft.sequence.num_stored
             assert row.table is not None, "core gives every row its blocks"
-            rows.append(ForwardRow(self._vocabulary.to_draft(row.tokens[stored:]), stored, row.table))
+            rows.append(ForwardRow(self._vocabulary.to_draft(row.tokens[stored : draft.stop]), stored, row.table))
         with torch.inference_mode():
             found: torch.Tensor = self._loop(rows, [draft.max_tokens for draft in chosen])
         for draft in chosen:
-            draft.sequence.num_stored = len(draft.row.tokens)
-            draft.sequence.num_speculative += draft.max_tokens - 1
+            draft.sequence.num_stored = draft.stop
+            draft.sequence.num_speculative += max(draft.max_tokens - 1, 0)
         return found
 
     def fill(self, chosen: Sequence[RowDraft], threshold: float) -> None:

@@ -22,6 +22,7 @@ class RowDraft:
         row: the row.
         sequence: its state in the draft model's KV cache.
         max_tokens: the most tokens.
+        stop: how many of the row's first tokens the draft model is to have processed.
         tokens: target ids.
         last: the draft model's id of the last token.
         probs: the distribution of each token; empty for a deterministic draft.
@@ -31,7 +32,13 @@ class RowDraft:
     row: ProposalRow
     sequence: DraftSequence
     max_tokens: int
+    stop: int
     tokens: list[int] = attrs.field(factory=list)
     last: int = -1
     probs: list[torch.Tensor] = attrs.field(factory=list)
     chances: list[float] = attrs.field(factory=list)
+
+    @property
+    def num_new(self) -> int:
+        """Tokens that it has to process; at most zero if there are none."""
+        return self.stop - self.sequence.num_stored

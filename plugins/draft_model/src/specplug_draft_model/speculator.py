@@ -137,9 +137,10 @@ class DraftModelSpeculator:
             self._tables.give(batch)
         for row_id, _ in batch.ended:
             self._sequences.pop(row_id, None)
-        drafts = [RowDraft(row, self._follow(row), self._most_tokens(row)) for row in batch.rows]
+        drafts = [self._begin_draft(row) for row in batch.rows]
         if self._loop is not None and not (self.samples and any(row.gains_by_sampling for row in batch.rows)):
-            chosen, threshold = self._loop.suited(drafts), self.settings.draft_confidence_threshold
+            chosen = self._loop.suited(drafts, self.max_num_batched_tokens)
+            threshold = self.settings.draft_confidence_threshold
             is_all = 0 < len(chosen) == len(drafts)
             if is_all and not batch.uses_scores and not threshold:
                 return Proposal(self._loop.run(chosen)[..., 0].t(), lengths=[draft.max_tokens for draft in chosen])
@@ -154,6 +155,12 @@ class DraftModelSpeculator:
             scores=[[math.log(max(c, _LEAST)) for c in draft.chances] or None for draft in drafts],
             probs=[self._distributions(draft) for draft in drafts],
         )
+
+    def _begin_draft(self, row: ProposalRow) -> RowDraft:
+        """A draft without tokens. A row beyond the draft's context is run up to that: a shorter row may find its blocks."""
+        most = self._most_tokens(row)
+        stop = len(row.tokens) if most else min(row.new_positions.stop, self.max_model_len)
+        return RowDraft(row, self._follow(row), most, stop)
 
     def _most_tokens(self, row: ProposalRow) -> int:
         room = self.max_model_len - len(row.tokens) + 1
@@ -175,11 +182,8 @@ class DraftModelSpeculator:
         """
         waiting: list[tuple[int, DraftSequence, int]] = []
         for index, draft in enumerate(drafts):
-            row, sequence = draft.row, draft.sequence
-            # A row beyond the draft's context is run up to that too: a shorter row may find its blocks in the prefix cache.
-            stop = len(row.tokens) if draft.max_tokens else min(row.new_positions.stop, self.max_model_len)
-            if sequence.num_stored < stop:
-                waiting.append((index, sequence, stop))
+            if draft.num_new > 0:
+                waiting.append((index, draft.sequence, draft.stop))
         last: dict[int, torch.Tensor] = {}
         while waiting:
             rows, finished, room = [], [], self.max_num_batched_tokens

@@ -25,7 +25,7 @@ from specplug import (
 from specplug_eagle.checkpoint import EagleCheckpoint, resolve_layer_ids, validate
 from specplug_eagle.drafting.chain import Chain
 from specplug_eagle.drafting.dynamic_tree import DynamicTree
-from specplug_eagle.drafting.loop import ChainLoop
+from specplug_eagle.drafting.loop import ChainLoop, read_drafts
 from specplug_eagle.drafting.runner import HeadRunner, HeadSequence, Roots
 from specplug_eagle.drafting.static_tree import StaticTree
 from specplug_eagle.drafting.tree_draft import EMPTY
@@ -146,15 +146,14 @@ class EagleSpeculator:
         with torch.inference_mode():
             entries = self._new_entries(batch)
             if self._loop is not None and not self._samples(batch):
-                drafting = [place for place in entries if batch.rows[place].budget.max_nodes]
-                rows = [batch.rows[place] for place in drafting]
-                is_all = 0 < len(drafting) == len(batch.rows)
-                if is_all and not batch.uses_scores and self._loop.takes(list(entries.values())):
-                    tokens, lengths = self._loop.tokens(rows, list(entries.values()))
-                    return Proposal(tokens, lengths=lengths)
-                found = self._loop.draft(rows, [entries.pop(place) for place in drafting])
-                for place, draft in zip(drafting, found, strict=True):
-                    drafts[place] = draft
+                looped = [place for place, entry in entries.items() if self._loop.suits(batch.rows[place], entry)]
+                if looped:
+                    rows = [batch.rows[place] for place in looped]
+                    found, lengths = self._loop.draft(rows, [entries.pop(place) for place in looped])
+                    if len(looped) == len(batch.rows) and not batch.uses_scores:
+                        return Proposal(found[..., 0], lengths=lengths)
+                    for place, draft in zip(looped, read_drafts(found, lengths), strict=True):
+                        drafts[place] = draft
             roots, places = self._catch_up(batch, entries)
             if roots is not None and self._runner is not None:
                 for place, draft in zip(places, self.tree.draft(roots, self._runner), strict=True):

@@ -24,6 +24,7 @@ from specplug.model.runner import ModelRunner
 from specplug.sampling.randomness import EngineRandomness
 from specplug.sampling.workspace import Workspace
 from specplug.speculation.adaptive import AdaptiveDraftLength
+from specplug.speculation.adaptive.settings import AdaptiveSettings
 from specplug.speculation.chain import SpeculatorChain
 from specplug.speculation.draft_length import DraftLengthPolicy, FixedDraftLength
 from specplug.speculation.target_states.store import TargetStateStore
@@ -45,7 +46,10 @@ def assemble(
     workspace = Workspace(planned.num_entries, architecture.vocab_size, planned.device)
     planned.registry.register_verifier(LosslessVerifier(randomness, config.chain_verification, workspace))
     is_auto = any(speculator.config.is_auto for speculator in planned.speculators)
-    policy: DraftLengthPolicy = AdaptiveDraftLength(planned.speculators) if is_auto else FixedDraftLength()
+    policy: DraftLengthPolicy = FixedDraftLength()
+    if is_auto:
+        settings = AdaptiveSettings() if runner.pending is None else AdaptiveSettings.where_steps_run_ahead()
+        policy = AdaptiveDraftLength(planned.speculators, settings)
     chain = SpeculatorChain(
         planned.speculators,
         states,

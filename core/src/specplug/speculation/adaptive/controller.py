@@ -321,7 +321,7 @@ class AdaptiveDraftLength(DraftLengthPolicy):
     def _rest(self, requests: Sequence[Row]) -> None:
         """Rows rest: where drafts are far from paying longer than where the next choice may decide otherwise."""
         is_close = any(estimate.is_close for estimate in self.estimates if not estimate.is_retired)
-        most = self.settings.hold_steps if is_close else None
+        most = self.settings.near_rest if is_close else None
         self._resting.plan(requests, [row for _, row in self._rows_of(requests)], self.step, most)
 
     def _call(self, candidate: Candidate, depth: int) -> None:

@@ -52,41 +52,36 @@ class ChainLoop:
         tokens = self._runner.target_ids(ids)
         return [tokens, feedback], torch.stack([tokens, chances.double().view(torch.int64)], dim=-1)
 
-    def takes(self, entries: Sequence[ForwardRow]) -> bool:
-        """Whether all rows have as few new entries as verification leaves."""
-        return all(len(entry.tokens) <= 1 + self._length for entry in entries)
+    def suits(self, row: ProposalRow, entry: ForwardRow) -> bool:
+        """Whether it is to run a row: one that drafts, or has as few new entries as verification leaves."""
+        return most_tokens(row) > 0 or len(entry.tokens) <= 1 + self._length
 
-    def tokens(self, rows: Sequence[ProposalRow], entries: Sequence[ForwardRow]) -> tuple[torch.Tensor, list[int]]:
-        """The most likely chains without looking at them: int64 [R, K] on the device, and how many of each row count.
-
-        Args:
-            rows: with a budget and new states.
-            entries: each row's new entries; see `takes`.
-        """
-        counts = [_most_tokens(row) for row in rows]
-        found = self._loop(entries, counts, [row.new_states.start for row in rows])
-        return found[..., 0].t(), counts
-
-    def draft(self, rows: Sequence[ProposalRow], entries: Sequence[ForwardRow]) -> list[TreeDraft]:
-        """The same as lists with scores, for any entries.
+    def draft(self, rows: Sequence[ProposalRow], entries: Sequence[ForwardRow]) -> tuple[torch.Tensor, list[int]]:
+        """The most likely chains, for rows with new states.
 
         Args:
-            rows: with a budget and new states.
+            rows: R rows.
             entries: each row's new entries.
+
+        Returns:
+            int64 [R, K, 2] on the device, see `_choose`; and how many tokens of each row count.
         """
-        drafts: list[TreeDraft | None] = [None] * len(rows)
-        short = [index for index, entry in enumerate(entries) if len(entry.tokens) <= 1 + self._length]
-        long = [index for index, entry in enumerate(entries) if len(entry.tokens) > 1 + self._length]
-        for chosen in filter(None, (short, long)):  # an ended prompt must not slow down the rows that decode
-            counts = [_most_tokens(rows[index]) for index in chosen]
-            places = [rows[index].new_states.start for index in chosen]
-            found = self._loop([entries[index] for index in chosen], counts, places).transpose(0, 1).cpu()
-            chances = found[..., 1].contiguous().view(torch.float64).tolist()
-            for index, count, ids, sure in zip(chosen, counts, found[..., 0].tolist(), chances, strict=True):
-                logs = (math.log(max(chance, _LEAST)) for chance in sure[:count])
-                drafts[index] = TreeDraft(ids[:count], scores=list(itertools.accumulate(logs)))
-        return [draft for draft in drafts if draft is not None]
+        counts = [most_tokens(row) for row in rows]
+        found = self._loop(entries, counts, [row.new_states.start for row in rows])
+        return found.transpose(0, 1), counts
 
 
-def _most_tokens(row: ProposalRow) -> int:
+def read_drafts(found: torch.Tensor, counts: Sequence[int]) -> list[TreeDraft]:
+    """What `ChainLoop.draft` returns as lists with scores; waits until the device has it."""
+    found = found.cpu()
+    chances = found[..., 1].contiguous().view(torch.float64).tolist()
+    drafts = []
+    for count, ids, sure in zip(counts, found[..., 0].tolist(), chances, strict=True):
+        logs = (math.log(max(chance, _LEAST)) for chance in sure[:count])
+        drafts.append(TreeDraft(ids[:count], scores=list(itertools.accumulate(logs))))
+    return drafts
+
+
+def most_tokens(row: ProposalRow) -> int:
+    """The longest chain that a row's budget allows."""
     return min(row.budget.max_nodes, row.budget.max_depth)
