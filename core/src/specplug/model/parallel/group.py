@@ -54,6 +54,8 @@ def process_group(rank: int, size: int, meeting: Path, device: torch.device) -> 
         _one_shot.extend(_make_one_shot(device))
         yield
     finally:
+        for sums in _one_shot:
+            sums.close()
         _one_shot.clear()
         _leave() if device.type == "cuda" else dist.destroy_process_group()
 
@@ -79,8 +81,8 @@ def _make_one_shot(device: torch.device) -> list[OneShotSums]:
 def abort() -> None:
     """Ends all sums of this process that still run: they fail, or give anything."""
     group = dist.group.WORLD
-    for sums in _one_shot:  # in a thread of its own: NCCL waits for what runs on the device
-        threading.Thread(target=sums.release, args=(_RELEASE_SECONDS,), daemon=True).start()
+    for sums in _one_shot:  # first: NCCL waits for what runs on the device
+        sums.release(_RELEASE_SECONDS)
     if group is not None:
         group.abort()
 

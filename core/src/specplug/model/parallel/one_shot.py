@@ -7,6 +7,7 @@ rank's part to memory that the others can read, waits until all have, and adds w
 from __future__ import annotations
 
 import os
+import threading
 import time
 
 import torch
@@ -17,6 +18,8 @@ LARGEST_BYTES = 1 << 20
 """Of a tensor that is summed at one shot; see docs/scaling.md for the times."""
 _DTYPES = (torch.bfloat16, torch.float32)  # what PyTorch's kernel has
 _ALIGNMENT = 16
+_CLOSE_SECONDS = 5.0
+_POLL_SECONDS = 0.01
 
 
 class OneShotSums:
@@ -43,6 +46,8 @@ class OneShotSums:
         pads = [self._handle.get_signal_pad(rank, (size,), torch.int32) for rank in range(group.size())]
         self._own_signals, self._other_signals = pads.pop(group.rank()), pads
         self._side = torch.cuda.Stream(device)
+        self._releasing: threading.Thread | None = None
+        self._is_closed = False
         with torch.cuda.stream(self._side):
             self._own_signals.fill_(0)  # loads the kernel: `release` must not, while another one waits
         torch.cuda.synchronize(device)
@@ -59,14 +64,28 @@ class OneShotSums:
         return total
 
     def release(self, seconds: float) -> None:
-        """Ends sums that wait for a rank which has ended, for some seconds; what they give is meaningless.
+        """Ends sums that wait for a rank which has ended, for some seconds or until `close`; what they give is meaningless.
 
         A sum waits for a signal from every other rank, and until its own have been taken. Both are written here.
         """
+        self._releasing = threading.Thread(target=self._release, args=(seconds,), daemon=True)
+        self._releasing.start()
+
+    def _release(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         with torch.cuda.stream(self._side):
-            while time.monotonic() < end:
+            while time.monotonic() < end and not self._is_closed:
                 self._own_signals.fill_(1)
                 for signals in self._other_signals:
                     signals.fill_(0)
                 self._side.synchronize()
+
+    def close(self) -> None:
+        """Waits until no sum is left to be released."""
+        if self._releasing is None:
+            return
+        main, end = torch.cuda.current_stream(self._device), time.monotonic() + _CLOSE_SECONDS
+        while not main.query() and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
+        self._is_closed = True
+        self._releasing.join()
