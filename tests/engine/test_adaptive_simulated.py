@@ -5,11 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
+import attrs
 import pytest
 
 from specplug import SpeculatorTraits
 from specplug.request import Request
 from specplug.speculation.adaptive import AdaptiveDraftLength
+from specplug.speculation.adaptive.settings import AdaptiveSettings
 from support.marks import slow_except
 from support.simulation import Asking, Link, Rate, Simulation, Target
 
@@ -346,3 +348,32 @@ def test_a_first_run_with_weak_drafts_that_are_costly_to_verify_loses_little(fil
             simulation.step()
         ratios.append(simulation.tokens / simulation.seconds / simulation.plain())
     assert statistics.mean(ratios) >= 0.93
+
+
+@attrs.frozen
+class GpuTarget(Target):
+    """An H200 with 6.9 billion parameters: plain steps overlap with the host's work, and those with drafts wait for it."""
+
+    def seconds(self, rows: int, nodes: int, step: int = 0) -> float:
+        plain = 4.28e-3 + 0.0245e-3 * rows
+        waits = 0.7e-3 + 0.04e-3 * rows if nodes else 0.0
+        return plain + waits + 0.011e-3 * max(0, min(nodes, rows + nodes - 64))
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_on_a_gpu_a_smaller_batch_soon_drafts_again(seed: int) -> None:
+    """With 64 rows drafts do not pay, and hardly any is timed; with 16 rows they bring two fifths."""
+
+    def make(rows: int, fixed: int | None) -> Simulation:
+        link = Link(Asking(0.1e-3, 0.08e-3, 0.009e-3, 0.004e-3), lambda row, at: 0.62, SpeculatorTraits())
+        return Simulation(
+            [link], target=GpuTarget(), rows=rows, fixed=fixed, length=128, prompt=256, seed=seed, noise=0.03
+        )
+
+    large = make(64, None)
+    large.policy = AdaptiveDraftLength(large.speculators, AdaptiveSettings.where_steps_run_ahead())
+    assert large.run(2) > 0.92 * large.plain()
+    assert large.run(2) > 0.96 * large.plain()
+    small = large.resized(16)
+    assert small.run(1) > 0.85 * make(16, 3).run(1)
+    assert small.run(2) > 0.95 * make(16, 3).run(2)

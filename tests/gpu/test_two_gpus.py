@@ -1,4 +1,4 @@
-"""On two GPUs: a model split over ranks gives one GPU's tokens, sums at one shot are exact, and no rank outlives another."""
+"""On two GPUs: a model split over ranks gives one GPU's tokens, sums are exact, and no rank outlives another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from support.models import VOCABULARY, save_model
 from support.reference import decisive_prompts
@@ -30,7 +29,6 @@ rank = int(sys.argv[1])
 device = torch.device("cuda", rank)
 torch.cuda.set_device(device)
 with group.process_group(rank, 2, Path(sys.argv[2]), device):
-    assert len(group._one_shot) == int(sys.argv[3])
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         for shape in ((1, 1, 4096), (3, 7, 64), (1, 64, 4096), (5,), (1, 300, 4096)):
             torch.manual_seed(7)
@@ -53,7 +51,7 @@ print("equal")
 
 
 def run_engine(
-    folder: Path, body: str, options: str = "compile=False", timeout: float = 240
+    folder: Path, body: str, options: str = "compile=False", timeout: float = 100
 ) -> subprocess.CompletedProcess[str]:
     """The result of a process with an engine of two ranks."""
     script = ENGINE.format(folder=str(folder), options=options) + body
@@ -67,11 +65,10 @@ def is_running(pid: int) -> bool:
 
 
 def test_sums_equal_the_parts_added(tmp_path: Path) -> None:
-    """Where GPUs read each other's memory, small tensors are summed at one shot, in CUDA graphs too; others through NCCL."""
-    linked = torch.cuda.can_device_access_peer(0, 1)
+    """In CUDA graphs too."""
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", SUMS, str(rank), str(tmp_path / "meeting"), str(int(linked))],
+            [sys.executable, "-c", SUMS, str(rank), str(tmp_path / "meeting")],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -100,7 +97,7 @@ def test_two_gpus_equal_generate(method: str, options: str, tmp_path: Path) -> N
 
 
 def test_a_rank_that_dies_ends_the_engine(tmp_path: Path) -> None:
-    """Its sums are released: on a GPU they would wait for ever."""
+    """Its sums are aborted: on a GPU they would wait for ever."""
     folder = save_model(tmp_path / "model", "llama", eos_token_id=None)
     body = (
         "import os, signal, threading\n"

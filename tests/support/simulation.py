@@ -137,6 +137,23 @@ class Simulation:
         self.nodes: list[int] = []
         self.requests = [self._new() for _ in range(rows)]
 
+    def resized(self, rows: int) -> Simulation:
+        """The same policy, texts and costs, with another number of rows."""
+        other = Simulation(
+            self.links,
+            target=self.target,
+            rows=rows,
+            fixed=self.fixed,
+            length=self.length,
+            prompt=self.prompt,
+            noise=self.noise,
+        )
+        for request in self.requests:
+            self.policy.finish(request)
+        other.policy, other.speculators, other.made = self.policy, self.speculators, self.made
+        other.requests = [other._new() for _ in range(rows)]
+        return other
+
     def run(self, requests: int) -> float:
         """Tokens per second over so many more requests per row."""
         begin, tokens = self.seconds, self.tokens

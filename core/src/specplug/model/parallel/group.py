@@ -13,12 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from specplug.model.parallel.one_shot import OneShotSums
-
 logger = logging.getLogger("specplug")
 _LOOPBACK = "lo"
 _LEAVE_SECONDS = 5.0
-_RELEASE_SECONDS = 10.0
 _TIMEOUT = timedelta(minutes=30)  # of one collective: reading a large checkpoint takes ranks different times
 
 
@@ -51,38 +48,14 @@ def process_group(rank: int, size: int, meeting: Path, device: torch.device) -> 
         device_id=device if device.type == "cuda" else None,
     )
     try:
-        _one_shot.extend(_make_one_shot(device))
         yield
     finally:
-        for sums in _one_shot:
-            sums.close()
-        _one_shot.clear()
         _leave() if device.type == "cuda" else dist.destroy_process_group()
-
-
-def _make_one_shot(device: torch.device) -> list[OneShotSums]:
-    """The way to sum small tensors at one shot, where every GPU can read every other's memory; else none."""
-    if device.type != "cuda":
-        return []
-    own = device.index or 0
-    first = own - dist.get_rank()
-    others = (number for number in range(first, first + dist.get_world_size()) if number != own)
-    is_linked = all(torch.cuda.can_device_access_peer(own, number) for number in others)
-    if worst_of_ranks(0.0 if is_linked else 1.0):
-        return []
-    made: list[OneShotSums] = []
-    try:
-        made.append(OneShotSums(device))
-    except RuntimeError as error:
-        logger.info("rank %d sums through NCCL alone: %s", dist.get_rank(), error)
-    return [] if worst_of_ranks(0.0 if made else 1.0) else made
 
 
 def abort() -> None:
     """Ends all sums of this process that still run: they fail, or give anything."""
     group = dist.group.WORLD
-    for sums in _one_shot:  # first: NCCL waits for what runs on the device
-        sums.release(_RELEASE_SECONDS)
     if group is not None:
         group.abort()
 
@@ -109,16 +82,12 @@ def local_rank(device: torch.device) -> Iterator[None]:
             os.environ["LOCAL_RANK"] = before
 
 
-_one_shot: list[OneShotSums] = []  # of this process's group: one or none
 _library = torch.library.Library("specplug", "FRAGMENT")
 _library.define("sum_over_ranks(Tensor part) -> Tensor")
 
 
 @torch.library.impl(_library, "sum_over_ranks", "CompositeExplicitAutograd")
 def _sum_over_ranks(part: torch.Tensor) -> torch.Tensor:
-    for sums in _one_shot:
-        if sums.takes(part):
-            return sums.sum(part)
     total = part.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total

@@ -31,7 +31,7 @@ from specplug.model.kv_cache import KVCache
 from specplug.model.load.checkpoint import load_config
 from specplug.model.load.weights import load_model
 from specplug.model.parallel.commands import JOINED, READY, RankSettings, encode, receive
-from specplug.model.parallel.group import process_group
+from specplug.model.parallel.group import abort, process_group
 from specplug.model.parallel.runner import RankRunner, ReceivedTokens
 
 _END_SECONDS = 10.0  # what this rank has to end by itself once the first one has closed the pipe
@@ -58,7 +58,9 @@ def _end_after(pipe: int) -> None:
     poll = select.poll()
     poll.register(pipe, 0)  # a hang-up is always reported
     poll.poll()
-    time.sleep(_END_SECONDS)
+    time.sleep(_END_SECONDS / 2)
+    threading.Thread(target=abort, daemon=True).start()  # may wait for the device
+    time.sleep(_END_SECONDS / 2)
     os._exit(1)
 
 

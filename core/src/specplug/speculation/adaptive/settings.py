@@ -181,8 +181,11 @@ class AdaptiveSettings:
 
     @classmethod
     def where_steps_run_ahead(cls) -> AdaptiveSettings:
-        """For a device on which resting rows do not wait for the host: to look at them costs the overlap of two steps.
+        """For a GPU.
 
-        H200, 6.9B: 1.1 ms with 16 rows and 4.3 with 64, in steps of 4.8 and 5.8 ms. So it happens more rarely there.
+        Resting rows do not wait for the host there, and a look at them costs the overlap of two steps (H200, 6.9B: 1.1 ms
+        with 16 rows and 4.3 with 64, in steps of 4.8 and 5.8), so that it happens more rarely. One more token to verify
+        costs little (0.3 % of a step at most): with a CPU's slope 16 rows took some 200 steps to draft again after 64 had
+        stopped (tests/engine/test_adaptive_simulated.py).
         """
-        return cls(rest=64, long_rest=64, near_rest=32, probed_together=16)
+        return cls(rest=64, long_rest=64, near_rest=32, probed_together=16, verify_slope=0.003)
