@@ -246,8 +246,13 @@ KINDS: dict[str, Callable[[Path, Path], None]] = {
 def decided_pairs(
     folder: Path, kind: str, count: int, new_tokens: int, adapter: Path | None = None
 ) -> list[tuple[list[int], list[int]]]:
-    """(prompt, output) pairs of Transformers' own `generate`, with an adapter or without one, as far as it is decided."""
+    """(prompt, output) pairs of Transformers' own `generate`, with an adapter or without one, as far as it is decided.
+
+    The checkpoint is a folder or a GGUF file.
+    """
     options: dict[str, Any] = {"device_map": "cpu"} if "bitsandbytes" in kind else {}
+    if folder.suffix == ".gguf":
+        folder, options = folder.parent, {"gguf_file": str(folder)}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options).eval()
     if adapter is not None:
         add_adapter(model, adapter)

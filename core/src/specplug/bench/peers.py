@@ -23,6 +23,8 @@ from specplug.config.speculative import parse_speculative_config
 from specplug.errors import ConfigurationError
 from specplug.model.device import choose_device
 from specplug.model.load.checkpoint import choose_dtype, load_config, resolve_checkpoint
+from specplug.model.load.gguf_header import is_gguf
+from specplug.model.load.gguf_loading import model_options, reading_gguf
 from specplug.model.load.library_output import quiet_transformers
 from specplug.plugins.finder import find_plugins
 from specplug.plugins.registry import PluginRegistry
@@ -66,8 +68,10 @@ class TransformersModel:
         dtype = choose_dtype(self._options.get("dtype", "auto"), load_config(target, trust_remote_code=trusted))
         device = choose_device(self._options.get("device", "auto"))
         folder = resolve_checkpoint(source, revision, trust_remote_code=trusted)
-        with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trusted)
+        with reading_gguf() if is_gguf(folder) else quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                **model_options(folder), dtype=dtype, trust_remote_code=trusted
+            )
         model.to(device).eval()
         # Outputs never end early, and the sampling recommendations of the checkpoint are ignored.
         model.generation_config = type(model.generation_config)(pad_token_id=0, eos_token_id=None)

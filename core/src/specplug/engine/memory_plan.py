@@ -21,8 +21,9 @@ PART_NAMES = (
     "draft KV cache",
     "verification buffers",
     "LoRA adapters",
+    "loading",
 )
-_OPTIONAL_PARTS = frozenset({"recurrent state", "LoRA adapters"})
+_OPTIONAL_PARTS = frozenset({"recurrent state", "LoRA adapters", "loading"})
 _CPU_SHARE = 0.5
 _MANY = 1 << 40  # blocks of a model without attention, which take no memory
 _CUDA_SHARE = 0.9
@@ -80,6 +81,7 @@ class MemoryPlan:
         limited_by: what limits `max_model_len`: the model's `positions`, the user's `max_model_len`, or `memory`.
         context_length: the longest sequence that the target has positions for.
         adapters: bytes of the room for LoRA adapters.
+        loading: bytes by which the peak of reading weights exceeds all other parts; most formats are read in place.
     """
 
     budget_bytes: int
@@ -98,12 +100,13 @@ class MemoryPlan:
     limited_by: Literal["positions", "max_model_len", "memory"] = "positions"
     context_length: int = 0
     adapters: int = 0
+    loading: int = 0
 
     @property
     def parts(self) -> tuple[tuple[str, int], ...]:
-        """(name, bytes) of the parts; recurrent state and adapters only if there are any."""
+        """(name, bytes) of the parts; recurrent state, adapters and loading only if there are any."""
         own, drafts = (self.target_weights, self.target_kv, self.recurrent_state), (self.draft_weights, self.draft_kv)
-        named = zip(PART_NAMES, (*own, *drafts, self.buffers, self.adapters), strict=True)
+        named = zip(PART_NAMES, (*own, *drafts, self.buffers, self.adapters, self.loading), strict=True)
         return tuple((name, size) for name, size in named if size or name not in _OPTIONAL_PARTS)
 
     @property
@@ -134,6 +137,7 @@ def solve(
     step_bytes: int = 0,
     state_bytes_per_row: int = 0,
     adapters: int = 0,
+    loading_bytes: int = 0,
 ) -> MemoryPlan:
     """Finds the number of KV blocks: the most that fit, up to what the engine can use.
 
@@ -151,6 +155,7 @@ def solve(
         step_bytes: bytes that exist only during a step.
         state_bytes_per_row: bytes of a row's recurrent state in the target.
         adapters: bytes of the room for LoRA adapters.
+        loading_bytes: that reading the weights takes at its peak next to them, before anything else is allocated.
 
     Raises:
         InsufficientMemoryError: weights and buffers do not fit, or not one sequence of the wanted length.
@@ -167,6 +172,13 @@ def solve(
     recurrent_state = budget.max_num_seqs * state_bytes_per_row
     fixed = target_weights + recurrent_state + draft_weights + draft_fixed_kv + buffers + adapters
     left = budget.total_bytes - fixed
+    loading_peak = target_weights + draft_weights + loading_bytes if loading_bytes else 0
+    if loading_peak > budget.total_bytes:
+        raise InsufficientMemoryError(
+            f"reading the weights needs {format_bytes(loading_peak)} ({format_bytes(target_weights + draft_weights)} of "
+            f"weights, {format_bytes(loading_bytes)} to dequantise them), and the budget is "
+            f"{format_bytes(budget.total_bytes)}; raise memory, or take a smaller dtype or model"
+        )
     longest = min(wanted_model_len or context_length, context_length)
     limited_by: Literal["positions", "max_model_len", "memory"]
     limited_by = "max_model_len" if longest < context_length else "positions"
@@ -204,6 +216,7 @@ def solve(
             )
         num_blocks = min(num_blocks, there)
     tokens = num_blocks * budget.block_size
+    total = fixed + num_blocks * per_block
     return MemoryPlan(
         budget_bytes=budget.total_bytes,
         num_blocks=num_blocks,
@@ -221,6 +234,7 @@ def solve(
         limited_by=limited_by,
         context_length=context_length,
         adapters=adapters,
+        loading=max(0, loading_peak - total),
     )
 
 

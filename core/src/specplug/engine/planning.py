@@ -23,6 +23,7 @@ from specplug.model.compile.memory import StepModel, step_bytes
 from specplug.model.compile.runners import wants_compilation
 from specplug.model.device import choose_device
 from specplug.model.load.checkpoint import choose_dtype, load_config, read_headers, resolve_checkpoint
+from specplug.model.load.gguf_header import is_gguf
 from specplug.model.load.quantised import is_quantised
 from specplug.model.load.tokenizer import load_tokenizer
 from specplug.model.load.weights import count_weights
@@ -155,6 +156,7 @@ def plan_engine(
         step_bytes=temporary,
         state_bytes_per_row=bytes_per_row(architecture.state_calls, held, dtype),
         adapters=0 if adapters is None else adapters.num_bytes,
+        loading_bytes=max([architecture.loading_bytes, *(model.loading_bytes for model in _models_on(facade, device))]),
     )
     return PlannedEngine(
         config=attrs.evolve(config, max_num_batched_tokens=batched_tokens),
@@ -186,7 +188,7 @@ def _inspect_target(config: EngineConfig) -> _Target:
     headers = read_headers(folder)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, model_config)
-    check_ranks(config.tensor_parallel_size, device, is_quantised=is_quantised(model_config))
+    check_ranks(config.tensor_parallel_size, device, is_quantised=is_quantised(model_config) or is_gguf(folder))
     architecture = inspect_architecture(model_config, dtype, trust_remote_code=config.trust_remote_code)
     architecture = count_weights(folder, headers, model_config, architecture, dtype, device)
     if config.quantization is not None:
@@ -257,9 +259,13 @@ def _adapter_room(config: EngineConfig, target: _Target) -> AdapterRoom | None:
 def _drafts(facade: TargetFacade, regions: Sequence[Sequence[MemoryRegion]], device: torch.device) -> list[StepModel]:
     """The speculators' models that run on the target's device."""
     planned = {region.name for own in regions for region in own if region.layers}
-    models = [handle for handle in facade.handles if isinstance(handle, LazyModel) and handle.device == device]
+    models = _models_on(facade, device)
     caches = [(model, region) for model in models for region in model.regions() if region.name in planned]
     return [StepModel(model.config, region.layers, model.vocab_size, model.dtype) for model, region in caches]
+
+
+def _models_on(facade: TargetFacade, device: torch.device) -> list[LazyModel]:
+    return [handle for handle in facade.handles if isinstance(handle, LazyModel) and handle.device == device]
 
 
 def _target_tokenizer(tokenizer: Callable[[], Any], folder: Path, trust_remote_code: bool) -> Any:

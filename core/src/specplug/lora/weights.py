@@ -13,6 +13,7 @@ from specplug.errors import CheckpointError
 from specplug.lora.config import AdapterConfig, read_adapter_config
 from specplug.model.linears import LinearLayer
 from specplug.model.load.checkpoint import TensorHeader, load_tensors, read_headers, resolve_checkpoint
+from specplug.model.load.formats import not_a_folder
 
 _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<layer>.+?)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
 _FILE = "adapter_model.safetensors"
@@ -79,6 +80,8 @@ def inspect_adapter(source: str, targets: Sequence[LinearLayer], model: str) -> 
         CheckpointError: it is not an adapter, is damaged, is more than low-rank layers, or belongs to another model.
     """
     folder = resolve_checkpoint(source)
+    if folder.is_file():
+        raise not_a_folder(folder)
     config = read_adapter_config(folder)
     headers = {name: header for name, header in read_headers(folder).items() if header.file.name == _FILE}
     if not headers:

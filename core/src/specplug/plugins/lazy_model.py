@@ -58,6 +58,7 @@ class LazyModel:
         self.vocab_size = self._architecture.vocab_size
         self.max_model_len = self._architecture.context_length
         self.weight_bytes = self._architecture.loaded_bytes(self.dtype, device)
+        self.loading_bytes = self._architecture.loading_bytes
         self._model: torch.nn.Module | None = None
         self.runner: ModelRunner | None = None
 

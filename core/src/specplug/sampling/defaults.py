@@ -151,7 +151,8 @@ def eos_ids(folder: Path, model_config: Any, vocab_size: int) -> frozenset[int]:
     """
     file, value = folder / _FILE, read_generation_config(folder).get("eos_token_id")
     if value is None:
-        file, value = folder / "config.json", getattr(model_config.get_text_config(), "eos_token_id", None)
+        file = folder if folder.is_file() else folder / "config.json"
+        value = getattr(model_config.get_text_config(), "eos_token_id", None)
     if value is None:
         return frozenset()
     ids = value if isinstance(value, (list, tuple)) else [value]

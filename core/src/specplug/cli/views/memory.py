@@ -21,6 +21,7 @@ _LOOKS = {  # of each part: colour, and letter where there is none
     "draft KV cache": ("yellow", "k"),
     "verification buffers": ("green", "v"),
     "LoRA adapters": ("white", "L"),
+    "loading": ("white", "w"),
 }
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 

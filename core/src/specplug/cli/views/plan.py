@@ -102,6 +102,7 @@ class PlanReport:
                 "buffers": plan.buffers,
                 **({"recurrent_state": plan.recurrent_state} if plan.recurrent_state else {}),
                 "adapters": plan.adapters,
+                **({"loading": plan.loading} if plan.loading else {}),
             },
             "context_length": self.context_length,
             "max_model_len": plan.max_model_len,

@@ -56,6 +56,7 @@ class Architecture:
         read_weights: linear layers that do not run as such: other code reads their weights.
         linear_shapes: outputs and inputs of its plain linear layers.
         linear_elements: of the weights of these that nothing else holds.
+        loading_bytes: that reading the weights takes at its peak next to them; 0 where that is little.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Architecture:
     read_weights: tuple[str, ...] = ()
     linear_shapes: tuple[tuple[int, int], ...] = ()
     linear_elements: int = 0
+    loading_bytes: int = 0
 
     def in_int8(self, dtype: torch.dtype) -> Architecture:
         """The same with its linear layers in int8, and all else in `dtype`.

@@ -1,6 +1,7 @@
 """Checkpoints on disk or on the hub: configuration and headers first, tensors only when asked.
 
-Models are read from safetensors only. A speculator's own weights may also be a `pytorch_model.bin`, read by `pickled`.
+Models are read from safetensors, or from a GGUF file in place of a folder. A speculator's own weights may also be a
+`pytorch_model.bin`, read by `pickled`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 from specplug.errors import CheckpointError, one_line
 from specplug.model.load import pickled
 from specplug.model.load.formats import check_no_adapter, not_a_folder, without_config
+from specplug.model.load.gguf_header import find_gguf, is_gguf, read_gguf_header
+from specplug.model.load.gguf_loading import load_gguf_config
 from specplug.model.load.library_output import quiet_transformers
 
 _MAX_HEADER = 100_000_000
@@ -49,7 +52,7 @@ class TensorHeader:
 def resolve_checkpoint(
     source: str, revision: str | None = None, *, pickles: bool = False, trust_remote_code: bool = False
 ) -> Path:
-    """Returns the local folder of a checkpoint: a path unchanged, a hub name through the hub's cache.
+    """Returns the local folder of a checkpoint, or its GGUF file: a path unchanged, a hub name through the hub's cache.
 
     Only configuration, tokenizer and safetensors files are fetched: code only with `trust_remote_code`, and no pickles unless
     `pickles` allows them and there is no safetensors file.
@@ -61,9 +64,13 @@ def resolve_checkpoint(
         raise CheckpointError("the model's name is empty; give a folder, a hub name like org/model, or tiny")
     folder = Path(source).expanduser()
     if folder.is_dir():
+        return (None if pickles else find_gguf(folder)) or folder
+    if is_gguf(folder) and not pickles:
         return folder
     if folder.exists():
         raise not_a_folder(folder)
+    if folder.suffix.lower() == ".gguf":
+        raise CheckpointError(f"there is no file '{source}'; a GGUF file must be on this machine: download it first")
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise CheckpointError(
             f"'{source}' is not a folder with a checkpoint; give a folder or a hub name like org/model"
@@ -90,10 +97,12 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     Raises:
         CheckpointError: config.json is missing, unreadable, or of a type this Transformers does not know; or there is an
-            adapter next to it.
+            adapter next to it. For GGUF files see `load_gguf_config`.
     """
     import transformers
 
+    if is_gguf(folder):
+        return load_gguf_config(folder)
     file = folder / "config.json"
     raw = read_json_config(folder)
     check_no_adapter(folder)
@@ -132,10 +141,10 @@ def read_json_config(folder: Path) -> dict[str, Any]:
 
 
 def read_headers(folder: Path, *, pickles: bool = False) -> dict[str, TensorHeader]:
-    """Reads the header of every safetensors file of a checkpoint and checks that no file is truncated.
+    """Reads the header of every file with weights and checks that none is truncated.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint; the tensors of a GGUF file are those that it gives when it is dequantised.
         pickles: whether to accept `pytorch_model.bin` where there is no safetensors file; only tensors are ever unpickled.
 
     Raises:
@@ -143,6 +152,10 @@ def read_headers(folder: Path, *, pickles: bool = False) -> dict[str, TensorHead
             anything but tensors.
     """
     headers: dict[str, TensorHeader] = {}
+    if is_gguf(folder):
+        return {
+            name: TensorHeader(folder, shape, torch.float32) for name, shape in read_gguf_header(folder).shapes.items()
+        }
     if pickles and not any(folder.glob("*.safetensors")) and not (folder / "model.safetensors.index.json").is_file():
         for file in _shards(folder, pickled.INDEX) or pickled.find(folder):
             for name, tensor in pickled.describe(file).items():
@@ -233,6 +246,8 @@ def _weight_files(folder: Path) -> list[Path]:
     if not files:
         pickles = sorted(folder.glob("*.bin"))
         hint = f" ('{pickles[0].name}' is a pickle: convert it to safetensors)" if pickles else ""
+        if several := sorted(folder.glob("*.gguf")):
+            hint = f", and {len(several)} GGUF files; give the path of one, such as '{several[0].name}'"
         raise CheckpointError(f"{folder} has no safetensors weights{hint}")
     return files
 

@@ -8,17 +8,15 @@ from pathlib import Path
 from specplug.errors import CheckpointError
 
 ADAPTER = "adapter_config.json"
-_SAFETENSORS = (
-    "the same model as safetensors, which Transformers writes: AutoModelForCausalLM.from_pretrained(folder, "
-    "gguf_file='{file}').save_pretrained(other folder)"
-)
 _UNUSABLE = "it is not a Hugging Face checkpoint"
 
 
 def not_a_folder(path: Path) -> CheckpointError:
     """For a path that exists and is not a folder."""
     if path.suffix.lower() == ".gguf":
-        return CheckpointError(f"{path} is a GGUF file; give a folder with {_SAFETENSORS.format(file=path.name)}")
+        return CheckpointError(
+            f"{path} is a GGUF file, which holds a target or a draft model; safetensors are needed here"
+        )
     if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".json"):
         return CheckpointError(f"{path} is one file of a checkpoint; give its folder")
     return CheckpointError(f"'{path}' is not a folder with a checkpoint; give a folder or a hub name like org/model")
@@ -33,7 +31,7 @@ def without_config(folder: Path) -> CheckpointError:
             f"base model, and the adapter as lora_modules={{'name': '{folder}'}} (--lora-modules name={folder})"
         )
     known = {
-        "*.gguf": f"it holds a GGUF file; give a folder with {_SAFETENSORS.format(file='{name}')}",
+        "*.gguf": "it holds {count} GGUF files; give the path of one, such as '{name}'",
         "model_index.json": "it is a diffusion pipeline, not a language model",
         "params.json": "it is in the format of the model's authors; give the checkpoint in Hugging Face's format",
         "*/config.json": "its subfolder '{found}' has one; give that folder",
@@ -41,8 +39,9 @@ def without_config(folder: Path) -> CheckpointError:
     }
     for pattern, what in known.items():
         if found := sorted(folder.glob(pattern)):
+            parent = found[0].parent.relative_to(folder)
             return CheckpointError(
-                f"{folder} has no config.json: {what.format(found=found[0].parent.relative_to(folder), name=found[0].name)}"
+                f"{folder} has no config.json: {what.format(found=parent, name=found[0].name, count=len(found))}"
             )
     return CheckpointError(f"{folder} has no config.json; {_UNUSABLE}")
 

@@ -1,4 +1,4 @@
-"""The tokenizer that a checkpoint's folder holds."""
+"""The tokenizer that a checkpoint's folder or GGUF file holds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from specplug.errors import CheckpointError, one_line
+from specplug.model.load.gguf_header import is_gguf
+from specplug.model.load.gguf_loading import has_tokenizer, reading_gguf, source_options
 from specplug.model.load.library_output import quiet_transformers
 
 _FILES = (
@@ -55,11 +57,13 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with reading_gguf() if is_gguf(folder) else quiet_transformers():
+            return AutoTokenizer.from_pretrained(**source_options(folder), trust_remote_code=trust_remote_code)
     except Exception as error:
         raise CheckpointError(f"{folder} has no tokenizer that can be loaded ({one_line(error, 200)})") from error
 
 
 def _has_files(folder: Path) -> bool:
+    if is_gguf(folder):
+        return has_tokenizer(folder) or _has_files(folder.parent)
     return any((folder / name).is_file() for name in _FILES)

@@ -1,4 +1,4 @@
-"""Reading a model's weights: safetensors only, every tensor accounted for."""
+"""Reading a model's weights: safetensors or a GGUF file, every tensor accounted for."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from specplug.model.architecture.architecture import Architecture
 from specplug.model.architecture.trace import disable_padding_checks
 from specplug.model.attention.interface import IMPLEMENTATION, register
 from specplug.model.load.checkpoint import TensorHeader, read_headers
+from specplug.model.load.gguf_header import is_gguf
+from specplug.model.load.gguf_loading import loading_bytes, model_options, reading_gguf, warn_of_rope
 from specplug.model.load.int8 import quantise_linears
 from specplug.model.load.library_output import quiet_quantizer, quiet_transformers
 from specplug.model.load.packing import pack_linears
@@ -66,19 +68,23 @@ def load_model(
         quantization: `int8` quantises the linear layers; None keeps the checkpoint's precision.
 
     Raises:
-        CheckpointError: weights are missing, truncated, of another shape, or not safetensors.
+        CheckpointError: weights are missing, truncated, of another shape, or in another format.
     """
     register()
     cuda.load() if device.type == "cuda" else native.load()
     read_headers(folder)
+    from_gguf = is_gguf(folder)
     prepared, options = prepare(config, device)
     place: AbstractContextManager[None] = nullcontext()
     if num_ranks > 1:
         options, place = sharding_options(shards, num_ranks), local_rank(device)
     try:
-        with quiet_quantizer() if is_quantised(config) else quiet_transformers(), place:
+        with (
+            reading_gguf() if from_gguf else quiet_quantizer() if is_quantised(config) else quiet_transformers(),
+            place,
+        ):
             model, report = text_part(config, towers).from_pretrained(
-                folder,
+                **model_options(folder),
                 config=prepared,
                 dtype=dtype,
                 attn_implementation=IMPLEMENTATION,
@@ -88,20 +94,28 @@ def load_model(
                 output_loading_info=True,
                 **options,
             )
-    except (OSError, RuntimeError, ValueError, ImportError) as error:
+    except (OSError, RuntimeError, ValueError, ImportError, LookupError) as error:
         raise CheckpointError(f"the weights of {folder} cannot be loaded: {one_line(error, 300)}") from error
     mismatched = report.get("mismatched_keys") or ()
     if mismatched:
         name, stored, expected = min(mismatched)
         raise CheckpointError(
-            f"{folder}: {len(mismatched)} weights have another shape than config.json says, first '{name}': "
-            f"{list(stored)}, not {list(expected)}; config.json and weights belong to different models"
+            f"{folder}: {len(mismatched)} weights have another shape than "
+            f"{'Transformers makes of the metadata' if from_gguf else 'config.json says'}, first '{name}': {list(stored)}, not "
+            f"{list(expected)}; "
+            + (
+                "give the same model as safetensors"
+                if from_gguf
+                else "config.json and weights belong to different models"
+            )
         )
     missing = sorted(report.get("missing_keys") or ())
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing, first '{missing[0]}'")
     left = [name for name in report.get("unexpected_keys") or () if not _is_of(name, towers)]
     check_leftovers(folder, left, config, type(model).__name__)
+    if from_gguf:
+        warn_of_rope(folder, config)
     disable_padding_checks(model)
     if not options:
         model.to(device)
@@ -146,6 +160,10 @@ def count_weights(
         CheckpointError: there are scales or integers as weights, and no `quantization_config`; or there is one, and what it
             needs is missing.
     """
+    if is_gguf(folder):
+        shapes = {name: header.shape for name, header in headers.items()}
+        extra = loading_bytes(shapes, config.model_type, dtype, architecture.weight_bytes)
+        return attrs.evolve(architecture, loading_bytes=extra if device.type == "cpu" else 0)
     if not is_quantised(config):
         _check_not_quantised(folder, headers, config, architecture)
         return architecture
