@@ -46,6 +46,9 @@ random model of each type, in the arrangement of full and sliding-window layers 
 configuration allows, decoded greedily in float32 and compared token for token with `generate`, plain and with speculation.
 {equal} types are equal, {refused} are refused. Types that join a text model with others (images, sound) were run on text.
 
+A model whose forward branches on the values of tensors (jetmoe, longcat_flash) is traced on zeros instead of shapes. Its
+forward is not compiled or captured in CUDA graphs, and it takes no adapters.
+
 Attention in chunks (Llama 4) runs up to the length of one chunk, 8,192 tokens for the published models. Within it, it is causal
 attention; `max_model_len` is bounded by it. Longer sequences need a mask that the paged kernels do not have.
 

@@ -111,6 +111,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
+    "longcat_flash": {**_MLA, "zero_expert_num": 2},
     "mamba2": {"head_dim": 16, "num_heads": 4},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},

@@ -12,7 +12,7 @@ import pytest
 from specplug import LLM, SamplingParams
 from support.engines import squeeze_blocks
 from support.marks import slow_except
-from support.models import ARCHITECTURES, REPRESENTATIVE, VOCABULARY, save_model
+from support.models import ARCHITECTURES, BRANCHING, REPRESENTATIVE, VOCABULARY, save_model
 from support.reference import decisive_prompts
 from support.speculators import ModelSpeculator, Oracle, TokenSpeculator, TreeSpeculator, provide
 
@@ -61,8 +61,8 @@ def _options(speculator: str, folder: Path, draft: Path, known: list[list[int]])
 def _cases() -> list[Any]:
     """Not slow: every speculator on the first architecture; on the others a tree, whose masks and states are the hardest."""
     first, *others = REPRESENTATIVE
-    kept = [*((first, each) for each in SPECULATORS), *((other, "tree") for other in others)]
-    return slow_except(list(itertools.product(ARCHITECTURES, SPECULATORS)), *kept)
+    kept = [*((first, each) for each in SPECULATORS), *((other, "tree") for other in (*others, *BRANCHING))]
+    return slow_except(list(itertools.product((*ARCHITECTURES, *BRANCHING), SPECULATORS)), *kept)
 
 
 @pytest.mark.parametrize(("architecture", "speculator"), _cases())

@@ -74,11 +74,30 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 REPRESENTATIVE = ("llama", "gemma3_text", "gpt_oss", "deepseek_v3")
 """Plain; windows and normed heads; experts and sinks; latent attention: for tests that need not run all."""
+BRANCHING: dict[str, dict[str, Any]] = {
+    "jetmoe": {"kv_channels": 8, "num_local_experts": 4, "intermediate_size": 32, "num_experts_per_tok": 2},
+    "longcat_flash": {
+        "num_layers": 3,
+        "ffn_hidden_size": 48,
+        "expert_ffn_hidden_size": 16,
+        "n_routed_experts": 4,
+        "zero_expert_num": 2,
+        "moe_topk": 2,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 12,
+        "num_hidden_layers": None,
+        "num_key_value_heads": 4,
+    },
+}
+"""Their forwards branch on the values of tensors."""
 
 
 def make_config(architecture: str, **changes: Any) -> Any:
     """The configuration of a tiny model."""
-    options = {**_BASE, **ARCHITECTURES.get(architecture, {}), **changes}
+    options = {**_BASE, **(ARCHITECTURES | BRANCHING).get(architecture, {}), **changes}
     if architecture == "gpt2":
         drop = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
         options = {key: value for key, value in options.items() if key not in drop | {"head_dim"}}

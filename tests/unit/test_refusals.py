@@ -53,8 +53,6 @@ def refusal(architecture: str, options: dict[str, Any]) -> str:
         ("bloom", SIZES, "does not use Transformers' attention interface"),
         ("falcon", SIZES, "does not use Transformers' attention interface"),
         ("gptj", SIZES, "does not use Transformers' attention interface"),
-        ("longcat_flash", {"num_hidden_layers": 2}, "branches on the values of tensors"),
-        ("jetmoe", SIZES, "branches on the values of tensors"),
         ("axk1", {**SIZES, "head_dim": 8}, "cannot be run with the sizes in config.json"),
         ("flex_olmo", {**SIZES, "pad_token_id": 999}, "Padding_idx must be within num_embeddings"),
         ("bert", SIZES, "its attention is not causal"),

@@ -141,7 +141,8 @@ def plan_engine(
             tokens=batched_tokens,
             entries=num_entries,
             captured=most_captured,
-            is_captured=not architecture.state_calls and wants_compilation(config.compile, architecture.weight_bytes),
+            is_captured=not (architecture.state_calls or architecture.reads_values)
+            and wants_compilation(config.compile, architecture.weight_bytes),
         )
     held = 1 + budget.num_speculative_tokens
     plan = solve(

@@ -56,6 +56,7 @@ class Architecture:
         read_weights: linear layers that do not run as such: other code reads their weights.
         linear_shapes: outputs and inputs of its plain linear layers.
         linear_elements: of the weights of these that nothing else holds.
+        reads_values: whether its forward branches on the values of tensors, so that it cannot be compiled or captured.
         loading_bytes: that reading the weights takes at its peak next to them; 0 where that is little.
     """
 
@@ -77,6 +78,7 @@ class Architecture:
     read_weights: tuple[str, ...] = ()
     linear_shapes: tuple[tuple[int, int], ...] = ()
     linear_elements: int = 0
+    reads_values: bool = False
     loading_bytes: int = 0
 
     def in_int8(self, dtype: torch.dtype) -> Architecture:
@@ -101,6 +103,11 @@ class Architecture:
         if self.state_calls:
             raise UnsupportedModelError(
                 f"tensor_parallel_size={size}: {self.name} keeps recurrent state, which cannot be split yet; use 1"
+            )
+        if self.reads_values:
+            raise UnsupportedModelError(
+                f"tensor_parallel_size={size}: {self.name} branches on the values of tensors, which was not tried with several "
+                "ranks; use 1"
             )
         shards = self.shards.whole(*self._unsplittable(size))
         if not shards.split_bytes:

@@ -100,7 +100,7 @@ def _inspect(config: Any, dtype: torch.dtype, *, trust_remote_code: bool) -> Arc
         check_layers(model_type, getattr(config.get_text_config(), "layer_types", None), layers, trace.busy_layers)
         check_once(model_type, [call.module for call in trace.calls])
     else:
-        check_attention(model_type, expected, len(layers), len(trace.calls))
+        check_attention(model_type, expected, len(layers), [call.module for call in trace.calls])
     check_causality(model_type, trace.modules)
     check_positions(model_type, model, used=trace.uses_positions)
     hidden_size = config.get_text_config().hidden_size
@@ -132,7 +132,8 @@ def _inspect(config: Any, dtype: torch.dtype, *, trust_remote_code: bool) -> Arc
         towers=towers,
         state_calls=tuple(trace.states),
         shards=shard_plan(model),
-        linears=linears.over_all_tokens,
+        linears=() if trace.reads_values else linears.over_all_tokens,  # else an expert's may be among them
+        reads_values=trace.reads_values,
         read_weights=read_weights,
         linear_shapes=shapes,
         linear_elements=elements,

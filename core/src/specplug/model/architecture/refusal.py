@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def forward_failure(model_type: str, error: Exception) -> UnsupportedModelError:
     """For a model whose forward does not run on shapes alone."""
     if isinstance(error, KeyError):
         return _own_attention(model_type)
-    if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
+    if reads_values(error):
         return UnsupportedModelError(
             f"model type '{model_type}' cannot be planned: its forward branches on the values of tensors (routing by indices, "
             "say), and plans are made from shapes; give a model of another type"
@@ -75,6 +76,11 @@ def forward_failure(model_type: str, error: Exception) -> UnsupportedModelError:
     )
 
 
+def reads_values(error: Exception) -> bool:
+    """Whether a forward on shapes alone failed since it needs the values of tensors."""
+    return isinstance(error, NotImplementedError) or "meta tensor" in str(error)
+
+
 def _own_attention(model_type: str) -> UnsupportedModelError:
     from transformers import __version__
 
@@ -85,26 +91,27 @@ def _own_attention(model_type: str) -> UnsupportedModelError:
     )
 
 
-def check_attention(model_type: str, num_layers: int, layers: int, calls: int) -> None:
+def check_attention(model_type: str, num_layers: int, layers: int, modules: Sequence[str]) -> None:
     """Compares the trace with the configuration.
 
     Args:
         model_type: of the configuration.
         num_layers: as the configuration says.
-        layers: different layers that called the attention interface.
-        calls: how often it was called.
+        layers: different decoder layers that called the attention interface.
+        modules: that called it, in order.
 
     Raises:
-        UnsupportedModelError: not every layer calls it exactly once.
+        UnsupportedModelError: not every layer of the configuration calls it exactly once; a decoder layer may be several.
     """
+    calls = len(modules)
     if calls == 0:
         raise _own_attention(model_type)
+    if calls == len(set(modules)) == num_layers:
+        return
     if layers != num_layers:
         what = f"{layers} layers call Transformers' attention interface, and config.json names {num_layers} layers"
-    elif calls != num_layers:
-        what = f"its {num_layers} layers call Transformers' attention interface {calls} times in one forward"
     else:
-        return
+        what = f"its {num_layers} layers call Transformers' attention interface {calls} times in one forward"
     raise UnsupportedModelError(
         f"model type '{model_type}' cannot be paged: {what}; each layer must call it once (hybrid, recurrent, looped and "
         "custom-attention models are not supported)"

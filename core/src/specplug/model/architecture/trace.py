@@ -17,7 +17,7 @@ from specplug.contract.resources import KVLayer
 from specplug.errors import UnsupportedModelError
 from specplug.model.architecture import masks
 from specplug.model.architecture.architecture import AttentionCall
-from specplug.model.architecture.refusal import forward_failure
+from specplug.model.architecture.refusal import forward_failure, reads_values
 from specplug.model.attention.interface import SITE
 from specplug.model.recurrent.layers import StateCall
 from specplug.model.recurrent.tracing import record_states
@@ -40,7 +40,7 @@ class _Recorder:
         layer = KVLayer(key.shape[1], key.shape[3], value.shape[3])
         self._trace.calls.append(AttentionCall(self._name, layer, masks.read_mask(attention_mask), query.shape[1]))
         self._trace.modules.append(self._module)
-        return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
 
 
 def recording_interface(
@@ -76,6 +76,8 @@ class _Use(TorchFunctionMode):
             self.used.update(id(each) for each in (*args, *(kwargs or {}).values()) if isinstance(each, torch.Tensor))
         if func is torch.all and args[0].is_meta:  # asked of the attention mask, which is one of ones
             return torch.tensor(True, dtype=torch.bool, device="cpu")
+        if func is torch.nn.functional.linear and not args[0].is_meta:  # of zeros, see `_give_values`
+            return args[0].new_zeros(*args[0].shape[:-1], args[1].shape[0])
         return func(*args, **(kwargs or {}))
 
 
@@ -90,6 +92,7 @@ class Trace:
         vocab_size: the width of the logits.
         used: `id` of the modules that ran and the tensors that something was computed from.
         uses_positions: whether `position_ids` are among these.
+        reads_values: whether it could not be run on shapes alone: which modules run may depend on the tokens.
     """
 
     calls: list[AttentionCall] = attrs.field(factory=list)
@@ -98,6 +101,7 @@ class Trace:
     vocab_size: int = 0
     used: set[int] = attrs.field(factory=set)
     uses_positions: bool = False
+    reads_values: bool = False
 
     @property
     def busy_layers(self) -> tuple[str, ...]:
@@ -127,22 +131,22 @@ class Streams:
         return all(self._shapes.get(layer) == (1, TRACE_TOKENS, hidden_size) for layer in layers)
 
 
-def run_trace(model: torch.nn.Module, model_type: str, dtype: torch.dtype) -> Trace:
-    """Runs a model on the meta device once.
+def run_trace(model: torch.nn.Module, model_type: str, dtype: torch.dtype, device: str = "meta") -> Trace:
+    """Runs a model on the meta device once; one that branches on the values of tensors runs on zeros instead.
 
     Raises:
         UnsupportedModelError: it fails, or has no use for `logits_to_keep`.
     """
-    trace = Trace()
+    trace = Trace(reads_values=device != "meta")
     for name, module in model.named_modules():
         module.__dict__[SITE] = _Recorder(name, module, trace)
     record_states(model, trace.states)
     disable_padding_checks(model)
     # Without a mask, the model's mask code would look for packed rows.
-    attention_mask = torch.ones(1, TRACE_TOKENS, dtype=torch.long, device="meta")
-    ids = torch.zeros(1, TRACE_TOKENS, dtype=torch.long, device="meta")
-    positions = torch.arange(TRACE_TOKENS, device="meta", dtype=torch.long)[None]
-    keep = torch.tensor([1, TRACE_TOKENS - 1], device="meta", dtype=torch.long)
+    attention_mask = torch.ones(1, TRACE_TOKENS, dtype=torch.long, device=device)
+    ids = torch.zeros(1, TRACE_TOKENS, dtype=torch.long, device=device)
+    positions = torch.arange(TRACE_TOKENS, device=device, dtype=torch.long)[None]
+    keep = torch.tensor([1, TRACE_TOKENS - 1], device=device, dtype=torch.long)
     use = _Use(model)
     model.eval()
     try:
@@ -155,8 +159,13 @@ def run_trace(model: torch.nn.Module, model_type: str, dtype: torch.dtype) -> Tr
                 logits_to_keep=keep,
             ).logits
     except Exception as error:
-        if dtype != torch.bfloat16:  # grouped expert kernels have a meta implementation for bfloat16 alone
+        if (
+            device == "meta" and dtype != torch.bfloat16
+        ):  # grouped expert kernels have a meta implementation for bfloat16 alone
             return run_trace(model.to(torch.bfloat16), model_type, torch.bfloat16)
+        if device == "meta" and reads_values(error):
+            _give_values(model)
+            return run_trace(model, model_type, dtype, "cpu")
         raise forward_failure(model_type, error) from error
     if logits.shape[1] != 2:
         raise UnsupportedModelError(
@@ -165,6 +174,18 @@ def run_trace(model: torch.nn.Module, model_type: str, dtype: torch.dtype) -> Tr
         )
     trace.vocab_size, trace.used, trace.uses_positions = logits.shape[-1], use.used, id(positions) in use.used
     return trace
+
+
+def _give_values(model: torch.nn.Module) -> None:
+    """Replaces the tensors of a model on the meta device by zeros: one number each, expanded, which takes no memory."""
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for module in model.modules():
+        for kind in (module._parameters, module._buffers):
+            for name, tensor in kind.items():
+                if tensor is not None:
+                    zeros = torch.zeros((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
+                    own = torch.nn.Parameter(zeros, requires_grad=False) if kind is module._parameters else zeros
+                    kind[name] = made.setdefault(id(tensor), (tensor, own))[1]  # type: ignore[assignment]
 
 
 def disable_padding_checks(model: Any) -> None:

@@ -23,7 +23,7 @@ def compile_forwards(runners: Sequence[ModelRunner], most_tokens: int, most_logi
 
     A forward that cannot be compiled or captured, or that computes something else, runs uncompiled, with a one-line warning.
     That of a model with recurrent state is compiled where kernels run all its layers, and never with adapters: without kernels,
-    what a step does depends on where each row's state is.
+    what a step does depends on where each row's state is. Nor is that of a model which branches on the values of tensors.
 
     Args:
         runners: the target's and the drafts'.
@@ -31,6 +31,9 @@ def compile_forwards(runners: Sequence[ModelRunner], most_tokens: int, most_logi
         most_logits: of a batch.
     """
     for runner in runners:
+        if runner.architecture.reads_values:
+            logger.info("%s runs uncompiled: it branches on the values of tensors", runner.architecture.name)
+            continue
         if runner.states is not None and not runner.states.has_all_kernels:
             logger.info("%s runs uncompiled: its layers have recurrent state", runner.architecture.name)
             continue
