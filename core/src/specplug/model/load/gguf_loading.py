@@ -20,6 +20,7 @@ from specplug.model.load.library_output import quiet_quantizer
 
 _FLOAT32_EXPERTS = ("qwen2_moe", "qwen3_moe", "minimax_m2")
 _ROPE = re.compile(r"(^|\.)rope_(freqs|factors)")
+_TOKENS = "tokenizer.ggml.tokens"
 _SHORT = 4096  # entries; arrays of a configuration have one per layer
 logger = logging.getLogger("specplug")
 
@@ -81,7 +82,7 @@ def reading_gguf() -> Iterator[None]:
 
 def has_tokenizer(file: Path) -> bool:
     """Whether a file describes a tokenizer."""
-    return "tokenizer.ggml.tokens" in read_gguf_header(file).metadata
+    return _TOKENS in read_gguf_header(file).metadata
 
 
 def loading_bytes(shapes: Mapping[str, tuple[int, ...]], model_type: str, dtype: torch.dtype, weight_bytes: int) -> int:
@@ -132,7 +133,7 @@ def _rope_scaling(header: GGUFHeader) -> str:
 
 
 def _short_reader(gguf: Any) -> Any:
-    """A reader whose long arrays repeat their first entry."""
+    """A reader that parses the first entry of a long array alone: the tokens are as many times that one, others just one."""
 
     class ShortReader(gguf.GGUFReader):
         def _get_field_parts(self, offset: int, kind: int) -> Any:
@@ -152,5 +153,10 @@ def _short_reader(gguf: Any) -> Any:
             if end == start:
                 end += int(count[0]) * first[0].nbytes
             return end - offset, [entry, count, *first], [2 + data[0]] * int(count[0]), [kinds.ARRAY, *types]
+
+        def _push_field(self, field: Any, skip_sum: bool = False) -> Any:
+            if len(field.data) > _SHORT and field.name != _TOKENS:  # Transformers counts these alone
+                field = field._replace(data=field.data[:1])
+            return super()._push_field(field, skip_sum)
 
     return ShortReader
