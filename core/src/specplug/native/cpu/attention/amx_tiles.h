@@ -17,45 +17,6 @@ constexpr int64_t kAmxQueries = kLanes;  // queries per block
 constexpr int64_t kTileKeys = 32;    // keys per tile of values
 constexpr int64_t kTileElements = kTileRows * kTileInputs;
 
-// Transposes 16 x 16 32-bit elements.
-inline void transpose(__m512i (&r)[16], __m512i* out) {
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
-    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    out[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-    out[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-    out[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-    out[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
-  }
-}
-
-// Transposes 16 keys of 32 elements into 16 vectors, one per pair of elements, each holding that pair of all keys.
-inline void transpose_pairs(const bf16* const* keys, int64_t width, int64_t offset, __m512i* out) {
-  __m512i rows[16];
-  for (int k = 0; k < 16; ++k)
-    rows[k] = k < width ? _mm512_loadu_si512(keys[k] + offset) : _mm512_setzero_si512();
-  transpose(rows, out);
-}
-
 // Packs up to 16 queries into tiles [dim / 32][16 pairs of inputs][16 queries][2].
 inline void tile_queries(const bf16* const* queries, int64_t count, int64_t dim, bf16* tiles) {
   for (int64_t part = 0; part < dim / kTileInputs; ++part)

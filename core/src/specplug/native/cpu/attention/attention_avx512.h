@@ -12,6 +12,8 @@
 namespace specplug {
 
 constexpr int64_t kScoredAtOnce = 4, kAddedAtOnce = 8;  // more scores do not fit in registers
+constexpr int64_t kMany = 33;  // queries from which on keys are transposed: with fewer, reading the keys takes the time
+constexpr int64_t kMostDim = 1024;  // of a key that is transposed on the stack
 constexpr int64_t kPage = 4096;  // bytes per memory page
 
 template <typename T>
@@ -31,6 +33,45 @@ alignas(64) inline constexpr int16_t kInterleave[32] = {0, 32, 1, 33, 2,  34, 3,
 // Rounds 16 probabilities to 8 pairs of bfloat16.
 inline void round_weights(const float* probs, uint32_t* pairs) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(pairs), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(probs)));
+}
+
+// Transposes 16 x 16 32-bit elements.
+inline void transpose(__m512i (&r)[16], __m512i* out) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    out[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+    out[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+    out[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+    out[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+  }
+}
+
+// Transposes 16 keys of 32 elements into 16 vectors, one per pair of elements, each holding that pair of all keys.
+inline void transpose_pairs(const bf16* const* keys, int64_t width, int64_t offset, __m512i* out) {
+  __m512i rows[16];
+  for (int k = 0; k < 16; ++k)
+    rows[k] = k < width ? _mm512_loadu_si512(keys[k] + offset) : _mm512_setzero_si512();
+  transpose(rows, out);
 }
 
 // Partial horizontal sums of four vectors: 128-bit part p of the result holds the sums of part p of a, b, c and d.
@@ -143,6 +184,66 @@ inline void add_few(const float* probs, const bf16* const* values, int64_t width
   add_all<Queries, 1>(weights, values, pairs, dim, sums);
 }
 
+// The sum of 16 vectors, in the order in which `fold_within_parts` and `fold_parts` add the 16 lanes of one.
+inline __m512 fold_lanes(const __m512 (&x)[kLanes]) {
+  __m512 part[4];
+#pragma GCC unroll 4
+  for (int p = 0; p < 4; ++p)
+    part[p] = _mm512_add_ps(_mm512_add_ps(x[4 * p], x[4 * p + 2]), _mm512_add_ps(x[4 * p + 1], x[4 * p + 3]));
+  return _mm512_add_ps(_mm512_add_ps(part[0], part[1]), _mm512_add_ps(part[2], part[3]));
+}
+
+// Scores [count][64] of up to 64 keys for many queries: keys are transposed once, and a score has one accumulator per lane of
+// `score_few`, so that it has the same bits.
+inline void score_many(const bf16* queries, int64_t count, const bf16* const* keys, int64_t width, int64_t dim, float* scores) {
+  alignas(64) __m512i pairs[kMostDim / 2];
+  for (int64_t begin = 0; begin < width; begin += kLanes) {
+    for (int64_t d = 0; d < dim; d += 32) transpose_pairs(keys + begin, std::min(kLanes, width - begin), d, pairs + d / 2);
+    for (int64_t q = 0; q < count; ++q) {
+      __m512 sums[kLanes];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane) sums[lane] = _mm512_setzero_ps();
+      for (int64_t d = 0; d < dim; d += 32)
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kLanes; ++lane)
+          sums[lane] = dot_pairs(sums[lane], pairs[d / 2 + lane], read_pair(queries + q * dim + d + 2 * lane));
+      _mm512_storeu_ps(scores + q * kTile + begin, fold_lanes(sums));
+    }
+  }
+}
+
+// `add_few` for a multiple of four queries: pairs of values are interleaved once.
+inline void add_many(const float* probs, int64_t count, const bf16* const* values, int64_t width, int64_t dim, float* sums) {
+  constexpr int kAtOnce = 4;
+  alignas(64) uint32_t weights[kQueryBlock][kTile / 2];
+  alignas(64) __m512i low[kTile / 2], high[kTile / 2];
+  for (int64_t q = 0; q < count; ++q)
+    for (int64_t k = 0; k < width; k += kLanes) round_weights(probs + q * kTile + k, weights[q] + k / 2);
+  const __m512i first = _mm512_load_si512(kInterleave), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+  const int64_t pairs = (width + 1) / 2;
+  for (int64_t offset = 0; offset < dim; offset += 32) {
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const __m512i a = _mm512_loadu_si512(values[2 * pair] + offset), b = _mm512_loadu_si512(values[2 * pair + 1] + offset);
+      low[pair] = _mm512_permutex2var_epi16(a, first, b);
+      high[pair] = _mm512_permutex2var_epi16(a, second, b);
+    }
+    for (int64_t q = 0; q < count; q += kAtOnce) {
+      float* at = sums + q * dim + offset;
+      __m512 left[kAtOnce], right[kAtOnce];
+#pragma GCC unroll 4
+      for (int i = 0; i < kAtOnce; ++i) left[i] = _mm512_loadu_ps(at + i * dim), right[i] = _mm512_loadu_ps(at + i * dim + 16);
+      for (int64_t pair = 0; pair < pairs; ++pair)
+#pragma GCC unroll 4
+        for (int i = 0; i < kAtOnce; ++i) {
+          left[i] = dot_pairs(left[i], low[pair], weights[q + i][pair]);
+          right[i] = dot_pairs(right[i], high[pair], weights[q + i][pair]);
+        }
+#pragma GCC unroll 4
+      for (int i = 0; i < kAtOnce; ++i) _mm512_storeu_ps(at + i * dim, left[i]), _mm512_storeu_ps(at + i * dim + 16, right[i]);
+    }
+  }
+}
+
 using ScoreFew = void (*)(const bf16*, const bf16* const*, int64_t, int64_t, float*);
 using AddFew = void (*)(const float*, const bf16* const*, int64_t, int64_t, float*);
 constexpr ScoreFew kScoreFew[] = {score_few<1>, score_few<2>, score_few<3>, score_few<4>};
@@ -150,13 +251,16 @@ constexpr AddFew kAddFew[] = {add_few<1>, add_few<2>, add_few<3>, add_few<4>, ad
 
 // Scores [count][64] of up to 64 keys.
 inline void score_avx512(const bf16* queries, int64_t count, const bf16* const* keys, int64_t width, int64_t dim, float* scores) {
+  if (count >= kMany && dim <= kMostDim) return score_many(queries, count, keys, width, dim, scores);
   for (int64_t q = 0; q < count; q += kScoredAtOnce)
     kScoreFew[std::min(count - q, kScoredAtOnce) - 1](queries + q * dim, keys, width, dim, scores + q * kTile);
 }
 
 // See `add_few`.
 inline void add_avx512(const float* probs, int64_t count, const bf16* const* values, int64_t width, int64_t dim, float* sums) {
-  for (int64_t q = 0; q < count; q += kAddedAtOnce)
+  int64_t q = count >= kMany ? count / 4 * 4 : 0;
+  if (q) add_many(probs, q, values, width, dim, sums);
+  for (; q < count; q += kAddedAtOnce)
     kAddFew[std::min(count - q, kAddedAtOnce) - 1](probs + q * kTile, values, width, dim, sums + q * dim);
 }
 
