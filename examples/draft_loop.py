@@ -78,7 +78,7 @@ class LoopedDraft:
         if not chosen:
             return Proposal([[]] * len(lengths))
         with torch.inference_mode():
-            counts = [max(1, lengths[index]) for index, _ in chosen]  # a row without a budget is only run
+            counts = [lengths[index] for index, _ in chosen]  # a row without a budget is only run
             drafts = self.loop([row for _, row in chosen], counts).t()
         if len(chosen) == len(lengths):
             return Proposal(drafts, lengths=lengths)
