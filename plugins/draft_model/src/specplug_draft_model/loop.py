@@ -39,7 +39,7 @@ class DraftLoop:
             room: the most new tokens that are run at once.
         """
         short, chosen = 1 + self._num_tokens, []
-        room -= sum(draft.num_new for draft in drafts if draft.num_new <= short)
+        room -= sum(max(draft.num_new, 0) for draft in drafts if draft.num_new <= short)
         for draft in drafts:
             if 0 < draft.num_new <= short:
                 chosen.append(draft)

@@ -48,7 +48,8 @@ def assemble(
     is_auto = any(speculator.config.is_auto for speculator in planned.speculators)
     policy: DraftLengthPolicy = FixedDraftLength()
     if is_auto:
-        settings = AdaptiveSettings() if runner.pending is None else AdaptiveSettings.where_steps_run_ahead()
+        runs_ahead = runner.pending is not None and runner.states is None
+        settings = AdaptiveSettings.where_steps_run_ahead() if runs_ahead else AdaptiveSettings()
         policy = AdaptiveDraftLength(planned.speculators, settings)
     chain = SpeculatorChain(
         planned.speculators,

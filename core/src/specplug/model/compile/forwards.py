@@ -189,12 +189,13 @@ def measure_forward_change(runner: ModelRunner, forward: RowsStep) -> float:
 
 
 def _check(runner: ModelRunner, how: str, forward: RowsStep) -> None:
-    def rounding() -> float:
-        own = over_rows(runner, runner.run_tensors)
-        return runner.worst(measure_rounding(own, _longest(runner), runner.architecture.vocab_size))
-
     change = runner.worst(measure_forward_change(runner, forward))
-    check_change(f"{how}, it gives other logits", change, runner.cache.keys[0].dtype, rounding)
+    check_change(f"{how}, it gives other logits", change, runner.cache.keys[0].dtype, lambda: _rounding(runner))
+
+
+def _rounding(runner: ModelRunner) -> float:
+    own = over_rows(runner, runner.run_tensors)
+    return runner.worst(measure_rounding(own, _longest(runner), runner.architecture.vocab_size))
 
 
 @torch.inference_mode()
@@ -212,9 +213,8 @@ def _check_large(runner: ModelRunner) -> None:
             outputs.append([output.clone() for output in (logits, *runner.captured_states)])
         runner.graphs = graphs
         worst = max(worst, *map(relative_difference, *outputs))
-    check_change(
-        "a large batch is captured, and it gives other logits", runner.worst(worst), runner.cache.keys[0].dtype
-    )
+    change, dtype = runner.worst(worst), runner.cache.keys[0].dtype
+    check_change("a large batch is captured, and it gives other logits", change, dtype, lambda: _rounding(runner))
 
 
 def _longest(runner: ModelRunner) -> int:

@@ -40,7 +40,6 @@ _END_SECONDS = 10.0  # what this rank has to end by itself once the first one ha
 def serve_rank(connection: Connection) -> None:
     """Runs a rank until the first one closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all ranks of a terminal; the first one decides
-    threading.Thread(target=_end_after, args=(connection.fileno(),), daemon=True).start()
     try:
         with _reported(connection):
             settings: RankSettings = receive(connection)
@@ -119,7 +118,18 @@ def _serve(connection: Connection, settings: RankSettings) -> None:
             runner.graphs = None  # they hold the group's sums, and a group that is in use does not end
 
 
-if __name__ == "__main__":
-    serve_rank(Connection(int(sys.argv[1])))
+def main() -> None:
+    """Runs the process of a rank. It ends at once: what CUDA still runs may wait for a rank that has ended."""
+    pipe = Connection(int(sys.argv[1]))
+    threading.Thread(target=_end_after, args=(pipe.fileno(),), daemon=True).start()
+    status = 0
+    try:
+        serve_rank(pipe)
+    except SystemExit:
+        status = 1
     sys.stderr.flush()
-    os._exit(0)  # what CUDA still runs may wait for a rank that has ended
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

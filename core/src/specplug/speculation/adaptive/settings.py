@@ -184,8 +184,9 @@ class AdaptiveSettings:
         """For a GPU.
 
         Resting rows do not wait for the host there, and a look at them costs the overlap of two steps (H200, 6.9B: 1.1 ms
-        with 16 rows and 4.3 with 64, in steps of 4.8 and 5.8), so that it happens more rarely. One more token to verify
+        with 16 rows and 4.3 with 64, in steps of 4.8 and 5.8), so that it happens more rarely; yet not so rarely that states
+        are lost between two looks (see `sleeping.is_about_to_lose_states`). One more token to verify
         costs little (0.3 % of a step at most): with a CPU's slope 16 rows took some 200 steps to draft again after 64 had
         stopped (tests/engine/test_adaptive_simulated.py).
         """
-        return cls(rest=64, long_rest=64, near_rest=32, probed_together=16, verify_slope=0.003)
+        return cls(rest=64, long_rest=64, near_rest=32, probed_together=7, verify_slope=0.003)
