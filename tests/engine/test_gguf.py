@@ -208,6 +208,19 @@ def test_rope_scaling_that_transformers_does_not_read_is_warned_of(
     ] * bool(found)
 
 
+def header(*values: bytes) -> bytes:
+    """A file of values without tensors."""
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, len(values)) + b"".join(values)
+
+
+def _value(name: str, kind: int, stored: bytes) -> bytes:
+    return struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", kind) + stored
+
+
+def _text(name: str, text: str) -> bytes:
+    return _value(name, 8, struct.pack("<Q", len(text)) + text.encode())
+
+
 def damaged(root: Path, to: Path, change: Callable[[bytes], bytes]) -> Path:
     to.write_bytes(change(saved(root).read_bytes()))
     return to
@@ -224,6 +237,8 @@ def damaged(root: Path, to: Path, change: Callable[[bytes], bytes]) -> Path:
         (lambda b: b[:4] + struct.pack(">I", 3) + b[8:], "version 50331648, or big-endian"),
         (lambda b: b[:8] + struct.pack("<Q", 1 << 60) + b[16:], "truncated or damaged"),
         (lambda b: b.replace(b"general.architecture", b"general.architectura"), "has no general.architecture"),
+        (lambda b: header(_text("general.architecture", "llama"), _text("split.count", "two")), "makes no sense"),
+        (lambda b: header(_value("deep", 9, struct.pack("<IQ", 9, 1) * 100_000)), "makes no sense"),
         (
             lambda b: b.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0bogus", 1),
             "architecture 'bogus'; .*safetensors",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from support.drafting import drafted_by, perturbed_copy
 from support.engines import assert_idle, squeeze_blocks
 from support.heads import save_eagle3
 from support.models import VOCABULARY, make_config, save_model
+from support.processes import ends_within, is_running
 from support.quantised import save_quantised
 from support.recurrent import RECURRENT, save_recurrent
 from support.reference import decisive_prompts
@@ -160,12 +160,7 @@ def test_ranks_end_with_the_first_one(tmp_path: Path) -> None:
     finally:
         first.kill()
         first.wait()
-    for _ in range(200):
-        if not Path(f"/proc/{pid}").exists() or "State:\tZ" in Path(f"/proc/{pid}/status").read_text():
-            return
-        time.sleep(0.1)
-    os.kill(pid, signal.SIGKILL)
-    pytest.fail("the second rank outlived the first by 20 seconds")
+    assert ends_within(pid, 20)
 
 
 @slow
@@ -180,7 +175,7 @@ def test_an_engine_that_nobody_closes_does_not_keep_python(forgets: str, tmp_pat
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert not Path(f"/proc/{done.stdout.strip()}").exists()
+    assert not is_running(int(done.stdout))
 
 
 @slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.models import VOCABULARY, save_model
+from support.processes import ends_within, is_running
 from support.reference import decisive_prompts
 
 NEW_TOKENS = 40
@@ -56,12 +56,6 @@ def run_engine(
     """The result of a process with an engine of two ranks."""
     script = ENGINE.format(folder=str(folder), options=options) + body
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=timeout, check=False)
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process exists and is not only waiting to be collected."""
-    status = Path(f"/proc/{pid}/status")
-    return status.exists() and "State:\tZ" not in status.read_text()
 
 
 def test_sums_equal_the_parts_added(tmp_path: Path) -> None:
@@ -135,12 +129,7 @@ def test_ranks_end_with_the_first_one(tmp_path: Path) -> None:
     finally:
         first.kill()
         first.wait()
-    deadline = time.monotonic() + 20
-    while is_running(pid) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    if is_running(pid):
-        os.kill(pid, 9)
-        pytest.fail("the second rank outlived the first by 20 seconds")
+    assert ends_within(pid, 20)
 
 
 def test_an_engine_that_nobody_closes_does_not_keep_python(tmp_path: Path) -> None:

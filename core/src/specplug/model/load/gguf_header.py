@@ -77,6 +77,8 @@ def read_gguf_header(file: Path) -> GGUFHeader:
                 raise CheckpointError(
                     f"{file} is truncated or damaged: its header ends early ({len(data):,} bytes); download it again"
                 ) from error
+            except (TypeError, RecursionError) as error:  # a number that is a text; arrays in arrays without end
+                raise CheckpointError(f"{file} is damaged: its header makes no sense; download it again") from error
 
 
 class _Cursor:
