@@ -50,9 +50,8 @@ class DraftLoop:
         """
         counts = [max(count, 1) for count in counts]
         many = [len(row.tokens) > 1 + self._most for row in rows]
-        order = sorted(
-            range(len(rows)), key=lambda row: (many[row], -counts[row])
-        )  # rounds have the first rows of a run
+        # By falling counts: the rows of every round are the first ones of its run.
+        order = sorted(range(len(rows)), key=lambda row: (many[row], -counts[row]))
         few = len(rows) - sum(many)
         runs = []
         for chosen in filter(None, (order[:few], order[few:])):

@@ -159,9 +159,8 @@ def run_trace(model: torch.nn.Module, model_type: str, dtype: torch.dtype, devic
                 logits_to_keep=keep,
             ).logits
     except Exception as error:
-        if (
-            device == "meta" and dtype != torch.bfloat16
-        ):  # grouped expert kernels have a meta implementation for bfloat16 alone
+        # Grouped expert kernels have a meta implementation for bfloat16 alone.
+        if device == "meta" and dtype != torch.bfloat16:
             return run_trace(model.to(torch.bfloat16), model_type, torch.bfloat16)
         if device == "meta" and reads_values(error):
             _give_values(model)

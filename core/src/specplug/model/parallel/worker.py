@@ -127,6 +127,7 @@ def main() -> None:
         serve_rank(pipe)
     except SystemExit:
         status = 1
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
