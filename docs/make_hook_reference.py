@@ -96,6 +96,7 @@ GROUPS = {
         "WeightsHandle",
         "ForwardRow",
         "TreeMask",
+        "UpcomingTokens",
         "CheckpointError",
         "resolve_model",
     ),

@@ -1,5 +1,7 @@
 """A speculator that drafts a whole chain in one launch: on a GPU its rounds are one CUDA graph, and its drafts stay there.
 
+It drafts early: the loop starts before the host knows what was accepted of the drafts before.
+
 python examples/draft_loop.py
 """
 
@@ -34,7 +36,7 @@ LoopResult = tuple[list[torch.Tensor], torch.Tensor]
 class LoopedDraft:
     """The most likely chains of a small causal LM with the target's vocabulary."""
 
-    traits = SpeculatorTraits()
+    traits = SpeculatorTraits(drafts_early=True)
 
     def __init__(self, config: SpeculativeConfig, target: TargetModel) -> None:
         self.model: ModelHandle = target.model(str(Path(specplug_draft_model.__file__).parent / "tiny"))
@@ -52,8 +54,8 @@ class LoopedDraft:
 
     @hookimpl
     def warmup(self, resources: Resources) -> None:
-        """Captures the loop on a GPU."""
-        self.loop = resources.compile_loop(self.begin, self.round, self.model.kv_cache, self.length)
+        """Captures the loop on a GPU, for as many new tokens as `propose` runs: those that came, and the one before them."""
+        self.loop = resources.compile_loop(self.begin, self.round, self.model.kv_cache, self.length + 1)
 
     def begin(self, batch: PagedBatch, ids: torch.Tensor, last: torch.Tensor) -> LoopResult:
         """Runs the new tokens of all rows: each row's first draft token."""
@@ -73,8 +75,11 @@ class LoopedDraft:
         for index, (row, length) in enumerate(zip(batch.rows, lengths, strict=True)):
             start = row.new_positions.start
             stop = len(row.tokens) if length else row.new_positions.stop  # the last committed token is the draft's root
-            if start < stop and row.table is not None:
-                chosen.append((index, ForwardRow(row.tokens[start:stop], start, row.table)))
+            tokens = row.tokens[start:stop]
+            if row.upcoming is not None:  # the root is on the device
+                tokens += row.upcoming.placeholders
+            if tokens and row.table is not None:
+                chosen.append((index, ForwardRow(tokens, start, row.table, upcoming=row.upcoming)))
         if not chosen:
             return Proposal([[]] * len(lengths))
         with torch.inference_mode():

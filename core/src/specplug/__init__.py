@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from specplug.model.kv_cache import BlockTable, KVCache, OwnTables
     from specplug.model.load.packing import pack_linears
     from specplug.model.paged import PagedBatch
+    from specplug.model.pending import UpcomingTokens
     from specplug.model.rows import ForwardRow, TreeMask
     from specplug.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamedPiece
     from specplug.request import FinishReason, Request, StepOutput
@@ -131,6 +132,7 @@ _HOMES = {
     ),
     "specplug.model.load.packing": ("pack_linears",),
     "specplug.model.paged": ("PagedBatch",),
+    "specplug.model.pending": ("UpcomingTokens",),
     "specplug.model.rows": (
         "ForwardRow",
         "TreeMask",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from specplug.model.kv_cache import BlockTable
+    from specplug.model.pending import UpcomingTokens
     from specplug.sampling.params import SamplingParams
 
 EndReason = Literal["finished", "aborted", "preempted"]
@@ -60,6 +61,9 @@ class SpeculatorTraits:
         learns: whether proposals may depend on other requests, ended ones included: on their tokens and states, not on how
             they were scheduled. What it stores of them may grow. The conformance kit does not compare such a speculator with
             a fresh one, and benchmarks measure it on prompts that it has not seen. Excludes `token_only`.
+        drafts_early: whether `propose` may be called before the host knows what verification accepted: rows then have
+            `upcoming` tokens. On a GPU this hides the host's work behind drafting. Its proposals are tensors of chains.
+            Excludes `token_only`.
 
     Raises:
         ValueError: a value has the wrong type or range, or two values exclude each other.
@@ -76,8 +80,14 @@ class SpeculatorTraits:
     max_nodes: int | None = attrs.field(default=None, **integer(1, ValueError, or_none=True))
     max_depth: int | None = attrs.field(default=None, **integer(1, ValueError, or_none=True))
     learns: bool = attrs.field(default=False, **flag(ValueError))
+    drafts_early: bool = attrs.field(default=False, **flag(ValueError), kw_only=True)
 
     def __attrs_post_init__(self) -> None:
+        if self.token_only and self.drafts_early:
+            raise ValueError(
+                "SpeculatorTraits: token_only=True and drafts_early=True: a proposal that is a function of the row's tokens "
+                "needs to know them"
+            )
         if self.token_only and self.learns:
             raise ValueError(
                 "SpeculatorTraits: token_only=True and learns=True: a proposal that depends on other requests is not a "
@@ -229,6 +239,11 @@ class ProposalRow:
             `tables="shared"` then hold the parent's entries for the positions before `new_positions`.
         num_cached_tokens: for a new row, how many of its first positions have this speculator's own entries in KV regions with
             `tables="shared"`, from earlier rows with the same tokens: all before `new_positions`, or 0.
+        upcoming: for a speculator that declares `drafts_early`: tokens after `tokens` that verification has decided and the
+            host does not know yet, at least one; None if all are known. `new_positions`, `new_states` and the reserved KV are
+            then those of as many as may come, the next call's `new_positions` begin where this one's really ended, and
+            `outcome` is one call late. Put `upcoming.placeholders` at the end of a `ForwardRow`'s tokens and `upcoming` into
+            it, for a loop of `Resources.compile_loop`; `upcoming.read()` waits for the ids.
     """
 
     row_id: int
@@ -244,6 +259,7 @@ class ProposalRow:
     num_prompt_tokens: int = 0
     drafted: slice = slice(0, 0)
     num_cached_tokens: int = 0
+    upcoming: UpcomingTokens | None = None
     _generator: Callable[[], torch.Generator] | None = None
 
     @property

@@ -85,19 +85,24 @@ class StepOutputs:
         self._committed.append(entry)
         self.num_tokens += len(entry.sources)
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether a request has ended whose last tokens wait: nobody may learn of an end before the tokens."""
-        return any(entry.request.is_finished for entry in self._committed)
-
     def has(self, request: Request) -> bool:
         """Whether there is an output of a request."""
         return request.number in self._delivered or any(entry.request is request for entry in self._committed)
 
+    def deliver_ended(self) -> None:
+        """Delivers what was committed for requests that have ended: nobody may learn of an end before the last tokens."""
+        ended = [entry for entry in self._committed if entry.request.is_finished]
+        if ended:
+            self._committed = [entry for entry in self._committed if not entry.request.is_finished]
+            self._deliver(ended)
+
     def deliver(self) -> None:
         """Counts what was committed, decodes its text, and hands it to whoever listens."""
         committed, self._committed = self._committed, []
-        for entry in committed:
+        self._deliver(committed)
+
+    def _deliver(self, entries: Sequence[Committed | StepOutput]) -> None:
+        for entry in entries:
             output = entry.deliver(self.total) if isinstance(entry, Committed) else entry
             before = self._delivered.get(output.request.number)
             self._delivered[output.request.number] = output if before is None else before.joined(output)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 
 from specplug.engine.commit import Committer, StepOutputs
 from specplug.engine.contention import CoreContention
+from specplug.engine.early_drafting import EarlyDrafting, EarlyStep
 from specplug.engine.fair_lock import FairLock
 from specplug.engine.lifecycle import Lifecycle
 from specplug.engine.planning import PlannedEngine
@@ -86,6 +87,16 @@ class Engine:
         self._committer = Committer(runner, states, self._outputs, self._tracer)
         ahead = None if runner.states is not None else runner.pending
         self._ahead = RunAhead(ahead, chain, verification, states)
+        self._early = EarlyDrafting(
+            None if self.registry.observes("propose") else ahead,
+            runner.accepted,
+            chain,
+            verification,
+            states,
+            scheduler.reserve,
+            scheduler.lookahead,
+            self.plan.max_model_len,
+        )
         self._lifecycle = Lifecycle(scheduler, self._outputs, chain, runner, self._shared_caches)
 
     # ---- speculators ----------------------------------------------------------------------------------------------
@@ -225,17 +236,24 @@ class Engine:
             self._end_rows()
             self._outputs.deliver()
             return
+        self._end_rows()  # those that ended since the last step, before speculators hear of others in their slots
         started = time.perf_counter()
         target = run_target(self.runner, self._states, rows)
         if self.runner.pending is not None:
             self.runner.pending.fetch()
         self._settle()
         self._outputs.deliver()
+        early = None
         runs_ahead = self._ahead.takes(target)
         if runs_ahead:
             self._ahead.draw(target)
         else:
-            verdict = self._verification.verify(target.requests, target.offsets, target.logits[: target.offsets[-1]])
+            early = self._early.begin(target)
+            verdict = (
+                self._verification.verify(target.requests, target.offsets, target.logits[: target.offsets[-1]])
+                if early is None
+                else early.verdict()
+            )
             self._committer.commit(target, verdict)
         self._end_finished(target)
         seconds = time.perf_counter() - started
@@ -243,11 +261,13 @@ class Engine:
         self.chain.observe([row.request for row in rows], seconds, decoding=decoding)
         self._end_rows()
         if not runs_ahead:
-            self._propose(rows)
+            self._propose(rows, early)
         if self._tracer.open:
             self._tracer.end_step(target, decoding, seconds, time.perf_counter() - started)
-        if self.runner.pending is None or self._outputs.has_ended:
+        if self.runner.pending is None:
             self._outputs.deliver()
+        else:
+            self._outputs.deliver_ended()
         self.num_steps += 1
         self._contention.observe()
 
@@ -284,14 +304,14 @@ class Engine:
             self.chain.end(request, slot, reason)
         self.scheduler.ended.clear()
 
-    def _propose(self, rows: list[ScheduledRow]) -> None:
+    def _propose(self, rows: list[ScheduledRow], early: EarlyStep | None) -> None:
         """Lets the speculators draft for the rows that continue."""
         alive = [row.request for row in rows if row.request.slot >= 0]
         for request in alive:
             if request.stored_by:
                 self.chain.resume(request)
         contended = bool(self.scheduler.waiting) or any(request.num_pending > 1 for request in alive)
-        self.chain.propose(alive, self.scheduler.reserve, contended)
+        self.chain.propose(alive, self.scheduler.reserve, contended, None if early is None else early.proposal)
         if self.prefix_cache is not None:
             self.prefix_cache.store_entries(alive, self.scheduler.allocator, self.chain.num_stored)
         for request in alive:
@@ -333,4 +353,4 @@ class Engine:
             self._facade.close()
             self._shared_caches.clear()
             del self._states, self.runner, self.chain, self._verification, self.registry, self._facade
-            del self._ahead, self._committer, self._lifecycle
+            del self._ahead, self._early, self._committer, self._lifecycle

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import attrs
 import torch
 
 from specplug.model.device import to_device
@@ -67,7 +68,10 @@ class DraftLoop:
 
     def _run(self, rows: Sequence[ForwardRow], counts: Sequence[int], places: Sequence[int] | None) -> torch.Tensor:
         """The same for rows that are sorted by falling counts."""
+        rows = [_read(row) for row in rows]
         batch = PagedBatch(rows, self._cache)
+        if upcoming := next((row.upcoming for row in rows if row.upcoming is not None), None):
+            upcoming.fill(batch.input_ids)
         index = to_device(entries(rows, places), self._cache.device) if self._inputs else None
         state, output = self._begin(batch, batch.input_ids, batch.last, *(part[index] for part in self._inputs))
         levels = output.new_zeros(counts[0], *output.shape)
@@ -77,6 +81,14 @@ class DraftLoop:
             state, output = self._step(PagedBatch(going, self._cache), *(part[: len(going)] for part in state))
             levels[number, : len(going)] = output
         return levels
+
+
+def _read(row: ForwardRow) -> ForwardRow:
+    """A row whose number of tokens the host must know; waits for it unless that is certain."""
+    if row.upcoming is None or not row.spare:
+        return row
+    known = row.tokens[: len(row.tokens) - len(row.upcoming)]
+    return attrs.evolve(row, tokens=[*known, *row.upcoming.read()], upcoming=None)
 
 
 def _side_by_side(runs: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -100,9 +112,14 @@ def entries(rows: Sequence[ForwardRow], places: Sequence[int] | None) -> list[in
 
 
 def rows_of_round(rows: Sequence[ForwardRow], counts: Sequence[int], number: int) -> list[ForwardRow]:
-    """The rows that have an output after round `number`, each with the entry after its last one."""
+    """The rows that have an output after round `number`, each with the entry after its last one: the first it may have."""
     return [
-        ForwardRow((0,), row.start + len(row.tokens) + number - 1, row.table, first=row.first)
+        ForwardRow((0,), end_of(row) + number - 1, row.table, first=row.first, upcoming=row.upcoming)
         for row, count in zip(rows, counts, strict=True)
         if count > number
     ]
+
+
+def end_of(row: ForwardRow) -> int:
+    """The entry after the last token that is certain to come."""
+    return row.start + len(row.tokens) - row.spare

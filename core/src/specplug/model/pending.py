@@ -35,12 +35,53 @@ class PendingRow:
         """What stands for them among the tokens of a forward."""
         return range(-1 - self.first, -1 - self.first - self._count, -1)
 
+    def fill(self, ids: torch.Tensor) -> None:
+        """See `PendingTokens.fill`."""
+        self._tokens.fill(ids)
+
     def read(self) -> list[int]:
         """The ids; waits until the device has them."""
         if self.ids is None:
             self._tokens.settle()
             assert self.ids is not None
         return self.ids
+
+
+class UpcomingTokens:
+    """The next tokens of a row, which a verification on the device decides: accepted drafts, and the token after them.
+
+    `len` is how many there are at most. See `ProposalRow.upcoming`.
+
+    Args:
+        row: how many drafts were accepted, then the tokens, of which only those before and after them count.
+    """
+
+    def __init__(self, row: PendingRow) -> None:
+        self._row = row
+        self.count_entry = row.first
+
+    def __len__(self) -> int:
+        """How many there are at most."""
+        return len(self._row) - 1
+
+    @property
+    def placeholders(self) -> range:
+        """What stands for them among the tokens of a `ForwardRow`."""
+        return self._row.placeholders[1:]
+
+    @property
+    def error(self) -> str | None:
+        """What was wrong with them, once they have been read."""
+        return self._row.error
+
+    def read(self) -> list[int]:
+        """Those that came; waits until the device has decided."""
+        count, *tokens = self._row.read()
+        return tokens[: 1 + count]
+
+    def fill(self, ids: torch.Tensor) -> None:
+        """Replaces placeholders among the ids [T] of a forward, in place; nobody waits."""
+        self._row.fill(ids)
 
 
 class PendingTokens:
@@ -114,6 +155,13 @@ class PendingTokens:
                 row.error = f"draft token {bad} is not an id of the target's vocabulary of {self._most + 1}"
                 ids = [min(max(token, 0), self._most) for token in ids]
             row.ids = ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def at(self, entries: torch.Tensor, otherwise: int) -> torch.Tensor:
+        """The ids at some entries of the buffer, on the device; `otherwise` where an entry is negative."""
+        return torch.where(entries < 0, otherwise, self._ids[entries.clamp(min=0)].clamp_(0, self._most))
 
     def fill(self, ids: torch.Tensor) -> None:
         """Replaces the placeholders among the ids [T] of a forward, in place; a CUDA graph can hold it."""

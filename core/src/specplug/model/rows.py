@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from specplug.model.kv_cache import BlockTable
+from specplug.model.pending import UpcomingTokens
 
 
 @attrs.frozen(eq=False)
@@ -58,6 +59,8 @@ class ForwardRow:
         held: how many of the last tokens may turn out to be rejected, so that a later forward may begin before them; matters
             for recurrent state alone.
         adapter: the slot of the row's LoRA adapter; -1 for none.
+        upcoming: for a loop (`Resources.compile_loop`): what the placeholders at the end of `tokens` stand for. The loop goes
+            on after those that come.
     """
 
     tokens: Sequence[int]
@@ -68,6 +71,12 @@ class ForwardRow:
     slot: int = -1
     held: int = 0
     adapter: int = -1
+    upcoming: UpcomingTokens | None = None
+
+    @property
+    def spare(self) -> int:
+        """How many of the last tokens may not come."""
+        return 0 if self.upcoming is None else len(self.upcoming) - 1
 
     @property
     def positions(self) -> Sequence[int]:

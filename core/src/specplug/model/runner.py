@@ -44,6 +44,7 @@ class ModelRunner:
         adapters: the LoRA adapters that its rows may have; None without any.
         compiled_adapted: its forward as machine code, for batches with adapters.
         pending: ids that its rows may name before the host knows them; None if they may not.
+        accepted: what verification has left on the device for drafts; None if nothing ever is.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class ModelRunner:
         self.adapters: AdapterLayers | None = None
         self.compiled_adapted: CompiledStep | None = None
         self.pending: PendingTokens | None = None
+        self.accepted: PendingTokens | None = None
         for call, keys, values in zip(architecture.calls, cache.keys, cache.values, strict=True):
             site = AttentionSite(keys, values, call.mask.window)
             model.get_submodule(call.module).__dict__[SITE] = site

@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from specplug.contract.resources import Resources
 from specplug.contract.types import Budget, EndReason
 from specplug.errors import PluginError, SpecplugError
-from specplug.model.pending import PendingRow, PendingTokens
+from specplug.model.pending import PendingRow, PendingTokens, UpcomingTokens
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.speculation.deadline import NotReturnedError
 from specplug.speculation.draft import trim_drafts
-from specplug.speculation.draft_length import NO_BUDGET, DraftLengthPolicy, ProposeCall, catch_up_tokens, plan_budgets
+from specplug.speculation.draft_length import (
+    NO_BUDGET,
+    DraftLengthPolicy,
+    Length,
+    ProposeCall,
+    catch_up_tokens,
+    plan_budgets,
+)
+from specplug.speculation.early import EarlyProposal, check_early
 from specplug.speculation.link import ChainLink
 from specplug.speculation.row import Row
 from specplug.speculation.target_states.store import TargetStateStore
@@ -128,15 +135,62 @@ class SpeculatorChain:
         self._states.keep(self._kept_at_rest)
         self._states.end_step()
 
-    def propose(self, requests: Sequence[Row], reserve: Any, contended: bool) -> None:
+    def plan_early(self, requests: Sequence[Row]) -> tuple[ChainLink, list[Length]] | None:
+        """Whom to ask before the host knows what a step brings, and what each row may draft; None if that is not possible."""
+        if len(self._links) != 1 or self._uses_scores:
+            return None
+        (link,) = self._links
+        if (
+            not link.enabled
+            or not link.speculator.traits.drafts_early
+            or any(r.number in link.banned for r in requests)
+        ):
+            return None
+        lengths = self.policy.plan_early(link.speculator, requests)
+        return None if lengths is None else (link, lengths)
+
+    def propose_early(
+        self, link: ChainLink, requests: list[Row], lengths: Sequence[int | Budget], upcoming: Sequence[UpcomingTokens]
+    ) -> EarlyProposal:
+        """Asks a speculator for drafts after tokens that are on the device alone; `propose` takes them in.
+
+        Args:
+            link: the speculator.
+            requests: the rows, as they are before this step.
+            lengths: what each may draft.
+            upcoming: each row's tokens.
+        """
+        budgets = plan_budgets(
+            requests, lengths, link.speculator.traits, self._max_model_len, self._max_num_batched_tokens
+        )
+        stops = [len(request.tokens) - 1 + len(own) for request, own in zip(requests, upcoming, strict=True)]
+        batch = link.make_batch(
+            requests, budgets, self._states, self.policy, uses_scores=False, upcoming=upcoming, stops=stops
+        )
+        early = EarlyProposal(link, requests, batch)
+        started = time.perf_counter()
+        try:
+            early.proposal = check_early(link.speculator.propose(batch=batch), budgets)
+        except Exception as error:
+            self._fault(link, requests, error)
+        finally:
+            link.seconds += time.perf_counter() - started
+        return early
+
+    def propose(
+        self, requests: Sequence[Row], reserve: Callable[..., bool], contended: bool, early: EarlyProposal | None = None
+    ) -> None:
         """Fills `request.draft` of the rows that get one.
 
         Args:
             requests: the rows that advanced in this step; those with more than one pending token are still prefilling.
-            reserve: `(request, tokens) -> bool`, grows a row's blocks.
+            reserve: grows a row's blocks.
             contended: whether other requests wait for a share of the next step's tokens.
+            early: what was proposed for this step already.
         """
         self._check_left()
+        if early is not None:
+            early.link.settle(requests)
         if not self.policy.begin(requests):
             self.rest()
             return
@@ -151,8 +205,8 @@ class SpeculatorChain:
             if not link.enabled:
                 continue
             started = time.perf_counter()
-            call = self._ask(link, *self._lengths(link, requests), node_limit, reserve)
-            self.policy.proposed(link.speculator, time.perf_counter() - started, call)
+            call = self._ask(link, *self._lengths(link, requests), node_limit, reserve, early)
+            self.policy.proposed(link.speculator, time.perf_counter() - started, call)  # what was early was hidden
         self._keep_unseen_states(requests)
         total = node_limit * decoding
         if self._max_num_draft_tokens is not None:
@@ -189,9 +243,19 @@ class SpeculatorChain:
         return [request for request, _ in chosen], [length for _, length in chosen]
 
     def _ask(
-        self, link: ChainLink, requests: list[Row], lengths: list[int | Budget], node_limit: int, reserve: Any
+        self,
+        link: ChainLink,
+        requests: list[Row],
+        lengths: list[int | Budget],
+        node_limit: int,
+        reserve: Callable[..., bool],
+        early: EarlyProposal | None,
     ) -> ProposeCall | None:
-        """Asks a speculator for drafts; returns what was asked, or None where there was nothing to ask or it failed."""
+        """Asks a speculator for drafts, if it was not asked early.
+
+        Returns:
+            What was asked; None where there was nothing to ask or it failed.
+        """
         traits = link.speculator.traits
         lengths = [0 if r.num_pending > 1 else length for r, length in zip(requests, lengths, strict=True)]
         budgets = plan_budgets(requests, lengths, traits, self._max_model_len, node_limit)
@@ -203,14 +267,19 @@ class SpeculatorChain:
         if traits.token_only:
             chosen = [i for i, budget in enumerate(budgets) if budget.max_nodes]
             requests, budgets = [requests[i] for i in chosen], [budgets[i] for i in chosen]
-        if not requests and not link.ended:
+        if not requests and (early is not None or not link.ended):
             return None
-        uses_scores = self._uses_scores or any(request.is_traced for request in requests)
-        batch = link.make_batch(requests, budgets, self._states, self.policy, uses_scores=uses_scores)
         started = time.perf_counter()
         try:
-            proposal = link.speculator.propose(batch=batch)
-            drafts = check_proposal(proposal, budgets, link.speculator.method, self._vocab_size, self._pending)
+            if early is not None:
+                batch, (proposal, planned) = early.batch, early.cut(requests, budgets)
+            else:
+                uses_scores = self._uses_scores or any(request.is_traced for request in requests)
+                batch = link.make_batch(requests, budgets, self._states, self.policy, uses_scores=uses_scores)
+                proposal, planned = link.speculator.propose(batch=batch), budgets
+            drafts = check_proposal(proposal, planned, link.speculator.method, self._vocab_size, self._pending)
+            if early is not None:
+                drafts = early.pick(requests, drafts)
         except Exception as error:
             self._fault(link, requests, error)
             return None

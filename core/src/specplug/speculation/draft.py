@@ -53,6 +53,12 @@ class Draft:
         return self._tokens if isinstance(self._tokens, PendingRow) else None
 
     @property
+    def is_unread(self) -> bool:
+        """Whether the tokens are on the device alone."""
+        pending = self.pending
+        return pending is not None and pending.ids is None
+
+    @property
     def input_ids(self) -> Sequence[int]:
         """What a forward is given: the ids, or placeholders for those that are still on the device (`PendingTokens`)."""
         pending = self.pending

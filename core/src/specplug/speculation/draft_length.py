@@ -73,6 +73,18 @@ class DraftLengthPolicy:
         """
         raise NotImplementedError
 
+    def plan_early(self, speculator: RegisteredSpeculator, requests: Sequence[Row]) -> list[Length] | None:
+        """What each row may draft in the coming step, before it is known what this one brings; `plan` may allow less then.
+
+        Args:
+            speculator: who will be asked.
+            requests: the rows that it may be asked for.
+
+        Returns:
+            None if that cannot be said yet.
+        """
+        return None
+
     def proposed(self, speculator: RegisteredSpeculator, seconds: float, call: ProposeCall | None) -> None:
         """Planning and asking took so long; `call` is None where the speculator was not called, or failed."""
 
@@ -127,6 +139,10 @@ class FixedDraftLength(DraftLengthPolicy):
         has_all_states: Callable[[Row], bool],
     ) -> list[Length]:
         """See `DraftLengthPolicy.plan`."""
+        return [self.length_of(request, speculator) for request in requests]
+
+    def plan_early(self, speculator: RegisteredSpeculator, requests: Sequence[Row]) -> list[Length] | None:
+        """See `DraftLengthPolicy.plan_early`."""
         return [self.length_of(request, speculator) for request in requests]
 
     def length_of(self, request: Row, speculator: RegisteredSpeculator) -> Length:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import attrs
 
 from specplug.contract.types import Budget, EndReason, Outcome, ProposalBatch, ProposalRow
+from specplug.model.pending import UpcomingTokens
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.speculation.draft_length import DraftLengthPolicy
 from specplug.speculation.row import Row
@@ -84,6 +85,8 @@ class ChainLink:
         policy: DraftLengthPolicy,
         *,
         uses_scores: bool,
+        upcoming: Sequence[UpcomingTokens] | None = None,
+        stops: Sequence[int] | None = None,
     ) -> ProposalBatch:
         """What the speculator is asked, and told: from now on it counts as delivered.
 
@@ -93,30 +96,33 @@ class ChainLink:
             states: the target states.
             policy: told of rows whose states are lost.
             uses_scores: see `ProposalBatch`.
+            upcoming: see `ProposalRow`, for each row; None if the tokens are known.
+            stops: then, for each row, the position after those whose states it may get. Call `settle` when they are known.
         """
         traits = self.speculator.traits
         spans: list[tuple[int, range]] = []
         new: list[bool] = []
         forked: list[bool] = []
         cached: list[int] = []
-        for request in requests:
+        ends = [request.num_computed for request in requests] if stops is None else stops
+        for request, stop in zip(requests, ends, strict=True):
             start = self.delivered.get(request.number)
             new.append(start is None)
             if start is None:
                 start = self.forked.pop(request.number, 0)
             shared, parent = start, self.parents.pop(request.number, None)
             if traits.needs_states:
-                kept = min(states.available_from(request.slot, start), request.num_computed)
+                kept = min(states.available_from(request.slot, start), stop)
                 if kept > start:
                     policy.lose_states(self.speculator, request)
                 start = kept
-            spans.append((request.slot, range(start, request.num_computed)))
+            spans.append((request.slot, range(start, stop)))
             forked.append(parent is not None and 0 < start == shared)
             cached.append(start if request.number in self.resumed and start == shared else 0)
             self.resumed.discard(request.number)
             if start <= self.stored.get(request.number, 0):
-                self.stored[request.number] = request.num_computed
-            self.delivered[request.number] = request.num_computed
+                self.stored[request.number] = stop
+            self.delivered[request.number] = stop
         if traits.needs_states:
             channels, places = states.deliver(spans)
         else:
@@ -139,10 +145,21 @@ class ChainLink:
                 num_prompt_tokens=request.num_prompt_tokens,
                 forked_from=request.forked_from if is_fork else None,
                 num_cached_tokens=num_cached,
+                upcoming=own_upcoming,
                 generator=request.randomness.draft_generator,
             )
-            for request, (_, span), place, budget, is_new, is_fork, num_cached, outcome, own_nodes in zip(
-                requests, spans, places, budgets, new, forked, cached, outcomes, nodes, strict=True
+            for request, (_, span), place, budget, is_new, is_fork, num_cached, outcome, own_nodes, own_upcoming in zip(
+                requests,
+                spans,
+                places,
+                budgets,
+                new,
+                forked,
+                cached,
+                outcomes,
+                nodes,
+                [None] * len(spans) if upcoming is None else upcoming,
+                strict=True,
             )
         ]
         k = traits.top_k
@@ -156,6 +173,14 @@ class ChainLink:
             drafted_top_probs=drafted[TOP_PROBS][:, :k] if drafted else None,
             uses_scores=uses_scores,
         )
+
+    def settle(self, requests: Sequence[Row]) -> None:
+        """Takes in how far rows came that were delivered with tokens that might come."""
+        for request in requests:
+            if request.number in self.delivered:
+                self.delivered[request.number] = request.num_computed
+                if request.number in self.stored:
+                    self.stored[request.number] = min(self.stored[request.number], request.num_computed)
 
     def _deliver_drafted(
         self, requests: Sequence[Row], outcomes: Sequence[Outcome | None], states: TargetStateStore

@@ -45,7 +45,7 @@ def check_proposal(
         raise PluginError(f"propose returned {len(rows)} rows for a batch of {len(budgets)}")
     if isinstance(rows, torch.Tensor):
         assert pending is not None
-        return _pending_drafts(rows, _lengths(proposal, rows), budgets, method, pending)
+        return _pending_drafts(rows, lengths_of(proposal, rows), budgets, method, pending)
     for name in ("parents", "scores", "probs"):
         values = getattr(proposal, name)
         if values is not None and _count(values, f"proposal.{name}") != len(rows):
@@ -98,19 +98,20 @@ def _token_lists(proposal: Proposal) -> list[list[int]]:
             raise PluginError(f"proposal.tokens={shown(tokens)}: expected a list of ids for each row") from None
     if proposal.lengths is None:
         return rows
-    return [row[:length] for row, length in zip(rows, _lengths(proposal, rows), strict=True)]
+    return [row[:length] for row, length in zip(rows, lengths_of(proposal, rows), strict=True)]
 
 
-def _lengths(proposal: Proposal, rows: Any) -> list[int]:
+def lengths_of(proposal: Proposal, rows: Any) -> list[int]:
     """How many ids of each row count."""
+    widths = [rows.shape[1]] * len(rows) if isinstance(rows, torch.Tensor) else [len(row) for row in rows]
     if proposal.lengths is None:
-        return [len(row) for row in rows]
+        return widths
     lengths = _integers(proposal.lengths, "proposal.lengths")
     if len(lengths) != len(rows):
         raise PluginError(f"proposal.lengths has {len(lengths)} entries for {len(rows)} rows of tokens")
     for row, length in enumerate(lengths):
-        if not 0 <= length <= len(rows[row]):
-            raise PluginError(f"row {row}: proposal.lengths is {length}, and proposal.tokens has {len(rows[row])}")
+        if not 0 <= length <= widths[row]:
+            raise PluginError(f"row {row}: proposal.lengths is {length}, and proposal.tokens has {widths[row]}")
     return lengths
 
 

@@ -54,11 +54,15 @@ class DraftLoop:
         for draft in chosen:
             row, stored = draft.row, draft.sequence.num_stored
             assert row.table is not None, "core gives every row its blocks"
-            rows.append(ForwardRow(self._vocabulary.to_draft(row.tokens[stored : draft.stop]), stored, row.table))
+            tokens = self._vocabulary.to_draft(row.tokens[stored : draft.stop])
+            if draft.upcoming is not None:
+                tokens = [*tokens, *draft.upcoming.placeholders]
+            rows.append(ForwardRow(tokens, stored, row.table, upcoming=draft.upcoming))
         with torch.inference_mode():
             found: torch.Tensor = self._loop(rows, [draft.max_tokens for draft in chosen])
         for draft in chosen:
             draft.sequence.num_stored = draft.stop
+            draft.sequence.was_early = draft.upcoming is not None
             draft.sequence.num_speculative += max(draft.max_tokens - 1, 0)
         return found
 

@@ -17,10 +17,13 @@ class DraftSequence:
     Attributes:
         num_stored: how many of the row's first tokens have valid KV.
         num_speculative: how many draft tokens after them have KV; it is valid for those that the target accepts.
+        was_early: whether it also has that of tokens that were not known, and came before those: the row's next positions say
+            how many.
     """
 
     num_stored: int = 0
     num_speculative: int = 0
+    was_early: bool = False
 
     @classmethod
     def begin(cls, row: ProposalRow, model: ModelHandle) -> DraftSequence:
@@ -30,6 +33,9 @@ class DraftSequence:
 
     def settle(self, row: ProposalRow, method: str) -> None:
         """Counts the draft tokens that were accepted: their KV is valid."""
-        if row.outcome is not None and row.outcome.method == method:
+        if self.was_early:
+            self.num_stored = row.new_positions.start + 1
+            self.was_early = False
+        if row.upcoming is None and row.outcome is not None and row.outcome.method == method:
             self.num_stored += min(len(row.outcome.accepted), self.num_speculative)
         self.num_speculative = 0

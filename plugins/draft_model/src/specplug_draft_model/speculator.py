@@ -61,8 +61,6 @@ class DraftModelSpeculator:
         device: the target's device.
     """
 
-    traits = SpeculatorTraits()
-
     method: str
     model: ModelHandle
     vocabulary: VocabularyMap
@@ -79,6 +77,13 @@ class DraftModelSpeculator:
     _loop: DraftLoop | None = attrs.field(default=None, init=False, repr=False)
     _most_rows: int | None = attrs.field(default=None, init=False, repr=False)
     _tables: OwnTables | None = attrs.field(default=None, init=False, repr=False)
+
+    @property
+    def traits(self) -> SpeculatorTraits:
+        """On a GPU it drafts early: a loop finds out there what was accepted, unless token ids must be mapped by the host."""
+        on_gpu = self.model.device.type != "cpu" and self.model.device == self.device and not self.model.has_state
+        has_all = self.vocabulary.known is None and self.vocabulary.is_target_whole
+        return SpeculatorTraits(drafts_early=on_gpu and has_all and not self.settings.draft_confidence_threshold)
 
     @property
     def samples(self) -> bool:
@@ -138,6 +143,8 @@ class DraftModelSpeculator:
         for row_id, _ in batch.ended:
             self._sequences.pop(row_id, None)
         drafts = [self._begin_draft(row) for row in batch.rows]
+        if any(row.upcoming is not None for row in batch.rows):
+            return self._draft_early(drafts)
         if self._loop is not None and not (self.samples and any(row.gains_by_sampling for row in batch.rows)):
             chosen = self._loop.suited(drafts, self.max_num_batched_tokens)
             threshold = self.settings.draft_confidence_threshold
@@ -159,12 +166,29 @@ class DraftModelSpeculator:
     def _begin_draft(self, row: ProposalRow) -> RowDraft:
         """A draft without tokens. A row beyond the draft's context is run up to that: a shorter row may find its blocks."""
         most = self._most_tokens(row)
-        stop = len(row.tokens) if most else min(row.new_positions.stop, self.max_model_len)
-        return RowDraft(row, self._follow(row), most, stop)
+        stop = len(row.tokens) if most else min(row.new_positions.stop, len(row.tokens), self.max_model_len)
+        is_within = len(row.tokens) + (0 if row.upcoming is None else len(row.upcoming)) <= self.max_model_len
+        return RowDraft(row, self._follow(row), most, stop, row.upcoming if is_within else None)
 
     def _most_tokens(self, row: ProposalRow) -> int:
-        room = self.max_model_len - len(row.tokens) + 1
+        room = self.max_model_len - len(row.tokens) - (0 if row.upcoming is None else len(row.upcoming)) + 1
         return max(0, min(row.budget.max_nodes, row.budget.max_depth, self.num_speculative_tokens, room))
+
+    def _draft_early(self, drafts: Sequence[RowDraft]) -> Proposal:
+        """Drafts after tokens that the host does not know yet; rows that do not suit a loop get no drafts."""
+        assert self._loop is not None, "a speculator that drafts early has a loop"
+        chosen = self._loop.suited(drafts, self.max_num_batched_tokens)
+        tokens = torch.zeros(len(drafts), self.num_speculative_tokens, dtype=torch.int64, device=self.device)
+        lengths = [0] * len(drafts)
+        if chosen:
+            places = [place for place, draft in enumerate(drafts) if any(draft is one for one in chosen)]
+            found = self._loop.run([drafts[place] for place in places])[..., 0].t()
+            if len(places) == len(drafts):
+                return Proposal(found, lengths=[draft.max_tokens for draft in drafts])
+            for place in places:
+                lengths[place] = drafts[place].max_tokens
+            tokens[torch.tensor(places, dtype=torch.int64, device=self.device), : found.shape[1]] = found
+        return Proposal(tokens, lengths=lengths)
 
     def _follow(self, row: ProposalRow) -> DraftSequence:
         """A row's sequence, after it has learned what became of the last draft."""

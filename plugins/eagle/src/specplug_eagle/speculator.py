@@ -59,7 +59,7 @@ class EagleSpeculator:
         weights: the handle of its tensors.
         target: the target, whose embedding and LM head it may borrow.
         tree: the shape of drafts: a chain or a tree.
-        traits: the target states that the head reads.
+        traits: the target states that the head reads. On a GPU chains are drafted early: a loop finds out what was accepted.
     """
 
     checkpoint: EagleCheckpoint
@@ -177,7 +177,10 @@ class EagleSpeculator:
             if len(row.new_positions):
                 assert row.table is not None, "core gives every row its blocks"
                 start, stop = row.new_positions.start, row.new_positions.stop
-                entries[place] = ForwardRow(row.tokens[start + 1 : stop + 1], start, row.table, first=sequence.begin)
+                tokens = row.tokens[start + 1 : stop + 1]
+                if row.upcoming is not None:
+                    tokens += row.upcoming.placeholders
+                entries[place] = ForwardRow(tokens, start, row.table, first=sequence.begin, upcoming=row.upcoming)
         return entries
 
     def _catch_up(self, batch: ProposalBatch, entries: dict[int, ForwardRow]) -> tuple[Roots | None, list[int]]:
@@ -226,9 +229,10 @@ class EagleSpeculator:
             begin = row.new_positions.start - row.num_cached_tokens if parent is None else parent.begin
             self._sequences[row.row_id] = HeadSequence(begin, row.new_positions.start)
         sequence = self._sequences[row.row_id]
-        if row.new_positions.start != sequence.end:
+        if not sequence.end - sequence.spare <= row.new_positions.start <= sequence.end:
             sequence.begin = row.new_positions.start
         sequence.end = row.new_positions.stop
+        sequence.spare = 0 if row.upcoming is None else len(row.upcoming) - 1
         return sequence
 
 
@@ -282,6 +286,7 @@ def load_speculator(config: SpeculativeConfig, target: TargetModel) -> EagleSpec
             hidden_states=("final",) if spec.uses_final_state else layers.boundaries,
             max_nodes=tree.max_nodes,
             max_depth=tree.max_depth,
+            drafts_early=isinstance(tree, Chain) and target.device.type != "cpu",
         ),
     )
 

@@ -20,6 +20,7 @@ from specplug.model.compile.loops import compile_loop
 from specplug.model.compile.runners import wants_compilation
 from specplug.model.kv_cache import KVCache
 from specplug.model.loop import plain_loop
+from specplug.model.pending import PendingTokens
 from specplug.model.runner import ModelRunner
 from specplug.sampling.randomness import EngineRandomness
 from specplug.sampling.workspace import Workspace
@@ -62,7 +63,7 @@ def assemble(
         strict=config.strict,
         pending=runner.pending,
     )
-    chain.warmup(_resources(planned, states, caches))
+    chain.warmup(_resources(planned, states, caches, runner.accepted))
     lock = FairLock()
     adapters = None
     if runner.adapters is not None and planned.adapters is not None:
@@ -109,11 +110,15 @@ def _sharers(planned: PlannedEngine) -> list[Sharer]:
 
 
 def _resources(
-    planned: PlannedEngine, states: TargetStateStore, caches: Sequence[dict[str, KVCache]]
+    planned: PlannedEngine,
+    states: TargetStateStore,
+    caches: Sequence[dict[str, KVCache]],
+    accepted: PendingTokens | None,
 ) -> list[Resources]:
     """What each speculator's `warmup` is given."""
     config = planned.config
     compiles = wants_compilation(config.compile, planned.architecture.weight_bytes)
+    loops = partial(compile_loop, most_rows=config.max_num_seqs, accepted=accepted) if compiles else plain_loop
     return [
         Resources(
             device=planned.device,
@@ -123,7 +128,7 @@ def _resources(
             row_buckets=row_buckets(config.max_num_seqs),
             hidden_states={b: states.delivery[b] for b in speculator.traits.hidden_states},
             compile=compile_step if compiles else no_compile,
-            compile_loop=partial(compile_loop, most_rows=config.max_num_seqs) if compiles else plain_loop,
+            compile_loop=loops,
         )
         for speculator, own in zip(planned.speculators, caches, strict=True)
     ]

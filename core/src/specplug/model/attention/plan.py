@@ -1,8 +1,8 @@
 """The attention plan: one int32 array that tells the kernels which rows a batch has, where their KV is, and their tree masks.
 
-A header [rows, tokens, block size, offset of the schedule or 0]; eight fields per row (see `_ROW`); then the block numbers of
-rows that are not one slice, and the tree masks: the positions of the entries after the prefix, and for each query the bits of
-those it may attend to. `native/cpu/attention/plan.h` and `native/gpu/attention.py` read it.
+A header [rows, tokens, block size, offset of the schedule or 0]; eight fields per row (see `PLAN_ROW`); then the block numbers
+of rows that are not one slice, and the tree masks: the positions of the entries after the prefix, and for each query the bits
+of those it may attend to. `native/cpu/attention/plan.h` and `native/gpu/attention.py` read it.
 
 On a GPU a schedule follows: which program takes which queries against which KV entries. A header [items, 0, 0, 0], eight
 fields per item (row, first query, first entry, end of entries, splits of its query block, split, the block's first split,
@@ -21,8 +21,8 @@ import numpy as np
 from specplug.model.rows import ForwardRow, TreeMask
 from specplug.native.gpu.sizes import MOST_SHARES, SCHEDULE_HEADER, SPLIT, queries_per_block
 
-_HEADER = 4
-_ROW = ("query", "count", "length", "base", "table", "hidden", "tree", "prefix")
+PLAN_HEADER = 4
+PLAN_ROW = ("query", "count", "length", "base", "table", "hidden", "tree", "prefix")
 PlanPiece = list[int] | np.ndarray
 _Extent = tuple[int, tuple[int, ...]]  # a row's first entry, and for each block of its queries how many splits it reads
 
@@ -53,7 +53,7 @@ def _plan_pieces(rows: Sequence[ForwardRow]) -> tuple[list[int], list[np.ndarray
     block_size = rows[0].table.block_size if rows else 1
     fields: list[int] = [len(rows), 0, block_size, 0]
     extras: list[np.ndarray] = []
-    offset = _HEADER + len(rows) * len(_ROW)
+    offset = PLAN_HEADER + len(rows) * len(PLAN_ROW)
     query = 0
     for row in rows:
         count = len(row.tokens)
@@ -85,7 +85,7 @@ def _tree(tree: TreeMask, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _extent(row: ForwardRow, queries: int) -> _Extent:
-    count, before = len(row.tokens), row.start - row.first
+    count, before = len(row.tokens), row.start - row.first + row.spare  # where it begins may be decided on the device
     if count <= queries:
         return row.first, (-(-(before + count) // SPLIT),)
     ends = (count if row.tree is not None else min(first + queries, count) for first in range(0, count, queries))

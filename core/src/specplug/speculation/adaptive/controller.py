@@ -160,6 +160,11 @@ class AdaptiveDraftLength(DraftLengthPolicy):
             self._divide(estimate, requests, candidates, lengths)
         return lengths
 
+    def plan_early(self, speculator: RegisteredSpeculator, requests: Sequence[Row]) -> list[Length] | None:
+        """See `DraftLengthPolicy.plan_early`: while a plan is held."""
+        held = self._held.get(self._of[speculator])
+        return held.lengths if held is not None and held.holds(requests, self.step + 1) else None
+
     def _divide(
         self,
         estimate: SpeculatorEstimate,

@@ -1,12 +1,14 @@
-"""Draws the next tokens of rows without drafts and leaves them on the device: what verification would decide for them."""
+"""Decides tokens as verification would, and leaves them on the device: drawn where there are no drafts, else matched."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 
 from specplug.model.device import to_device
+from specplug.model.pending import PendingTokens
 from specplug.request import Request
 from specplug.sampling.distributions import argmax_there, process
 from specplug.sampling.randomness import EngineRandomness, exponential_noise, race
@@ -15,9 +17,18 @@ from specplug.sampling.workspace import Workspace
 
 def draws_ahead(request: Request) -> bool:
     """Whether a row's next token depends on nothing that the host must know first, and nothing else is to be said of it."""
+    return request.draft is None and _is_plain(request)
+
+
+def matches_ahead(request: Request) -> bool:
+    """Whether `match` can decide what is accepted of a row's draft: a chain on the device, or none."""
+    draft = request.draft
+    return request.params.greedy and _is_plain(request) and (draft is None or draft.is_unread)
+
+
+def _is_plain(request: Request) -> bool:
     return (
-        request.draft is None
-        and request.rules is None
+        request.rules is None
         and request.params.logprobs is None
         and not request.num_missing_prompt_logprobs
         and not request.is_traced
@@ -58,3 +69,35 @@ def draw(
     together[own] = argmax_there(logits[own])
     together[rows] = tokens
     return together
+
+
+def match(
+    requests: Sequence[Request], offsets: Sequence[int], logits: torch.Tensor, pending: PendingTokens
+) -> torch.Tensor:
+    """How many draft tokens of greedy rows are accepted, and the tokens, as core's verifier decides.
+
+    Args:
+        requests: R rows; see `matches_ahead`.
+        offsets: each row's first entry in `logits`; one more at the end.
+        logits: [entries, vocabulary].
+        pending: where the draft tokens are.
+
+    Returns:
+        int64 [R, 2 + K] on the device, K being the longest draft: the number of accepted tokens; then those and the one after
+        them. What follows has no meaning. A token is -1 where the logits are NaN.
+    """
+    longest = max(end - begin for begin, end in itertools.pairwise(offsets))
+    entries: list[int] = []
+    nodes: list[int] = []
+    for request, begin, end in zip(requests, offsets, offsets[1:], strict=False):
+        missing = [end - 1] * (longest - (end - begin))
+        entries += range(begin, end)
+        entries += missing
+        row = None if request.draft is None else request.draft.pending
+        nodes += () if row is None else range(row.first, row.first + len(row))
+        nodes += [-1] * len(missing)
+    index = to_device([*entries, *nodes], logits.device)
+    tokens = argmax_there(logits)[index[: len(entries)]].view(len(requests), longest)
+    drafted = pending.at(index[len(entries) :], -2).view(len(requests), longest - 1)
+    count = (tokens[:, :-1] == drafted).long().cumprod(1).sum(1, keepdim=True)
+    return torch.cat([count, tokens], dim=1)

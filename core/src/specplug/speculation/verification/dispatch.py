@@ -15,12 +15,13 @@ from specplug.contract.types import Proposal
 from specplug.contract.verification import Verdict, VerificationBatch, VerificationRow
 from specplug.errors import ModelOutputError, PluginError
 from specplug.model.device import to_device
+from specplug.model.pending import PendingTokens
 from specplug.plugins.registry import PluginRegistry, RegisteredSpeculator
 from specplug.request import Request
 from specplug.sampling.distributions import DistributionRow, StepDistributions, argmax, nan_message
 from specplug.sampling.randomness import EngineRandomness
 from specplug.sampling.workspace import Workspace
-from specplug.speculation.verification.ahead import draw
+from specplug.speculation.verification.ahead import draw, match, matches_ahead
 from specplug.speculation.verification.matching import follow
 from specplug.speculation.verification.verdict import check_verdict
 
@@ -115,6 +116,17 @@ class Verification:
     def draw(self, requests: Sequence[Request], logits: torch.Tensor) -> torch.Tensor:
         """The tokens that `verify` would decide for rows that `draws_ahead` names, left on the device: see `ahead.draw`."""
         return draw(requests, logits, self._randomness, self._workspace)
+
+    def matches(self, requests: Sequence[Request]) -> bool:
+        """Whether `match` decides as `verify` would."""
+        return self.is_unobserved and not self._overriders and all(matches_ahead(request) for request in requests)
+
+    @staticmethod
+    def match(
+        requests: Sequence[Request], offsets: Sequence[int], logits: torch.Tensor, pending: PendingTokens
+    ) -> torch.Tensor:
+        """What `verify` would decide, left on the device: see `ahead.match`."""
+        return match(requests, offsets, logits, pending)
 
     def _is_plainly_greedy(self, request: Request) -> bool:
         return (

@@ -80,7 +80,8 @@ class Roots:
 
 @attrs.define
 class HeadSequence:
-    """The valid KV entries of one row: `begin` to `end`."""
+    """The valid KV entries of one row: `begin` to `end`, of which the last `spare` may turn out not to be."""
 
     begin: int = 0
     end: int = 0
+    spare: int = 0

@@ -1,0 +1,147 @@
+"""Drafts that start before the host knows what verification accepted: the host's work then overlaps with drafting.
+
+Where all rows are greedy and their drafts are on the device, verification is a comparison there. Its result is where a loop of
+drafts (`Resources.compile_loop`) finds it, so that the device goes on from the target's forward to verification to drafting
+while the host waits for the first, commits, and prepares the next step.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import attrs
+
+from specplug.contract.types import Budget
+from specplug.contract.verification import Verdict
+from specplug.engine.target_step import TargetStep
+from specplug.errors import ModelOutputError
+from specplug.model.pending import PendingTokens, UpcomingTokens
+from specplug.request import Request
+from specplug.sampling.distributions import nan_message
+from specplug.speculation.chain import SpeculatorChain
+from specplug.speculation.draft_length import Length
+from specplug.speculation.early import EarlyProposal
+from specplug.speculation.link import ChainLink
+from specplug.speculation.target_states.store import TargetStateStore
+from specplug.speculation.verification.dispatch import Verification
+
+
+@attrs.frozen(eq=False)
+class EarlyStep:
+    """A step whose drafts for the next one are being made.
+
+    Attributes:
+        requests: its rows.
+        upcoming: for each, what verification has decided.
+        proposal: the drafts.
+    """
+
+    requests: list[Request]
+    upcoming: list[UpcomingTokens]
+    proposal: EarlyProposal
+
+    def verdict(self) -> Verdict:
+        """What verification decided; waits for the device. A row whose logits were NaN has failed."""
+        accepted, next_tokens = [], []
+        for request, own in zip(self.requests, self.upcoming, strict=True):
+            *path, token = own.read()
+            if own.error is not None:
+                request.fail(ModelOutputError(nan_message(request.id, len(request.tokens))))
+            accepted.append(range(len(path)))
+            next_tokens.append(token)
+        return Verdict(accepted, next_tokens)
+
+
+class EarlyDrafting:
+    """Begins steps like that where it is possible.
+
+    Args:
+        pending: where draft tokens are on the device; None if they never are.
+        accepted: where verification leaves its result; None if no speculator drafts early.
+        chain: the speculators.
+        verification: decides.
+        states: the target states that speculators declared.
+        reserve: grows a row's KV blocks.
+        scratch: KV entries of a row after its tokens.
+        max_model_len: the longest sequence.
+    """
+
+    def __init__(
+        self,
+        pending: PendingTokens | None,
+        accepted: PendingTokens | None,
+        chain: SpeculatorChain,
+        verification: Verification,
+        states: TargetStateStore,
+        reserve: Callable[..., bool],
+        scratch: int,
+        max_model_len: int,
+    ) -> None:
+        self._pending = pending
+        self._accepted = accepted
+        self._chain = chain
+        self._verification = verification
+        self._states = states
+        self._reserve = reserve
+        self._scratch = scratch
+        self._max_model_len = max_model_len
+
+    def begin(self, target: TargetStep) -> EarlyStep | None:
+        """Has a step verified on the device and its drafts made; None if it is to be verified as usual."""
+        if self._pending is None or self._accepted is None:
+            return None
+        planned = self._plan(target)
+        if planned is None:
+            return None
+        link, lengths = planned
+        requests, offsets = target.requests, target.offsets
+        found = self._verification.match(requests, offsets, target.logits[: offsets[-1]], self._pending)
+        rows = self._accepted.put(found, [1 + end - begin for begin, end in itertools.pairwise(offsets)])
+        self._accepted.fetch()
+        upcoming = [UpcomingTokens(row) for row in rows]
+        self._record_all(target)
+        asked = [(r, n, own) for r, n, own in zip(requests, lengths, upcoming, strict=True) if n is not None]
+        early = self._chain.propose_early(
+            link, [request for request, _, _ in asked], [n for _, n, _ in asked], [own for _, _, own in asked]
+        )
+        return EarlyStep(requests, upcoming, early)
+
+    def _plan(self, target: TargetStep) -> tuple[ChainLink, list[Length]] | None:
+        """Whom to ask, and what each row may draft."""
+        requests = target.requests
+        widest = 2 + max((len(request.draft) for request in requests if request.draft is not None), default=0)
+        if (
+            self._accepted is None
+            or len(requests) != len(target.rows)
+            or target.scored
+            or any(request.slot < 0 for request in requests)
+            or len(requests) * widest > len(self._accepted)
+            or not self._verification.matches(requests)
+        ):
+            return None
+        for request in requests:
+            if request.stored_by:
+                self._chain.resume(request)
+        planned = self._chain.plan_early(requests)
+        if planned is None or not all(
+            self._has_room(request, length) for request, length in zip(requests, planned[1], strict=True)
+        ):
+            return None
+        return planned
+
+    def _has_room(self, request: Request, length: Length) -> bool:
+        """Whether a row may draft after all tokens that may come."""
+        depth = length.max_depth if isinstance(length, Budget) else length or 0
+        most = len(request.tokens) + 1 + (0 if request.draft is None else len(request.draft))
+        return most + depth < self._max_model_len and self._reserve(request, most + max(self._scratch, depth))
+
+    def _record_all(self, target: TargetStep) -> None:
+        """Gives the store the states of all tokens, as if every draft were accepted; the commit records those that were."""
+        final = {}
+        for row, first in zip(target.rows, target.first, strict=True):
+            request = row.request
+            count = row.num_tokens + (0 if request.draft is None else len(request.draft))
+            start = request.num_computed
+            final[request.slot] = (range(start, start + count), list(range(first, first + count)))
+        self._states.record(target.captured, final, {})
