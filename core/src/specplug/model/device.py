@@ -10,13 +10,13 @@ from specplug.errors import ConfigurationError
 
 
 def choose_device(name: str) -> torch.device:
-    """Resolves `auto` or a device's name.
+    """Resolves `auto` or a device's name. A GPU has its index, as tensors on it have: devices are compared.
 
     Raises:
         ConfigurationError: there is no such device on this machine.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -27,6 +27,8 @@ def choose_device(name: str) -> torch.device:
         raise ConfigurationError(f"device='{name}': this machine (or this build of torch) has no CUDA device; use cpu")
     if device.type not in ("cpu", "cuda"):
         raise ConfigurationError(f"device='{name}' is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
     return device
 
 

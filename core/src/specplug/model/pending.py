@@ -101,10 +101,10 @@ class PendingTokens:
         device: torch.device,
         share: Callable[[torch.Tensor], None] = lambda ids: None,
     ) -> None:
-        self.device = device
         self._share = share
         self._most = vocab_size - 1
         self._ids = torch.zeros(size, dtype=torch.int64, device=device)
+        self.device = self._ids.device  # with its index, as other tensors there have it
         self._host = torch.zeros(size, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._rows: list[PendingRow] = []
