@@ -155,11 +155,13 @@ class Committer:
                 packed += [first + row.num_tokens + node for node in path]
                 if self._states.at_drafts and request.draft is not None:
                     drafted[request.slot] = range(first + row.num_tokens, first + row.num_tokens + len(request.draft))
-                moves += kv_moves(request, start + row.num_tokens, path)
-                self._runner.keep(request.slot, path)
                 draft = request.draft
+                if draft is not None and draft.parents is not None:
+                    moves += kv_moves(request, start + row.num_tokens, path)
+                self._runner.keep(request.slot, path)
                 committed = commit_tokens(request, path, next_token)
-                score_output(committed, target.logits, [entry, *(entry + 1 + node for node in path)])
+                if request.params.logprobs is not None:
+                    score_output(committed, target.logits, [entry, *(entry + 1 + node for node in path)])
                 if request.is_traced:
                     entries = target.logits[entry : entry + 1 + (0 if draft is None else len(draft))]
                     output = committed.deliver(self._outputs.total)
@@ -185,7 +187,8 @@ def commit_tokens(request: Request, path: Sequence[int], next_token: int) -> Com
     before = len(request.tokens)
     tokens, sources = [next_token], _OWN
     if path and draft is not None:
-        tokens = [*(draft.tokens[node] for node in path), next_token]
+        drafted = draft.tokens
+        tokens = [*(drafted[node] for node in path), next_token]
         sources = [*[draft.method] * len(path), None]
     try:
         request.append(tokens, sources)
@@ -213,15 +216,14 @@ def kv_moves(request: Request, first: int, path: Sequence[int]) -> list[tuple[in
 
 
 def score_output(committed: Committed, logits: torch.Tensor, entries: list[int]) -> None:
-    """Stores the log-probabilities of new tokens, if they were requested."""
+    """Stores the log-probabilities of new tokens."""
     request, tokens = committed.request, committed.new_tokens
     count = request.params.logprobs
-    if count is not None:
-        used = entries[: len(tokens)]
-        try:
-            request.logprobs += gather_logprobs(logits[used], tokens, count)
-        except Exception as error:  # for example, too little memory for those of the whole vocabulary
-            request.fail(error)
+    assert count is not None
+    try:
+        request.logprobs += gather_logprobs(logits[entries[: len(tokens)]], tokens, count)
+    except Exception as error:  # for example, too little memory for those of the whole vocabulary
+        request.fail(error)
 
 
 def score_prompts(target: TargetStep) -> None:

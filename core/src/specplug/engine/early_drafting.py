@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import attrs
 
-from specplug.contract.types import Budget
 from specplug.contract.verification import Verdict
 from specplug.engine.target_step import TargetStep
 from specplug.errors import ModelOutputError
@@ -63,7 +62,7 @@ class EarlyDrafting:
         verification: decides.
         states: the target states that speculators declared.
         reserve: grows a row's KV blocks.
-        scratch: KV entries of a row after its tokens.
+        lookahead: KV entries of a row after its tokens, as many as draft tokens at least.
         max_model_len: the longest sequence.
     """
 
@@ -75,7 +74,7 @@ class EarlyDrafting:
         verification: Verification,
         states: TargetStateStore,
         reserve: Callable[..., bool],
-        scratch: int,
+        lookahead: int,
         max_model_len: int,
     ) -> None:
         self._pending = pending
@@ -84,7 +83,7 @@ class EarlyDrafting:
         self._verification = verification
         self._states = states
         self._reserve = reserve
-        self._scratch = scratch
+        self._lookahead = lookahead
         self._max_model_len = max_model_len
 
     def begin(self, target: TargetStep) -> EarlyStep | None:
@@ -123,18 +122,14 @@ class EarlyDrafting:
         for request in requests:
             if request.stored_by:
                 self._chain.resume(request)
-        planned = self._chain.plan_early(requests)
-        if planned is None or not all(
-            self._has_room(request, length) for request, length in zip(requests, planned[1], strict=True)
-        ):
+        if not all(self._has_room(request) for request in requests):
             return None
-        return planned
+        return self._chain.plan_early(requests)
 
-    def _has_room(self, request: Request, length: Length) -> bool:
+    def _has_room(self, request: Request) -> bool:
         """Whether a row may draft after all tokens that may come."""
-        depth = length.max_depth if isinstance(length, Budget) else length or 0
-        most = len(request.tokens) + 1 + (0 if request.draft is None else len(request.draft))
-        return most + depth < self._max_model_len and self._reserve(request, most + max(self._scratch, depth))
+        most = len(request.tokens) + 1 + (0 if request.draft is None else len(request.draft)) + self._lookahead
+        return most < self._max_model_len and self._reserve(request, most)
 
     def _record_all(self, target: TargetStep) -> None:
         """Gives the store the states of all tokens, as if every draft were accepted; the commit records those that were."""

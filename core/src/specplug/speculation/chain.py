@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from specplug.contract.resources import Resources
 from specplug.contract.types import Budget, EndReason
@@ -146,8 +146,9 @@ class SpeculatorChain:
             or any(r.number in link.banned for r in requests)
         ):
             return None
-        lengths = self.policy.plan_early(link.speculator, requests)
-        return None if lengths is None else (link, lengths)
+        if not self.policy.plans_early(requests) or not self.policy.begin(requests):
+            return None
+        return link, self.policy.plan(link.speculator, requests, self._seen_by(link), self._has_all_states)
 
     def propose_early(
         self, link: ChainLink, requests: list[Row], lengths: Sequence[int | Budget], upcoming: Sequence[UpcomingTokens]
@@ -160,17 +161,19 @@ class SpeculatorChain:
             lengths: what each may draft.
             upcoming: each row's tokens.
         """
+        early = EarlyProposal(link, requests, list(lengths))
+        if not requests:
+            return early
         budgets = plan_budgets(
             requests, lengths, link.speculator.traits, self._max_model_len, self._max_num_batched_tokens
         )
         stops = [len(request.tokens) - 1 + len(own) for request, own in zip(requests, upcoming, strict=True)]
-        batch = link.make_batch(
+        early.batch = link.make_batch(
             requests, budgets, self._states, self.policy, uses_scores=False, upcoming=upcoming, stops=stops
         )
-        early = EarlyProposal(link, requests, batch)
         started = time.perf_counter()
         try:
-            early.proposal = check_early(link.speculator.propose(batch=batch), budgets)
+            early.proposal = check_early(link.speculator.propose(batch=early.batch), budgets)
         except Exception as error:
             self._fault(link, requests, error)
         finally:
@@ -191,7 +194,7 @@ class SpeculatorChain:
         self._check_left()
         if early is not None:
             early.link.settle(requests)
-        if not self.policy.begin(requests):
+        elif not self.policy.begin(requests):
             self.rest()
             return
         decoding = max(1, sum(request.num_pending == 1 for request in requests))
@@ -205,7 +208,8 @@ class SpeculatorChain:
             if not link.enabled:
                 continue
             started = time.perf_counter()
-            call = self._ask(link, *self._lengths(link, requests), node_limit, reserve, early)
+            asked = self._lengths(link, requests) if early is None else early.left(requests)
+            call = self._ask(link, *asked, node_limit, reserve, early)
             self.policy.proposed(link.speculator, time.perf_counter() - started, call)  # what was early was hidden
         self._keep_unseen_states(requests)
         total = node_limit * decoding
@@ -237,10 +241,14 @@ class SpeculatorChain:
     def _lengths(self, link: ChainLink, requests: Sequence[Row]) -> tuple[list[Row], list[int | Budget]]:
         """The rows that a speculator is shown, and what each may draft."""
         requests = [r for r in requests if r.draft is None and r.number not in link.banned]
-        seen = {**link.delivered, **link.forked} if link.forked else link.delivered
-        lengths = self.policy.plan(link.speculator, requests, seen, self._has_all_states)
+        lengths = self.policy.plan(link.speculator, requests, self._seen_by(link), self._has_all_states)
         chosen = [(request, length) for request, length in zip(requests, lengths, strict=True) if length is not None]
         return [request for request, _ in chosen], [length for _, length in chosen]
+
+    @staticmethod
+    def _seen_by(link: ChainLink) -> Mapping[int, int]:
+        """Request number → the first position that a speculator was not shown yet."""
+        return {**link.delivered, **link.forked} if link.forked else link.delivered
 
     def _ask(
         self,
@@ -259,11 +267,12 @@ class SpeculatorChain:
         traits = link.speculator.traits
         lengths = [0 if r.num_pending > 1 else length for r, length in zip(requests, lengths, strict=True)]
         budgets = plan_budgets(requests, lengths, traits, self._max_model_len, node_limit)
-        scratch = link.speculator.scratch_tokens_per_row
-        for index, (request, budget) in enumerate(zip(requests, budgets, strict=True)):
-            wanted = max(scratch, budget.max_nodes)
-            if budget.max_nodes and not reserve(request, len(request.tokens) + wanted):
-                budgets[index] = NO_BUDGET
+        if early is None:
+            scratch = link.speculator.scratch_tokens_per_row
+            for index, (request, budget) in enumerate(zip(requests, budgets, strict=True)):
+                wanted = max(scratch, budget.max_nodes)
+                if budget.max_nodes and not reserve(request, len(request.tokens) + wanted):
+                    budgets[index] = NO_BUDGET
         if traits.token_only:
             chosen = [i for i, budget in enumerate(budgets) if budget.max_nodes]
             requests, budgets = [requests[i] for i in chosen], [budgets[i] for i in chosen]
@@ -271,7 +280,7 @@ class SpeculatorChain:
             return None
         started = time.perf_counter()
         try:
-            if early is not None:
+            if early is not None and early.batch is not None:
                 batch, (proposal, planned) = early.batch, early.cut(requests, budgets)
             else:
                 uses_scores = self._uses_scores or any(request.is_traced for request in requests)

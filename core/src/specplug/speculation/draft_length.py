@@ -73,17 +73,9 @@ class DraftLengthPolicy:
         """
         raise NotImplementedError
 
-    def plan_early(self, speculator: RegisteredSpeculator, requests: Sequence[Row]) -> list[Length] | None:
-        """What each row may draft in the coming step, before it is known what this one brings; `plan` may allow less then.
-
-        Args:
-            speculator: who will be asked.
-            requests: the rows that it may be asked for.
-
-        Returns:
-            None if that cannot be said yet.
-        """
-        return None
+    def plans_early(self, requests: Sequence[Row]) -> bool:
+        """Whether `begin` and `plan` may be called for drafts after this step before `observe` says what it brings."""
+        return False
 
     def proposed(self, speculator: RegisteredSpeculator, seconds: float, call: ProposeCall | None) -> None:
         """Planning and asking took so long; `call` is None where the speculator was not called, or failed."""
@@ -141,9 +133,9 @@ class FixedDraftLength(DraftLengthPolicy):
         """See `DraftLengthPolicy.plan`."""
         return [self.length_of(request, speculator) for request in requests]
 
-    def plan_early(self, speculator: RegisteredSpeculator, requests: Sequence[Row]) -> list[Length] | None:
-        """See `DraftLengthPolicy.plan_early`."""
-        return [self.length_of(request, speculator) for request in requests]
+    def plans_early(self, requests: Sequence[Row]) -> bool:
+        """See `DraftLengthPolicy.plans_early`."""
+        return True
 
     def length_of(self, request: Row, speculator: RegisteredSpeculator) -> Length:
         """What one row may draft."""

@@ -22,18 +22,30 @@ class EarlyProposal:
     Attributes:
         link: who made it.
         requests: the rows that it is for.
-        batch: what was asked.
+        lengths: what the policy allowed each.
+        batch: what was asked; None if that was nothing.
         proposal: chains in a tensor; None if the speculator failed, or had none.
     """
 
     link: ChainLink
     requests: list[Row]
-    batch: ProposalBatch
+    lengths: list[int | Budget]
+    batch: ProposalBatch | None = None
     proposal: Proposal | None = None
+
+    def left(self, requests: Sequence[Row]) -> tuple[list[Row], list[int | Budget]]:
+        """Those of some rows that it is for and that its speculator may still draft for, and their lengths."""
+        numbers = {request.number for request in requests}
+        kept = [
+            (request, length)
+            for request, length in zip(self.requests, self.lengths, strict=True)
+            if request.number in numbers and request.number not in self.link.banned
+        ]
+        return [request for request, _ in kept], [length for _, length in kept]
 
     def cut(self, requests: Sequence[Row], budgets: Sequence[Budget]) -> tuple[Proposal | None, list[Budget]]:
         """What is left of it by the budgets that some of its rows have by now, and its own budgets."""
-        own = [row.budget for row in self.batch.rows]
+        own = [] if self.batch is None else [row.budget for row in self.batch.rows]
         if self.proposal is None:
             return None, own
         most = {

@@ -57,6 +57,7 @@ class AdaptiveDraftLength(DraftLengthPolicy):
         self._forecast = StepForecast(0, self.targets, settings)
         self._resting = Resting(settings)
         self._called: list[Called] = []
+        self._planned: set[int] = set()  # numbers of the rows that lengths were chosen for last
         self._held: dict[SpeculatorEstimate, HeldPlan] = {}
         self._drafts: dict[int, Draft] = {}  # request number → what is being verified
         self._verified: list[tuple[SpeculatorEstimate, VerifiedDraft]] = []  # and not learned from yet
@@ -129,6 +130,7 @@ class AdaptiveDraftLength(DraftLengthPolicy):
     ) -> list[Length]:
         """See `DraftLengthPolicy.plan`."""
         estimate = self._of[speculator]
+        self._planned = {request.number for request in requests}
         held = self._held.get(estimate)
         if held is not None and held.holds(requests, self.step):
             self._called = held.called
@@ -160,10 +162,13 @@ class AdaptiveDraftLength(DraftLengthPolicy):
             self._divide(estimate, requests, candidates, lengths)
         return lengths
 
-    def plan_early(self, speculator: RegisteredSpeculator, requests: Sequence[Row]) -> list[Length] | None:
-        """See `DraftLengthPolicy.plan_early`: while a plan is held."""
-        held = self._held.get(self._of[speculator])
-        return held.lengths if held is not None and held.holds(requests, self.step + 1) else None
+    def plans_early(self, requests: Sequence[Row]) -> bool:
+        """See `DraftLengthPolicy.plans_early`: while rows draft and none has joined, choices may be a step old."""
+        return (
+            bool(self._called)
+            and self._planned.issuperset(request.number for request in requests)
+            and all(request.num_pending == 1 for request in requests)
+        )
 
     def _divide(
         self,
