@@ -296,12 +296,12 @@ def test_what_was_not_asked_teaches_nothing(folder: Path, small: Path) -> None:
     policy = llm.engine.chain.policy
     assert isinstance(policy, AdaptiveDraftLength)
     (estimate,) = policy.estimates
-    price, tokens = estimate.seconds(1, 1), estimate.catch_up
+    price, before = estimate.seconds(1, 1), estimate.catch_up.seconds(512)
     assert price > 0
     for _ in range(10):
         policy.proposed(estimate.speculator, 100 * price, ProposeCall({7: 1}, catch_up=512))
     assert estimate.seconds(1, 1) == price
-    assert estimate.catch_up > tokens
+    assert estimate.catch_up.seconds(512) > before
     for call in (None, ProposeCall({})):
         policy.proposed(estimate.speculator, 0.0, call)
     assert estimate.seconds(1, 1) == price
@@ -315,4 +315,4 @@ def test_taking_in_prompts_alone_teaches_what_it_takes(folder: Path) -> None:
     policy.begin([])
     policy.proposed(llm.engine.chain.speculators[0], 0.5, ProposeCall({}, catch_up=500))
     llm.close()
-    assert policy.estimates[0].catch_up == pytest.approx(1e-3)
+    assert policy.estimates[0].catch_up.seconds(100) == pytest.approx(0.1)

@@ -377,3 +377,24 @@ def test_on_a_gpu_a_smaller_batch_soon_drafts_again(seed: int) -> None:
     small = large.resized(16)
     assert small.run(1) > 0.85 * make(16, 3).run(1)
     assert small.run(2) > 0.95 * make(16, 3).run(2)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("launch", [None, 0.4e-3])
+def test_on_a_gpu_rows_catch_up_together(seed: int, launch: float | None) -> None:
+    """A call that catches up takes as long for one row as for many, and may return before it is computed."""
+
+    def make(rows: int, fixed: int | None) -> Simulation:
+        asking = Asking(0.1e-3, 0.08e-3, 0.009e-3, 0.001e-3, per_catch_up=8e-3)
+        link = Link(asking, lambda row, at: 0.62, SpeculatorTraits(), launch=launch)
+        return Simulation(
+            [link], target=GpuTarget(), rows=rows, fixed=fixed, length=128, prompt=256, seed=seed, noise=0.03
+        )
+
+    large = make(64, None)
+    large.policy = AdaptiveDraftLength(large.speculators, AdaptiveSettings.where_steps_run_ahead())
+    large.run(2)
+    assert large.run(2) > 0.94 * large.plain()
+    small = large.resized(16)
+    small.run(1)
+    assert small.run(3) > 0.9 * make(16, 3).run(3)

@@ -51,13 +51,14 @@ class Asking:
     per_depth: float = 0.0
     per_row: float = 5e-6
     per_gap_token: float = 0.0
+    per_catch_up: float = 0.0  # a call in which any row catches up
     fill: float = 1.0
     cold: float = 1.0  # times as long, if it was not asked in the step before
     scale: Callable[[int], float] = lambda step: 1.0
 
     def seconds(self, rows: int, depth: int, gap: int, step: int = 0) -> float:
         own = self.base + self.per_depth * depth + self.per_row * rows + self.per_gap_token * gap
-        return self.scale(step) * own
+        return self.scale(step) * (own + (self.per_catch_up if gap > SHORT_GAP * rows else 0.0))
 
 
 @attrs.define
@@ -74,6 +75,7 @@ class Link:
     lost: int = 0  # positions whose states were gone when it came to see the row
     blind: set[int] = attrs.field(factory=set)  # the rows they were of
     blind_share: float = 1.0  # of their drafts' chances that is left
+    launch: float | None = None  # seconds after which its calls return; the next step waits for the rest
     chances: Rate | None = None  # what it takes a token's to be, if it knows, and stops where it is told to
     seen: dict[int, int] = attrs.field(factory=dict)
 
@@ -131,6 +133,7 @@ class Simulation:
         self.speculators = speculators
         self.policy: DraftLengthPolicy = FixedDraftLength() if fixed is not None else AdaptiveDraftLength(speculators)
         self.seconds = 0.0
+        self.owed = 0.0  # of proposals that are still being computed
         self.tokens = 0
         self.steps = 0
         self.made = 0
@@ -169,7 +172,7 @@ class Simulation:
     def step(self) -> None:
         nodes = sum(len(request.draft) for request in self.requests if request.draft)
         self.nodes.append(nodes)
-        spent = self.target.seconds(self.rows, nodes, self.steps)
+        spent, self.owed = self.target.seconds(self.rows, nodes, self.steps) + self.owed, 0.0
         for request in self.requests:
             self._commit(request)
         self.policy.observe(self.requests, self._jitter(spent), decoding=True)
@@ -211,6 +214,8 @@ class Simulation:
                 if length or (length == 0 and not link.traits.token_only)
             ]
             spent, call = self._ask(index, link, asked) if asked else (0.0, None)
+            if link.launch is not None:
+                spent, self.owed = min(spent, link.launch), self.owed + max(0.0, spent - link.launch)
             self.seconds += spent
             self.policy.proposed(speculator, self._jitter(spent), call)
         drafts = self.policy.trim([request.draft for request in self.requests])

@@ -39,7 +39,9 @@ class DraftLoop:
     def __call__(
         self, rows: Sequence[ForwardRow], counts: Sequence[int], places: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """Runs the new tokens of every row, and drafts. Rows with many new tokens, such as prompts, run apart from the others.
+        """Runs the new tokens of every row, and drafts.
+
+        Of rows with many new tokens, such as prompts, all but the last run first, in a forward of their own.
 
         Args:
             rows: R rows with their new tokens.
@@ -50,30 +52,49 @@ class DraftLoop:
             The outputs, [at least the most of counts, R, …]. What is beyond a row's count has no meaning.
         """
         counts = [max(count, 1) for count in counts]
-        many = [len(row.tokens) > 1 + self._most for row in rows]
-        # By falling counts: the rows of every round are the first ones of its run.
-        order = sorted(range(len(rows)), key=lambda row: (many[row], -counts[row]))
-        few = len(rows) - sum(many)
-        runs = []
-        for chosen in filter(None, (order[:few], order[few:])):
-            given = None if places is None else [places[row] for row in chosen]
-            runs.append(self._run([rows[row] for row in chosen], [counts[row] for row in chosen], given))
-            if 0 < few < len(rows):
-                runs[-1] = runs[-1].clone()  # the next run may overwrite it
-        outputs = runs[0] if len(runs) == 1 else _side_by_side(runs)
+        rows, places = self._run_ahead(rows, places)
+        # By falling counts: the rows of every round are the first ones.
+        order = sorted(range(len(rows)), key=lambda row: -counts[row])
+        given = None if places is None else [places[row] for row in order]
+        outputs = self._run([rows[row] for row in order], [counts[row] for row in order], given)
         if order == list(range(len(rows))):
             return outputs
         back = sorted(range(len(order)), key=order.__getitem__)
         return outputs[:, to_device(back, outputs.device)]
 
-    def _run(self, rows: Sequence[ForwardRow], counts: Sequence[int], places: Sequence[int] | None) -> torch.Tensor:
-        """The same for rows that are sorted by falling counts."""
-        rows = [_read(row) for row in rows]
+    def _run_ahead(
+        self, rows: Sequence[ForwardRow], places: Sequence[int] | None
+    ) -> tuple[Sequence[ForwardRow], Sequence[int] | None]:
+        """Runs all but the last tokens of rows that have many; returns what is left, and where its entries begin."""
+        left, places = list(rows), None if places is None else list(places)
+        heads: list[ForwardRow] = []
+        begins: list[int] = []
+        for index, row in enumerate(rows):
+            if len(row.tokens) > 1 + self._most:
+                cut = len(row.tokens) - (1 if row.upcoming is None else len(row.upcoming))
+                heads.append(ForwardRow(row.tokens[:cut], row.start, row.table, first=row.first))
+                left[index] = attrs.evolve(row, tokens=row.tokens[cut:], start=row.start + cut)
+                if places is not None:
+                    begins.append(places[index])
+                    places[index] += cut
+        if heads:
+            self._first(heads, None if places is None else begins)
+        return left, places
+
+    def _first(
+        self, rows: Sequence[ForwardRow], places: Sequence[int] | None
+    ) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
+        """The first step from Python."""
         batch = PagedBatch(rows, self._cache)
         if upcoming := next((row.upcoming for row in rows if row.upcoming is not None), None):
             upcoming.fill(batch.input_ids)
         index = to_device(entries(rows, places), self._cache.device) if self._inputs else None
-        state, output = self._begin(batch, batch.input_ids, batch.last, *(part[index] for part in self._inputs))
+        return self._begin(batch, batch.input_ids, batch.last, *(part[index] for part in self._inputs))
+
+    def _run(self, rows: Sequence[ForwardRow], counts: Sequence[int], places: Sequence[int] | None) -> torch.Tensor:
+        """The same for rows that are sorted by falling counts."""
+        rows = [_read(row) for row in rows]
+        state, output = self._first(rows, places)
         levels = output.new_zeros(counts[0], *output.shape)
         levels[0] = output
         for number in range(1, counts[0]):
@@ -89,13 +110,6 @@ def _read(row: ForwardRow) -> ForwardRow:
         return row
     known = row.tokens[: len(row.tokens) - len(row.upcoming)]
     return attrs.evolve(row, tokens=[*known, *row.upcoming.read()], upcoming=None)
-
-
-def _side_by_side(runs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Outputs [K, R, …] of several runs as one; shorter ones are padded."""
-    longest = max(len(run) for run in runs)
-    padded = [torch.cat([run, run.new_zeros(longest - len(run), *run.shape[1:])]) for run in runs]
-    return torch.cat(padded, dim=1)
 
 
 def plain_loop(

@@ -57,6 +57,7 @@ class AdaptiveDraftLength(DraftLengthPolicy):
         self._forecast = StepForecast(0, self.targets, settings)
         self._resting = Resting(settings)
         self._called: list[Called] = []
+        self._joining = 1  # rows of the step that the speculator has not seen
         self._planned: set[int] = set()  # numbers of the rows that lengths were chosen for last
         self._held: dict[SpeculatorEstimate, HeldPlan] = {}
         self._drafts: dict[int, Draft] = {}  # request number → what is being verified
@@ -141,6 +142,7 @@ class AdaptiveDraftLength(DraftLengthPolicy):
         self._called = []
         lengths: list[Length] = [None] * len(requests)
         candidates: list[Candidate] = []
+        self._joining = max(1, sum(request.number not in seen for request in requests))
         for place, request in enumerate(requests):
             gap = missed_tokens(estimate, request.num_computed, seen.get(request.number, 0))
             if request.num_pending > 1:
@@ -216,7 +218,7 @@ class AdaptiveDraftLength(DraftLengthPolicy):
         for candidate in idle:
             if is_about_to_lose_states(estimate, candidate) and lengths[candidate.place] is None:
                 advance = self.budget.advance(tokens_left(candidate.request))
-                if self.budget.affords(estimate.catch_up * candidate.gap, advance):
+                if self.budget.affords(estimate.catch_up.seconds(candidate.gap), advance):
                     lengths[candidate.place] = 0
 
     # ---- after ----------------------------------------------------------------------------------------------------
@@ -287,6 +289,7 @@ class AdaptiveDraftLength(DraftLengthPolicy):
             for estimate, row in self._rows_of([request]):
                 if row.guess is not None:
                     self._compare(request, row, estimate)
+        seconds -= self._catch_up_late(len(requests), nodes, seconds if decoding else 0.0)
         self._time(len(requests), seconds, decoding and is_typical, nodes)
         if self._resting.probes:
             self._learn()
@@ -295,6 +298,18 @@ class AdaptiveDraftLength(DraftLengthPolicy):
             self._rest(requests)
 
     # ---- details --------------------------------------------------------------------------------------------------
+
+    def _catch_up_late(self, rows: int, nodes: int, seconds: float) -> float:
+        """What of a step's time speculators took to catch up: a call may return before it is computed."""
+        late = [estimate for estimate in self.estimates if estimate.catch_up.is_open]
+        if not late:
+            return 0.0
+        curve = self.targets.of(rows)
+        surplus = 0.0 if curve is None else max(0.0, seconds - curve.seconds(nodes))
+        for estimate in late:
+            estimate.catch_up.settle(surplus / len(late))
+        self.budget.settle(surplus)
+        return surplus
 
     def _time(self, rows: int, seconds: float, decoding: bool, nodes: int = 0) -> None:
         """Takes in a step's time."""
@@ -341,4 +356,4 @@ class AdaptiveDraftLength(DraftLengthPolicy):
 
     def _shows_prompt(self, estimate: SpeculatorEstimate, request: Row, *, has_begun: bool) -> bool:
         forecast = self._forecast if self._forecast.rows else StepForecast(1, self.targets, self.settings)
-        return shows_prompt(estimate, request, forecast, self.budget, has_begun=has_begun)
+        return shows_prompt(estimate, request, forecast, self.budget, has_begun=has_begun, joining=self._joining)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from specplug.contract.types import Budget
 from specplug.plugins.registry import RegisteredSpeculator
 from specplug.speculation.adaptive.acceptance import AcceptanceModel
+from specplug.speculation.adaptive.catch_up import CatchUpCost
 from specplug.speculation.adaptive.cost_model import CostCurve, CostModel
 from specplug.speculation.adaptive.row_estimate import RowEstimate, VerifiedDraft
 from specplug.speculation.adaptive.settings import AdaptiveSettings
@@ -31,7 +32,7 @@ class SpeculatorEstimate:
         acceptance: of all rows but those that it is blind to.
         blind_acceptance: of those.
         costs: rows → seconds of a proposal over its depth.
-        catch_up: seconds of catching up with one token.
+        catch_up: seconds of catching up.
         fill: the share of rows that are given a draft when they are asked for one.
         deepest: the deepest draft that was timed.
         min_probability: what it is told of it, see `Budget`; `min_surplus`: the same.
@@ -61,7 +62,7 @@ class SpeculatorEstimate:
         self.acceptance = AcceptanceModel(depth, settings)
         self.blind_acceptance = AcceptanceModel(depth, settings)
         self.costs = CostModel(settings, lambda: CostCurve(settings, proportional=not traits.token_only))
-        self.catch_up = 0.0
+        self.catch_up = CatchUpCost(settings)
         self.fill = 1.0
         self.deepest = 0
         self.min_probability = self.min_surplus = 0.0
@@ -167,12 +168,10 @@ class SpeculatorEstimate:
             return seconds
         drafting = min(self.seconds(rows, call.deepest) if rows else 0.0, seconds)
         if self.costs or not rows:
-            self._observe_catch_up(call.catch_up, seconds - drafting)
+            self.catch_up.begin(call.catch_up, seconds - drafting)
+            if not self.settings.runs_ahead:
+                self.catch_up.settle(0.0)
         return drafting
-
-    def _observe_catch_up(self, tokens: int, seconds: float) -> None:
-        each, keeps = max(seconds, 0.0) / tokens, self.settings.catch_up_memory
-        self.catch_up = keeps * self.catch_up + (1 - keeps) * min(each, 3 * self.catch_up) if self.catch_up else each
 
     # ---- drafts --------------------------------------------------------------------------------------------------
 

@@ -126,10 +126,10 @@ class StepForecast:
         )
         return rate - self.rate
 
-    def repays(self, estimate: SpeculatorEstimate, gap: int, tokens_left: int, rate: float) -> bool:
-        """Whether a speculator that would bring the batch to this rate is worth catching up with a row."""
+    def repays(self, cost: float, tokens_left: int, rate: float) -> bool:
+        """Whether a speculator that would bring the batch to this rate is worth so many seconds of catching up with a row."""
         saved = 1.0 / self.rate - 1.0 / rate
-        return estimate.catch_up * gap < self._settings.caution * saved * tokens_left
+        return cost < self._settings.caution * saved * tokens_left
 
 
 def allocate(

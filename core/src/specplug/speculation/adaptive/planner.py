@@ -74,10 +74,12 @@ def choose_depths(
     for number in left:
         gains[number] = []
     depths, rate = forecast.divide(estimate, gains)
+    behind = {n: c for n, (c, depth) in enumerate(zip(candidates, depths, strict=True)) if depth and c.gap > SHORT_GAP}
+    together = sum(c.gap for c in behind.values())
     late = {
         number
-        for number, (c, depth) in enumerate(zip(candidates, depths, strict=True))
-        if depth and c.gap > SHORT_GAP and not forecast.repays(estimate, c.gap, tokens_left(c.request), rate)
+        for number, c in behind.items()
+        if not forecast.repays(estimate.catch_up.share(c.gap, together), tokens_left(c.request), rate)
     }
     if late:
         for number in late:
@@ -154,7 +156,7 @@ def _try_out(
         # On credit, what was not measured lately; and what a prompt was processed for, when that is due.
         is_due = not is_known or any(c.row.is_owed and 0 <= c.row.wake_at <= step for c in candidates)
         overdraft = settings.advanced_steps * forecast.tokens / forecast.rate if is_due else 0.0
-        if budget.affords(seconds + estimate.catch_up * gaps, overdraft):
+        if budget.affords(seconds + estimate.catch_up.seconds(gaps), overdraft):
             return depths
     return [0] * len(candidates)
 

@@ -41,6 +41,7 @@ def shows_prompt(
     budget: ExplorationBudget,
     *,
     has_begun: bool,
+    joining: int = 1,
 ) -> bool:
     """Whether a speculator with a state processes a prompt while it is computed: drafts may pay, or to see is cheap.
 
@@ -50,18 +51,19 @@ def shows_prompt(
         forecast: the step that is being prepared.
         budget: what is paid from where drafts would not pay by what is known of other rows.
         has_begun: whether it was shown a part of the prompt.
+        joining: prompts that are computed in this step, which share the cost of a call.
     """
     if estimate.token_only or request.params.num_speculative_tokens == 0:
         return False
-    if has_begun or not estimate.is_auto or not (estimate.costs or estimate.catch_up):
+    if has_begun or not estimate.is_auto or not (estimate.costs or estimate.catch_up.is_known):
         return True
     halfway = tokens_left(request) // 2
     gains = RowAcceptance().gains(estimate.acceptance, estimate.depth_to_try, forecast.least_gain, halfway)
     _, rate = forecast.divide(estimate, [gains] * forecast.rows)
-    length = request.num_prompt_tokens
-    if budget.is_sound and forecast.repays(estimate, length, tokens_left(request), rate):
+    cost = estimate.catch_up.share(request.num_prompt_tokens, joining * request.num_prompt_tokens)
+    if budget.is_sound and forecast.repays(cost, tokens_left(request), rate):
         return True
-    return budget.affords(estimate.catch_up * length, budget.advance(tokens_left(request)))
+    return budget.affords(cost, budget.advance(tokens_left(request)))
 
 
 def is_unseen(estimate: SpeculatorEstimate, candidate: Candidate, seen: Mapping[int, int]) -> bool:
@@ -124,7 +126,7 @@ def choose_probes(
     while True:
         cost = estimate.seconds(len(depths) + len(ready), max(deepest, 1))
         cost -= estimate.seconds(len(depths), deepest) if depths else 0.0
-        cost += estimate.catch_up * sum(c.gap for c in ready if c.gap > SHORT_GAP)
+        cost += estimate.catch_up.seconds(sum(c.gap for c in ready if c.gap > SHORT_GAP))
         if not estimate.compares:
             cost += target(nodes + math.ceil(len(ready) * estimate.width)) - target(nodes)
         # What a prompt was processed for, and what was accepted last time, is tried whatever the budget holds.
@@ -135,7 +137,9 @@ def choose_probes(
         if len(ready) == 1:
             break
         ready = ready[: len(ready) // 2]
-    affordable = step + budget.steps_until(cost - overdraft, 0.0 if estimate.token_only else estimate.catch_up)
+    affordable = step + budget.steps_until(
+        cost - overdraft, 0.0 if estimate.token_only else estimate.catch_up.per_token
+    )
     later = affordable if later is None else min(later, affordable)
     return [], _not_before(later, estimate, forecast, budget, waiting, step)
 
@@ -168,7 +172,8 @@ def _reserve(estimate: SpeculatorEstimate, candidate: Candidate, step: float) ->
     """What the budget must still hold after a probe: of a row that the speculator is blind to, the next prompt."""
     if not candidate.row.is_blind:
         return 0.0
-    return min(estimate.catch_up * candidate.request.num_prompt_tokens, estimate.settings.most_reserved * step)
+    prompt = estimate.catch_up.seconds(candidate.request.num_prompt_tokens)
+    return min(prompt, estimate.settings.most_reserved * step)
 
 
 def _ready_at(estimate: SpeculatorEstimate, row: RowEstimate, gap: int, step: int) -> int:
