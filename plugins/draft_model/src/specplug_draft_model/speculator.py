@@ -178,13 +178,14 @@ class DraftModelSpeculator:
         """Drafts after tokens that the host does not know yet; rows that do not suit a loop get no drafts."""
         assert self._loop is not None, "a speculator that drafts early has a loop"
         chosen = self._loop.suited(drafts, self.max_num_batched_tokens)
+        if len(chosen) == len(drafts):
+            return Proposal(self._loop.run(chosen)[..., 0].t(), lengths=[draft.max_tokens for draft in chosen])
         tokens = torch.zeros(len(drafts), self.num_speculative_tokens, dtype=torch.int64, device=self.device)
         lengths = [0] * len(drafts)
         if chosen:
-            places = [place for place, draft in enumerate(drafts) if any(draft is one for one in chosen)]
-            found = self._loop.run([drafts[place] for place in places])[..., 0].t()
-            if len(places) == len(drafts):
-                return Proposal(found, lengths=[draft.max_tokens for draft in drafts])
+            found = self._loop.run(chosen)[..., 0].t()
+            place_of = {id(draft): place for place, draft in enumerate(drafts)}
+            places = [place_of[id(draft)] for draft in chosen]
             for place in places:
                 lengths[place] = drafts[place].max_tokens
             tokens[torch.tensor(places, dtype=torch.int64, device=self.device), : found.shape[1]] = found
