@@ -348,3 +348,16 @@ def test_an_interrupted_step_loses_nothing(tmp_path: Path) -> None:
             engine.step()
         assert [row.output_ids for row in rows] == expected
         assert_idle(llm)
+
+
+@pytest.mark.slow
+def test_ranks_share_the_target(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "target", "llama")
+    draft = perturbed_copy(folder, tmp_path / "draft", 0.03)
+    pairs = decisive_prompts(folder, 6, NEW_TOKENS, VOCABULARY)
+    made: list[Early] = []
+    options: dict[str, Any] = {"strict": True, "memory": "64MiB", "max_num_seqs": 3, "tensor_parallel_size": 2}
+    with LLM(folder, skip_tokenizer_init=True, **options, **early(draft, made)) as llm:
+        assert outputs(llm, [prompt for prompt, _ in pairs], GREEDY) == [expected for _, expected in pairs]
+        assert_idle(llm)
+    assert made[0].num_early > 10
