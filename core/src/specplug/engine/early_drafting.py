@@ -8,11 +8,11 @@ while the host waits for the first, commits, and prepares the next step.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import attrs
 
 from specplug.contract.verification import Verdict
+from specplug.engine.scheduler import Scheduler
 from specplug.engine.target_step import TargetStep
 from specplug.errors import ModelOutputError
 from specplug.model.pending import PendingTokens, UpcomingTokens
@@ -56,25 +56,23 @@ class EarlyDrafting:
     """Begins steps like that where it is possible.
 
     Args:
-        pending: where draft tokens are on the device; None if they never are.
-        accepted: where verification leaves its result; None if no speculator drafts early.
+        pending: where draft tokens are on the device.
+        accepted: where verification leaves its result.
         chain: the speculators.
         verification: decides.
         states: the target states that speculators declared.
-        reserve: grows a row's KV blocks.
-        lookahead: KV entries of a row after its tokens, as many as draft tokens at least.
+        scheduler: grows rows' KV blocks.
         max_model_len: the longest sequence.
     """
 
     def __init__(
         self,
-        pending: PendingTokens | None,
-        accepted: PendingTokens | None,
+        pending: PendingTokens,
+        accepted: PendingTokens,
         chain: SpeculatorChain,
         verification: Verification,
         states: TargetStateStore,
-        reserve: Callable[..., bool],
-        lookahead: int,
+        scheduler: Scheduler,
         max_model_len: int,
     ) -> None:
         self._pending = pending
@@ -82,14 +80,11 @@ class EarlyDrafting:
         self._chain = chain
         self._verification = verification
         self._states = states
-        self._reserve = reserve
-        self._lookahead = lookahead
+        self._scheduler = scheduler
         self._max_model_len = max_model_len
 
     def begin(self, target: TargetStep) -> EarlyStep | None:
         """Has a step verified on the device and its drafts made; None if it is to be verified as usual."""
-        if self._pending is None or self._accepted is None:
-            return None
         planned = self._plan(target)
         if planned is None:
             return None
@@ -111,8 +106,7 @@ class EarlyDrafting:
         requests = target.requests
         widest = 2 + max((len(request.draft) for request in requests if request.draft is not None), default=0)
         if (
-            self._accepted is None
-            or len(requests) != len(target.rows)
+            len(requests) != len(target.rows)
             or target.scored
             or any(request.slot < 0 for request in requests)
             or len(requests) * widest > len(self._accepted)
@@ -128,8 +122,10 @@ class EarlyDrafting:
 
     def _has_room(self, request: Request) -> bool:
         """Whether a row may draft after all tokens that may come."""
-        most = len(request.tokens) + 1 + (0 if request.draft is None else len(request.draft)) + self._lookahead
-        return most < self._max_model_len and self._reserve(request, most)
+        most = (
+            len(request.tokens) + 1 + (0 if request.draft is None else len(request.draft)) + self._scheduler.lookahead
+        )
+        return most < self._max_model_len and self._scheduler.reserve(request, most)
 
     def _record_all(self, target: TargetStep) -> None:
         """Gives the store the states of all tokens, as if every draft were accepted; the commit records those that were."""

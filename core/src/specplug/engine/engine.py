@@ -87,16 +87,11 @@ class Engine:
         self._committer = Committer(runner, states, self._outputs, self._tracer)
         ahead = None if runner.states is not None else runner.pending
         self._ahead = RunAhead(ahead, chain, verification, states)
-        self._early = EarlyDrafting(
-            None if self.registry.observes("propose") else ahead,
-            runner.accepted,
-            chain,
-            verification,
-            states,
-            scheduler.reserve,
-            scheduler.lookahead,
-            self.plan.max_model_len,
-        )
+        self._early = None
+        if runner.pending is not None and runner.accepted is not None:
+            self._early = EarlyDrafting(
+                runner.pending, runner.accepted, chain, verification, states, scheduler, self.plan.max_model_len
+            )
         self._lifecycle = Lifecycle(scheduler, self._outputs, chain, runner, self._shared_caches)
 
     # ---- speculators ----------------------------------------------------------------------------------------------
@@ -248,7 +243,7 @@ class Engine:
         if runs_ahead:
             self._ahead.draw(target)
         else:
-            early = self._early.begin(target)
+            early = None if self._early is None else self._early.begin(target)
             verdict = (
                 self._verification.verify(target.requests, target.offsets, target.logits[: target.offsets[-1]])
                 if early is None

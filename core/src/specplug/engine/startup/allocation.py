@@ -89,7 +89,8 @@ def allocate(
         cache = LeadingCache(ranks, *size)
         runner = LeadingRunner(ranks, model, planned.architecture, cache, device, boundaries, rows)
         runner.pending = pending(share_ids) if computes_ahead(device) else None
-    if runner.pending is not None and any(s.traits.drafts_early for s in planned.speculators):
+    drafts_early = any(s.traits.drafts_early for s in planned.speculators) and not planned.registry.observes("propose")
+    if runner.pending is not None and runner.states is None and drafts_early:
         most = planned.num_entries + 2 * planned.config.max_num_seqs
         runner.accepted = PendingTokens(most, planned.architecture.vocab_size, device)
     if planned.adapters is not None:
