@@ -11,12 +11,10 @@ import attrs
 import pytest
 import torch
 
-import specplug_draft_model
 import specplug_eagle
-from specplug import LLM, Proposal, ProposalBatch, Resources, SamplingParams, SpeculatorTraits, hookimpl
-from specplug.contract.resources import no_compile
-from specplug.model.compile.staged_loop import StagedLoop
+from specplug import LLM, Proposal, ProposalBatch, SamplingParams, hookimpl
 from support.drafting import perturbed_copy
+from support.early import Early, early, outputs, treat_cpu_as_gpu
 from support.engines import assert_idle, squeeze_blocks
 from support.models import VOCABULARY, save_model
 from support.reference import decisive_prompts
@@ -26,71 +24,9 @@ GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
 TIGHT: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 40, "block_size": 4, "max_model_len": 72}
 
 
-@attrs.define(eq=False)
-class Early:
-    """A speculator that drafts as on a GPU; it counts its calls with upcoming tokens."""
-
-    inner: Any
-    drafts_early: bool = True
-    num_early: int = 0
-    num_calls: int = 0
-
-    @property
-    def traits(self) -> SpeculatorTraits:
-        return attrs.evolve(self.inner.traits, drafts_early=self.drafts_early)
-
-    @hookimpl
-    def plan_memory(self, budget: Any) -> Any:
-        return self.inner.plan_memory(budget)
-
-    @hookimpl
-    def warmup(self, resources: Resources) -> None:
-        self.inner.warmup(resources)
-        self.inner.use_loop(resources)
-
-    @hookimpl
-    def propose(self, batch: ProposalBatch) -> Proposal:
-        self.num_calls += 1
-        self.num_early += any(row.upcoming is not None for row in batch.rows)
-        proposal: Proposal = self.inner.propose(batch)
-        return proposal
-
-
-def early(
-    draft: Path | str,
-    made: list[Early],
-    drafts_early: bool = True,
-    *,
-    kind: type[Early] = Early,
-    load: Any = specplug_draft_model.load_speculator,
-) -> dict[str, Any]:
-    def make(config: Any, target: Any) -> Early:
-        made.append(kind(load(config, target), drafts_early))
-        return made[-1]
-
-    config = {"method": "early", "model": str(draft), "num_speculative_tokens": 3, "draft_sample_method": "greedy"}
-    return {"plugins": {"early": make}, "speculative_config": config}
-
-
-@pytest.fixture(autouse=True, params=["python", "staged"])
+@pytest.fixture(autouse=True, params=[False, True], ids=["python", "staged"])
 def ahead(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """A CPU is treated as a device that computes while the host goes on; loops run from Python, or as CUDA graphs hold them."""
-    monkeypatch.setattr("specplug.engine.startup.allocation.computes_ahead", lambda device: True)
-    if request.param == "python":
-        return
-
-    def staged(
-        begin: Any, step: Any, cache: Any, most: int, inputs: Any = (), *, most_rows: int, accepted: Any
-    ) -> StagedLoop:
-        return StagedLoop(begin, step, cache, most, inputs, [1, 2, most_rows], accepted)
-
-    monkeypatch.setattr("specplug.engine.startup.assembly.compile_loop", staged)
-    monkeypatch.setattr("specplug.engine.startup.assembly.compile_step", no_compile)
-    monkeypatch.setattr("specplug.engine.startup.assembly.wants_compilation", lambda *_: True)
-
-
-def outputs(llm: LLM, prompts: list[list[int]], params: Any) -> list[list[int]]:
-    return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    treat_cpu_as_gpu(monkeypatch, staged=request.param)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -113,11 +49,8 @@ def test_output_and_acceptance_are_those_of_steps_in_turn(tmp_path: Path, archit
 
 
 def test_a_head_that_reads_target_states(tmp_path: Path) -> None:
-    prompts = [
-        f"def {name}(values, limit):\n    "
-        for name in ("first", "smallest", "add_all", "as_text", "count", "is_sorted")
-    ]
-    params = SamplingParams(temperature=0, max_tokens=40)
+    prompts = [f"def {name}(values, limit):\n    " for name in ("first", "smallest", "add_all")]
+    params = SamplingParams(temperature=0, max_tokens=32)
     head = str(Path(specplug_eagle.__file__).parent / "tiny")
     options: dict[str, Any] = {
         "dtype": "float32",
@@ -138,7 +71,7 @@ def test_a_head_that_reads_target_states(tmp_path: Path) -> None:
             assert_idle(llm)
         assert bool(made[0].num_early) == drafts_early
         assert made[0].num_early > 20 or not drafts_early
-    assert found[0] == found[1] > 100
+    assert found[0] == found[1] > 40
 
 
 def test_rows_join_wait_end_and_are_preempted(tmp_path: Path) -> None:

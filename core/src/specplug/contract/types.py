@@ -61,9 +61,10 @@ class SpeculatorTraits:
         learns: whether proposals may depend on other requests, ended ones included: on their tokens and states, not on how
             they were scheduled. What it stores of them may grow. The conformance kit does not compare such a speculator with
             a fresh one, and benchmarks measure it on prompts that it has not seen. Excludes `token_only`.
-        drafts_early: whether `propose` may be called before the host knows what verification accepted: rows then have
-            `upcoming` tokens. On a GPU this hides the host's work behind drafting. Its proposals are tensors of chains.
-            Excludes `token_only`.
+        drafts_early: whether `propose` may be called before the host knows what verification accepted: then all rows have
+            `upcoming` tokens. On a GPU this hides the host's work behind drafting. What it returns in such a call is None, or
+            chains in a tensor. Every row counts as processed afterwards, those without a budget and those with a whole
+            prompt included. Excludes `token_only`.
 
     Raises:
         ValueError: a value has the wrong type or range, or two values exclude each other.
@@ -242,7 +243,7 @@ class ProposalRow:
         upcoming: for a speculator that declares `drafts_early`: tokens after `tokens` that verification has decided and the
             host does not know yet, at least one; None if all are known. `new_positions`, `new_states` and the reserved KV are
             then those of as many as may come, the next call's `new_positions` begin where this one's really ended, and
-            `outcome` is one call late. Put `upcoming.placeholders` at the end of a `ForwardRow`'s tokens and `upcoming` into
+            `outcome` is None. Put `upcoming.placeholders` at the end of a `ForwardRow`'s tokens and `upcoming` into
             it, for a loop of `Resources.compile_loop`; `upcoming.read()` waits for the ids.
     """
 

@@ -8,6 +8,7 @@ while the host waits for the first, commits, and prepares the next step.
 from __future__ import annotations
 
 import itertools
+import logging
 
 import attrs
 
@@ -24,6 +25,8 @@ from specplug.speculation.early import EarlyProposal
 from specplug.speculation.link import ChainLink
 from specplug.speculation.target_states.store import TargetStateStore
 from specplug.speculation.verification.dispatch import Verification
+
+logger = logging.getLogger("specplug")
 
 
 @attrs.frozen(eq=False)
@@ -90,7 +93,11 @@ class EarlyDrafting:
             return None
         link, lengths = planned
         requests, offsets = target.requests, target.offsets
-        found = self._verification.match(requests, offsets, target.logits[: offsets[-1]], self._pending)
+        try:
+            found = self._verification.match(requests, offsets, target.logits[: offsets[-1]], self._pending)
+        except Exception as error:  # too little memory, say: verification in turn finds out whose it is
+            logger.debug("a step is verified in turn: %s", error)
+            return None
         rows = self._accepted.put(found, [1 + end - begin for begin, end in itertools.pairwise(offsets)])
         self._accepted.fetch()
         upcoming = [UpcomingTokens(row) for row in rows]

@@ -146,6 +146,8 @@ class SpeculatorChain:
             or any(r.number in link.banned for r in requests)
         ):
             return None
+        if self._nodes_of_a_row(len(requests)) == 0:
+            return None
         if not self.policy.plans_early(requests) or not self.policy.begin(requests):
             return None
         return link, self.policy.plan(link.speculator, requests, self._seen_by(link), self._has_all_states)
@@ -164,20 +166,22 @@ class SpeculatorChain:
         early = EarlyProposal(link, requests, list(lengths))
         if not requests:
             return early
-        budgets = plan_budgets(
-            requests, lengths, link.speculator.traits, self._max_model_len, self._max_num_batched_tokens
-        )
+        most = self._nodes_of_a_row(len(requests))
+        budgets = plan_budgets(requests, lengths, link.speculator.traits, self._max_model_len, most)
         stops = [len(request.tokens) - 1 + len(own) for request, own in zip(requests, upcoming, strict=True)]
-        early.batch = link.make_batch(
-            requests, budgets, self._states, self.policy, uses_scores=False, upcoming=upcoming, stops=stops
-        )
         started = time.perf_counter()
         try:
+            early.batch = link.make_batch(
+                requests, budgets, self._states, self.policy, uses_scores=False, upcoming=upcoming, stops=stops
+            )
             early.proposal = check_early(link.speculator.propose(batch=early.batch), budgets)
         except Exception as error:
             self._fault(link, requests, error)
         finally:
-            link.seconds += time.perf_counter() - started
+            elapsed = time.perf_counter() - started
+            link.seconds += elapsed
+        if elapsed > _SLOW_SECONDS and not link.is_told_slow:
+            self._warn_of_slowness(link, elapsed, budgets)
         return early
 
     def propose(
@@ -198,11 +202,11 @@ class SpeculatorChain:
             self.rest()
             return
         decoding = max(1, sum(request.num_pending == 1 for request in requests))
-        tokens = self._max_num_batched_tokens // (2 if contended else 1)
-        node_limit = max(0, tokens // decoding - 1)  # rows may outnumber the tokens of half a step
-        for request in requests:
-            if request.outcome is not None and request.number in self._proposers:
-                self._proposers[request.number].outcomes[request.number] = request.outcome
+        node_limit = self._nodes_of_a_row(decoding, contended=contended)
+        if early is None:  # one that is told later than that would be taken for the result of a later proposal
+            for request in requests:
+                if request.outcome is not None and request.number in self._proposers:
+                    self._proposers[request.number].outcomes[request.number] = request.outcome
         self._proposers = {}
         for link in self._links:
             if not link.enabled:
@@ -220,6 +224,11 @@ class SpeculatorChain:
         for request, draft in zip(requests, drafts, strict=True):
             request.draft = draft if draft is not None and len(draft) else None
         self.policy.end(requests)
+
+    def _nodes_of_a_row(self, rows: int, *, contended: bool = False) -> int:
+        """The most draft nodes of each row, so that all rows fit the next step, or half of it."""
+        tokens = self._max_num_batched_tokens // (2 if contended else 1)
+        return max(0, tokens // rows - 1)  # rows may outnumber the tokens of half a step
 
     def _check_left(self) -> None:
         """Ids that stayed on the device have been read by now: were they ids of the target?"""

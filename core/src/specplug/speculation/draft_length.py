@@ -187,5 +187,6 @@ def plan_budgets(
 
 def catch_up_tokens(batch: ProposalBatch) -> int:
     """Tokens of a call that a speculator with a state processes apart from those of the last step."""
-    sizes = [(len(row.new_positions), row.budget.max_nodes) for row in batch.rows]
+    spare = [0 if row.upcoming is None else len(row.upcoming) - 1 for row in batch.rows]
+    sizes = [(len(row.new_positions) - own, row.budget.max_nodes) for row, own in zip(batch.rows, spare, strict=True)]
     return sum(size for size, nodes in sizes if size > SHORT_GAP or not nodes)

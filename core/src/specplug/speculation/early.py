@@ -72,7 +72,9 @@ def check_early(proposal: Proposal | None, budgets: Sequence[Budget]) -> Proposa
     """
     if proposal is None:
         return None
-    tokens = proposal.tokens if isinstance(proposal, Proposal) else proposal
+    if not isinstance(proposal, Proposal):
+        raise PluginError(f"propose returned {type(proposal).__name__}, expected a Proposal or None")
+    tokens = proposal.tokens
     if not isinstance(tokens, torch.Tensor) or proposal.parents or proposal.scores or proposal.probs:
         raise PluginError(
             f"propose was called with upcoming tokens and returned {type(tokens).__name__}, expected chains in a tensor "

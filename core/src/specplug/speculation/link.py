@@ -178,7 +178,7 @@ class ChainLink:
         """Takes in how far rows came that were delivered with tokens that might come."""
         for request in requests:
             if request.number in self.delivered:
-                self.delivered[request.number] = request.num_computed
+                self.delivered[request.number] = min(self.delivered[request.number], request.num_computed)
                 if request.number in self.stored:
                     self.stored[request.number] = min(self.stored[request.number], request.num_computed)
 

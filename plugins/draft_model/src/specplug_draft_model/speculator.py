@@ -175,9 +175,13 @@ class DraftModelSpeculator:
         return max(0, min(row.budget.max_nodes, row.budget.max_depth, self.num_speculative_tokens, room))
 
     def _draft_early(self, drafts: Sequence[RowDraft]) -> Proposal:
-        """Drafts after tokens that the host does not know yet; rows that do not suit a loop get no drafts."""
+        """Drafts after tokens that the host does not know yet. Rows with more new tokens than a loop runs catch up first."""
         assert self._loop is not None, "a speculator that drafts early has a loop"
         chosen = self._loop.suited(drafts, self.max_num_batched_tokens)
+        if len(chosen) < len(drafts):
+            suited = {id(draft) for draft in chosen}
+            self._catch_up([draft for draft in drafts if id(draft) not in suited])
+            chosen = self._loop.suited(drafts, self.max_num_batched_tokens)
         if len(chosen) == len(drafts):
             return Proposal(self._loop.run(chosen)[..., 0].t(), lengths=[draft.max_tokens for draft in chosen])
         tokens = torch.zeros(len(drafts), self.num_speculative_tokens, dtype=torch.int64, device=self.device)

@@ -146,7 +146,10 @@ class EagleSpeculator:
         with torch.inference_mode():
             entries = self._new_entries(batch)
             if self._loop is not None and not self._samples(batch):
-                looped = [place for place, entry in entries.items() if self._loop.suits(batch.rows[place], entry)]
+                is_early = any(row.upcoming is not None for row in batch.rows)
+                looped = [
+                    place for place, entry in entries.items() if is_early or self._loop.suits(batch.rows[place], entry)
+                ]
                 if looped:
                     rows = [batch.rows[place] for place in looped]
                     found, lengths = self._loop.draft(rows, [entries.pop(place) for place in looped])

@@ -57,8 +57,8 @@ class CatchUpCost:
 
     def _observe(self, tokens: int, seconds: float) -> None:
         """A call that took much longer than expected counts for less."""
-        if self._weight > 0.0:
-            seconds = min(seconds, 3.0 * self.seconds(tokens))
+        if expected := self.seconds(tokens):
+            seconds = min(seconds, 3.0 * expected)
         self._weight = self._keeps * self._weight + 1.0
         self._tokens = self._keeps * self._tokens + tokens
         self._seconds = self._keeps * self._seconds + seconds

@@ -168,6 +168,7 @@ class AdaptiveDraftLength(DraftLengthPolicy):
         """See `DraftLengthPolicy.plans_early`: while rows draft and none has joined, choices may be a step old."""
         return (
             bool(self._called)
+            and not any(row.is_probe for _, row, _ in self._called)  # what comes of it decides when the next is due
             and self._planned.issuperset(request.number for request in requests)
             and all(request.num_pending == 1 for request in requests)
         )
@@ -274,6 +275,8 @@ class AdaptiveDraftLength(DraftLengthPolicy):
         """See `DraftLengthPolicy.observe`. Some is learned from later, several steps at once: one by one is slow."""
         self.step += 1
         if self._resting.is_resting:
+            for estimate in self.estimates:
+                estimate.catch_up.settle(0.0)
             self._timings.append((len(requests), seconds, decoding))
             return
         nodes, is_typical = 0, True
@@ -308,7 +311,6 @@ class AdaptiveDraftLength(DraftLengthPolicy):
         surplus = 0.0 if curve is None else max(0.0, seconds - curve.seconds(nodes))
         for estimate in late:
             estimate.catch_up.settle(surplus / len(late))
-        self.budget.settle(surplus)
         return surplus
 
     def _time(self, rows: int, seconds: float, decoding: bool, nodes: int = 0) -> None:

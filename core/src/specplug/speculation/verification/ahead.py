@@ -23,7 +23,8 @@ def draws_ahead(request: Request) -> bool:
 def matches_ahead(request: Request) -> bool:
     """Whether `match` can decide what is accepted of a row's draft: a chain on the device, or none."""
     draft = request.draft
-    return request.params.greedy and _is_plain(request) and (draft is None or draft.is_unread)
+    is_there = draft is None or draft.is_unread
+    return is_there and request.params.greedy and _is_plain(request) and not request.is_finished
 
 
 def _is_plain(request: Request) -> bool:
