@@ -61,7 +61,7 @@ after step 3           token      a  b  c  d  e  f  g  x  y   new_positions = ra
 -  none yet: e, x and y are tokens that the target chose in that step (x after a rejection, else a bonus token)
 ```
 
-The state of position i predicts token i + 1. A draft continues `row.tokens`: its root is the last committed token.
+The state of position i predicts token i + 1. A draft continues `row.tokens`: its root is the last committed token, or of `upcoming` tokens the last that comes.
 
 ### Who bounds a draft
 

@@ -74,7 +74,7 @@ class LoopedDraft:
         chosen = []
         for index, (row, length) in enumerate(zip(batch.rows, lengths, strict=True)):
             start = row.new_positions.start
-            stop = len(row.tokens) if length else row.new_positions.stop  # the last committed token is the draft's root
+            stop = len(row.tokens) if length else row.new_positions.stop  # the last token is the draft's root
             tokens = row.tokens[start:stop]
             if row.upcoming is not None:  # the root is on the device
                 tokens += row.upcoming.placeholders

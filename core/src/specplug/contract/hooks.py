@@ -149,7 +149,7 @@ class SpeculatorHooks:
 
     @hookspec(firstresult=True)
     def propose(self, batch: ProposalBatch) -> Proposal | None:
-        """Called after every target step. The only hook that is required.
+        """Called after every target step; of a speculator that `drafts_early` maybe during it. The only hook that is required.
 
         Handle `batch.ended` first: forget those rows. Then ingest `row.new_positions` of each row, then draft at most
         `row.budget`. With a budget of zero nodes, only ingest; the budget is zero while a prompt is computed in chunks. A call

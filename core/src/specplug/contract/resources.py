@@ -192,7 +192,8 @@ class Resources:
             on the host. Call the loop as `loop(rows, counts, places)`: the rows with their new tokens, how many outputs
             each needs (a row that needs none is run all the same), where each one's entries of `inputs` begin. It returns
             the outputs, [at least the most of counts, R, …], which the next call may overwrite. On a GPU it is one CUDA
-            graph for up to 64 rows with at most 1 + `most` new tokens each; what rows have before those runs first.
+            graph for up to 64 rows with at most 1 + `most` new tokens each; what rows have before those runs first, in a
+            forward of its own. A `most` above the longest draft makes room for more new tokens.
             `ChainLoop` of the eagle plugin is an example.
     """
 

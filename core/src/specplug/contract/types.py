@@ -63,8 +63,8 @@ class SpeculatorTraits:
             a fresh one, and benchmarks measure it on prompts that it has not seen. Excludes `token_only`.
         drafts_early: whether `propose` may be called before the host knows what verification accepted: then all rows have
             `upcoming` tokens. On a GPU this hides the host's work behind drafting. What it returns in such a call is None, or
-            chains in a tensor. Every row counts as processed afterwards, those without a budget and those with a whole
-            prompt included. Excludes `token_only`.
+            chains in a tensor, a list never. It must run the new tokens of every row, also of rows without a budget and of
+            rows with a whole prompt: core does not show them again. Excludes `token_only`.
 
     Raises:
         ValueError: a value has the wrong type or range, or two values exclude each other.
@@ -241,10 +241,12 @@ class ProposalRow:
         num_cached_tokens: for a new row, how many of its first positions have this speculator's own entries in KV regions with
             `tables="shared"`, from earlier rows with the same tokens: all before `new_positions`, or 0.
         upcoming: for a speculator that declares `drafts_early`: tokens after `tokens` that verification has decided and the
-            host does not know yet, at least one; None if all are known. `new_positions`, `new_states` and the reserved KV are
-            then those of as many as may come, the next call's `new_positions` begin where this one's really ended, and
-            `outcome` is None. Put `upcoming.placeholders` at the end of a `ForwardRow`'s tokens and `upcoming` into
-            it, for a loop of `Resources.compile_loop`; `upcoming.read()` waits for the ids.
+            host does not know yet, at least one; None if all are known. The draft's root is then the last of those that come.
+            `new_positions` and `new_states` are as if all came: `new_positions.stop == len(tokens) + len(upcoming) - 1`. KV
+            slots are reserved for all of them and the scratch, whatever the budget. The next call's `new_positions` begin
+            after those that came. `outcome` is None. For a loop of `Resources.compile_loop`, put `upcoming.placeholders` at
+            the end of a `ForwardRow`'s tokens, and `upcoming` into it. Anything else needs `upcoming.read()`, which waits
+            for the ids.
     """
 
     row_id: int
