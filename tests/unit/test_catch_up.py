@@ -47,8 +47,8 @@ def test_a_call_may_turn_out_longer_than_it_took_to_return() -> None:
     cost = CatchUpCost(AdaptiveSettings())
     assert not cost.is_known
     cost.begin(100, 0.1)
-    assert cost.is_open
+    assert cost.open_call == (100, 0.1)
     assert cost.is_known
     cost.settle(0.9)
-    assert not cost.is_open
+    assert cost.open_call is None
     assert cost.seconds(100) == pytest.approx(1.0)

@@ -16,6 +16,11 @@ class CatchUpCost:
 
     Args:
         settings: how fast it learns.
+
+    Attributes:
+        per_call: seconds of a call.
+        per_token: seconds of each token.
+        open_call: tokens and seconds of a call that has not been settled.
     """
 
     def __init__(self, settings: AdaptiveSettings) -> None:
@@ -23,12 +28,12 @@ class CatchUpCost:
         self._weight = self._tokens = self._seconds = self._squares = self._products = 0.0
         self.per_call = 0.0
         self.per_token = 0.0
-        self._call: tuple[int, float] | None = None
+        self.open_call: tuple[int, float] | None = None
 
     @property
     def is_known(self) -> bool:
         """Whether a call was timed."""
-        return self._weight > 0.0 or self._call is not None
+        return self._weight > 0.0 or self.open_call is not None
 
     def seconds(self, tokens: int) -> float:
         """The expected time of a call with so many tokens."""
@@ -38,21 +43,16 @@ class CatchUpCost:
         """What of it is due to some of the tokens of a call."""
         return self.seconds(together) * tokens / together if together else 0.0
 
-    @property
-    def is_open(self) -> bool:
-        """Whether there was a call that has not been settled."""
-        return self._call is not None
-
     def begin(self, tokens: int, seconds: float) -> None:
         """A call returned after so many seconds."""
         self.settle(0.0)
-        self._call = (tokens, max(seconds, 0.0))
+        self.open_call = (tokens, max(seconds, 0.0))
 
     def settle(self, more: float) -> None:
         """Takes in that call; it took so much more in all."""
-        if self._call is not None:
-            tokens, seconds = self._call
-            self._call = None
+        if self.open_call is not None:
+            tokens, seconds = self.open_call
+            self.open_call = None
             self._observe(tokens, seconds + more)
 
     def _observe(self, tokens: int, seconds: float) -> None:

@@ -276,7 +276,8 @@ class AdaptiveDraftLength(DraftLengthPolicy):
         self.step += 1
         if self._resting.is_resting:
             for estimate in self.estimates:
-                estimate.catch_up.settle(0.0)
+                if estimate.catch_up.open_call is not None:
+                    estimate.catch_up.settle(0.0)
             self._timings.append((len(requests), seconds, decoding))
             return
         nodes, is_typical = 0, True
@@ -304,7 +305,7 @@ class AdaptiveDraftLength(DraftLengthPolicy):
 
     def _catch_up_late(self, rows: int, nodes: int, seconds: float) -> float:
         """What of a step's time speculators took to catch up: a call may return before it is computed."""
-        late = [estimate for estimate in self.estimates if estimate.catch_up.is_open]
+        late = [estimate for estimate in self.estimates if estimate.catch_up.open_call is not None]
         if not late:
             return 0.0
         curve = self.targets.of(rows)

@@ -156,7 +156,9 @@ def _try_out(
         # On credit, what was not measured lately; and what a prompt was processed for, when that is due.
         is_due = not is_known or any(c.row.is_owed and 0 <= c.row.wake_at <= step for c in candidates)
         overdraft = settings.advanced_steps * forecast.tokens / forecast.rate if is_due else 0.0
-        if budget.affords(seconds + estimate.catch_up.seconds(gaps), overdraft):
+        if gaps:
+            seconds += estimate.catch_up.seconds(gaps)
+        if budget.affords(seconds, overdraft):
             return depths
     return [0] * len(candidates)
 

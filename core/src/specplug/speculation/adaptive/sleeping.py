@@ -126,7 +126,8 @@ def choose_probes(
     while True:
         cost = estimate.seconds(len(depths) + len(ready), max(deepest, 1))
         cost -= estimate.seconds(len(depths), deepest) if depths else 0.0
-        cost += estimate.catch_up.seconds(sum(c.gap for c in ready if c.gap > SHORT_GAP))
+        if behind := sum(c.gap for c in ready if c.gap > SHORT_GAP):
+            cost += estimate.catch_up.seconds(behind)
         if not estimate.compares:
             cost += target(nodes + math.ceil(len(ready) * estimate.width)) - target(nodes)
         # What a prompt was processed for, and what was accepted last time, is tried whatever the budget holds.
