@@ -29,6 +29,10 @@ def ahead(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> No
     treat_cpu_as_gpu(monkeypatch, staged=request.param)
 
 
+def add(engine: Any, prompts: list[list[int]]) -> list[Any]:
+    return [engine.add_request(str(number), ids, GREEDY)[0] for number, ids in enumerate(prompts)]
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_output_and_acceptance_are_those_of_steps_in_turn(tmp_path: Path, architecture: str) -> None:
     folder = save_model(tmp_path / "target", architecture)
@@ -127,7 +131,7 @@ def test_rows_of_every_kind_share_a_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_automatic_lengths_draft_early_while_a_plan_holds(tmp_path: Path) -> None:
+def test_automatic_lengths_draft_early(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "target", "llama")
     draft = perturbed_copy(folder, tmp_path / "draft", 0.1)
     prompts = [[3, 4, 5], [6, 7]]
@@ -196,7 +200,7 @@ def test_a_row_with_nan_fails_alone(tmp_path: Path) -> None:
     made: list[Early] = []
     with LLM(folder, skip_tokenizer_init=True, memory="64MiB", **early(folder, made)) as llm:
         engine: Any = llm.engine
-        rows = [engine.add_request(str(number), ids, GREEDY)[0] for number, ids in enumerate(prompts)]
+        rows = add(engine, prompts)
         for _ in range(3):
             engine.step()
         match = engine._verification.match
@@ -260,7 +264,7 @@ def test_an_interrupted_step_loses_nothing(tmp_path: Path) -> None:
     made: list[Early] = []
     with LLM(folder, skip_tokenizer_init=True, memory="64MiB", **early(folder, made)) as llm:
         engine: Any = llm.engine
-        rows = [engine.add_request(str(number), ids, GREEDY)[0] for number, ids in enumerate(prompts)]
+        rows = add(engine, prompts)
         settle = engine.chain.propose_early
 
         def interrupted(*args: Any) -> Any:

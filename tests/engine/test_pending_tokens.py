@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
 import torch
 
-from specplug import LLM, ProposalBatch, Resources, SamplingParams, hookimpl
+from specplug import LLM, ProposalBatch, SamplingParams, hookimpl
 from specplug.contract.types import Proposal
 from specplug.model.pending import PendingTokens
-from specplug_draft_model import load_speculator
 from support.drafting import perturbed_copy
+from support.early import Early, early
 from support.engines import squeeze_blocks
 from support.models import VOCABULARY, save_model
 from support.reference import decisive_prompts
@@ -25,40 +24,11 @@ GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
 TIGHT: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 24, "block_size": 4, "max_model_len": 72}
 
 
-@attrs.define(eq=False)
-class Looping:
-    """A draft model that drafts as on a GPU; it counts what it left on the device."""
-
-    inner: Any
-    num_left: int = 0
-
-    @property
-    def traits(self) -> Any:
-        return self.inner.traits
-
-    @hookimpl
-    def plan_memory(self, budget: Any) -> Any:
-        return self.inner.plan_memory(budget)
-
-    @hookimpl
-    def warmup(self, resources: Resources) -> None:
-        self.inner.warmup(resources)
-        self.inner.use_loop(resources)
-
-    @hookimpl
-    def propose(self, batch: ProposalBatch) -> Proposal:
-        proposal: Proposal = self.inner.propose(batch)
-        self.num_left += isinstance(proposal.tokens, torch.Tensor)
-        return proposal
-
-
-def looping(draft: Path, made: list[Looping], length: int | str = 3) -> dict[str, Any]:
-    def make(config: Any, target: Any) -> Looping:
-        made.append(Looping(load_speculator(config, target)))
-        return made[-1]
-
-    config = {"method": "looping", "model": str(draft), "num_speculative_tokens": length}
-    return {"plugins": {"looping": make}, "speculative_config": {**config, "draft_sample_method": "greedy"}}
+def looping(draft: Path, made: list[Early], length: int | str = 3) -> dict[str, Any]:
+    """A draft model that drafts as on a GPU, after the host knows what was accepted."""
+    options = early(draft, made, drafts_early=False)
+    options["speculative_config"]["num_speculative_tokens"] = length
+    return options
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +42,7 @@ def test_output_is_that_of_plain_decoding(tmp_path: Path, architecture: str) -> 
     folder = save_model(tmp_path / "target", architecture)
     draft = perturbed_copy(folder, tmp_path / "draft", 0.03)
     pairs = decisive_prompts(folder, ROWS, NEW_TOKENS, VOCABULARY)
-    made: list[Looping] = []
+    made: list[Early] = []
     options = looping(draft, made)
     with LLM(folder, skip_tokenizer_init=True, strict=True, memory="64MiB", **TIGHT, **options) as llm:
         squeeze_blocks(llm, 14)
@@ -86,7 +56,7 @@ def test_output_is_that_of_plain_decoding(tmp_path: Path, architecture: str) -> 
 def test_sampled_rows_match_deterministic_drafts(tmp_path: Path) -> None:
     """Seeded output depends on the request alone, so it is that of plain decoding."""
     folder = save_model(tmp_path / "target", "llama")
-    made: list[Looping] = []
+    made: list[Early] = []
     params = [SamplingParams(temperature=1.0, seed=seed, max_tokens=12) for seed in range(4)]
     prompts = [[3, 4, 5], [6], [7, 8], [9, 10, 11, 12]]
     with LLM(folder, skip_tokenizer_init=True, memory="64MiB") as llm:
@@ -99,7 +69,7 @@ def test_sampled_rows_match_deterministic_drafts(tmp_path: Path) -> None:
 
 def test_scores_are_asked_for_where_they_have_a_use(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "target", "llama")
-    made: list[Looping] = []
+    made: list[Early] = []
     for limit in (None, 4):
         options = looping(folder, made, "auto") | {"max_num_draft_tokens": limit}
         with LLM(folder, skip_tokenizer_init=True, strict=True, memory="64MiB", **options) as llm:
@@ -114,7 +84,7 @@ def test_automatic_lengths_with_rows_that_join_and_rest(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "target", "llama")
     draft = perturbed_copy(folder, tmp_path / "draft", 0.03)
     pairs = decisive_prompts(folder, ROWS, NEW_TOKENS, VOCABULARY)
-    made: list[Looping] = []
+    made: list[Early] = []
     options = looping(draft, made, "auto") | {"max_num_seqs": 3}
     with LLM(folder, skip_tokenizer_init=True, strict=True, memory="64MiB", **options) as llm:
         outputs = [output.outputs[0].token_ids for output in llm.generate([prompt for prompt, _ in pairs], GREEDY)]

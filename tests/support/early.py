@@ -7,6 +7,7 @@ from typing import Any
 
 import attrs
 import pytest
+import torch
 
 import specplug_draft_model
 from specplug import LLM, Proposal, ProposalBatch, Resources, SpeculatorTraits, hookimpl
@@ -16,12 +17,13 @@ from specplug.model.compile.staged_loop import StagedLoop
 
 @attrs.define(eq=False)
 class Early:
-    """A speculator that drafts as on a GPU; it counts its calls with upcoming tokens."""
+    """A speculator that drafts as on a GPU. It counts its calls, those with upcoming tokens, and proposals that may stay."""
 
     inner: Any
     drafts_early: bool = True
     num_early: int = 0
     num_calls: int = 0
+    num_left: int = 0
 
     @property
     def traits(self) -> SpeculatorTraits:
@@ -41,6 +43,7 @@ class Early:
         self.num_calls += 1
         self.num_early += any(row.upcoming is not None for row in batch.rows)
         proposal: Proposal = self.inner.propose(batch)
+        self.num_left += isinstance(proposal.tokens, torch.Tensor)
         return proposal
 
 

@@ -203,7 +203,9 @@ class SpeculatorChain:
             return
         decoding = max(1, sum(request.num_pending == 1 for request in requests))
         node_limit = self._nodes_of_a_row(decoding, contended=contended)
-        if early is None:  # one that is told later than that would be taken for the result of a later proposal
+        if (
+            early is None
+        ):  # an early call came before it: told at the next call, it would pass for the result of that draft
             for request in requests:
                 if request.outcome is not None and request.number in self._proposers:
                     self._proposers[request.number].outcomes[request.number] = request.outcome
@@ -214,7 +216,7 @@ class SpeculatorChain:
             started = time.perf_counter()
             asked = self._lengths(link, requests) if early is None else early.left(requests)
             call = self._ask(link, *asked, node_limit, reserve, early)
-            self.policy.proposed(link.speculator, time.perf_counter() - started, call)  # what was early was hidden
+            self.policy.proposed(link.speculator, time.perf_counter() - started, call)  # the device hides an early call
         self._keep_unseen_states(requests)
         total = node_limit * decoding
         if self._max_num_draft_tokens is not None:

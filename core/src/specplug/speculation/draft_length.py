@@ -44,7 +44,8 @@ class DraftLengthPolicy:
     """Chooses draft lengths for one engine. In each step the chain calls, in this order:
 
     `observe` (what the step took and brought), `restart` and `finish` (rows that left), `fork`, `begin`; for each speculator
-    `plan` and `proposed`; then `trim` and `end`. Only `plan` must be implemented. State that a policy keeps of a request is
+    `plan` and `proposed`; then `trim` and `end`. Where `plans_early` allows it, `begin` and `plan` come before `observe`. Only
+    `plan` must be implemented. State that a policy keeps of a request is
     its own, by `request.number`, until `finish`.
     """
 
